@@ -1,0 +1,251 @@
+"""``python -m bench train``: train a NumPy multilayer perceptron on scikit-learn's handwritten digits."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+import fastopt
+from fastopt import schedules
+
+from .digits import CLASSES, PIXELS, TRAIN, load
+from .mlp import MLP, History, Recipe, fit
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+# The learning rates are the best of a grid of factors of about 3, by accuracy on 256 images held out of the training
+# images (batch size 64, 20 epochs, cosine). The test images took no part.
+RECIPES = (
+    Recipe("SGD", fastopt.SGD, 0.3),
+    Recipe("Momentum", fastopt.SGD, 0.03, {"momentum": 0.9}),
+    Recipe("Nesterov", fastopt.SGD, 0.03, {"momentum": 0.9, "nesterov": True}),
+    Recipe("Adagrad", fastopt.Adagrad, 0.03),
+    Recipe("RMSprop", fastopt.RMSprop, 0.001),
+    Recipe("Adam", fastopt.Adam, 0.003),
+    Recipe("AdamW", fastopt.AdamW, 0.003),
+    Recipe("Adadelta", fastopt.Adadelta, 1.0),
+    Recipe("Adamax", fastopt.Adamax, 0.01),
+    Recipe("NAdam", fastopt.NAdam, 0.003),
+    Recipe("RAdam", fastopt.RAdam, 0.01),
+    # Made for full batches: the noise of small ones drives its step sizes up, so they are bounded (and lr, their
+    # start, follows no schedule).
+    Recipe("Rprop", fastopt.Rprop, 0.001, {"step_sizes": (1e-6, 1e-2)}),
+    Recipe("ASGD", fastopt.ASGD, 0.3),
+    Recipe("Lion", fastopt.Lion, 0.0003),
+    Recipe("LARS", fastopt.LARS, 1.0, {"weight_decay": 5e-4}),
+)
+NAMES = {recipe.name.lower(): recipe for recipe in RECIPES}
+
+SCHEDULES: dict[str, Callable[[float, int], Callable[[int], float]]] = {  # of the learning rate and the number of steps
+    "constant": lambda lr, total: schedules.constant(lr),
+    "cosine": lambda lr, total: schedules.cosine(lr, total),
+    "exponential": lambda lr, total: schedules.exponential(lr, 0.01 ** (1 / total)),  # ends at a hundredth
+    "inverse_sqrt": lambda lr, total: schedules.inverse_sqrt(lr, max(total / 10, 1)),
+    "one_cycle": lambda lr, total: schedules.one_cycle(lr, total),
+    "polynomial": lambda lr, total: schedules.polynomial(lr, total, power=2.0),
+    "step": lambda lr, total: schedules.step(lr, max(total // 3, 1)),
+}
+
+EPOCHS, SWEEP_EPOCHS = 20, 60
+
+
+class Refusal(Exception):
+    """Bad input; the text is shown as one line."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The command line, checked."""
+
+    recipes: tuple[Recipe, ...]
+    batch_size: int
+    epochs: int
+    schedule: str
+    seed: int
+    widths: tuple[int, ...]
+    out: Path
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Register the command ``train``; its arguments stay text here and are checked by `run`, with one line if bad."""
+    parser = subparsers.add_parser(
+        "train",
+        help="train a NumPy multilayer perceptron on handwritten digits",
+        description=f"Train a NumPy multilayer perceptron on {TRAIN} of scikit-learn's handwritten digits, test it on "
+        "the rest, print a table and write figures (PNG).",
+        epilog=f"Optimizers: {', '.join(recipe.name for recipe in RECIPES)} (Momentum and Nesterov are SGD with "
+        f"momentum 0.9). Schedules: {', '.join(SCHEDULES)}.",
+    )
+    parser.add_argument("--optimizer", metavar="NAME", help="an optimizer below, or all of them: all (default: AdamW)")
+    parser.add_argument("--lr", metavar="X", help="largest learning rate (default: one that suits the optimizer)")
+    parser.add_argument("--batch-size", metavar="N", help=f"images per step, 1 to {TRAIN} (default: 64)")
+    parser.add_argument("--epochs", metavar="N", help=f"default: {EPOCHS}, with --sweep {SWEEP_EPOCHS}")
+    parser.add_argument("--schedule", metavar="NAME", help="of the learning rate, see below (default: cosine)")
+    parser.add_argument("--hidden", metavar="N,N", default="256,128", help="hidden widths (default: %(default)s)")
+    parser.add_argument("--seed", metavar="N", default="0", help="of split, weights and order (default: %(default)s)")
+    parser.add_argument("--out", metavar="DIR", default="bench/out", help="folder of figures (default: %(default)s)")
+    parser.add_argument(
+        "--sweep",
+        action="store_true",
+        help="large batches: SGD with momentum, LARS and Adam with batch sizes from 32 to the whole set, the learning "
+        "rate in proportion, warm-up, polynomial decay (arXiv:1708.03888)",
+    )
+    parser.set_defaults(func=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Do what the command line says; return the exit status, 2 for bad input."""
+    try:
+        import matplotlib  # noqa: F401
+        import rich  # noqa: F401
+        import sklearn  # noqa: F401
+    except ModuleNotFoundError as error:
+        return refuse(f'needs {error.name}, which is not installed; pip install "fastopt[bench]" brings it.')
+    try:
+        settings = check(args)
+    except Refusal as refusal:
+        return refuse(str(refusal))
+    if args.sweep:
+        from . import sweep
+
+        sweep.run(settings.epochs, settings.seed, settings.widths, settings.out)
+    else:
+        train(settings)
+    return 0
+
+
+def refuse(why: str) -> int:
+    """Print one line on stderr and return the exit status for bad input."""
+    print(f"bench train: {why}", file=sys.stderr)
+    return 2
+
+
+def train(settings: Settings) -> None:
+    """Train each optimizer in turn, show progress, then the table and the figures."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from . import figures
+
+    data = load(settings.seed)
+    histories = []
+    with progress_bar() as progress:
+        for recipe in settings.recipes:
+            model = MLP(settings.widths, settings.seed)
+            total = settings.epochs * math.ceil(TRAIN / settings.batch_size)
+            schedule = SCHEDULES[settings.schedule](recipe.lr, total)
+            history = History(recipe.name, recipe.lr)
+            task = progress.add_task(recipe.name, total=settings.epochs, status="")
+            for _ in fit(
+                model,
+                data,
+                recipe.build(model.params),
+                schedule,
+                history,
+                batch_size=settings.batch_size,
+                epochs=settings.epochs,
+                seed=settings.seed,
+            ):
+                progress.update(task, advance=1, status=status(history))
+            histories.append(history)
+
+    table = Table(
+        title=f"{len(data.train_y)} digits, batch size {settings.batch_size}, {settings.epochs} epochs, "
+        f"{settings.schedule} schedule, seed {settings.seed}"
+    )
+    for column in ("optimizer", "lr", "train loss", "test accuracy", "samples/s", "step's share"):
+        table.add_column(column, justify="left" if column == "optimizer" else "right")
+    for h in histories:
+        accuracy, share = f"{h.accuracies[-1]:.1%}", f"{h.share:.0%}"
+        table.add_row(h.name, f"{h.lr:g}", f"{h.losses[-1]:.4f}", accuracy, f"{h.rate:,.0f}", share)
+    Console().print(table)
+    show_paths([*figures.curves(histories, settings.out), figures.bowl(settings.out)])
+
+
+def status(h: History) -> str:
+    """One line of numbers for the progress bar."""
+    return f"loss {h.losses[-1]:.4f}  test {h.accuracies[-1]:6.1%}  {h.rate:7,.0f}/s  optimizer {h.share:3.0%}"
+
+
+def progress_bar() -> Progress:
+    """Bar, epochs and a status line per run, on stderr; none where stderr is no terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    console = Console(stderr=True)
+    text = TextColumn("{task.description:9}"), TextColumn("{task.fields[status]}")
+    columns = text[0], BarColumn(12), MofNCompleteColumn(), text[1]
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+
+
+def show_paths(paths: Iterable[Path]) -> None:
+    """Print where the figures are, from the current folder."""
+    for path in paths:
+        print(os.path.relpath(path))
+
+
+def check(args: argparse.Namespace) -> Settings:
+    """Return the settings of the command line, or raise Refusal. Makes the output folder."""
+    if args.sweep:
+        for option in ("optimizer", "lr", "batch_size", "schedule"):
+            if getattr(args, option) is not None:
+                raise Refusal(f"--sweep sets --{option.replace('_', '-')} itself; leave one of the two out.")
+    name = (args.optimizer or "AdamW").lower()
+    if name != "all" and name not in NAMES:
+        known = ", ".join(recipe.name for recipe in RECIPES)
+        raise Refusal(f"--optimizer must be all or one of {known}, got {args.optimizer!r}.")
+    recipes = RECIPES if name == "all" else (NAMES[name],)
+    if args.lr is not None:
+        if name == "all":
+            raise Refusal("--lr belongs to one optimizer; --optimizer all uses the one that suits each.")
+        lr = number(float, "--lr", args.lr)
+        if not 0 < lr < math.inf:  # nan is refused too
+            raise Refusal(f"--lr must be in (0, inf), got {args.lr}.")
+        recipes = (replace(recipes[0], lr=lr),)
+    batch_size = number(int, "--batch-size", 64 if args.batch_size is None else args.batch_size)
+    if not 1 <= batch_size <= TRAIN:
+        raise Refusal(f"--batch-size must be in [1, {TRAIN}], the number of training images, got {batch_size}.")
+    default = SWEEP_EPOCHS if args.sweep else EPOCHS
+    epochs = number(int, "--epochs", default if args.epochs is None else args.epochs)
+    if epochs < 1:
+        raise Refusal(f"--epochs must be at least 1, got {epochs}.")
+    schedule = "cosine" if args.schedule is None else args.schedule
+    if schedule not in SCHEDULES:
+        raise Refusal(f"--schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}.")
+    seed = number(int, "--seed", args.seed)
+    if seed < 0:
+        raise Refusal(f"--seed must be at least 0, got {seed}.")
+    hidden = tuple(number(int, "--hidden", width) for width in args.hidden.split(",")) if args.hidden else ()
+    if any(width < 1 for width in hidden):
+        raise Refusal(f"--hidden must list widths of at least 1, got {args.hidden!r}.")
+    return Settings(recipes, batch_size, epochs, schedule, seed, (PIXELS, *hidden, CLASSES), writable(Path(args.out)))
+
+
+Number = TypeVar("Number", int, float)
+
+
+def number(kind: type[Number], option: str, text: str | float) -> Number:
+    """Convert the text of an option, or raise Refusal."""
+    try:
+        return kind(text)
+    except ValueError:
+        what = "a whole number" if kind is int else "a number"
+        raise Refusal(f"{option} must be {what}, got {text!r}.") from None
+
+
+def writable(folder: Path) -> Path:
+    """Make the folder and try to write there: before the training, not after it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError as error:
+        raise Refusal(f"--out {str(folder)!r} is not a folder that can be written: {error.strerror}.") from None

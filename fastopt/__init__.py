@@ -1,0 +1,79 @@
+"""fastopt: the update step of training as fast as memory allows.
+
+Optimizers with torch's names and defaults for NumPy arrays. Every update rule is one Numba function, compiled ahead of
+time for several instruction sets; a step is one pass over memory, whatever the number of arrays, and its bits do not
+depend on instruction set or number of threads.
+
+Example:
+    >>> import numpy as np, fastopt
+    >>> params = fastopt.FlatBuffer.from_arrays({"w": np.ones((2, 2), np.float32), "b": np.zeros(2, np.float32)})
+    >>> opt = fastopt.AdamW(params, lr=1e-3, weight_decay=0.01)
+    >>> grads = params.zeros_like()
+    >>> opt.step(grads).skipped
+    False
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+if importlib.util.find_spec("fastopt.kernels") is None:
+    raise ImportError(
+        "fastopt is being imported from its source folder, which lacks the compiled kernels and hides an installed "
+        "fastopt. Start Python elsewhere, or install with `pip install -e .` to work in the repository."
+    )
+
+from . import schedules
+from ._backend import get_num_threads, set_num_threads
+from .adadelta import Adadelta
+from .adagrad import Adagrad
+from .adam import Adam, AdamW
+from .adamax import Adamax
+from .asgd import ASGD
+from .flat import FlatBuffer
+from .kernels.rule import Rule
+from .lars import LARS
+from .lion import Lion
+from .nadam import NAdam
+from .optimizer import Optimizer, StepInfo
+from .radam import RAdam
+from .rmsprop import RMSprop
+from .rprop import Rprop
+from .sgd import SGD
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ASGD",
+    "LARS",
+    "SGD",
+    "Adadelta",
+    "Adagrad",
+    "Adam",
+    "AdamW",
+    "Adamax",
+    "CheckpointError",
+    "FlatBuffer",
+    "Lion",
+    "NAdam",
+    "Optimizer",
+    "RAdam",
+    "RMSprop",
+    "Rprop",
+    "Rule",
+    "StepInfo",
+    "get_num_threads",
+    "load",
+    "save",
+    "schedules",
+    "set_num_threads",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("CheckpointError", "load", "save"):  # imported when used: json and hashlib are not needed to step
+        from . import checkpoint
+
+        return getattr(checkpoint, name)
+    raise AttributeError(f"module 'fastopt' has no attribute {name!r}")

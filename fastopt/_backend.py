@@ -1,0 +1,223 @@
+"""Finds kernels and runs tables of them: the compiled library where there is one, Numba where there is not."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.util
+import os
+from typing import Any, Protocol
+
+import numpy as np
+
+from ._table import SEGMENT, Table
+from .kernels.dtypes import norm_symbol, ratio_symbol, update_symbol
+from .kernels.registry import RULES
+from .kernels.rule import Rule
+
+SERIAL_BELOW = 16_384
+"""Elements below which starting a team of threads costs more than it saves."""
+
+KNOW_W, KNOW_G, KEEP_W = 1, 2, 4
+
+
+class Backend(Protocol):
+    """What runs a table, and finds the addresses that a table is made of."""
+
+    isa: str
+    default_threads: int
+
+    def update_kernel(self, rule: Rule, p: str, g: str) -> int:
+        """Address of the update of a rule for parameters stored as p and gradients stored as g."""
+
+    def norm_kernel(self, dtype: str) -> int:
+        """Address of the sum of squares of a storage dtype."""
+
+    def ratio_kernel(self, rule: Rule) -> int:
+        """Address of a rule's trust ratio."""
+
+    def update(self, table: Table, threads: int) -> None:
+        """Update every chunk."""
+
+    def squares(self, table: Table, which: int, threads: int) -> None:
+        """Sum of squares of parameters (0) or gradients (1) into each segment."""
+
+    def layers(self, table: Table, flags: int, threads: int) -> None:
+        """Norms, trust ratio and update, wave after wave."""
+
+
+class Jit:
+    """Kernels compiled on first use for this processor."""
+
+    def __init__(self) -> None:
+        self._compiled: dict[tuple[Any, ...], Any] = {}
+
+    def address(self, what: str, *key: Any) -> int:
+        """Address of the kernel that ``compile.<what>_kernel(*key)`` describes."""
+        kernel = self._compiled.get((what, *key))
+        if kernel is None:
+            try:
+                from .kernels import compile as compiler
+            except ImportError as error:
+                raise ImportError(
+                    f"fastopt: the {what} kernel for {', '.join(_names(key))} is not in the compiled library, and "
+                    f'compiling it now needs Numba: pip install "fastopt[jit]" ({error})'
+                ) from error
+            options = {} if what == "ratio" else {"soft_half": compiler.host_lacks_half()}
+            described = getattr(compiler, f"{what}_kernel")(*key, "native", **options)
+            kernel = self._compiled[(what, *key)] = compiler.jit(described)
+        return int(kernel.address)
+
+
+def _names(key: tuple[Any, ...]) -> list[str]:
+    return [f"rule {x.name!r}" if isinstance(x, Rule) else str(x) for x in key]
+
+
+JIT = Jit()
+
+
+class Native:
+    """The library that CMake built: kernels of every rule, and the scheduler in C."""
+
+    def __init__(self, path: str, isa: str | None = None) -> None:
+        library = ctypes.CDLL(path)
+        library.fastopt_isa.restype = ctypes.c_char_p
+        library.fastopt_segment_size.restype = ctypes.c_int64
+        if library.fastopt_segment_size() != SEGMENT.itemsize:
+            raise ImportError(f"fastopt: {path} belongs to another version of fastopt; install it again.")
+        pointer, count, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+        library.fastopt_update.argtypes = [pointer, pointer, count, number]
+        library.fastopt_squares.argtypes = [pointer, pointer, count, pointer, number, number]
+        library.fastopt_layers.argtypes = [pointer, pointer, pointer, count, pointer, pointer, number, number]
+        for function in (library.fastopt_update, library.fastopt_squares, library.fastopt_layers):
+            function.restype = None
+        self._library = library
+        best = library.fastopt_isa().decode()
+        if isa is not None and isa != best and (isa not in ISAS or best not in ISAS or isa > best):
+            raise ValueError(
+                f"FASTOPT_ISA: {isa!r} cannot run here; this processor runs "
+                f"{', '.join(x for x in ISAS if x <= best) if best in ISAS else best}, or numba."
+            )
+        self.isa: str = isa or best
+        self.default_threads = int(library.fastopt_default_threads())
+
+    def _address(self, symbol: str) -> int | None:
+        try:
+            function = getattr(self._library, symbol)
+        except AttributeError:
+            return None
+        return ctypes.cast(function, ctypes.c_void_p).value
+
+    def update_kernel(self, rule: Rule, p: str, g: str) -> int:  # noqa: D102 - see Backend
+        prebuilt = RULES.get(rule.name) is rule
+        found = self._address(update_symbol(rule.name, p, g, self.isa)) if prebuilt else None
+        return found or JIT.address("update", rule, p, g)
+
+    def norm_kernel(self, dtype: str) -> int:  # noqa: D102
+        return self._address(norm_symbol(dtype, self.isa)) or JIT.address("norm", dtype)
+
+    def ratio_kernel(self, rule: Rule) -> int:  # noqa: D102
+        prebuilt = RULES.get(rule.name) is rule
+        found = self._address(ratio_symbol(rule.name, self.isa)) if prebuilt else None
+        return found or JIT.address("ratio", rule)
+
+    def update(self, table: Table, threads: int) -> None:  # noqa: D102
+        self._library.fastopt_update(table.segments_at, table.chunks_at, table.count, threads)
+
+    def squares(self, table: Table, which: int, threads: int) -> None:  # noqa: D102
+        self._library.fastopt_squares(
+            table.segments_at, table.chunks_at, table.count, table.partials_at[which], which, threads
+        )
+
+    def layers(self, table: Table, flags: int, threads: int) -> None:  # noqa: D102
+        waves = table.waves
+        self._library.fastopt_layers(
+            table.segments_at, table.chunks_at, waves.ctypes.data, len(waves), *table.partials_at, flags, threads
+        )
+
+
+class Numba:
+    """Everything compiled on first use; the scheduler is Numba's."""
+
+    isa = "numba"
+
+    def __init__(self) -> None:
+        self.default_threads = len(os.sched_getaffinity(0))
+
+    def update_kernel(self, rule: Rule, p: str, g: str) -> int:  # noqa: D102 - see Backend
+        return JIT.address("update", rule, p, g)
+
+    def norm_kernel(self, dtype: str) -> int:  # noqa: D102
+        return JIT.address("norm", dtype)
+
+    def ratio_kernel(self, rule: Rule) -> int:  # noqa: D102
+        return JIT.address("ratio", rule)
+
+    @functools.cached_property
+    def _scheduler(self) -> Any:
+        from .kernels.scheduler import Scheduler
+
+        return Scheduler(SEGMENT)
+
+    def update(self, table: Table, threads: int) -> None:  # noqa: D102
+        self._scheduler.update(table.segments_at, table.chunks, threads)
+
+    def squares(self, table: Table, which: int, threads: int) -> None:  # noqa: D102
+        self._scheduler.squares(table.segments, table.segments_at, table.chunks, table.partials[which], which, threads)
+
+    def layers(self, table: Table, flags: int, threads: int) -> None:  # noqa: D102
+        self._scheduler.layers(
+            table.segments, table.segments_at, table.chunks, table.waves, table.partials, flags, threads
+        )
+
+
+ISAS = ("x86-64-v2", "x86-64-v3", "x86-64-v4")
+
+
+def load(isa: str | None = None) -> Backend:
+    """The backend for an instruction set: one of the library's, "numba", or by default the best there is."""
+    spec = importlib.util.find_spec(f"{__package__}._native")
+    if isa == "numba" or (spec is None and isa is None):
+        return Numba()
+    if spec is None or spec.origin is None:
+        raise ImportError(f"FASTOPT_ISA={isa}: this fastopt was built without its compiled library.")
+    return Native(spec.origin, isa)
+
+
+@functools.cache
+def current() -> Backend:
+    """The backend of this process; FASTOPT_ISA chooses it."""
+    return load(os.environ.get("FASTOPT_ISA") or None)
+
+
+_threads: int | None = None
+
+
+def get_num_threads() -> int:
+    """Number of threads that a step uses at most.
+
+    By default OMP_NUM_THREADS where it is set, else one thread per core that this process may use. In the child of a
+    fork a step runs in one thread, because GNU OpenMP cannot start threads there.
+
+    Example:
+        >>> import fastopt
+        >>> fastopt.set_num_threads(2)
+        >>> fastopt.get_num_threads()
+        2
+    """
+    return current().default_threads if _threads is None else _threads
+
+
+def set_num_threads(threads: int) -> None:
+    """Set the number of threads that a step uses at most; results do not depend on it.
+
+    Raises:
+        TypeError: ``threads`` is not an integer.
+        ValueError: ``threads`` is below 1 or above 1024.
+    """
+    global _threads
+    if isinstance(threads, bool) or not isinstance(threads, (int, np.integer)):
+        raise TypeError(f"set_num_threads: threads must be an integer, got {threads!r}.")
+    if not 1 <= threads <= 1024:
+        raise ValueError(f"set_num_threads: threads must be in [1, 1024], got {threads}.")
+    _threads = int(threads)

@@ -1,0 +1,198 @@
+"""What a user passes as parameters and as gradients, brought into one form."""
+
+from __future__ import annotations
+
+import operator
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ._arrays import Array, addresses, check_gradient, check_parameter, first_hit, first_overlap
+from .flat import FlatBuffer, Layout
+
+
+class Group(NamedTuple):
+    """The arrays of one param group, their layout in the state arrays, and the flat buffer they came in, if any."""
+
+    arrays: dict[str, Array]
+    layout: Layout
+    flat: FlatBuffer | None
+
+
+def collect(params: Any, first_index: int, where: str) -> Group:
+    """The arrays of a param group: a FlatBuffer, a mapping, or a sequence, whose arrays are named by their index."""
+    if isinstance(params, np.ndarray):
+        raise TypeError(f"{where} is one array; pass a FlatBuffer, a mapping or a sequence of arrays, such as [array].")
+    if isinstance(params, Mapping):
+        named: dict[str, Any] = dict(params)
+        for name in named:
+            if not isinstance(name, str):
+                raise TypeError(f"{where}: names are strings, got {name!r}.")
+    elif isinstance(params, Iterable) and not isinstance(params, (str, bytes)):
+        named = {str(first_index + i): array for i, array in enumerate(params)}
+    else:
+        raise TypeError(f"{where} is {params!r}; needed is a FlatBuffer, a mapping or a sequence of arrays.")
+    if not named:
+        raise ValueError(f"{where} is empty; an optimizer needs at least one parameter.")
+    arrays = {name: check_parameter(array, f"{where}[{name!r}]") for name, array in named.items()}
+    flat = params if isinstance(params, FlatBuffer) else None
+    layout = flat.layout if flat is not None else Layout.of({name: a.shape for name, a in arrays.items()})
+    return Group(arrays, layout, flat)
+
+
+class Memory:
+    """The memory that a step writes: parameters and states. Gradients must not lie in it."""
+
+    def __init__(self, named: Mapping[str, Array], states: Iterable[Array], where: str) -> None:
+        arrays = list(named.values())
+        starts, sizes = addresses(arrays), _nbytes(arrays)
+        clash = first_overlap(starts, sizes)
+        if clash is not None:
+            a, b = (list(named)[k] for k in clash)
+            same = "are the same array" if arrays[clash[0]] is arrays[clash[1]] else "share memory"
+            raise ValueError(f"{where}: parameters {a!r} and {b!r} {same}; each would be updated twice. Pass it once.")
+        arrays += states
+        starts, sizes = addresses(arrays), _nbytes(arrays)
+        order = np.argsort(starts, kind="stable")
+        order = order[sizes[order] > 0]
+        self._starts, self._sizes = starts[order], sizes[order]
+
+    def hit_by(self, starts: NDArray[np.uint64], nbytes: NDArray[np.int64]) -> int | None:
+        """Index of the first given range that shares memory with parameters or states, or None."""
+        return first_hit(starts, nbytes, self._starts, self._sizes)
+
+
+class Gradients(NamedTuple):
+    """Checked gradients: those that are there, by the index of their parameter."""
+
+    arrays: list[Any]  # to be kept alive during the step: the arrays (copies of strided ones) or one flat buffer
+    present: tuple[int, ...]
+    dtypes: tuple[str, ...]
+    starts: NDArray[np.uint64]
+    flat: bool
+
+
+class GradientReader:
+    """Turns what ``step`` is given into ``Gradients``, and knows gradients again that did not move.
+
+    Args:
+        names: Names of all parameters.
+        parameters: The parameters, in the same order.
+        layout: Layout that a flat buffer of gradients must have to be walked in one run; None where parameters are
+            not one flat buffer.
+        memory: Where gradients must not lie.
+        where: Name of the optimizer, for errors.
+    """
+
+    def __init__(
+        self, names: Sequence[str], parameters: Sequence[Array], layout: Layout | None, memory: Memory, where: str
+    ) -> None:
+        self._names = list(names)
+        self._parameters = list(parameters)
+        self._layout = layout
+        self._memory = memory
+        self._where = f"{where}.step: grads"
+        self._seen: list[weakref.ref[Any]] = []
+        self._seen_for_writing = False
+
+    def read(self, grads: Any, write: bool) -> Gradients | None:
+        """Checked gradients, or None where they are the very arrays of the last call."""
+        flat = isinstance(grads, FlatBuffer) and (self._recognises([grads]) or grads.layout == self._layout)
+        listed = [grads] if flat else self._in_order(grads)
+        if self._recognises(listed) and (self._seen_for_writing or not write):
+            return None
+        self._seen = []
+        found = self._read_flat(grads, write) if flat else self._read_arrays(listed, write)
+        present = [g for g in listed if g is not None]
+        if all(map(operator.is_, found.arrays, present)):  # a copy has to be made again each time
+            # Weak: an optimizer that kept the gradients alive would double their memory.
+            self._seen = [weakref.ref(_NO_GRADIENT if g is None else g) for g in listed]
+            self._seen_for_writing = write
+        return found
+
+    def _recognises(self, listed: list[Any]) -> bool:
+        if len(self._seen) != len(listed):
+            return False
+        return all(
+            map(operator.is_, [ref() for ref in self._seen], [_NO_GRADIENT if g is None else g for g in listed])
+        )
+
+    def _in_order(self, grads: Any) -> list[Any]:
+        """The gradients in the order of the parameters."""
+        if isinstance(grads, Mapping):
+            try:
+                listed = [grads[name] for name in self._names]
+            except KeyError as missing:
+                raise ValueError(
+                    f"{self._where} lacks {missing.args[0]!r}; pass None for a parameter without gradient."
+                ) from None
+            if len(grads) != len(listed):
+                unknown = sorted(map(repr, set(grads) - set(self._names)))
+                raise ValueError(f"{self._where} has names that no parameter has: {', '.join(unknown)}.")
+            return listed
+        if isinstance(grads, np.ndarray) or not isinstance(grads, Iterable) or isinstance(grads, (str, bytes)):
+            raise TypeError(
+                f"{self._where} is a {type(grads).__name__}; needed is a FlatBuffer, a mapping or a sequence of arrays."
+            )
+        listed = list(grads)
+        if len(listed) != len(self._names):
+            raise ValueError(f"{self._where} has {len(listed)} arrays, but there are {len(self._names)} parameters.")
+        return listed
+
+    def _read_flat(self, grads: FlatBuffer, write: bool) -> Gradients:
+        assert self._layout is not None
+        arrays = list(grads.values())
+        if arrays:
+            check_gradient(arrays[0], self._parameters[0], f"{self._where}[{self._names[0]!r}]", write)
+        offsets = np.array(self._layout.offsets, np.uint64)
+        starts = np.uint64(grads.data.ctypes.data) + offsets * np.uint64(grads.dtype.itemsize)
+        found = Gradients([grads], tuple(range(len(arrays))), (grads.dtype.name,) * len(arrays), starts, True)
+        self._check_memory(np.array([grads.data.ctypes.data], np.uint64), np.array([grads.nbytes]), [0])
+        return found
+
+    def _read_arrays(self, listed: list[Any], write: bool) -> Gradients:
+        present = tuple(i for i, g in enumerate(listed) if g is not None)
+        arrays = [self._checked(listed[i], self._parameters[i], i, write) for i in present]
+        starts, nbytes = addresses(arrays), _nbytes(arrays)
+        self._check_memory(starts, nbytes, present)
+        if write:
+            clash = first_overlap(starts, nbytes)
+            if clash is not None:
+                a, b = (self._names[present[k]] for k in clash)
+                raise ValueError(
+                    f"{self._where}[{a!r}] and [{b!r}] share memory, so zero_grads=True would zero one before it is "
+                    "read. Pass a copy of one."
+                )
+        return Gradients(arrays, present, tuple(a.dtype.name for a in arrays), starts, False)
+
+    def _checked(self, gradient: Any, parameter: Array, i: int, write: bool) -> Array:
+        if (  # the common case without building the name
+            type(gradient) is np.ndarray
+            and gradient.dtype == parameter.dtype
+            and gradient.shape == parameter.shape
+            and gradient.flags.carray
+        ):
+            return gradient
+        return check_gradient(gradient, parameter, f"{self._where}[{self._names[i]!r}]", write)
+
+    def _check_memory(self, starts: NDArray[np.uint64], nbytes: NDArray[np.int64], present: Sequence[int]) -> None:
+        hit = self._memory.hit_by(starts, nbytes)
+        if hit is not None:
+            raise ValueError(
+                f"{self._where}[{self._names[present[hit]]!r}] shares memory with a parameter or a state, "
+                "which the step writes. Pass a copy."
+            )
+
+
+class _NoGradient:
+    __slots__ = ("__weakref__",)
+
+
+_NO_GRADIENT = _NoGradient()
+
+
+def _nbytes(arrays: Sequence[Array]) -> NDArray[np.int64]:
+    return np.fromiter((a.nbytes for a in arrays), np.int64, len(arrays))

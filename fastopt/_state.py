@@ -1,0 +1,110 @@
+"""State dicts: what an optimizer exports, and the checks before it takes one in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ._arrays import Array
+from ._plan import Parameter
+from .kernels.dtypes import COMPUTE
+from .kernels.rule import Options, Rule
+
+VERSION = 1
+
+
+class SavedParameter(NamedTuple):
+    """Progress and state arrays of one parameter."""
+
+    step: int
+    carry: dict[str, float]
+    arrays: dict[str, Array]
+
+
+class Saved(NamedTuple):
+    """A state dict whose form was checked: options of each group, and each parameter in order."""
+
+    groups: list[dict[str, Any]]
+    parameters: list[SavedParameter]
+
+
+def export_state(
+    optimizer: str, groups: Sequence[Mapping[str, Any]], state: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
+    """A state dict; arrays are copied."""
+    exported: dict[str, Any] = {"version": VERSION, "optimizer": optimizer, "state": {}, "param_groups": []}
+    for group in groups:
+        first = len(exported["state"])
+        for name in group["params"]:
+            exported["state"][len(exported["state"])] = {
+                key: value.copy() if isinstance(value, np.ndarray) else value for key, value in state[name].items()
+            }
+        options = {name: value for name, value in group.items() if name != "params"}
+        indices = list(range(first, len(exported["state"])))
+        exported["param_groups"].append({**options, "params": indices, "param_names": list(group["params"])})
+    return exported
+
+
+def import_state(
+    state_dict: Mapping[str, Any], optimizer: str, groups: Sequence[Mapping[str, Any]], where: str
+) -> Saved:
+    """Refuse a state dict of another version, optimizer or list of parameters; copy the rest."""
+    if not isinstance(state_dict, Mapping) or not {"version", "optimizer", "state", "param_groups"} <= set(state_dict):
+        raise TypeError(f"{where}: needed is what state_dict() returns, got {type(state_dict).__name__}.")
+    if state_dict["version"] != VERSION:
+        raise ValueError(f"{where}: version {state_dict['version']!r} is not {VERSION}, which this fastopt reads.")
+    if state_dict["optimizer"] != optimizer:
+        raise ValueError(f"{where}: the state is of {state_dict['optimizer']!r}, not of {optimizer!r}.")
+    saved_groups = state_dict["param_groups"]
+    if len(saved_groups) != len(groups):
+        raise ValueError(f"{where}: the state has {len(saved_groups)} param groups, the optimizer {len(groups)}.")
+    result = Saved([], [])
+    for index, (saved, group) in enumerate(zip(saved_groups, groups, strict=True)):
+        names, own = list(saved["param_names"]), list(group["params"])
+        if names != own:
+            raise ValueError(
+                f"{where}: parameters of group {index} are {_shorten(names)} in the state, {_shorten(own)} here."
+            )
+        result.groups.append({k: v for k, v in saved.items() if k not in ("params", "param_names")})
+        for name, key in zip(names, saved["params"], strict=True):
+            if key not in state_dict["state"]:
+                raise ValueError(f"{where}: there is no state for parameter {name!r}.")
+            entry = dict(state_dict["state"][key])
+            step = entry.pop("step", None)
+            if isinstance(step, bool) or not isinstance(step, (int, np.integer)) or step < 0:
+                raise ValueError(f"{where}: the step of parameter {name!r} must be an integer >= 0, got {step!r}.")
+            arrays = {k: v for k, v in entry.items() if isinstance(v, np.ndarray)}
+            carry = {k: float(v) for k, v in entry.items() if k not in arrays}
+            result.parameters.append(SavedParameter(int(step), carry, arrays))
+    return result
+
+
+def check_states(saved: SavedParameter, p: Parameter, rule: Rule, options: Options, where: str) -> None:
+    """Refuse states of the wrong names, shapes or dtypes for a parameter."""
+    dtype = COMPUTE[p.array.dtype.name]
+    missing = set(rule.state) - set(saved.arrays)
+    unknown = set(saved.arrays) - set(rule.state) - set(p.states)
+    if missing or unknown:
+        raise ValueError(
+            f"{where}: parameter {p.name!r} has the states {sorted(saved.arrays)}, but its rule needs "
+            f"{sorted(rule.state)}."
+        )
+    for name, array in saved.arrays.items():
+        if array.shape != p.array.shape or array.dtype != dtype:
+            raise ValueError(
+                f"{where}: {name} of parameter {p.name!r} is {array.dtype.name} of shape {array.shape}; needed is "
+                f"{dtype} of shape {p.array.shape}."
+            )
+    known = set(rule.carry(options)) if rule.carry else set()
+    if set(saved.carry) - known or (saved.step and set(saved.carry) != known):
+        raise ValueError(
+            f"{where}: parameter {p.name!r} has the host scalars {sorted(saved.carry)}, but its rule needs "
+            f"{sorted(known)}."
+        )
+
+
+def _shorten(names: list[str]) -> str:
+    shown = ", ".join(map(repr, names[:5]))
+    return f"[{shown}, ... {len(names)} in all]" if len(names) > 5 else f"[{shown}]"

@@ -1,0 +1,85 @@
+"""The chunk table: what one launch walks, whatever the number of arrays, groups, dtypes and rules."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+CHUNK = 65_536
+"""Elements per chunk. The sums of squares are defined by it (kernels/reductions.py): changing it changes bits."""
+
+WAVE = 262_144
+"""Elements after which a wave of segments ends: 2 MiB of float32 parameters and gradients, which stay in the cache of
+two cores. LARS on ResNet-50 takes as long with a quarter and with four times as many."""
+
+SEGMENT = np.dtype(
+    [
+        ("update", np.uint64),
+        ("norm", np.uint64, 2),
+        ("ratio", np.uint64),
+        ("scalars", np.uint64),
+        ("arrays", np.uint64, 8),
+        ("own", np.float64, 3),
+        ("squares", np.float64, 2),
+    ]
+)
+"""A run of elements that share kernel and scalars: the same bytes as ``segment`` in kernels/parallel.c."""
+
+MULTIPLIER, RATIO, ZERO = 0, 1, 2
+
+
+class Table:
+    """Segments of given sizes, cut into chunks.
+
+    The addresses in it are those of arrays that others keep alive.
+    """
+
+    def __init__(self, sizes: Any) -> None:
+        self.sizes: NDArray[np.int64] = np.asarray(sizes, np.int64)
+        self.elements = int(self.sizes.sum())
+        self.segments = np.zeros(len(self.sizes), SEGMENT)
+        self.segments["own"][:, RATIO] = 1.0
+        per_segment = -(-self.sizes // CHUNK)
+        segment = np.repeat(np.arange(len(self.sizes)), per_segment)
+        first = np.repeat(np.cumsum(per_segment) - per_segment, per_segment)
+        lo = (np.arange(len(segment)) - first) * CHUNK
+        self.chunks = np.stack([segment, lo, np.minimum(lo + CHUNK, self.sizes[segment])], axis=1)
+        self.count = len(self.chunks)
+        self.segments_at = self.segments.ctypes.data
+        self.chunks_at = self.chunks.ctypes.data
+        self.own: NDArray[np.float64] = self.segments["own"]
+        self.arrays: NDArray[np.uint64] = self.segments["arrays"]
+        self.first: NDArray[np.int64] = np.arange(len(self.sizes))  # the parameter with which each segment begins
+        self.signs: NDArray[np.float64] = np.ones(len(self.sizes))  # of the gradient multiplier
+        self.launched_with: tuple[float, bool] | None = None  # multiplier and zeroing that ``own`` holds
+
+    @functools.cached_property
+    def partials(self) -> NDArray[np.float64]:
+        """Sums of squares of each chunk of the parameters and of the gradients."""
+        return np.zeros((2, self.count))
+
+    @functools.cached_property
+    def partials_at(self) -> tuple[int, int]:
+        """Addresses of both rows of ``partials``."""
+        return self.partials[0].ctypes.data, self.partials[1].ctypes.data
+
+    @functools.cached_property
+    def waves(self) -> NDArray[np.int64]:
+        """Number of segments and of chunks of each wave."""
+        waves, segments, chunks, elements = [], 0, 0, 0
+        for size in self.sizes.tolist():
+            segments, chunks, elements = segments + 1, chunks + -(-size // CHUNK), elements + size
+            if elements >= WAVE:
+                waves.append((segments, chunks))
+                segments, chunks, elements = 0, 0, 0
+        if chunks:
+            waves.append((segments, chunks))
+        return np.array(waves, np.int64).reshape(-1, 2)
+
+    def total_squares(self, which: int) -> float:
+        """Sum of squares over all segments, added in order."""
+        squares = self.segments["squares"][:, which]
+        return float(np.add.accumulate(squares)[-1]) if len(squares) else 0.0

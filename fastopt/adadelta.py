@@ -1,0 +1,63 @@
+"""Adadelta."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from ._options import BELOW_ONE, EPS, Range
+from .kernels.registry import RULES
+from .kernels.rule import Options, Rule
+from .optimizer import Optimizer, Params
+
+
+class Adadelta(Optimizer):
+    r"""Adadelta: steps in the units of the parameters, from running means of squared gradients and squared steps.
+
+    With d_t = g_t + weight_decay w_{t-1}::
+
+        v_t = rho v_{t-1} + (1 - rho) d_t^2
+        x_t = sqrt(u_{t-1} + eps) / sqrt(v_t + eps) d_t
+        u_t = rho u_{t-1} + (1 - rho) x_t^2
+        w_t = w_{t-1} - lr x_t
+
+    Args:
+        params: As for ``fastopt.Optimizer``: arrays of any shape; float32, float64, float16 or bfloat16.
+        lr: Learning rate, >= 0.
+        rho: Decay rate of both means, in [0, 1).
+        eps: Added under both roots, > 0; must not round to zero in float32 (float64 for float64 parameters).
+        weight_decay: L2 penalty, >= 0; added to the gradient.
+        maximize: Ascend: the gradient is negated before the decay.
+
+    State: ``square_avg`` (v), ``acc_delta`` (u) (float32; float64 for float64 parameters).
+
+    Raises:
+        TypeError, ValueError: As for ``fastopt.Optimizer``.
+
+    References:
+        Zeiler, ADADELTA: An Adaptive Learning Rate Method, 2012, arXiv:1212.5701, Algorithm 1 (which has lr = 1).
+
+    Example:
+        >>> import numpy as np, fastopt
+        >>> w = np.array([1.0, -1.0])
+        >>> opt = fastopt.Adadelta([w], rho=0.75, eps=0.25)
+        >>> info = opt.step([np.array([1.0, 0.0])])  # the step is sqrt(0.25) / sqrt(0.25 + 0.25)
+        >>> w.round(4).tolist()
+        [0.2929, -1.0]
+    """
+
+    ranges: ClassVar[dict[str, Range]] = {**Optimizer.ranges, "rho": BELOW_ONE, "eps": EPS}
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float = 1.0,
+        rho: float = 0.9,
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        *,
+        maximize: bool = False,
+    ) -> None:
+        super().__init__(params, dict(lr=lr, rho=rho, eps=eps, weight_decay=weight_decay, maximize=maximize))
+
+    def select_rule(self, options: Options) -> Rule:  # noqa: D102 - see Optimizer
+        return RULES["adadelta"]

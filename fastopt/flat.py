@@ -1,0 +1,197 @@
+"""FlatBuffer: named arrays in one aligned allocation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ._arrays import Array, check_array, dtype_of
+
+ALIGNMENT = 64
+STRIDE = 32
+"""Arrays begin at multiples of this many elements: a 64-byte boundary for 16-bit dtypes and wider ones, and the same
+layout whatever the dtype, so that parameters, gradients and states can be walked side by side."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where each of a list of named arrays lies in a flat buffer, in elements."""
+
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    sizes: tuple[int, ...]
+    offsets: tuple[int, ...]
+    total: int
+
+    @classmethod
+    def of(cls, shapes: Mapping[str, tuple[int, ...]]) -> Layout:
+        """Arrays of the given shapes, one after another."""
+        sizes = tuple(math.prod(shape) for shape in shapes.values())
+        offsets, end = [], 0
+        for size in sizes:
+            offsets.append(end)
+            end += -(-size // STRIDE) * STRIDE
+        return cls(tuple(shapes), tuple(shapes.values()), sizes, tuple(offsets), end)
+
+    def views(self, data: Array) -> dict[str, Array]:
+        """The named, shaped views of a flat array."""
+        return {
+            name: data[offset : offset + size].reshape(shape)
+            for name, shape, size, offset in zip(self.names, self.shapes, self.sizes, self.offsets, strict=True)
+        }
+
+
+def aligned_zeros(size: int, dtype: np.dtype[Any]) -> Array:
+    """Zeros that begin on a 64-byte boundary; the pages are not touched yet."""
+    raw = np.zeros(size * dtype.itemsize + ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % ALIGNMENT
+    return raw[start : start + size * dtype.itemsize].view(dtype)
+
+
+class FlatBuffer(Mapping[str, Array]):
+    """Named arrays of one dtype in one 64-byte-aligned allocation: a mapping from names to shaped views.
+
+    An optimizer that is given its parameters and gradients as flat buffers walks them in one pass, however many arrays
+    there are. Each array begins on a 64-byte boundary; the padding between arrays holds zeros, and a step leaves them
+    zero. Views write through: ``params["w"] -= 1`` and ``params["w"] = array`` change the buffer.
+
+    Args:
+        shapes: Shape of each array by name, in the order in which they are laid out.
+        dtype: float32, float64, float16 or bfloat16 (which needs the extra ``fastopt[bfloat16]``).
+
+    Attributes:
+        data: The whole buffer, shape (n,), padding included.
+        names: Names in order.
+        shapes: Shape of each array by name.
+        offsets: First element of each array in ``data`` by name; Python integers, of any size.
+        size: Number of elements, padding not counted.
+        nbytes: Bytes of the allocation, padding counted.
+        dtype: NumPy dtype of all arrays.
+        device: "cpu".
+
+    Raises:
+        TypeError: The dtype is not one of the four, or a name is not a string.
+
+    Example:
+        >>> import numpy as np, fastopt
+        >>> params = fastopt.FlatBuffer.from_arrays({"w": np.ones((2, 3), np.float32), "b": np.zeros(3, np.float32)})
+        >>> params["w"].shape, params.offsets, params.size
+        ((2, 3), {'w': 0, 'b': 32}, 9)
+        >>> grads = params.zeros_like()
+        >>> grads["b"][:] = 1
+        >>> float(grads.data.sum())
+        3.0
+    """
+
+    __slots__ = ("__weakref__", "_views", "data", "layout")
+
+    def __init__(self, shapes: Mapping[str, Sequence[int]], dtype: Any = "float32") -> None:
+        for name in shapes:
+            if not isinstance(name, str):
+                raise TypeError(f"FlatBuffer: names are strings, got {name!r}.")
+        self.layout = Layout.of({name: tuple(map(int, shape)) for name, shape in shapes.items()})
+        self.data = aligned_zeros(self.layout.total, dtype_of(dtype, "FlatBuffer: dtype"))
+        self._views = self.layout.views(self.data)
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, Array] | Sequence[Array], dtype: Any = None) -> FlatBuffer:
+        """Copy arrays into a new buffer.
+
+        Args:
+            arrays: Arrays by name, or a sequence of arrays, which are named "0", "1", ...
+            dtype: dtype of the buffer; by default that of the arrays, which must then agree.
+
+        Raises:
+            TypeError: Something is not a NumPy array, or the dtypes differ and ``dtype`` is not given.
+            ValueError: No arrays are given and no ``dtype`` either.
+        """
+        if not isinstance(arrays, Mapping):
+            arrays = {str(i): array for i, array in enumerate(arrays)}
+        for name, array in arrays.items():
+            check_array(array, f"FlatBuffer.from_arrays: arrays[{name!r}]")
+        if dtype is None:
+            dtypes = {array.dtype.name: array.dtype for array in arrays.values()}
+            if not dtypes:
+                raise ValueError("FlatBuffer.from_arrays: no arrays given, so dtype is needed.")
+            if len(dtypes) > 1:
+                raise TypeError(
+                    f"FlatBuffer.from_arrays: the arrays have several dtypes ({', '.join(dtypes)}). "
+                    "Pass dtype= to convert them, or give the arrays to the optimizer as they are."
+                )
+            (dtype,) = dtypes.values()
+            dtype = dtype.newbyteorder("=")
+        buffer = cls({name: array.shape for name, array in arrays.items()}, dtype)
+        for name, array in arrays.items():
+            buffer._views[name][...] = array
+        return buffer
+
+    def zeros_like(self, dtype: Any = None) -> FlatBuffer:
+        """A buffer of the same layout that holds zeros, of the same dtype unless another is given."""
+        return FlatBuffer(self.shapes, self.dtype if dtype is None else dtype)
+
+    def copy(self) -> FlatBuffer:
+        """A buffer of the same layout and contents."""
+        buffer = self.zeros_like()
+        buffer.data[...] = self.data
+        return buffer
+
+    @property
+    def names(self) -> tuple[str, ...]:  # noqa: D102 - the class docstring has these
+        return self.layout.names
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:  # noqa: D102
+        return dict(zip(self.layout.names, self.layout.shapes, strict=True))
+
+    @property
+    def offsets(self) -> dict[str, int]:  # noqa: D102
+        return dict(zip(self.layout.names, self.layout.offsets, strict=True))
+
+    @property
+    def dtype(self) -> np.dtype[Any]:  # noqa: D102
+        return self.data.dtype
+
+    @property
+    def size(self) -> int:  # noqa: D102
+        return sum(self.layout.sizes)
+
+    @property
+    def nbytes(self) -> int:  # noqa: D102
+        return self.data.nbytes
+
+    @property
+    def device(self) -> str:  # noqa: D102
+        return "cpu"
+
+    def __getitem__(self, name: str) -> Array:
+        return self._views[name]
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        self._views[name][...] = value
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._views)
+
+    def __len__(self) -> int:
+        return len(self._views)
+
+    def __eq__(self, other: object) -> bool:
+        return self is other  # Mapping would compare arrays for truth
+
+    __hash__ = object.__hash__
+
+    def __repr__(self) -> str:
+        return f"FlatBuffer({len(self)} arrays, {self.size} elements, {self.dtype.name}, {self.device})"
+
+    def __reduce__(self) -> Any:
+        return FlatBuffer._restore, (self.shapes, self.dtype.name, self.data.tobytes())
+
+    @staticmethod
+    def _restore(shapes: dict[str, tuple[int, ...]], dtype: str, data: bytes) -> FlatBuffer:
+        buffer = FlatBuffer(shapes, dtype)
+        buffer.data[...] = np.frombuffer(data, buffer.dtype)
+        return buffer

@@ -1,0 +1,58 @@
+"""Lion."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from ._options import BETAS, Range
+from .kernels.registry import RULES
+from .kernels.rule import Options, Rule
+from .optimizer import Optimizer, Params
+
+
+class Lion(Optimizer):
+    r"""Lion: every element moves by lr in the direction of the sign of an interpolated momentum::
+
+        u_t = sign(beta1 m_{t-1} + (1 - beta1) g_t),  sign(0) = 0
+        w_t = w_{t-1} - lr (u_t + weight_decay w_{t-1})
+        m_t = beta2 m_{t-1} + (1 - beta2) g_t
+
+    Args:
+        params: As for ``fastopt.Optimizer``: arrays of any shape; float32, float64, float16 or bfloat16.
+        lr: Learning rate, >= 0; three to ten times smaller than Adam's.
+        betas: Weight of the momentum in the step, and its decay rate, each in [0, 1).
+        weight_decay: Decoupled decay rate, >= 0, multiplied by lr; three to ten times larger than AdamW's.
+        maximize: Ascend: the gradient is negated.
+
+    State: ``exp_avg`` (float32; float64 for float64 parameters).
+
+    Raises:
+        TypeError, ValueError: As for ``fastopt.Optimizer``.
+
+    References:
+        Chen et al., Symbolic Discovery of Optimization Algorithms, NeurIPS 2023, arXiv:2302.06675, Algorithm 2.
+
+    Example:
+        >>> import numpy as np, fastopt
+        >>> w = np.array([1.0, -1.0, 0.5])
+        >>> opt = fastopt.Lion([w], lr=0.1)
+        >>> info = opt.step([np.array([4.0, -0.001, 0.0])])
+        >>> w.round(6).tolist()
+        [0.9, -0.9, 0.5]
+    """
+
+    ranges: ClassVar[dict[str, Range]] = {**Optimizer.ranges, "betas": BETAS}
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float = 1e-4,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 0.0,
+        *,
+        maximize: bool = False,
+    ) -> None:
+        super().__init__(params, dict(lr=lr, betas=betas, weight_decay=weight_decay, maximize=maximize))
+
+    def select_rule(self, options: Options) -> Rule:  # noqa: D102 - see Optimizer
+        return RULES["lion"]

@@ -1,0 +1,396 @@
+"""The base of all optimizers: param groups, the step, and state that can be saved."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+
+from . import _backend
+from ._arrays import Array, address
+from ._options import NONNEGATIVE, POSITIVE, Range, boolean
+from ._params import GradientReader, Memory, collect
+from ._plan import Parameter, Plan, Progress, Treatment, initial_states
+from ._state import check_states, export_state, import_state
+from .flat import FlatBuffer, Layout, aligned_zeros
+from .kernels.dtypes import COMPUTE
+from .kernels.rule import Options, Rule
+
+Params = FlatBuffer | Mapping[str, Array] | Iterable[Array] | Iterable[Mapping[str, Any]]
+Grads = FlatBuffer | Mapping[str, Array | None] | Sequence[Array | None]
+
+
+class StepInfo(NamedTuple):
+    """What a step did.
+
+    Attributes:
+        skipped: The gradients were not finite and ``skip_nonfinite`` was asked for: nothing was changed.
+        grad_norm: Euclidean norm of all gradients, unscaled and before clipping; None where neither ``max_norm`` nor
+            ``skip_nonfinite`` asked for it.
+    """
+
+    skipped: bool
+    grad_norm: float | None
+
+
+_STEPPED = StepInfo(False, None)
+
+
+class Optimizer:
+    """Base class: holds parameters and states, and takes steps by the rule that a subclass selects.
+
+    A subclass declares the ranges of its options in ``ranges``, hands its defaults to ``__init__`` and returns a
+    ``fastopt.Rule`` from ``select_rule``. A rule that is not in the library is compiled on first use, which needs Numba
+    (``pip install "fastopt[jit]"``).
+
+    Args:
+        params: What is optimised: a ``FlatBuffer``, a mapping from names to arrays, a sequence of arrays (named "0",
+            "1", ...), or a sequence of param groups, which are dicts with the key "params" (any of the former) and
+            options that replace the defaults. Arrays are C-contiguous, writable NumPy arrays of any shape, of dtype
+            float32, float64, float16 or bfloat16; they are updated in place and never copied or moved.
+        defaults: Options of the groups that do not give them.
+
+    Attributes:
+        param_groups: One dict per group: "params" (name to array) and the options, which are read anew at each step.
+        state: For each parameter name its state: "step", and views of its state arrays by their names in torch.
+
+    Raises:
+        TypeError: Something is of the wrong kind or dtype.
+        ValueError: An option is outside its range or unknown, there is no parameter, or parameters share memory.
+
+    Example:
+        A rule of one's own, here the sign of the gradient::
+
+            class SignScalars(NamedTuple):
+                lr: float
+
+            def sign_sgd(p, g, h):
+                return (p - math.copysign(h.lr, g),)
+
+            SIGN_SGD = fastopt.Rule("sign_sgd", sign_sgd, SignScalars, lambda t, o: SignScalars(o["lr"]))
+
+            class SignSGD(fastopt.Optimizer):
+                def __init__(self, params, lr=1e-3):
+                    super().__init__(params, {"lr": lr})
+
+                def select_rule(self, options):
+                    return SIGN_SGD
+    """
+
+    ranges: ClassVar[Mapping[str, Range]] = {"lr": NONNEGATIVE, "weight_decay": NONNEGATIVE, "maximize": boolean}
+    """Range of each option; a subclass adds its own."""
+
+    def __init__(self, params: Params, defaults: Mapping[str, Any]) -> None:
+        self._name = type(self).__name__
+        self._backend = _backend.current()
+        self._lock = threading.Lock()
+        self.defaults = dict(defaults)
+        self._check_options(self.defaults, "")
+        self.param_groups: list[dict[str, Any]] = []
+        self._parameters: list[Parameter] = []
+        self._flat_layout: Layout | None = None
+        self._checked: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        self._plan: Plan | None = None
+        for group in self._groups(params):
+            self._add(group)
+
+    def select_rule(self, options: Options) -> Rule:
+        """The update rule for a param group with these options."""
+        raise NotImplementedError(f"{self._name} must override select_rule.")
+
+    def treat(self, options: Options, parameter: Array) -> Treatment:
+        """What is done to one parameter of a group; LARS leaves some out of the trust ratio."""
+        return Treatment(self.select_rule(options), True)
+
+    # --- groups --------------------------------------------------------------------------------------------------
+
+    def _groups(self, params: Params) -> list[Mapping[str, Any]]:
+        if isinstance(params, (Mapping, np.ndarray)) or not isinstance(params, Iterable):
+            return [{"params": params}]
+        listed: list[Any] = list(params)
+        if any(isinstance(item, Mapping) for item in listed):
+            for i, item in enumerate(listed):
+                if not isinstance(item, Mapping) or "params" not in item:
+                    raise TypeError(f'{self._name}: params[{i}] is not a param group, a dict with the key "params".')
+            return listed
+        return [{"params": listed}]
+
+    def add_param_group(self, group: Mapping[str, Any]) -> None:
+        """Add parameters, for example when layers are unfrozen.
+
+        Args:
+            group: A dict with the key "params" and options that replace the defaults.
+
+        Raises:
+            TypeError, ValueError: As for the constructor; the optimizer is then unchanged.
+        """
+        if not isinstance(group, Mapping) or "params" not in group:
+            raise TypeError(f'{self._name}.add_param_group: group must be a dict with the key "params", got {group!r}.')
+        with self._exclusive("add_param_group"):
+            self._add(group)
+
+    def _add(self, group: Mapping[str, Any]) -> None:
+        """Check a group, allocate its state, and only then take it in."""
+        index = len(self.param_groups)
+        where = f"{self._name}: params" if not index else f"{self._name}: params of group {index}"
+        arrays, layout, flat = collect(group["params"], len(self._parameters), where)
+        options = {**self.defaults, **{name: value for name, value in group.items() if name != "params"}}
+        if options.get("fully_decoupled"):
+            options.setdefault("initial_lr", options["lr"])
+        self._check_options(options, f"group {index}: " if index else "")
+        taken = {p.name for p in self._parameters} & set(arrays)
+        if taken:
+            raise ValueError(f"{where}: the name {min(taken)!r} is taken by another group; name each parameter once.")
+        checked = self._normalise(options, {a.dtype.name for a in arrays.values()}, index)
+        Memory({p.name: p.array for p in self._parameters} | arrays, (), self._name)
+        ends = (*layout.offsets[1:], layout.total)
+        added = [
+            Parameter(name, array, index, offset, end - offset, address(array))
+            for (name, array), offset, end in zip(arrays.items(), layout.offsets, ends, strict=True)
+        ]
+        self._allocate(added, layout.total, checked)
+        # Merging across the padding of a flat buffer writes that padding, which only one group may own.
+        self._flat_layout = layout if flat is not None and not self._parameters else None
+        self._parameters += added
+        self.param_groups.append({"params": arrays, **options})
+        self._checked.append((tuple(options.values()), checked))
+        self._rebuild()
+
+    def _rebuild(self) -> None:
+        """Parameters or states changed: what was derived from them is derived anew."""
+        named = {p.name: p.array for p in self._parameters}
+        states = {id(s): s for p in self._parameters for s in p.states.values()}
+        memory = Memory(named, states.values(), self._name)
+        self._reader = GradientReader(list(named), list(named.values()), self._flat_layout, memory, self._name)
+        self._plan = None
+
+    def _allocate(self, parameters: list[Parameter], total: int, options: Options) -> None:
+        """Flat state arrays for parameters of one group, one per state name and compute dtype."""
+        flats: dict[tuple[str, str], Array] = {}
+        for p in parameters:
+            dtype = COMPUTE[p.array.dtype.name]
+            rule = self.treat(options, p.array).rule
+            for name, start in initial_states(rule, options).items():
+                if name in p.states:
+                    continue
+                if (name, dtype) not in flats:
+                    flats[name, dtype] = aligned_zeros(total, np.dtype(dtype))
+                p.states[name] = flats[name, dtype]
+                if start:
+                    p.states[name][p.offset : p.offset + p.extent] = start
+
+    # --- options -------------------------------------------------------------------------------------------------
+
+    def _check_options(self, options: Mapping[str, Any], group: str) -> None:
+        for name in options:
+            if name not in self.defaults and name != "initial_lr":
+                raise ValueError(
+                    f"{self._name}: {group}there is no option {name!r}; options are {', '.join(self.defaults)}."
+                )
+            if name in self.ranges:
+                self.ranges[name](options[name], f"{self._name}: {group}{name}")
+
+    def _normalise(self, options: Mapping[str, Any], dtypes: set[str], index: int) -> dict[str, Any]:
+        """The options as plain floats, checked."""
+        group = f"group {index}: " if index else ""
+        checked = dict(options)
+        for name, value in options.items():
+            if name in self.ranges:
+                checked[name] = self.ranges[name](value, f"{self._name}: {group}{name}")
+        self.check(checked, f"{self._name}: {group}")
+        for dtype in sorted({COMPUTE[name] for name in dtypes}):
+            if checked.get("eps") and float(np.dtype(dtype).type(checked["eps"])) == 0.0:
+                raise ValueError(
+                    f"{self._name}: {group}eps={checked['eps']!r} rounds to zero in {dtype}, in which this is computed."
+                )
+        return checked
+
+    def check(self, options: Options, where: str) -> None:
+        """Refuse options that do not go together; a subclass says which."""
+
+    def _current_options(self) -> list[dict[str, Any]]:
+        """Options of every group, checked again where somebody changed them."""
+        for index, group in enumerate(self.param_groups):
+            options = {name: value for name, value in group.items() if name != "params"}
+            if tuple(options.values()) != self._checked[index][0]:
+                missing = set(self.defaults) - set(options)
+                if missing:
+                    raise ValueError(f"{self._name}: param_groups[{index}] lacks the option {min(missing)!r}.")
+                self._check_options(options, f"group {index}: " if index else "")
+                members = [p for p in self._parameters if p.group == index]
+                checked = self._normalise(options, {p.array.dtype.name for p in members}, index)
+                old = self._checked[index][1]
+                changed = any(self.treat(old, p.array) != self.treat(checked, p.array) for p in members)
+                if changed or old.get("maximize") != checked.get("maximize"):
+                    self._allocate(members, members[-1].offset + members[-1].extent, checked)
+                    self._rebuild()
+                self._checked[index] = (tuple(options.values()), checked)
+        return [checked for _, checked in self._checked]
+
+    # --- the step ------------------------------------------------------------------------------------------------
+
+    def step(
+        self,
+        grads: Grads,
+        *,
+        grad_scale: float = 1.0,
+        max_norm: float | None = None,
+        skip_nonfinite: bool = False,
+        zero_grads: bool = False,
+    ) -> StepInfo:
+        """Update all parameters in one pass over memory.
+
+        With ``max_norm`` or ``skip_nonfinite`` a pass that reads the gradients goes before it.
+
+        Args:
+            grads: The gradients: a ``FlatBuffer`` or a mapping with the names of the parameters, or a sequence in their
+                order. None stands for a parameter without gradient: it is left alone and its step is not counted.
+                Shapes are those of the parameters; dtypes too, or float16/bfloat16 for float32 parameters. Gradients
+                are only read. A strided gradient is copied first.
+            grad_scale: Loss scale, > 0: the gradients are divided by it.
+            max_norm: Clip: gradients are multiplied by min(1, max_norm / (norm + 1e-6)), where norm is the Euclidean
+                norm of all gradients after unscaling (Pascanu et al. 2013). >= 0; inf only reports the norm.
+            skip_nonfinite: Change nothing, not even step counts, if a gradient is infinite or NaN (or, in float64, so
+                large that its square is).
+            zero_grads: Set the gradients to zero in the same pass, also in a skipped step.
+
+        Returns:
+            Whether the step was skipped, and the norm where it was needed.
+
+        Raises:
+            TypeError, ValueError: Gradients or options that do not fit; nothing was written.
+            RuntimeError: Another thread is stepping this optimizer.
+        """
+        with self._exclusive("step"):
+            options = self._current_options()
+            where = f"{self._name}.step"
+            zero = boolean(zero_grads, f"{where}: zero_grads")
+            multiplier = 1.0 if grad_scale == 1.0 else 1.0 / POSITIVE(grad_scale, f"{where}: grad_scale")
+            if max_norm is not None and max_norm != math.inf:
+                max_norm = NONNEGATIVE(max_norm, f"{where}: max_norm")
+            skip = boolean(skip_nonfinite, f"{where}: skip_nonfinite")
+            gradients = self._reader.read(grads, zero)
+            plan = self._plan_for(gradients, options)
+            if max_norm is None and not skip:
+                plan.launch(options, multiplier, zero, know_gradients=False, keep_weights=self._keeps(options))
+                return _STEPPED
+            norm = math.sqrt(plan.gradient_squares()) * multiplier
+            if skip and not math.isfinite(norm):
+                if zero:
+                    self._zero(grads)
+                return StepInfo(True, norm)
+            if max_norm is not None and max_norm != math.inf:
+                coefficient = max_norm / (norm + 1e-6)
+                multiplier *= 1.0 if coefficient > 1.0 else coefficient  # NaN stays
+            plan.launch(options, multiplier, zero, know_gradients=True, keep_weights=self._keeps(options))
+            return StepInfo(False, norm)
+
+    def _plan_for(self, gradients: Any, options: list[dict[str, Any]]) -> Plan:
+        plan = self._plan
+        if gradients is None and plan is not None:
+            return plan
+        present = [self._parameters[i] for i in gradients.present]
+        if plan is None or (plan.flat, plan.dtypes, plan.parameters) != (gradients.flat, gradients.dtypes, present):
+            treatments = [self.treat(options[p.group], p.array) for p in present]
+            signs = [-1.0 if o.get("maximize") else 1.0 for o in options]
+            plan = Plan(present, gradients.dtypes, treatments, gradients.flat, signs, self._backend)
+            self._plan = plan
+        plan.point_at(gradients.starts)
+        return plan
+
+    def _keeps(self, options: list[dict[str, Any]]) -> bool:
+        return False
+
+    @staticmethod
+    def _zero(grads: Grads) -> None:
+        arrays = grads.values() if isinstance(grads, Mapping) else grads
+        for array in arrays:
+            if array is not None:
+                array[...] = 0
+
+    def _exclusive(self, what: str) -> _Exclusive:
+        return _Exclusive(self._lock, f"{self._name}.{what}: another thread is using this optimizer.")
+
+    # --- state ---------------------------------------------------------------------------------------------------
+
+    @property
+    def state(self) -> dict[str, dict[str, Any]]:
+        """State of each parameter by name: "step", host scalars, and views of its state arrays."""
+        return {
+            p.name: {"step": p.progress.steps, **(p.progress.carry or {}), **self._views(p)} for p in self._parameters
+        }
+
+    @staticmethod
+    def _views(p: Parameter) -> dict[str, Array]:
+        return {
+            name: flat[p.offset : p.offset + p.array.size].reshape(p.array.shape) for name, flat in p.states.items()
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """A copy of everything that a later ``load_state_dict`` needs to go on with the same bits.
+
+        Returns:
+            A dict like torch's: "state" (by index of the parameter over all groups: "step" and arrays by their names in
+            torch), "param_groups" (options, "params" as indices, "param_names"), and "optimizer" and "version".
+        """
+        with self._exclusive("state_dict"):
+            return export_state(self._name, self.param_groups, self.state)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Take over step counts, states and options that ``state_dict`` of the same optimizer returned.
+
+        Args:
+            state_dict: As returned by ``state_dict``; it is copied, never kept.
+
+        Raises:
+            TypeError, ValueError: It belongs to another optimizer, other parameters or another version; nothing was
+                changed.
+        """
+        with self._exclusive("load_state_dict"):
+            where = f"{self._name}.load_state_dict"
+            saved = import_state(state_dict, self._name, self.param_groups, where)
+            for index, options in enumerate(saved.groups):
+                self._check_options(options, f"group {index}: ")
+                dtypes = {p.array.dtype.name for p in self._parameters if p.group == index}
+                checked = self._normalise({**self.defaults, **options}, dtypes, index)
+                for p, found in zip(self._parameters, saved.parameters, strict=True):
+                    if p.group == index:
+                        rule = self.treat(checked, p.array).rule
+                        check_states(found, p, rule, checked, where)
+            for group, options in zip(self.param_groups, saved.groups, strict=True):
+                group.update(options)
+            self._current_options()  # allocates what the options now ask for
+            for p, found in zip(self._parameters, saved.parameters, strict=True):
+                views = self._views(p)
+                for name, array in found.arrays.items():
+                    views[name][...] = array
+                p.progress = Progress(found.step, found.carry or None)
+            self._rebuild()
+
+    def __getstate__(self) -> Any:
+        raise TypeError(f"{self._name} cannot be pickled; save opt.state_dict() or use fastopt.save.")
+
+    def __repr__(self) -> str:
+        lines = [f"{self._name} ("]
+        for i, group in enumerate(self.param_groups):
+            shown = ", ".join(f"{name}={value!r}" for name, value in group.items() if name != "params")
+            lines.append(f"  group {i}: {len(group['params'])} arrays, {shown}")
+        return "\n".join([*lines, ")"])
+
+
+class _Exclusive:
+    """Holds a lock that must be free: two steps at once would be a race over the user's parameters."""
+
+    def __init__(self, lock: threading.Lock, message: str) -> None:
+        self._lock = lock
+        self._message = message
+
+    def __enter__(self) -> None:
+        if not self._lock.acquire(blocking=False):
+            raise RuntimeError(self._message)
+
+    def __exit__(self, *exception: object) -> None:
+        self._lock.release()

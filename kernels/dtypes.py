@@ -1,0 +1,38 @@
+"""Storage dtypes, what they are computed in, and the names of compiled kernels."""
+
+from __future__ import annotations
+
+COMPUTE = {"float32": "float32", "float64": "float64", "float16": "float32", "bfloat16": "float32"}
+"""Storage dtype to compute dtype; states are stored in the compute dtype of their parameter."""
+
+ITEMSIZE = {"float32": 4, "float64": 8, "float16": 2, "bfloat16": 2}
+"""Bytes of one element."""
+
+PAIRS = (
+    ("float32", "float32"),
+    ("float64", "float64"),
+    ("float16", "float16"),
+    ("bfloat16", "bfloat16"),
+    ("float32", "float16"),
+    ("float32", "bfloat16"),
+)
+"""(parameter, gradient) storage for which kernels are compiled ahead of time; these are the pairs that make sense."""
+
+
+def update_symbol(rule: str, p: str, g: str, isa: str) -> str:
+    """Name of an update kernel in the compiled library."""
+    return f"fastopt_{rule}_{p}_{g}_{_identifier(isa)}"
+
+
+def norm_symbol(dtype: str, isa: str) -> str:
+    """Name of the sum-of-squares kernel of a storage dtype."""
+    return f"fastopt_norm_{dtype}_{_identifier(isa)}"
+
+
+def ratio_symbol(rule: str, isa: str) -> str:
+    """Name of the trust-ratio function of a rule."""
+    return f"fastopt_ratio_{rule}_{_identifier(isa)}"
+
+
+def _identifier(isa: str) -> str:
+    return isa.replace("-", "_")

@@ -1,0 +1,131 @@
+/* Hands chunks of the segment table to OpenMP threads. The arithmetic is in the kernels, which Numba compiles.
+ *
+ * The tables are built in fastopt/_table.py; the structures here and the dtypes there describe the same bytes.
+ * Chunks do not depend on the number of threads and no two chunks share an element, so neither do the results.
+ */
+#include <math.h>
+#include <omp.h>
+#include <pthread.h>
+#include <stdint.h>
+
+typedef void (*update_kernel)(int64_t lo, int64_t hi, void **arrays, const double *scalars, const double *own);
+typedef double (*norm_kernel)(int64_t lo, int64_t hi, void *x);
+typedef double (*ratio_kernel)(double w_norm, double g_norm, const double *scalars);
+
+enum { PARAMETER, GRADIENT };      /* places in arrays, norm and squares */
+enum { MULTIPLIER, RATIO, ZERO };  /* places in own */
+enum { KNOW_W = 1, KNOW_G = 2, KEEP_W = 4 };
+
+typedef struct {
+    update_kernel update;
+    norm_kernel norm[2];
+    ratio_kernel ratio; /* NULL where the segment has no trust ratio */
+    const double *scalars;
+    void *arrays[8]; /* parameter, gradient, states */
+    double own[3];
+    double squares[2]; /* sums of squares of parameter and gradient as stored */
+} segment;
+
+typedef struct {
+    int64_t segment, lo, hi;
+} chunk;
+
+typedef struct {
+    int64_t segments, chunks; /* how many of each; waves follow one another */
+} wave;
+
+/* GNU OpenMP cannot start threads in the child of a fork: there, everything runs in the calling thread. */
+static int forked;
+
+static void after_fork(void) { forked = 1; }
+
+__attribute__((constructor)) static void watch_forks(void) { pthread_atfork(NULL, NULL, after_fork); }
+
+static int team(int threads) { return forked ? 1 : threads; }
+
+int64_t fastopt_segment_size(void) { return sizeof(segment); }
+
+int fastopt_default_threads(void) { return omp_get_max_threads(); }
+
+int fastopt_forked(void) { return forked; }
+
+/* The best instruction set that kernels are compiled for and this processor and system support. */
+const char *fastopt_isa(void) {
+#if defined(__x86_64__)
+    /* Every processor with AVX2 and FMA also has the rest of x86-64-v3, and likewise below. */
+    __builtin_cpu_init();
+    int v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+    if (v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+        return "x86-64-v4";
+    return v3 ? "x86-64-v3" : "x86-64-v2";
+#else
+    return "native";
+#endif
+}
+
+static void update_chunk(const segment *segments, const chunk *c) {
+    const segment *s = segments + c->segment;
+    s->update(c->lo, c->hi, (void **)s->arrays, s->scalars, s->own);
+}
+
+static double chunk_squares(const segment *segments, const chunk *c, int which) {
+    const segment *s = segments + c->segment;
+    return s->norm[which](c->lo, c->hi, s->arrays[which]);
+}
+
+/* squares[which] of each segment is the sum of its chunks' partial sums, in order. */
+static void sum_chunks(segment *segments, const chunk *chunks, int64_t count, const double *partials, int which) {
+    for (int64_t i = 0; i < count; i++) segments[chunks[i].segment].squares[which] = 0;
+    for (int64_t i = 0; i < count; i++) segments[chunks[i].segment].squares[which] += partials[i];
+}
+
+void fastopt_update(const segment *segments, const chunk *chunks, int64_t count, int threads) {
+    /* Dynamic: cores are not equally fast, or not equally free. Several chunks at a time: arrays may be small. */
+    int64_t batch = count / (32 * (int64_t)threads) + 1;
+#pragma omp parallel for schedule(dynamic, batch) num_threads(team(threads))
+    for (int64_t i = 0; i < count; i++) update_chunk(segments, chunks + i);
+}
+
+void fastopt_squares(segment *segments, const chunk *chunks, int64_t count, double *partials, int which,
+                     int threads) {
+    int64_t batch = count / (32 * (int64_t)threads) + 1;
+#pragma omp parallel for schedule(dynamic, batch) num_threads(team(threads))
+    for (int64_t i = 0; i < count; i++) partials[i] = chunk_squares(segments, chunks + i, which);
+    sum_chunks(segments, chunks, count, partials, which);
+}
+
+/* Rules with a trust ratio per segment. A wave is a few segments whose data fit into the cache: their norms are taken
+ * and the update follows before the data are gone. The schedule is static so that a thread finds in its own cache what
+ * it read for the norms. */
+void fastopt_layers(segment *segments, const chunk *chunks, const wave *waves, int64_t count, double *w_partials,
+                    double *g_partials, int flags, int threads) {
+    segment *first = segments;
+    for (const wave *w = waves; w < waves + count; w++) {
+        if (!(flags & KNOW_W) || !(flags & KNOW_G)) {
+#pragma omp parallel for schedule(static) num_threads(team(threads))
+            for (int64_t i = 0; i < w->chunks; i++) {
+                if (!segments[chunks[i].segment].ratio) continue;
+                if (!(flags & KNOW_W)) w_partials[i] = chunk_squares(segments, chunks + i, PARAMETER);
+                if (!(flags & KNOW_G)) g_partials[i] = chunk_squares(segments, chunks + i, GRADIENT);
+            }
+            if (!(flags & KNOW_W)) sum_chunks(segments, chunks, w->chunks, w_partials, PARAMETER);
+            if (!(flags & KNOW_G)) sum_chunks(segments, chunks, w->chunks, g_partials, GRADIENT);
+        }
+        for (segment *s = first; s < first + w->segments; s++)
+            if (s->ratio)
+                s->own[RATIO] = s->ratio(sqrt(s->squares[PARAMETER]),
+                                         fabs(s->own[MULTIPLIER]) * sqrt(s->squares[GRADIENT]), s->scalars);
+#pragma omp parallel for schedule(static) num_threads(team(threads))
+        for (int64_t i = 0; i < w->chunks; i++) {
+            update_chunk(segments, chunks + i);
+            if ((flags & KEEP_W) && segments[chunks[i].segment].ratio)
+                w_partials[i] = chunk_squares(segments, chunks + i, PARAMETER);
+        }
+        if (flags & KEEP_W) sum_chunks(segments, chunks, w->chunks, w_partials, PARAMETER);
+        first += w->segments;
+        chunks += w->chunks;
+        w_partials += w->chunks;
+        g_partials += w->chunks;
+    }
+}

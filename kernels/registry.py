@@ -1,0 +1,12 @@
+"""Every update rule by name: the one table that compiler, optimizers, tests and benchmarks read."""
+
+from __future__ import annotations
+
+from .rule import Rule
+from .rules import adadelta, adagrad, adam, adamax, asgd, lars, lion, nadam, radam, rmsprop, rprop, sgd
+
+RULES: dict[str, Rule] = {
+    rule.name: rule
+    for family in (sgd, adagrad, rmsprop, adam, adadelta, adamax, nadam, radam, rprop, asgd, lion, lars)
+    for rule in family.RULES
+}

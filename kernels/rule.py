@@ -1,0 +1,51 @@
+"""The record that describes one update rule to everything that is not the rule: compiler, API, tests, bench."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+Options = Mapping[str, Any]
+"""A param group: hyperparameters by name."""
+
+
+@dataclass(frozen=True, eq=False)
+class Rule:
+    """An update rule and what a launcher needs to know about it.
+
+    Attributes:
+        name: Name in the registry and in the symbols of the compiled library.
+        step: Scalar function ``(p, g, *state, h) -> (p, *state)``. Plain Python without literals: a literal would
+            promote float32 arithmetic to float64.
+        Scalars: NamedTuple class of ``h``. Every field is formed on the host in float64 and rounded once to the
+            compute dtype.
+        scalars: Host function ``(t, options) -> Scalars`` for step number ``t`` (from 1). With ``carry`` it is
+            ``(t, options, carry) -> (Scalars, carry)``.
+        state: Names of the state arrays, in the order of ``step``'s arguments.
+        initial: For a state array that does not start at zero, the option that fills it.
+        carry: Host scalars that a parameter carries from step to step, as a function of the options giving their
+            values before step 1; None for the rules that need none.
+        ratio: Scalar function ``(w_norm, g_norm, h) -> ratio`` in float64 for rules with a trust ratio per layer.
+            The loop hands the result to ``step`` as ``h.ratio``, which must then be the last field of ``Scalars``.
+        latency_bound: True for a rule whose arithmetic (a root or a division) keeps loads from running ahead; its
+            CPU loop prefetches.
+    """
+
+    name: str
+    step: Callable[..., tuple[Any, ...]]
+    Scalars: type[tuple[Any, ...]]
+    scalars: Callable[..., Any]
+    state: tuple[str, ...] = ()
+    initial: Mapping[str, str] = field(default_factory=dict)
+    carry: Callable[[Options], dict[str, float]] | None = None
+    ratio: Callable[..., float] | None = None
+    latency_bound: bool = False
+
+    def __post_init__(self) -> None:
+        fields = self.Scalars._fields  # type: ignore[attr-defined]
+        if self.ratio is not None and fields[-1] != "ratio":
+            raise TypeError(f"Rule {self.name!r}: the last field of Scalars must be 'ratio', got {fields[-1]!r}.")
+        unknown = set(self.initial) - set(self.state)
+        if unknown:
+            raise ValueError(f"Rule {self.name!r}: initial names no state array: {sorted(unknown)}.")

@@ -1,0 +1,33 @@
+"""Adadelta (Zeiler 2012, arXiv:1212.5701)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+from ..rule import Options, Rule
+
+
+class AdadeltaScalars(NamedTuple):
+    lr: float
+    rho: float
+    one_minus_rho: float
+    eps: float
+    weight_decay: float
+
+
+def adadelta(p: Any, g: Any, v: Any, u: Any, h: AdadeltaScalars) -> tuple[Any, Any, Any]:
+    g = g + h.weight_decay * p
+    v = h.rho * v + h.one_minus_rho * (g * g)
+    delta = math.sqrt(u + h.eps) / math.sqrt(v + h.eps) * g
+    u = h.rho * u + h.one_minus_rho * (delta * delta)
+    return p - h.lr * delta, v, u
+
+
+def adadelta_scalars(t: int, o: Options) -> AdadeltaScalars:
+    return AdadeltaScalars(o["lr"], o["rho"], 1.0 - o["rho"], o["eps"], o["weight_decay"])
+
+
+RULES = (
+    Rule("adadelta", adadelta, AdadeltaScalars, adadelta_scalars, ("square_avg", "acc_delta"), latency_bound=True),
+)

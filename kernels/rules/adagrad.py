@@ -1,0 +1,41 @@
+"""AdaGrad (Duchi, Hazan and Singer 2011, JMLR 12)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+from ..rule import Options, Rule
+
+
+class AdagradScalars(NamedTuple):
+    clr: float  # lr / (1 + (t - 1) lr_decay)
+    weight_decay: float
+    eps: float
+    eps_inside: float  # one of the two epsilons is zero, and adding zero is exact
+
+
+def adagrad(p: Any, g: Any, s: Any, h: AdagradScalars) -> tuple[Any, Any]:
+    g = g + h.weight_decay * p
+    s = s + g * g
+    return p - h.clr * g / (math.sqrt(s + h.eps_inside) + h.eps), s
+
+
+def adagrad_scalars(t: int, o: Options) -> AdagradScalars:
+    clr = o["lr"] / (1.0 + (t - 1) * o["lr_decay"])
+    if o["eps_inside_sqrt"]:
+        return AdagradScalars(clr, o["weight_decay"], 0.0, o["eps"])
+    return AdagradScalars(clr, o["weight_decay"], o["eps"], 0.0)
+
+
+RULES = (
+    Rule(
+        "adagrad",
+        adagrad,
+        AdagradScalars,
+        adagrad_scalars,
+        ("sum",),
+        initial={"sum": "initial_accumulator_value"},
+        latency_bound=True,
+    ),
+)

@@ -1,0 +1,41 @@
+"""Averaged stochastic gradient descent (Polyak and Juditsky 1992)."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from ..rule import Options, Rule
+
+Carry = dict[str, float]
+
+
+class AsgdScalars(NamedTuple):
+    eta: float
+    shrink: float  # 1 - lambd eta
+    mu: float
+    one_minus_mu: float
+    weight_decay: float
+
+
+def asgd(p: Any, g: Any, ax: Any, h: AsgdScalars) -> tuple[Any, Any]:
+    g = g + h.weight_decay * p
+    p = h.shrink * p - h.eta * g
+    return p, h.mu * p + h.one_minus_mu * ax
+
+
+def asgd_scalars(t: int, o: Options, carry: Carry) -> tuple[AsgdScalars, Carry]:
+    eta, mu = carry["eta"], carry["mu"]
+    scalars = AsgdScalars(eta, 1.0 - o["lambd"] * eta, mu, 1.0 - mu, o["weight_decay"])
+    # As in torch, a step prepares the eta and mu of the next one.
+    lr = o["lr"]
+    return scalars, {
+        "eta": lr / (1.0 + o["lambd"] * lr * t) ** o["alpha"],
+        "mu": 1.0 / max(1.0, t - o["t0"]),
+    }
+
+
+def asgd_carry(o: Options) -> Carry:
+    return {"eta": o["lr"], "mu": 1.0}
+
+
+RULES = (Rule("asgd", asgd, AsgdScalars, asgd_scalars, ("ax",), carry=asgd_carry),)

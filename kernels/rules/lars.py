@@ -1,0 +1,54 @@
+"""LARS: layer-wise adaptive rate scaling (You, Gitman and Ginsburg 2017, arXiv:1708.03888), in MLPerf's form."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+from ..rule import Options, Rule
+
+
+class LarsScalars(NamedTuple):
+    mu: float
+    inner: float  # lr where it lives in the buffer, else 1
+    outer: float  # 1 where lr lives in the buffer, else lr
+    weight_decay: float
+    trust_coefficient: float
+    eps: float
+    cap_scale: float  # LARC's clipping takes min(ratio / lr, 1): 1 / lr, else 1
+    cap: float  # and 1, else inf
+    ratio: float
+
+
+def lars(p: Any, g: Any, b: Any, h: LarsScalars) -> tuple[Any, Any]:
+    b = h.mu * b + h.inner * h.ratio * (g + h.weight_decay * p)
+    return p - h.outer * b, b
+
+
+def lars_nesterov(p: Any, g: Any, b: Any, h: LarsScalars) -> tuple[Any, Any]:
+    d = h.inner * h.ratio * (g + h.weight_decay * p)
+    b = h.mu * b + d
+    return p - h.outer * (d + h.mu * b), b
+
+
+def trust_ratio(w_norm: float, g_norm: float, h: LarsScalars) -> float:
+    if w_norm == 0.0 or g_norm == 0.0:
+        return 1.0
+    ratio = h.cap_scale * h.trust_coefficient * w_norm / (g_norm + h.weight_decay * w_norm + h.eps)
+    return h.cap if ratio > h.cap else ratio
+
+
+def lars_scalars(t: int, o: Options) -> LarsScalars:
+    lr = o["lr"]
+    inner, outer = (lr, 1.0) if o["lr_in_momentum"] else (1.0, lr)
+    cap_scale, cap = (1.0 / lr if lr else math.inf, 1.0) if o["clip"] else (1.0, math.inf)
+    return LarsScalars(
+        o["momentum"], inner, outer, o["weight_decay"], o["trust_coefficient"], o["eps"], cap_scale, cap, 1.0
+    )
+
+
+def _rule(step: Any) -> Rule:
+    return Rule(step.__name__, step, LarsScalars, lars_scalars, ("momentum_buffer",), ratio=trust_ratio)
+
+
+RULES = (_rule(lars), _rule(lars_nesterov))

@@ -1,0 +1,68 @@
+"""NAdam: Adam with Nesterov momentum (Dozat 2016, ICLR workshop)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+from ..rule import Options, Rule
+
+Carry = dict[str, float]
+
+
+class NadamScalars(NamedTuple):
+    g_size: float  # lr (1 - mu_t) / (1 - prod_{i<=t} mu_i)
+    m_size: float  # lr mu_{t+1} / (1 - prod_{i<=t+1} mu_i)
+    beta1: float
+    one_minus_beta1: float
+    beta2: float
+    one_minus_beta2: float
+    unbias_root: float  # 1 / sqrt(1 - beta2^t)
+    eps: float
+    weight_decay: float  # enters the gradient; zero where the decay is decoupled
+    decay: float  # factor on p; one where the decay is coupled
+
+
+def nadam(p: Any, g: Any, m: Any, v: Any, h: NadamScalars) -> tuple[Any, Any, Any]:
+    g = g + h.weight_decay * p
+    m = h.beta1 * m + h.one_minus_beta1 * g
+    v = h.beta2 * v + h.one_minus_beta2 * (g * g)
+    return h.decay * p - (h.g_size * g + h.m_size * m) / (math.sqrt(v) * h.unbias_root + h.eps), m, v
+
+
+def nadam_scalars(t: int, o: Options, carry: Carry) -> tuple[NadamScalars, Carry]:
+    lr, (beta1, beta2), weight_decay, psi = o["lr"], o["betas"], o["weight_decay"], o["momentum_decay"]
+    mu = beta1 * (1.0 - 0.5 * 0.96 ** (t * psi))
+    mu_next = beta1 * (1.0 - 0.5 * 0.96 ** ((t + 1) * psi))
+    mu_product = carry["mu_product"] * mu  # carried, not recomputed: a schedule may move beta1 between steps
+    coupled, decay = (0.0, 1.0 - lr * weight_decay) if o["decoupled_weight_decay"] else (weight_decay, 1.0)
+    scalars = NadamScalars(
+        lr * (1.0 - mu) / (1.0 - mu_product),
+        lr * mu_next / (1.0 - mu_product * mu_next),
+        beta1,
+        1.0 - beta1,
+        beta2,
+        1.0 - beta2,
+        1.0 / math.sqrt(1.0 - beta2**t),
+        o["eps"],
+        coupled,
+        decay,
+    )
+    return scalars, {"mu_product": mu_product}
+
+
+def nadam_carry(o: Options) -> Carry:
+    return {"mu_product": 1.0}
+
+
+RULES = (
+    Rule(
+        "nadam",
+        nadam,
+        NadamScalars,
+        nadam_scalars,
+        ("exp_avg", "exp_avg_sq"),
+        carry=nadam_carry,
+        latency_bound=True,
+    ),
+)

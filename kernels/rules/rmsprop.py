@@ -1,0 +1,71 @@
+"""RMSprop (Hinton, lecture 6e, 2012), with momentum, and centered (Graves 2013, arXiv:1308.0850)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+from ..rule import Options, Rule
+
+
+class RmspropScalars(NamedTuple):
+    lr: float
+    alpha: float
+    one_minus_alpha: float
+    mu: float
+    weight_decay: float
+    eps: float
+    eps_inside: float  # one of the two epsilons is zero, and adding zero is exact
+    zero: float  # a literal 0 would promote float32 to float64
+
+
+def rmsprop(p: Any, g: Any, v: Any, h: RmspropScalars) -> tuple[Any, Any]:
+    g = g + h.weight_decay * p
+    v = h.alpha * v + h.one_minus_alpha * (g * g)
+    return p - h.lr * g / (math.sqrt(v + h.eps_inside) + h.eps), v
+
+
+def rmsprop_momentum(p: Any, g: Any, v: Any, b: Any, h: RmspropScalars) -> tuple[Any, Any, Any]:
+    g = g + h.weight_decay * p
+    v = h.alpha * v + h.one_minus_alpha * (g * g)
+    b = h.mu * b + g / (math.sqrt(v + h.eps_inside) + h.eps)
+    return p - h.lr * b, v, b
+
+
+def rmsprop_centered(p: Any, g: Any, v: Any, m: Any, h: RmspropScalars) -> tuple[Any, Any, Any]:
+    g = g + h.weight_decay * p
+    v = h.alpha * v + h.one_minus_alpha * (g * g)
+    m = h.alpha * m + h.one_minus_alpha * g
+    variance = v - m * m
+    variance = h.zero if variance < h.zero else variance  # rounding may take it below zero; NaN stays
+    return p - h.lr * g / (math.sqrt(variance + h.eps_inside) + h.eps), v, m
+
+
+def rmsprop_centered_momentum(
+    p: Any, g: Any, v: Any, m: Any, b: Any, h: RmspropScalars
+) -> tuple[Any, Any, Any, Any]:
+    g = g + h.weight_decay * p
+    v = h.alpha * v + h.one_minus_alpha * (g * g)
+    m = h.alpha * m + h.one_minus_alpha * g
+    variance = v - m * m
+    variance = h.zero if variance < h.zero else variance
+    b = h.mu * b + g / (math.sqrt(variance + h.eps_inside) + h.eps)
+    return p - h.lr * b, v, m, b
+
+
+def rmsprop_scalars(t: int, o: Options) -> RmspropScalars:
+    alpha, eps = o["alpha"], o["eps"]
+    outside, inside = (0.0, eps) if o["eps_inside_sqrt"] else (eps, 0.0)
+    return RmspropScalars(o["lr"], alpha, 1.0 - alpha, o["momentum"], o["weight_decay"], outside, inside, 0.0)
+
+
+def _rule(step: Any, *state: str) -> Rule:
+    return Rule(step.__name__, step, RmspropScalars, rmsprop_scalars, state, latency_bound=True)
+
+
+RULES = (
+    _rule(rmsprop, "square_avg"),
+    _rule(rmsprop_momentum, "square_avg", "momentum_buffer"),
+    _rule(rmsprop_centered, "square_avg", "grad_avg"),
+    _rule(rmsprop_centered_momentum, "square_avg", "grad_avg", "momentum_buffer"),
+)

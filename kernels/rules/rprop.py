@@ -1,0 +1,35 @@
+"""Rprop: resilient backpropagation, the variant without weight backtracking (Riedmiller and Braun 1993; iRprop- of
+Igel and Husken 2000)."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from ..rule import Options, Rule
+
+
+class RpropScalars(NamedTuple):
+    eta_minus: float
+    eta_plus: float
+    step_min: float
+    step_max: float
+    one: float  # literals would promote float32 to float64
+    zero: float
+
+
+def rprop(p: Any, g: Any, prev: Any, size: Any, h: RpropScalars) -> tuple[Any, Any, Any]:
+    agreement = g * prev
+    factor = h.eta_plus if agreement > h.zero else (h.eta_minus if agreement < h.zero else h.one)
+    size = size * factor
+    size = h.step_min if size < h.step_min else size
+    size = h.step_max if size > h.step_max else size
+    g = h.zero if agreement < h.zero else g
+    sign = h.one if g > h.zero else (-h.one if g < h.zero else g)  # of zero: zero; of NaN: NaN
+    return p - sign * size, g, size
+
+
+def rprop_scalars(t: int, o: Options) -> RpropScalars:
+    return RpropScalars(*o["etas"], *o["step_sizes"], 1.0, 0.0)
+
+
+RULES = (Rule("rprop", rprop, RpropScalars, rprop_scalars, ("prev", "step_size"), initial={"step_size": "lr"}),)

@@ -1,0 +1,54 @@
+"""Stochastic gradient descent: plain, with momentum (Polyak 1964) and with Nesterov's momentum (Sutskever et al. 2013)."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from ..rule import Options, Rule
+
+
+class SgdScalars(NamedTuple):
+    lr: float
+    weight_decay: float
+
+
+def sgd(p: Any, g: Any, h: SgdScalars) -> tuple[Any]:
+    return (p - h.lr * (g + h.weight_decay * p),)
+
+
+def sgd_scalars(t: int, o: Options) -> SgdScalars:
+    return SgdScalars(o["lr"], o["weight_decay"])
+
+
+class MomentumScalars(NamedTuple):
+    mu: float
+    inner: float  # weight of the gradient inside the buffer: 1 - dampening, times lr where lr lives in the buffer
+    outer: float  # weight of the buffer in the step: lr, or 1 where lr lives in the buffer
+    weight_decay: float
+
+
+def momentum(p: Any, g: Any, b: Any, h: MomentumScalars) -> tuple[Any, Any]:
+    b = h.mu * b + h.inner * (g + h.weight_decay * p)
+    return p - h.outer * b, b
+
+
+def nesterov(p: Any, g: Any, b: Any, h: MomentumScalars) -> tuple[Any, Any]:
+    d = h.inner * (g + h.weight_decay * p)
+    b = h.mu * b + d
+    return p - h.outer * (d + h.mu * b), b
+
+
+def momentum_scalars(t: int, o: Options) -> MomentumScalars:
+    # The first gradient enters undamped, as in torch: the buffer starts as that gradient, not as a fraction of it.
+    inner = 1.0 if t == 1 else 1.0 - o["dampening"]
+    lr = o["lr"]
+    if o["lr_in_momentum"]:
+        return MomentumScalars(o["momentum"], lr * inner, 1.0, o["weight_decay"])
+    return MomentumScalars(o["momentum"], inner, lr, o["weight_decay"])
+
+
+RULES = (
+    Rule("sgd", sgd, SgdScalars, sgd_scalars),
+    Rule("momentum", momentum, MomentumScalars, momentum_scalars, ("momentum_buffer",)),
+    Rule("nesterov", nesterov, MomentumScalars, momentum_scalars, ("momentum_buffer",)),
+)

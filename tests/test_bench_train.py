@@ -1,0 +1,231 @@
+"""The training benchmark: gradients, learning, determinism, refusals, figures; small settings."""
+
+import argparse
+import math
+
+import numpy as np
+import pytest
+
+pytest.importorskip("sklearn")
+pytest.importorskip("rich")
+image = pytest.importorskip("matplotlib.image")
+
+import fastopt  # noqa: E402
+from bench import digits, figures, mlp, sweep, train  # noqa: E402
+
+SMALL = ["--hidden", "16", "--epochs", "1"]
+
+
+def command(*arguments):
+    parser = argparse.ArgumentParser(prog="bench")
+    train.add_parser(parser.add_subparsers(required=True))
+    args = parser.parse_args(["train", *map(str, arguments)])
+    return args.func(args)
+
+
+def short_run(seed=0, epochs=3, recipe=train.NAMES["adamw"], batch_size=64):
+    model = mlp.MLP((64, 32, 10), seed)
+    schedule = fastopt.schedules.constant(recipe.lr)
+    history = mlp.History(recipe.name, recipe.lr)
+    optimizer = recipe.build(model.params)
+    data = digits.load(seed)
+    for _ in mlp.fit(model, data, optimizer, schedule, history, batch_size=batch_size, epochs=epochs, seed=seed):
+        pass
+    return model, history
+
+
+def assert_picture(path):
+    """A PNG in colour whose pixels differ."""
+    assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    pixels = image.imread(path)
+    assert min(pixels.shape[:2]) > 300
+    assert pixels[..., :3].std() > 0.02
+
+
+@pytest.mark.parametrize("widths", [(5, 3), (5, 7, 3), (5, 7, 6, 3)], ids=str)
+def test_gradients_equal_central_differences(widths):
+    rng = np.random.default_rng(1)
+    x, labels = rng.standard_normal((11, 5)), rng.integers(0, 3, 11)
+    model = mlp.MLP(widths, 2, np.float64)
+    for name in model.params.names:
+        model.params[name][...] += 0.1 * rng.standard_normal(model.params[name].shape)  # no bias stays 0
+    model.backward(x, labels)
+    step = 1e-6
+    for name in model.params.names:
+        values, slopes = model.params[name], np.zeros(model.params[name].shape)
+        for i in np.ndindex(values.shape):
+            kept = values[i]
+            values[i] = kept + step
+            above = model.evaluate(x, labels)[0]
+            values[i] = kept - step
+            slopes[i] = (above - model.evaluate(x, labels)[0]) / (2 * step)
+            values[i] = kept
+        # The rounding of the loss, about 1e-16, is divided by 2 step; the difference itself is off by order step^2.
+        np.testing.assert_allclose(model.grads[name], slopes, rtol=0, atol=2e-9)
+
+
+def test_backward_overwrites_the_gradients_in_place():
+    rng = np.random.default_rng(1)
+    x, labels = rng.standard_normal((8, 5)), rng.integers(0, 3, 8)
+    model = mlp.MLP((5, 7, 3), 0, np.float64)
+    buffer = model.grads.data
+    model.backward(x, labels)
+    first = buffer.copy()
+    assert first.any()
+    model.backward(x, labels)
+    assert np.shares_memory(model.grads.data, buffer)
+    np.testing.assert_array_equal(buffer, first)
+
+
+def test_cross_entropy_of_huge_logits_is_finite():
+    loss, gradient = mlp.cross_entropy(np.array([[1e30, 0.0], [0.0, -1e30]]), np.array([0, 0]))
+    assert loss == 0.0
+    np.testing.assert_array_equal(gradient, 0.0)
+
+
+def test_digits_are_split_by_the_seed_and_standardised():
+    data, again, other = digits.load(3), digits.load(3), digits.load(4)
+    assert (len(data.train_y), len(data.test_y)) == (digits.TRAIN, 1797 - digits.TRAIN)
+    assert all(np.array_equal(a, b) for a, b in zip(data, again, strict=True))
+    assert not np.array_equal(data.train_y, other.train_y)
+    exact = digits.load(3, np.float64)
+    np.testing.assert_allclose(exact.train_x.mean(axis=0), 0, atol=1e-12)
+    spread = exact.train_x.std(axis=0)
+    np.testing.assert_allclose(spread, (spread > 0).astype(float), atol=1e-12)  # 0: a pixel that never changes
+    assert np.count_nonzero(spread) > 55
+
+
+def test_a_short_run_learns_the_digits():
+    _, history = short_run()
+    assert history.accuracies[-1] > 0.9
+    assert history.losses[-1] < history.losses[0]
+    assert history.samples == 3 * digits.TRAIN
+    assert 0 < history.share < 1
+    assert history.rate > 0
+
+
+def test_the_seed_determines_the_run():
+    (model, history), (again, same), (_, other) = short_run(5), short_run(5), short_run(6)
+    np.testing.assert_array_equal(model.params.data, again.params.data)
+    assert (history.losses, history.accuracies) == (same.losses, same.accuracies)
+    assert history.losses != other.losses
+
+
+def test_a_run_that_diverges_ends_without_warnings():
+    _, history = short_run(epochs=50, recipe=mlp.Recipe("SGD", fastopt.SGD, 1e30))
+    assert not math.isfinite(history.losses[-1])
+    assert len(history.losses) < 50
+
+
+@pytest.mark.parametrize("name", train.SCHEDULES)
+def test_schedules_start_within_the_learning_rate_and_stay_there(name):
+    schedule = train.SCHEDULES[name](0.5, 100)
+    rates = [schedule(k) for k in range(100)]
+    assert all(0 <= rate <= 0.5 for rate in rates)
+    assert max(rates) > 0.4
+    assert train.SCHEDULES[name](0.5, 1)(0) >= 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--optimizer", "adamv"], "--optimizer must be all or one of SGD, Momentum,"),
+        (["--schedule", "zigzag"], "--schedule must be one of constant, cosine,"),
+        (["--batch-size", "0"], "--batch-size must be in [1, 1536], the number of training images, got 0."),
+        (["--batch-size", "1537"], "--batch-size must be in [1, 1536], the number of training images, got 1537."),
+        (["--batch-size", "many"], "--batch-size must be a whole number, got 'many'."),
+        (["--lr", "0"], "--lr must be in (0, inf), got 0."),
+        (["--lr=-1"], "--lr must be in (0, inf), got -1."),
+        (["--lr", "nan"], "--lr must be in (0, inf), got nan."),
+        (["--lr", "inf"], "--lr must be in (0, inf), got inf."),
+        (["--lr", "fast"], "--lr must be a number, got 'fast'."),
+        (["--optimizer", "all", "--lr", "1"], "--lr belongs to one optimizer"),
+        (["--epochs", "0"], "--epochs must be at least 1, got 0."),
+        (["--seed=-1"], "--seed must be at least 0, got -1."),
+        (["--hidden", "8,0"], "--hidden must list widths of at least 1, got '8,0'."),
+        (["--hidden", "8,,8"], "--hidden must be a whole number, got ''."),
+        (["--sweep", "--lr", "1"], "--sweep sets --lr itself"),
+        (["--sweep", "--batch-size", "32"], "--sweep sets --batch-size itself"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_input_is_refused_in_one_line(arguments, text, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert command(*arguments, "--out", out) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith(f"bench train: {text}")
+    assert printed.err.count("\n") == 1
+    assert not out.exists()
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+        assert command("--out", out) == 2
+        text = capsys.readouterr().err
+        assert text.startswith(f"bench train: --out {str(out)!r} is not a folder that can be written: ")
+        assert text.count("\n") == 1
+
+
+def test_every_optimizer_runs_and_the_figures_are_written(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert command("--optimizer", "ALL", *SMALL, "--out", "new/folder") == 0
+    printed = capsys.readouterr().out
+    for recipe in train.RECIPES:
+        assert recipe.name in printed
+    for name in ("loss", "accuracy", "bowl"):
+        assert f"new/folder/{name}.png\n" in printed
+        assert_picture(tmp_path / "new" / "folder" / f"{name}.png")
+
+
+def test_one_optimizer_by_name_in_any_case(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(figures, "bowl", lambda folder: folder / "bowl.png")  # it was drawn above
+    assert command("--optimizer", "rmsPROP", "--lr", "0.002", *SMALL, "--schedule", "constant", "--out", tmp_path) == 0
+    printed = capsys.readouterr().out
+    assert "RMSprop" in printed
+    assert "0.002" in printed
+    assert_picture(tmp_path / "loss.png")
+
+
+def test_recipes_and_bowl_show_every_optimizer_of_the_library():
+    public = (getattr(fastopt, name) for name in fastopt.__all__)
+    classes = {value for value in public if isinstance(value, type) and hasattr(value, "step")} - {fastopt.Optimizer}
+    assert {recipe.make for recipe in train.RECIPES} == classes
+    assert {recipe.make for recipe in figures.BOWL} == classes
+
+
+@pytest.mark.parametrize("recipe", figures.BOWL, ids=lambda recipe: recipe.name)
+def test_every_path_runs_down_the_bowl(recipe):
+    path = figures.descend(recipe)
+    assert path.shape == (figures.BOWL_STEPS + 1, 2)
+    np.testing.assert_array_equal(path[0], figures.START)
+    assert path[-1, 0] ** 2 / 20 + path[-1, 1] ** 2 < 0.2  # from 6.45
+
+
+def test_sweep_scales_the_learning_rate_and_warms_it_up():
+    recipe, schedule = sweep.scaled(mlp.Recipe("SGD", fastopt.SGD, 0.1), 512, epochs=15)
+    assert recipe.lr == pytest.approx(1.6)  # 0.1 * 512 / 32
+    rates = [schedule(k) for k in range(45)]  # 3 steps per epoch, 15 of warm-up
+    np.testing.assert_allclose(rates[15:], [1.6 * (1 - k / 30) ** 2 for k in range(30)])
+    assert rates[0] > 0
+    np.testing.assert_allclose(np.diff(rates[:16]), rates[1] - rates[0])
+
+
+def test_sweep_is_measured_drawn_and_said(tmp_path):
+    runs = []
+    cells = sweep.measure(2, 0, (64, 16, 10), batch_sizes=(512, 1536), seeds=2, report=runs.append)
+    assert [(cell.name, cell.batch_size) for cell in cells] == [(r.name, b) for b in (512, 1536) for r in sweep.RECIPES]
+    assert len(runs) == 12
+    assert all(len(cell.accuracies) == 2 and 0 <= cell.mean <= 1 for cell in cells)
+    assert_picture(figures.sweep(cells, tmp_path))
+    names = sorted((-cell.mean, cell.name) for cell in cells[3:])
+    small, large = sweep.verdict(cells).splitlines()
+    assert small.startswith("Batch of 512: ")
+    assert large.startswith(f"Batch of 1536: {names[0][1]} {-names[0][0]:.1%}, ")
+
+
+def test_batch_sizes_of_the_sweep_divide_the_training_images():
+    assert all(digits.TRAIN % batch_size == 0 for batch_size in sweep.BATCH_SIZES)
+    assert sweep.BATCH_SIZES[0] == sweep.BASE
+    assert sweep.BATCH_SIZES[-1] == digits.TRAIN
