@@ -23,7 +23,7 @@ def dtype_of(dtype: Any, where: str) -> np.dtype[Any]:
             raise ImportError(
                 f'{where}: bfloat16 arrays need the package ml_dtypes: pip install "fastopt[bfloat16]"'
             ) from None
-        return np.dtype(ml_dtypes.bfloat16)
+        dtype = ml_dtypes.bfloat16
     found: np.dtype[Any] = np.dtype(dtype)
     check_dtype(found, where)
     return found

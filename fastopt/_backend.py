@@ -108,28 +108,28 @@ class Native:
             return None
         return ctypes.cast(function, ctypes.c_void_p).value
 
-    def update_kernel(self, rule: Rule, p: str, g: str) -> int:  # noqa: D102 - see Backend
+    def update_kernel(self, rule: Rule, p: str, g: str) -> int:
         prebuilt = RULES.get(rule.name) is rule
         found = self._address(update_symbol(rule.name, p, g, self.isa)) if prebuilt else None
         return found or JIT.address("update", rule, p, g)
 
-    def norm_kernel(self, dtype: str) -> int:  # noqa: D102
+    def norm_kernel(self, dtype: str) -> int:
         return self._address(norm_symbol(dtype, self.isa)) or JIT.address("norm", dtype)
 
-    def ratio_kernel(self, rule: Rule) -> int:  # noqa: D102
+    def ratio_kernel(self, rule: Rule) -> int:
         prebuilt = RULES.get(rule.name) is rule
         found = self._address(ratio_symbol(rule.name, self.isa)) if prebuilt else None
         return found or JIT.address("ratio", rule)
 
-    def update(self, table: Table, threads: int) -> None:  # noqa: D102
+    def update(self, table: Table, threads: int) -> None:
         self._library.fastopt_update(table.segments_at, table.chunks_at, table.count, threads)
 
-    def squares(self, table: Table, which: int, threads: int) -> None:  # noqa: D102
+    def squares(self, table: Table, which: int, threads: int) -> None:
         self._library.fastopt_squares(
             table.segments_at, table.chunks_at, table.count, table.partials_at[which], which, threads
         )
 
-    def layers(self, table: Table, flags: int, threads: int) -> None:  # noqa: D102
+    def layers(self, table: Table, flags: int, threads: int) -> None:
         waves = table.waves
         self._library.fastopt_layers(
             table.segments_at, table.chunks_at, waves.ctypes.data, len(waves), *table.partials_at, flags, threads
@@ -144,13 +144,13 @@ class Numba:
     def __init__(self) -> None:
         self.default_threads = len(os.sched_getaffinity(0))
 
-    def update_kernel(self, rule: Rule, p: str, g: str) -> int:  # noqa: D102 - see Backend
+    def update_kernel(self, rule: Rule, p: str, g: str) -> int:
         return JIT.address("update", rule, p, g)
 
-    def norm_kernel(self, dtype: str) -> int:  # noqa: D102
+    def norm_kernel(self, dtype: str) -> int:
         return JIT.address("norm", dtype)
 
-    def ratio_kernel(self, rule: Rule) -> int:  # noqa: D102
+    def ratio_kernel(self, rule: Rule) -> int:
         return JIT.address("ratio", rule)
 
     @functools.cached_property
@@ -159,13 +159,13 @@ class Numba:
 
         return Scheduler(SEGMENT)
 
-    def update(self, table: Table, threads: int) -> None:  # noqa: D102
-        self._scheduler.update(table.segments_at, table.chunks, threads)
+    def update(self, table: Table, threads: int) -> None:
+        self._scheduler.update(table.segments, table.segments_at, table.chunks, threads)
 
-    def squares(self, table: Table, which: int, threads: int) -> None:  # noqa: D102
-        self._scheduler.squares(table.segments, table.segments_at, table.chunks, table.partials[which], which, threads)
+    def squares(self, table: Table, which: int, threads: int) -> None:
+        self._scheduler.squares(table.segments, table.chunks, table.partials[which], which, threads)
 
-    def layers(self, table: Table, flags: int, threads: int) -> None:  # noqa: D102
+    def layers(self, table: Table, flags: int, threads: int) -> None:
         self._scheduler.layers(
             table.segments, table.segments_at, table.chunks, table.waves, table.partials, flags, threads
         )

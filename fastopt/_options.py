@@ -18,11 +18,10 @@ class Number:
 
     def __call__(self, value: Any, where: str) -> float:
         """The value as a Python float: scalars are formed in float64 even from a float32 hyperparameter."""
+        if getattr(value, "shape", None) == ():
+            value = value.item()  # a NumPy scalar or a 0-d array
         if isinstance(value, bool) or not isinstance(value, numbers.Real):
-            shape = getattr(value, "shape", None)
-            if shape != () or not isinstance(number := value.item(), (int, float)):
-                raise TypeError(f"{where} must be a number in {self.text}, got {value!r}.")
-            value = number
+            raise TypeError(f"{where} must be a number in {self.text}, got {value!r}.")
         number = float(value)
         if not self.holds(number):
             raise ValueError(f"{where} must be in {self.text}, got {value!r}.")

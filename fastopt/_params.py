@@ -116,9 +116,7 @@ class GradientReader:
     def _recognises(self, listed: list[Any]) -> bool:
         if len(self._seen) != len(listed):
             return False
-        return all(
-            map(operator.is_, [ref() for ref in self._seen], [_NO_GRADIENT if g is None else g for g in listed])
-        )
+        return all(map(operator.is_, [ref() for ref in self._seen], [_NO_GRADIENT if g is None else g for g in listed]))
 
     def _in_order(self, grads: Any) -> list[Any]:
         """The gradients in the order of the parameters."""

@@ -23,7 +23,8 @@ class Adamax(Optimizer):
         params: As for ``fastopt.Optimizer``: arrays of any shape; float32, float64, float16 or bfloat16.
         lr: Learning rate, >= 0.
         betas: Decay rates of mean and norm, each in [0, 1).
-        eps: Added to the gradient's size (the paper has none), > 0; must not round to zero in float32 (float64 for float64 parameters).
+        eps: Added to the gradient's size (the paper has none), > 0; must not round to zero in float32 (float64 for
+            float64 parameters).
         weight_decay: L2 penalty, >= 0; added to the gradient.
         maximize: Ascend: the gradient is negated before the decay.
 

@@ -18,7 +18,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
-import importlib.metadata
 import json
 import math
 import os
@@ -29,6 +28,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from . import __version__
 from ._arrays import Array, check_array, dtype_of
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def save(
     metadata = {
         "format": "fastopt",
         "format_version": str(_VERSION),
-        "fastopt_version": importlib.metadata.version("fastopt"),
+        "fastopt_version": __version__,
         "params": json.dumps(list(named)),
         "optimizer": "null" if state_dict is None else _to_json(state_dict),
     }

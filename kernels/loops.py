@@ -75,7 +75,7 @@ def _scalars(rule: Rule, compute: Any) -> Any:
     """Intrinsic ``(scalars, own) -> h``: each float64 scalar rounded once to the compute dtype."""
     count = len(rule.Scalars._fields)  # type: ignore[attr-defined]
 
-    @intrinsic  # type: ignore[misc]
+    @intrinsic
     def scalars_of(typingctx: Any, scalars: Any, own: Any) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             places = [(args[0], k) for k in range(count)]
@@ -121,7 +121,7 @@ class _Access:
     def pointers_of(self) -> Any:
         """Intrinsic ``(buffers) -> pointers``."""
 
-        @intrinsic  # type: ignore[misc]
+        @intrinsic
         def pointers_of(typingctx: Any, buffers: Any) -> Any:
             def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
                 places = [builder.gep(args[0], [ir.Constant(I64, k)]) for k in range(len(self.storages))]
@@ -134,7 +134,7 @@ class _Access:
     def load(self) -> Any:
         """Intrinsic ``(pointers, i, multiplier, h) -> (p, multiplier * g, *state, h)``: the arguments of the rule."""
 
-        @intrinsic  # type: ignore[misc]
+        @intrinsic
         def load(typingctx: Any, pointers: Any, i: Any, multiplier: Any, h: Any) -> Any:
             def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
                 values = []
@@ -152,7 +152,7 @@ class _Access:
     def store(self) -> Any:
         """Intrinsic ``(pointers, i, (p, *state))``: each value rounded once to its storage."""
 
-        @intrinsic  # type: ignore[misc]
+        @intrinsic
         def store(typingctx: Any, pointers: Any, i: Any, values: Any) -> Any:
             if values != types.UniTuple(self.compute, len(self.written)):
                 raise numba.TypingError(f"the rule returns {values}, not {len(self.written)} values of {self.compute}")
@@ -170,7 +170,7 @@ class _Access:
     def clear(self) -> Any:
         """Intrinsic ``(pointers, i)``: the gradient's element becomes zero."""
 
-        @intrinsic  # type: ignore[misc]
+        @intrinsic
         def clear(typingctx: Any, pointers: Any, i: Any) -> Any:
             def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
                 zero = ir.Constant(self.storages[1].memory, 0)
@@ -184,7 +184,7 @@ class _Access:
     def prefetch(self, wanted: bool) -> Any:
         """Intrinsic ``(pointers, i)``: ask for the cache lines of the block that begins at element i of every array."""
 
-        @intrinsic  # type: ignore[misc]
+        @intrinsic
         def prefetch(typingctx: Any, pointers: Any, i: Any) -> Any:
             def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
                 i32, byte_pointer = ir.IntType(32), ir.IntType(8).as_pointer()

@@ -47,7 +47,7 @@ def norm_loop(dtype: str, *, soft_half: bool = False) -> Callable[..., float]:
 
 
 def _block_sum(storage: Storage) -> Any:
-    """Intrinsic ``(x, lo, hi) -> sum of squares`` of one block, written with vectors: LLVM must not choose the order."""
+    """Intrinsic ``(x, lo, hi) -> sum of squares`` of a block, written with vectors: LLVM must not choose the order."""
     row_type = ir.VectorType(storage.memory, LANES)
     lanes_type = ir.VectorType(DOUBLE, LANES)
 
@@ -71,7 +71,7 @@ def _block_sum(storage: Storage) -> Any:
             width //= 2
         return builder.extract_element(sums, ir.Constant(ir.IntType(32), 0))
 
-    @intrinsic  # type: ignore[misc]
+    @intrinsic
     def block_sum(typingctx: Any, x: Any, lo: Any, hi: Any) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             pointer, lo, hi = args

@@ -41,9 +41,7 @@ def rmsprop_centered(p: Any, g: Any, v: Any, m: Any, h: RmspropScalars) -> tuple
     return p - h.lr * g / (math.sqrt(variance + h.eps_inside) + h.eps), v, m
 
 
-def rmsprop_centered_momentum(
-    p: Any, g: Any, v: Any, m: Any, b: Any, h: RmspropScalars
-) -> tuple[Any, Any, Any, Any]:
+def rmsprop_centered_momentum(p: Any, g: Any, v: Any, m: Any, b: Any, h: RmspropScalars) -> tuple[Any, Any, Any, Any]:
     g = g + h.weight_decay * p
     v = h.alpha * v + h.one_minus_alpha * (g * g)
     m = h.alpha * m + h.one_minus_alpha * g

@@ -29,7 +29,8 @@ def rprop(p: Any, g: Any, prev: Any, size: Any, h: RpropScalars) -> tuple[Any, A
 
 
 def rprop_scalars(t: int, o: Options) -> RpropScalars:
-    return RpropScalars(*o["etas"], *o["step_sizes"], 1.0, 0.0)
+    (eta_minus, eta_plus), (step_min, step_max) = o["etas"], o["step_sizes"]
+    return RpropScalars(eta_minus, eta_plus, step_min, step_max, 1.0, 0.0)
 
 
 RULES = (Rule("rprop", rprop, RpropScalars, rprop_scalars, ("prev", "step_size"), initial={"step_size": "lr"}),)

@@ -1,4 +1,4 @@
-"""Stochastic gradient descent: plain, with momentum (Polyak 1964) and with Nesterov's momentum (Sutskever et al. 2013)."""
+"""Stochastic gradient descent: plain, with momentum (Polyak 1964), with Nesterov's momentum (Sutskever et al. 2013)."""
 
 from __future__ import annotations
 

@@ -1,0 +1,74 @@
+"""What ``fastopt info`` tells: what this installation is, what it runs on, and how fast its memory is."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import platform
+import statistics
+import sys
+import time
+
+from . import SGD, FlatBuffer, __version__, _backend
+from .kernels.dtypes import PAIRS
+from .kernels.registry import RULES
+
+BANDWIDTH_ELEMENTS = 32 * 2**20
+
+
+def facts() -> dict[str, str]:
+    """Name and value of each line."""
+    backend = _backend.current()
+    library = importlib.util.find_spec("fastopt._native")
+    built = library is not None and library.origin is not None
+    if built and backend.isa != "numba":
+        kernels = f"{len(RULES)} rules × {len(PAIRS)} dtype pairs, in {library.origin}"  # type: ignore[union-attr]
+    elif built:
+        kernels = "compiled on first use, because FASTOPT_ISA=numba"
+    else:
+        kernels = "compiled on first use: fastopt was built without a C compiler (install gcc, then install it again)"
+    return {
+        "fastopt": __version__,
+        "Python": f"{platform.python_version()} ({sys.executable})",
+        "NumPy": importlib.metadata.version("numpy"),
+        "machine": f"{platform.machine()}, {_processor()}",
+        "instruction set": f"{backend.isa} (FASTOPT_ISA chooses another)",
+        "threads": f"{_backend.get_num_threads()} (OMP_NUM_THREADS or fastopt.set_num_threads)",
+        "kernels": kernels,
+        "Numba": _optional("numba", "jit", "needed only for rules of your own"),
+        "ml_dtypes": _optional("ml_dtypes", "bfloat16", "needed for bfloat16 arrays"),
+        "safetensors": _optional("safetensors", "checkpoint", "needed for fastopt.save and fastopt.load"),
+        "CUDA": "no: this version of fastopt has no CUDA kernels yet",
+        "memory bandwidth": bandwidth(),
+    }
+
+
+def bandwidth() -> str:
+    """Speed of an update that reads three arrays and writes two, far larger than the caches."""
+    params = FlatBuffer({"w": (BANDWIDTH_ELEMENTS,)})
+    grads = params.zeros_like()
+    opt = SGD(params, momentum=0.9)
+    seconds = []
+    for _ in range(8):
+        start = time.perf_counter()
+        opt.step(grads)
+        seconds.append(time.perf_counter() - start)
+    moved = 5 * params.nbytes  # the first round, which maps the pages, is left out
+    middle, best = statistics.median(seconds[1:]), min(seconds[1:])
+    return f"{moved / middle / 1e9:.1f} GB/s (median of 7; best {moved / best / 1e9:.1f}): momentum on 32 Mi float32"
+
+
+def _optional(package: str, extra: str, why: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return f'not installed, {why}: pip install "fastopt[{extra}]"'
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            names = (line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
+            return next(names, "unknown processor")
+    except OSError:
+        return "unknown processor"

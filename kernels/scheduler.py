@@ -1,0 +1,173 @@
+"""The scheduler for builds without a C compiler: what parallel.c does, under Numba's prange.
+
+Same tables, same kernels, same bits. Two steps at once take turns, because not every threading layer of Numba can run
+two parallel regions; the child of a fork runs everything in one thread, because Numba's layers end the process there.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+from typing import Any
+
+import numba
+import numpy as np
+from llvmlite import ir
+from numba import njit, prange, types
+from numba.core.extending import intrinsic
+
+from . import loops, reductions
+
+PARAMETER, GRADIENT = 0, 1
+MULTIPLIER, RATIO = 0, 1
+KNOW_W, KNOW_G, KEEP_W = 1, 2, 4
+WORD = np.dtype(np.uint64).itemsize
+
+
+def _caller(signature: Any) -> Any:
+    """Intrinsic that calls the C function of a signature at an address; pointers are passed as integers."""
+    arguments = [types.int64 if isinstance(a, (types.CPointer, types.RawPointer)) else a for a in signature.args]
+
+    def codegen(context: Any, builder: Any, _: Any, args: Any) -> Any:
+        kinds = [context.get_value_type(a) for a in signature.args]
+        result = ir.VoidType() if signature.return_type == types.void else ir.DoubleType()
+        function = builder.inttoptr(args[0], ir.FunctionType(result, kinds).as_pointer())
+        passed = [
+            builder.inttoptr(x, kind) if isinstance(kind, ir.PointerType) else x
+            for x, kind in zip(args[1:], kinds, strict=True)
+        ]
+        value = builder.call(function, passed)
+        return context.get_dummy_value() if signature.return_type == types.void else value
+
+    if len(arguments) == 5:
+
+        @intrinsic
+        def call5(typingctx: Any, address: Any, a: Any, b: Any, c: Any, d: Any, e: Any) -> Any:
+            return signature.return_type(types.int64, *arguments), codegen
+
+        return call5
+
+    @intrinsic
+    def call3(typingctx: Any, address: Any, a: Any, b: Any, c: Any) -> Any:
+        return signature.return_type(types.int64, *arguments), codegen
+
+    return call3
+
+
+_update = _caller(loops.SIGNATURE)
+_norm = _caller(reductions.SIGNATURE)
+_ratio = _caller(reductions.RATIO_SIGNATURE)
+
+
+class Scheduler:
+    """Walks tables whose segments have the given dtype."""
+
+    def __init__(self, segment: np.dtype[Any]) -> None:
+        assert segment.fields is not None
+        places = {name: segment.fields[name][1] // WORD for name in segment.fields}
+        words = segment.itemsize // WORD
+        update_at, norm_at, scalars_at = places["update"], places["norm"], places["scalars"]
+        arrays_at, own_at, ratio_at = places["arrays"], places["own"], places["ratio"]
+
+        # A table arrives as words: two views of the same bytes, as integers and as float64.
+        @njit(nogil=True)
+        def update_chunk(table: Any, at: int, chunk: Any) -> None:
+            s = chunk[0] * words
+            base = at + s * WORD
+            _update(
+                table[s + update_at],
+                chunk[1],
+                chunk[2],
+                base + arrays_at * WORD,
+                table[s + scalars_at],
+                base + own_at * WORD,
+            )
+
+        @njit(nogil=True)
+        def chunk_squares(table: Any, chunk: Any, which: int) -> float:
+            s = chunk[0] * words
+            return _norm(table[s + norm_at + which], chunk[1], chunk[2], table[s + arrays_at + which])  # type: ignore[no-any-return]
+
+        def update_all(table: Any, at: int, chunks: Any) -> None:
+            for i in prange(len(chunks)):
+                update_chunk(table, at, chunks[i])
+
+        def all_squares(table: Any, chunks: Any, which: int, partials: Any, only_adapting: bool) -> None:
+            for i in prange(len(chunks)):
+                if not only_adapting or table[chunks[i, 0] * words + ratio_at] != 0:
+                    partials[i] = chunk_squares(table, chunks[i], which)
+
+        self._update = _Both(update_all)
+        self._squares = _Both(all_squares)
+        self._call_ratio = njit(lambda address, w, g, scalars: _ratio(address, w, g, scalars))
+
+    def update(self, segments: Any, at: int, chunks: Any, threads: int) -> None:
+        """Update every chunk."""
+        self._update(threads, _words(segments), at, chunks)
+
+    def squares(self, segments: Any, chunks: Any, partials: Any, which: int, threads: int) -> None:
+        """Sum of squares of every segment."""
+        self._squares(threads, _words(segments), chunks, which, partials, False)
+        _sum_chunks(segments["squares"], chunks, partials, which)
+
+    def layers(self, segments: Any, at: int, chunks: Any, waves: Any, partials: Any, flags: int, threads: int) -> None:
+        """Norms, trust ratios and update, wave after wave."""
+        table = _words(segments)
+        unknown = [which for which, flag in ((PARAMETER, KNOW_W), (GRADIENT, KNOW_G)) if not flags & flag]
+        first_segment = first_chunk = 0
+        for segment_count, chunk_count in waves.tolist():
+            part = slice(first_chunk, first_chunk + chunk_count)
+            for which in unknown:
+                self._squares(threads, table, chunks[part], which, partials[which, part], True)
+                _sum_chunks(segments["squares"], chunks[part], partials[which, part], which)
+            for s in segments[first_segment : first_segment + segment_count]:
+                if s["ratio"]:
+                    w_norm = math.sqrt(s["squares"][PARAMETER])
+                    g_norm = abs(s["own"][MULTIPLIER]) * math.sqrt(s["squares"][GRADIENT])
+                    s["own"][RATIO] = self._call_ratio(int(s["ratio"]), w_norm, g_norm, int(s["scalars"]))
+            self._update(threads, table, at, chunks[part])
+            if flags & KEEP_W:
+                self._squares(threads, table, chunks[part], PARAMETER, partials[PARAMETER, part], True)
+                _sum_chunks(segments["squares"], chunks[part], partials[PARAMETER, part], PARAMETER)
+            first_segment, first_chunk = first_segment + segment_count, first_chunk + chunk_count
+
+
+def _words(segments: Any) -> Any:
+    return segments.view(np.int64).reshape(-1)
+
+
+@njit
+def _sum_chunks(squares: Any, chunks: Any, partials: Any, which: int) -> None:
+    for i in range(len(chunks)):
+        squares[chunks[i, 0], which] = 0.0
+    for i in range(len(chunks)):
+        squares[chunks[i, 0], which] += partials[i]
+
+
+_lock = threading.Lock()
+_forked = False
+
+
+def _after_fork() -> None:
+    global _forked, _lock
+    _forked, _lock = True, threading.Lock()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
+class _Both:
+    """A loop over chunks, serial and parallel; each is compiled when it is first needed."""
+
+    def __init__(self, function: Any) -> None:
+        self._serial = njit(nogil=True)(function)
+        self._parallel = njit(parallel=True, nogil=True)(function)
+
+    def __call__(self, threads: int, *args: Any) -> None:
+        if threads == 1 or _forked:
+            self._serial(*args)
+            return
+        with _lock:
+            numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+            self._parallel(*args)
