@@ -29,7 +29,8 @@ def load(seed: int, dtype: DTypeLike = np.float32) -> Digits:
     Mean and standard deviation of every pixel come from the training images only; a pixel that never changes there
     is divided by 1.
     """
-    from sklearn.datasets import load_digits  # here, so that other benchmarks run without scikit-learn
+    # Here, so that other benchmarks run without scikit-learn.
+    from sklearn.datasets import load_digits  # type: ignore[import-untyped]
 
     images, labels = load_digits(return_X_y=True)
     order = np.random.default_rng(seed).permutation(len(images))

@@ -59,20 +59,22 @@ def curves(histories: Sequence[History], folder: Path) -> list[Path]:
 
 def _panels(runs: Sequence[tuple[str, float, Sequence[float]]], title: str, last: str, path: Path) -> Path:
     figure, panels = _grid(len(runs))
-    lowest = min(values[-1] for _, _, values in runs)
+    lowest, epochs = min(values[-1] for _, _, values in runs), max(len(values) for _, _, values in runs)
     for panel, (name, lr, values) in zip(panels, runs, strict=True):
         for other, _, theirs in runs:
             if other != name:
                 panel.plot(range(1, len(theirs) + 1), theirs, color=GREY, linewidth=0.8)
-        panel.plot(range(1, len(values) + 1), values, color=BLUE, linewidth=2.2)
-        panel.set_title(f"{name}, lr {lr:g}: ends at {last.format(values[-1])}", fontsize=11)
+        panel.plot(range(1, len(values) + 1), values, "o-" if len(values) == 1 else "-", color=BLUE, linewidth=2.2)
+        end = f"ends at {last.format(values[-1])}" if math.isfinite(values[-1]) else "diverges"
+        panel.set_title(f"{name}, lr {lr:g}: {end}", fontsize=11)
         panel.grid(alpha=0.25)
+        panel.set_xlim(0, epochs + 1)
         panel.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         if last.endswith("%}"):
             panel.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
             # The first epochs of slow runs may start below; the differences between good ones are what is looked for.
             panel.set_ylim(min(0.9, math.floor(20 * lowest) / 20 if math.isfinite(lowest) else 0) - 0.005, 1.005)
-        else:
+        elif any(math.isfinite(value) for _, _, values in runs for value in values):  # nothing has no logarithm
             panel.set_yscale("log")
             panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     figure.supxlabel("epoch")
@@ -140,7 +142,7 @@ def sweep(cells: Sequence[Cell], folder: Path) -> Path:
     panel.set_xlabel("batch size (learning rate in proportion)")
     panel.set_ylabel("test accuracy (log scale of the error)")
     seeds = len(cells[0].accuracies)
-    panel.legend(loc="lower left", frameon=False, title=f"mean and standard deviation, {seeds} seeds")
+    panel.legend(loc="lower left", frameon=False, alignment="left", title=f"mean and standard deviation, {seeds} seeds")
     largest = [cell for cell in cells if cell.batch_size == batch_sizes[-1]]
     panel.set_title(
         f"All {batch_sizes[-1]} images in one batch: " + ", ".join(f"{cell.name} {cell.mean:.1%}" for cell in largest),

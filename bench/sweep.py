@@ -121,7 +121,7 @@ def run(epochs: int, seed: int, widths: Sequence[int], out: Path) -> None:
     )
     table.add_column("batch size", justify="right")
     for recipe in RECIPES:
-        table.add_column(f"{recipe.name}\nlr {recipe.lr:g} per {BASE} images", justify="right")
+        table.add_column(f"{recipe.name}\nlr {recipe.lr:g} per {BASE}", justify="right")
     for batch_size in BATCH_SIZES:
         row = [cell for cell in cells if cell.batch_size == batch_size]
         best = max(cell.mean for cell in row)

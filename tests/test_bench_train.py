@@ -179,6 +179,20 @@ def test_every_optimizer_runs_and_the_figures_are_written(tmp_path, capsys, monk
         assert_picture(tmp_path / "new" / "folder" / f"{name}.png")
 
 
+def test_threads_are_set_back():
+    before = fastopt.get_num_threads()
+    with train.one_thread():
+        assert fastopt.get_num_threads() == 1
+    assert fastopt.get_num_threads() == before
+
+
+def test_a_run_that_diverges_at_once_is_said_and_drawn(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(figures, "bowl", lambda folder: folder / "bowl.png")  # it was drawn above
+    assert command("--optimizer", "sgd", "--lr", "1e30", *SMALL, "--out", tmp_path) == 0
+    assert "diverged" in capsys.readouterr().out
+    assert_picture(tmp_path / "loss.png")
+
+
 def test_one_optimizer_by_name_in_any_case(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(figures, "bowl", lambda folder: folder / "bowl.png")  # it was drawn above
     assert command("--optimizer", "rmsPROP", "--lr", "0.002", *SMALL, "--schedule", "constant", "--out", tmp_path) == 0

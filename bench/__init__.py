@@ -1,0 +1,1 @@
+"""Benchmarks and training runs: ``python -m bench step`` and ``python -m bench train``."""

@@ -1,0 +1,213 @@
+"""Contenders: each makes the step of a case its own way. They run in processes of their own (worker.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from .cases import Case
+
+Arrays = dict[str, Any]
+Step = Callable[[], object]
+
+
+class Contender:
+    """Something that updates ``params`` with ``grads`` when ``step`` is called.
+
+    Args:
+        case: What to do.
+        params: Parameters; the contender may copy them.
+        grads: Gradients, the same at every step.
+        threads: Number of threads.
+    """
+
+    requires: str | None = None  # a package that must be installed, and is only imported by this contender
+
+    def __init__(self, case: Case, params: Arrays, grads: Arrays, threads: int) -> None:
+        raise NotImplementedError
+
+    def step(self) -> None:
+        """Take one step."""
+        raise NotImplementedError
+
+    def parameter(self, name: str) -> Any:
+        """The parameter as it is now, as a NumPy array."""
+        raise NotImplementedError
+
+
+class Fastopt(Contender):
+    """fastopt on flat buffers."""
+
+    flat = True
+
+    def __init__(self, case: Case, params: Arrays, grads: Arrays, threads: int) -> None:
+        import fastopt
+
+        fastopt.set_num_threads(threads)
+        if self.flat:
+            self.params: Any = fastopt.FlatBuffer.from_arrays(params)
+            self.grads: Any = fastopt.FlatBuffer.from_arrays(grads)
+        else:
+            self.params, self.grads = params, grads
+        self.optimizer = getattr(fastopt, self.class_name(case))(self.params, **self.hyper(case))
+        self.options = self.step_options(case)
+
+    def class_name(self, case: Case) -> str:
+        """Name of the optimizer."""
+        return case.optimizer
+
+    def hyper(self, case: Case) -> dict[str, Any]:
+        """Its options."""
+        return case.hyper
+
+    def step_options(self, case: Case) -> dict[str, Any]:
+        """Options of its step."""
+        return case.step
+
+    def step(self) -> None:  # noqa: D102
+        self.optimizer.step(self.grads, **self.options)
+
+    def parameter(self, name: str) -> Any:  # noqa: D102
+        return self.params[name]
+
+
+class FastoptArrays(Fastopt):
+    """fastopt on arrays that the caller keeps, and gradients that stay where they are."""
+
+    flat = False
+
+
+class FastoptMoving(FastoptArrays):
+    """fastopt on arrays that the caller keeps, and gradients in new arrays at every step."""
+
+    def __init__(self, case: Case, params: Arrays, grads: Arrays, threads: int) -> None:
+        super().__init__(case, params, grads, threads)
+        self.both = [self.grads, {name: array.copy() for name, array in self.grads.items()}]
+
+    def step(self) -> None:  # noqa: D102
+        self.both.reverse()
+        self.optimizer.step(self.both[0], **self.options)
+
+
+class FastoptPlain(Fastopt):
+    """The same step without unscaling, clipping and finite check."""
+
+    def step_options(self, case: Case) -> dict[str, Any]:  # noqa: D102
+        return {}
+
+
+class FastoptKeep(Fastopt):
+    """LARS that keeps the norms of the weights."""
+
+    def hyper(self, case: Case) -> dict[str, Any]:  # noqa: D102
+        return {**case.hyper, "keep_weight_norms": True}
+
+
+class FastoptMomentum(Fastopt):
+    """Momentum in the place of LARS."""
+
+    def class_name(self, case: Case) -> str:  # noqa: D102
+        return "SGD"
+
+    def hyper(self, case: Case) -> dict[str, Any]:  # noqa: D102
+        return {"lr": 1e-3, "momentum": 0.9, "weight_decay": 1e-4}
+
+
+class Torch(Contender):
+    """torch.optim, one of its implementations."""
+
+    requires = "torch"
+    options: dict[str, bool]
+
+    def __init__(self, case: Case, params: Arrays, grads: Arrays, threads: int) -> None:
+        import torch
+
+        torch.set_num_threads(threads)
+        self.params = {name: torch.nn.Parameter(torch.from_numpy(array)) for name, array in params.items()}
+        for name, parameter in self.params.items():
+            parameter.grad = torch.from_numpy(grads[name])
+        self.optimizer = getattr(torch.optim, case.optimizer)(self.params.values(), **case.hyper, **self.options)
+
+    def step(self) -> None:  # noqa: D102
+        self.optimizer.step()
+
+    def parameter(self, name: str) -> Any:  # noqa: D102
+        return self.params[name].detach().numpy()
+
+
+class TorchFused(Torch):
+    """torch.optim with fused=True."""
+
+    options = {"fused": True}
+
+
+class TorchLoop(Torch):
+    """torch.optim's default on the CPU, one tensor operation after another."""
+
+    options = {"foreach": False}
+
+
+class NumpyAdam(Contender):
+    """Adam as one writes it in NumPy."""
+
+    def __init__(self, case: Case, params: Arrays, grads: Arrays, threads: int) -> None:
+        if case.optimizer != "Adam":
+            raise NotImplementedError(f"the NumPy contender is Adam, not {case.optimizer}")
+        self.params, self.grads, self.lr, self.t = params, grads, case.hyper["lr"], 0
+        self.m = {name: np.zeros_like(p) for name, p in params.items()}
+        self.v = {name: np.zeros_like(p) for name, p in params.items()}
+
+    def step(self) -> None:  # noqa: D102
+        self.t += 1
+        for name, p in self.params.items():
+            g, m, v = self.grads[name], self.m[name], self.v[name]
+            m[:] = 0.9 * m + 0.1 * g
+            v[:] = 0.999 * v + 0.001 * g**2
+            m_hat, v_hat = m / (1 - 0.9**self.t), v / (1 - 0.999**self.t)
+            p -= self.lr * m_hat / (np.sqrt(v_hat) + 1e-8)
+
+    def parameter(self, name: str) -> Any:  # noqa: D102
+        return self.params[name]
+
+
+class Stream(Contender):
+    """No optimizer: the same reads and writes with one addition each (stream.c), the limit that the machine sets."""
+
+    def __init__(self, case: Case, params: Arrays, grads: Arrays, threads: int) -> None:
+        import fastopt
+
+        from .stream import stream
+
+        optimizer = getattr(fastopt, case.optimizer)([np.ones(1, np.float32)], **case.hyper)
+        count = sum(isinstance(value, np.ndarray) for value in optimizer.state["0"].values())
+        self.params = fastopt.FlatBuffer.from_arrays(params)
+        self.arrays = [self.params.data, fastopt.FlatBuffer.from_arrays(grads).data]
+        self.arrays += [self.params.zeros_like("float32").data for _ in range(count)]
+        self.run = stream(self.params.dtype.itemsize)
+        addresses = [array.ctypes.data for array in self.arrays] + [0] * 3
+        self.arguments = (self.params.data.size, count, *addresses[:5])
+
+    def step(self) -> None:  # noqa: D102
+        self.run(*self.arguments)
+
+    def parameter(self, name: str) -> Any:  # noqa: D102
+        return self.params[name]
+
+
+CONTENDERS: dict[str, type[Contender]] = {
+    "fastopt": Fastopt,
+    "fastopt arrays": FastoptArrays,
+    "fastopt moving": FastoptMoving,
+    "fastopt plain": FastoptPlain,
+    "fastopt keep": FastoptKeep,
+    "momentum": FastoptMomentum,
+    "torch fused": TorchFused,
+    "torch loop": TorchLoop,
+    "numpy": NumpyAdam,
+    "stream": Stream,
+}
+
+UNCHECKED = ("stream", "momentum", "fastopt plain")
+"""Contenders that do not compute the case's optimizer, so that there is no answer to check."""

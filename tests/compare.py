@@ -1,0 +1,163 @@
+"""The comparisons that the suite rests on: every step with the reference, and bit for bit.
+
+test_negative_controls.py shows that they fail for optimizers that are wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+from cases import SHAPES, Arrays, Case, problem
+from reference import REFERENCES, initial_state
+
+import fastopt
+
+Snapshot = dict[str, dict[str, Any]]  # parameter name: "parameter" and the state by torch's names, all of them copies
+Build = Callable[[Case, Any], fastopt.Optimizer]
+
+PARAMETER = "parameter"
+DTYPES: dict[str, np.dtype[Any]] = {
+    **{name: np.dtype(name) for name in ("float32", "float64", "float16")},
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+}
+
+# In units of eps times the operands, see `operands`: each operation rounds by half a unit at most, and a result takes
+# up to a dozen, whose errors seldom add up. Largest seen: 2.9 for parameters (LARS), 4.3 for states (Adadelta's
+# acc_delta, a square of a quotient of roots).
+LIMIT_PARAMETER = 4.0
+LIMIT_STATE = 5.0
+
+
+def build(case: Case, params: Any) -> fastopt.Optimizer:
+    """The optimizer of a case."""
+    made: fastopt.Optimizer = getattr(fastopt, case.optimizer)(params, **case.hyper)
+    return made
+
+
+def case_problem(case: Case, dtype: str, steps: int, *, seed: int = 0, **options: Any) -> tuple[Arrays, list[Arrays]]:
+    """Parameters and gradients for a case.
+
+    Rprop multiplies neighbouring gradients, as torch does, and the reference does not: for it tiny ones must not be so
+    tiny that the product underflows.
+    """
+    tiny = 1e-15 if case.optimizer == "Rprop" else 1e-30
+    grad_dtype = DTYPES[options.pop("grad_dtype", dtype)]
+    rng = np.random.default_rng(seed)
+    return problem(rng, SHAPES, DTYPES[dtype], steps, grad_dtype=grad_dtype, tiny=tiny, **options)
+
+
+def snapshot(params: Mapping[str, npt.NDArray[Any]], opt: fastopt.Optimizer) -> Snapshot:
+    """Copies of all that a step may change."""
+    state = opt.state
+    return {
+        name: {PARAMETER: p.copy()} | {k: v.copy() if isinstance(v, np.ndarray) else v for k, v in state[name].items()}
+        for name, p in params.items()
+    }
+
+
+# --- with the reference ----------------------------------------------------------------------------------------------
+
+
+def exact(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Arrays in extended precision, in which the reference's own rounding does not count; numbers as they are."""
+    return {k: v.astype(np.longdouble) if isinstance(v, np.ndarray) else v for k, v in values.items()}
+
+
+def operands(case: Case, p: Any, g: Any, state: Mapping[str, Any], t: int) -> dict[str, Any]:
+    """How large the terms are that each result is a sum of: the result for absolute values, where none cancel.
+
+    A bound in eps of this survives cancellation, and is not loosened by operands that the result does not have.
+    """
+    positive = {**case.hyper, "maximize": False}
+    after, new = REFERENCES[case.optimizer](abs(p), abs(g), {k: abs(v) for k, v in state.items()}, t, **positive)
+    sizes = {PARAMETER: np.maximum(abs(p), abs(abs(p) - after))} | {k: abs(v) for k, v in new.items()}
+    if "ax" in sizes:  # a mean of parameters, not of gradients
+        sizes["ax"] = np.maximum(sizes[PARAMETER], abs(state["ax"]))
+    return sizes
+
+
+def check_step(case: Case, before: Snapshot, grads: Mapping[str, Any], after: Snapshot, t: int) -> float:
+    """Compare every element after step `t` with one step of the reference from what was before.
+
+    Returns the largest error in eps of the operands.
+    """
+    worst = 0.0
+    for name, was in before.items():
+        dtype = was[PARAMETER].dtype
+        p, g = exact({"p": was[PARAMETER], "g": grads[name]}).values()
+        state = {**initial_state(case.optimizer, p, **case.hyper), **exact(was)}
+        state = {k: v for k, v in state.items() if k not in (PARAMETER, "step")}
+        want_p, want = REFERENCES[case.optimizer](p, g, state, t, **case.hyper)
+        got = after[name]
+        assert got["step"] == t
+        assert set(got) == {PARAMETER, "step", *want}, f"{case.id}: the states of {name} are {sorted(got)}"
+        sizes = operands(case, p, g, state, t)
+        for key, value in {PARAMETER: want_p, **want}.items():
+            info = np.finfo(np.float64 if isinstance(got[key], float) else dtype)
+            assert isinstance(got[key], float) or got[key].dtype == dtype
+            error = abs(np.asarray(got[key], np.longdouble) - value)
+            error = error / (float(info.eps) * np.maximum(sizes[key], float(info.smallest_normal)))
+            limit = LIMIT_PARAMETER if key == PARAMETER else LIMIT_STATE
+            _refuse(error, limit, got[key], value, f"{case.id}, step {t}: {key} of {name} in eps of its operands")
+            worst = max(worst, float(np.max(error, initial=0.0)))
+    return worst
+
+
+def check_steps(case: Case, dtype: str, *, steps: int = 8, seed: int = 0, build: Build = build) -> float:
+    """Compare each step of a run with a step of the reference from equal state; the largest error in eps."""
+    params, gradients = case_problem(case, dtype, steps, seed=seed)
+    opt, worst = build(case, params), 0.0
+    for t, grads in enumerate(gradients, 1):
+        before = snapshot(params, opt)
+        opt.step(grads)
+        worst = max(worst, check_step(case, before, grads, snapshot(params, opt), t))
+    return worst
+
+
+def assert_close(got: Snapshot, want: Snapshot, *, rtol: float, atol: float, where: str) -> None:
+    """Compare parameters and states, no element excepted."""
+    for name in want:
+        assert set(got[name]) == set(want[name]), f"{where}: the states of {name} are {sorted(got[name])}"
+        for key, value in want[name].items():
+            a, b = np.asarray(got[name][key], np.float64), np.asarray(value, np.float64)
+            _refuse(abs(a - b) / (atol + rtol * abs(b)), 1.0, a, b, f"{where}: {key} of {name} in tolerances")
+
+
+def _refuse(error: Any, limit: float, got: Any, want: Any, what: str) -> None:
+    """Fail if an error exceeds the limit or is NaN, and name the worst element."""
+    if not np.all(error <= limit):
+        at = int(np.argmax(np.where(np.isnan(error), np.inf, error)))
+        error, got, want = (np.ravel(x)[at] for x in (error, got, want))
+        raise AssertionError(f"{what}: off by {error:.3g}, not at most {limit}; element {at} is {got!r}, not {want!r}")
+
+
+# --- bit for bit -----------------------------------------------------------------------------------------------------
+
+
+def bits(array: npt.ArrayLike) -> npt.NDArray[Any]:
+    """The bits of an array as integers, all NaN alike: which NaN an operation returns differs between machines."""
+    array = np.array(array)
+    if array.dtype.kind not in "iu":
+        array[np.isnan(array)] = np.nan
+    return array.view(f"u{array.dtype.itemsize}")
+
+
+def assert_same_bits(got: Snapshot, want: Snapshot, where: str) -> None:
+    """Compare parameters, states and step counts bit for bit, signs of zeros included."""
+    assert list(got) == list(want)
+    for name in want:
+        assert set(got[name]) == set(want[name]), f"{where}: the states of {name} are {sorted(got[name])}"
+        for key, value in want[name].items():
+            a, b = np.asarray(got[name][key]), np.asarray(value)
+            assert (a.dtype, a.shape) == (b.dtype, b.shape), f"{where}: {key} of {name}"
+            if a.tobytes() == b.tobytes():
+                continue
+            differ = np.flatnonzero(bits(a).ravel() != bits(b).ravel())
+            assert not differ.size, (
+                f"{where}: {key} of {name} differs in {differ.size} of {a.size} elements, first in element {differ[0]}: "
+                f"{a.ravel()[differ[0]]!r}, not {b.ravel()[differ[0]]!r}"
+            )

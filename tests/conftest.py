@@ -1,0 +1,51 @@
+"""Makes the helpers of this folder importable, and gives every test the same threads and a choice of kernels."""
+
+from __future__ import annotations
+
+import pathlib
+import sys
+from collections.abc import Callable, Iterator
+
+import pytest
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent))  # pytest's importlib mode leaves sys.path alone
+
+from fastopt import _backend, _plan, set_num_threads
+
+
+def native_isas() -> list[str]:
+    """The instruction sets of the compiled library that this machine runs, the oldest first."""
+    best = _backend.load().isa
+    return [isa for isa in _backend.ISAS if isa <= best] if best in _backend.ISAS else [best]
+
+
+@pytest.fixture(autouse=True)
+def _two_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many threads on every machine; a test may set others, which the next one does not see."""
+    monkeypatch.setattr(_backend, "_threads", None)
+    set_num_threads(2)
+
+
+@pytest.fixture
+def backend(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Chooses the kernels of the optimizers that the test makes from then on."""
+
+    def choose(isa: str) -> None:
+        chosen = _backend.load(isa)
+        monkeypatch.setattr(_backend, "current", lambda: chosen)
+
+    return choose
+
+
+@pytest.fixture(params=native_isas())
+def isa(request: pytest.FixtureRequest, backend: Callable[[str], None]) -> str:
+    """Runs the test once with the kernels of each instruction set."""
+    backend(request.param)
+    return str(request.param)
+
+
+@pytest.fixture
+def always_threaded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Start threads for few elements too, where a step would be serial."""
+    monkeypatch.setattr(_plan, "SERIAL_BELOW", 0)
+    yield
