@@ -15,10 +15,11 @@ from .kernels.dtypes import norm_symbol, ratio_symbol, update_symbol
 from .kernels.registry import RULES
 from .kernels.rule import Rule
 
-SERIAL_BELOW = 16_384
-"""Elements below which starting a team of threads costs more than it saves."""
+SERIAL_BELOW = 65_536
+"""Elements below which one thread does it all: a second one would save some 20 µs, but where a threaded BLAS has just
+spun on its core, waiting for it to be scheduled costs milliseconds."""
 
-KNOW_W, KNOW_G, KEEP_W = 1, 2, 4
+KNOW_W, KNOW_G = 1, 2
 
 
 class Backend(Protocol):
@@ -63,8 +64,7 @@ class Jit:
                     f"fastopt: the {what} kernel for {', '.join(_names(key))} is not in the compiled library, and "
                     f'compiling it now needs Numba: pip install "fastopt[jit]" ({error})'
                 ) from error
-            options = {} if what == "ratio" else {"soft_half": compiler.host_lacks_half()}
-            described = getattr(compiler, f"{what}_kernel")(*key, "native", **options)
+            described = getattr(compiler, f"{what}_kernel")(*key, "native", compiler.features_of("native"))
             kernel = self._compiled[(what, *key)] = compiler.jit(described)
         return int(kernel.address)
 

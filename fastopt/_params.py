@@ -70,7 +70,7 @@ class Gradients(NamedTuple):
 
     arrays: list[Any]  # to be kept alive during the step: the arrays (copies of strided ones) or one flat buffer
     present: tuple[int, ...]
-    dtypes: tuple[str, ...]
+    dtypes: list[np.dtype[Any]]
     starts: NDArray[np.uint64]
     flat: bool
 
@@ -97,6 +97,7 @@ class GradientReader:
         self._where = f"{where}.step: grads"
         self._seen: list[weakref.ref[Any]] = []
         self._seen_for_writing = False
+        self._last_starts: NDArray[np.uint64] = np.zeros(0, np.uint64)
 
     def read(self, grads: Any, write: bool) -> Gradients | None:
         """Checked gradients, or None where they are the very arrays of the last call."""
@@ -107,10 +108,13 @@ class GradientReader:
         self._seen = []
         found = self._read_flat(grads, write) if flat else self._read_arrays(listed, write)
         present = [g for g in listed if g is not None]
-        if all(map(operator.is_, found.arrays, present)):  # a copy has to be made again each time
-            # Weak: an optimizer that kept the gradients alive would double their memory.
+        copied = not all(map(operator.is_, found.arrays, present))  # a copy has to be made again each time
+        if not copied and np.array_equal(found.starts, self._last_starts):
+            # They stayed where they were, so they may come again: worth remembering. Weakly, because an optimizer
+            # that kept gradients alive would double their memory.
             self._seen = [weakref.ref(_NO_GRADIENT if g is None else g) for g in listed]
             self._seen_for_writing = write
+        self._last_starts = found.starts
         return found
 
     def _recognises(self, listed: list[Any]) -> bool:
@@ -147,13 +151,19 @@ class GradientReader:
             check_gradient(arrays[0], self._parameters[0], f"{self._where}[{self._names[0]!r}]", write)
         offsets = np.array(self._layout.offsets, np.uint64)
         starts = np.uint64(grads.data.ctypes.data) + offsets * np.uint64(grads.dtype.itemsize)
-        found = Gradients([grads], tuple(range(len(arrays))), (grads.dtype.name,) * len(arrays), starts, True)
+        found = Gradients([grads], tuple(range(len(arrays))), [grads.dtype] * len(arrays), starts, True)
         self._check_memory(np.array([grads.data.ctypes.data], np.uint64), np.array([grads.nbytes]), [0])
         return found
 
     def _read_arrays(self, listed: list[Any], write: bool) -> Gradients:
         present = tuple(i for i, g in enumerate(listed) if g is not None)
-        arrays = [self._checked(listed[i], self._parameters[i], i, write) for i in present]
+        arrays = [listed[i] for i in present]
+        parameters = [self._parameters[i] for i in present]
+        if not _all_plain(arrays, parameters):
+            arrays = [
+                check_gradient(g, p, f"{self._where}[{self._names[i]!r}]", write)
+                for g, p, i in zip(arrays, parameters, present, strict=True)
+            ]
         starts, nbytes = addresses(arrays), _nbytes(arrays)
         self._check_memory(starts, nbytes, present)
         if write:
@@ -164,17 +174,7 @@ class GradientReader:
                     f"{self._where}[{a!r}] and [{b!r}] share memory, so zero_grads=True would zero one before it is "
                     "read. Pass a copy of one."
                 )
-        return Gradients(arrays, present, tuple(a.dtype.name for a in arrays), starts, False)
-
-    def _checked(self, gradient: Any, parameter: Array, i: int, write: bool) -> Array:
-        if (  # the common case without building the name
-            type(gradient) is np.ndarray
-            and gradient.dtype == parameter.dtype
-            and gradient.shape == parameter.shape
-            and gradient.flags.carray
-        ):
-            return gradient
-        return check_gradient(gradient, parameter, f"{self._where}[{self._names[i]!r}]", write)
+        return Gradients(arrays, present, [a.dtype for a in arrays], starts, False)
 
     def _check_memory(self, starts: NDArray[np.uint64], nbytes: NDArray[np.int64], present: Sequence[int]) -> None:
         hit = self._memory.hit_by(starts, nbytes)
@@ -183,6 +183,16 @@ class GradientReader:
                 f"{self._where}[{self._names[present[hit]]!r}] shares memory with a parameter or a state, "
                 "which the step writes. Pass a copy."
             )
+
+
+def _all_plain(arrays: list[Any], parameters: list[Array]) -> bool:
+    """Whether nothing about any gradient needs a closer look; list by list, because thousands may come every step."""
+    return (
+        set(map(type, arrays)) <= {np.ndarray}
+        and [a.dtype for a in arrays] == [p.dtype for p in parameters]
+        and [a.shape for a in arrays] == [p.shape for p in parameters]
+        and all([a.flags.carray for a in arrays])  # noqa: C419 - a generator is slower
+    )
 
 
 class _NoGradient:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ._arrays import Array
-from ._backend import KEEP_W, KNOW_G, KNOW_W, SERIAL_BELOW, Backend, get_num_threads
+from ._backend import KNOW_G, KNOW_W, SERIAL_BELOW, Backend, get_num_threads
 from ._table import MULTIPLIER, ZERO, Table
 from .kernels.rule import Options, Rule
 
@@ -89,7 +89,7 @@ class Plan:
     def __init__(
         self,
         parameters: Sequence[Parameter],
-        dtypes: Sequence[str],
+        dtypes: Sequence[np.dtype[Any]],
         treatments: Sequence[Treatment],
         flat: bool,
         signs: Sequence[float],
@@ -169,12 +169,13 @@ class Plan:
         states: dict[int, int] = {}
         for segment, (k, _) in zip(table.segments, runs, strict=True):
             p, cohort = self.parameters[k], self.cohorts[self._member[k]]
-            rule, dtype = cohort.treatment.rule, p.array.dtype.name
-            kind = (rule, dtype, self.dtypes[k], self._adapts(k))
+            rule = cohort.treatment.rule
+            kind = (rule, p.array.dtype, self.dtypes[k], self._adapts(k))
             if kind not in kernels:
+                stored = p.array.dtype.name, self.dtypes[k].name
                 kernels[kind] = (
-                    self.backend.update_kernel(rule, dtype, self.dtypes[k]),
-                    (self.backend.norm_kernel(dtype), self.backend.norm_kernel(self.dtypes[k])) if norms else (0, 0),
+                    self.backend.update_kernel(rule, *stored),
+                    (self.backend.norm_kernel(stored[0]), self.backend.norm_kernel(stored[1])) if norms else (0, 0),
                     self.backend.ratio_kernel(rule) if self._adapts(k) else 0,
                 )
             segment["update"], segment["norm"], segment["ratio"] = kernels[kind]
@@ -216,9 +217,9 @@ class Plan:
             table.own[:, ZERO] = zero
             table.launched_with = multiplier, zero
         if self._has_ratio:
-            flags = KNOW_G * know_gradients + KNOW_W * (keep_weights and self._know_weights) + KEEP_W * keep_weights
+            flags = KNOW_G * know_gradients + KNOW_W * (keep_weights and self._know_weights)
             self.backend.layers(table, flags, _threads(table))
-            self._know_weights = keep_weights
+            self._know_weights = True
         else:
             self.backend.update(table, _threads(table))
         for cohort in self.cohorts:
@@ -230,7 +231,7 @@ class Plan:
 
 
 def _threads(table: Table) -> int:
-    return get_num_threads() if table.elements >= SERIAL_BELOW else 1
+    return min(get_num_threads(), table.count) if table.elements >= SERIAL_BELOW else 1
 
 
 def initial_states(rule: Rule, options: Mapping[str, Any]) -> dict[str, float]:

@@ -8,13 +8,13 @@
 #include <pthread.h>
 #include <stdint.h>
 
-typedef void (*update_kernel)(int64_t lo, int64_t hi, void **arrays, const double *scalars, const double *own);
+typedef double (*update_kernel)(int64_t lo, int64_t hi, void **arrays, const double *scalars, const double *own);
 typedef double (*norm_kernel)(int64_t lo, int64_t hi, void *x);
 typedef double (*ratio_kernel)(double w_norm, double g_norm, const double *scalars);
 
 enum { PARAMETER, GRADIENT };      /* places in arrays, norm and squares */
 enum { MULTIPLIER, RATIO, ZERO };  /* places in own */
-enum { KNOW_W = 1, KNOW_G = 2, KEEP_W = 4 };
+enum { KNOW_W = 1, KNOW_G = 2 };
 
 typedef struct {
     update_kernel update;
@@ -31,7 +31,7 @@ typedef struct {
 } chunk;
 
 typedef struct {
-    int64_t segments, chunks; /* how many of each; waves follow one another */
+    int64_t segments, chunks, elements; /* how many of each; waves follow one another */
 } wave;
 
 /* GNU OpenMP cannot start threads in the child of a fork: there, everything runs in the calling thread. */
@@ -64,9 +64,9 @@ const char *fastopt_isa(void) {
 #endif
 }
 
-static void update_chunk(const segment *segments, const chunk *c) {
+static double update_chunk(const segment *segments, const chunk *c) {
     const segment *s = segments + c->segment;
-    s->update(c->lo, c->hi, (void **)s->arrays, s->scalars, s->own);
+    return s->update(c->lo, c->hi, (void **)s->arrays, s->scalars, s->own);
 }
 
 static double chunk_squares(const segment *segments, const chunk *c, int which) {
@@ -95,20 +95,38 @@ void fastopt_squares(segment *segments, const chunk *chunks, int64_t count, doub
     sum_chunks(segments, chunks, count, partials, which);
 }
 
+/* Calls work for the chunks of a wave that fall to this thread. Each thread takes neighbours that hold an equal share of
+ * the elements, the same ones at every call: it finds in its own cache what it read before. Backwards, what it read last
+ * comes first. */
+#define FOR_MY_CHUNKS(chunks, count, elements, backwards, work)                              \
+    do {                                                                                     \
+        int64_t threads_ = omp_get_num_threads(), me_ = omp_get_thread_num(), before_ = 0;   \
+        int64_t first_ = 0, last_ = 0;                                                       \
+        for (int64_t i = 0; i < (count); i++) {                                              \
+            int64_t owner = before_ * threads_ / (elements);                                 \
+            if (owner < me_) first_ = i + 1;                                                 \
+            if (owner <= me_) last_ = i + 1;                                                 \
+            before_ += (chunks)[i].hi - (chunks)[i].lo;                                      \
+        }                                                                                    \
+        for (int64_t k = first_; k < last_; k++) {                                           \
+            int64_t i = (backwards) ? first_ + last_ - 1 - k : k;                            \
+            work;                                                                            \
+        }                                                                                    \
+    } while (0)
+
 /* Rules with a trust ratio per segment. A wave is a few segments whose data fit into the cache: their norms are taken
- * and the update follows before the data are gone. The schedule is static so that a thread finds in its own cache what
- * it read for the norms. */
+ * and the update follows before the data are gone. */
 void fastopt_layers(segment *segments, const chunk *chunks, const wave *waves, int64_t count, double *w_partials,
                     double *g_partials, int flags, int threads) {
     segment *first = segments;
     for (const wave *w = waves; w < waves + count; w++) {
         if (!(flags & KNOW_W) || !(flags & KNOW_G)) {
-#pragma omp parallel for schedule(static) num_threads(team(threads))
-            for (int64_t i = 0; i < w->chunks; i++) {
+#pragma omp parallel num_threads(team(threads))
+            FOR_MY_CHUNKS(chunks, w->chunks, w->elements, 0, {
                 if (!segments[chunks[i].segment].ratio) continue;
                 if (!(flags & KNOW_W)) w_partials[i] = chunk_squares(segments, chunks + i, PARAMETER);
                 if (!(flags & KNOW_G)) g_partials[i] = chunk_squares(segments, chunks + i, GRADIENT);
-            }
+            });
             if (!(flags & KNOW_W)) sum_chunks(segments, chunks, w->chunks, w_partials, PARAMETER);
             if (!(flags & KNOW_G)) sum_chunks(segments, chunks, w->chunks, g_partials, GRADIENT);
         }
@@ -116,13 +134,9 @@ void fastopt_layers(segment *segments, const chunk *chunks, const wave *waves, i
             if (s->ratio)
                 s->own[RATIO] = s->ratio(sqrt(s->squares[PARAMETER]),
                                          fabs(s->own[MULTIPLIER]) * sqrt(s->squares[GRADIENT]), s->scalars);
-#pragma omp parallel for schedule(static) num_threads(team(threads))
-        for (int64_t i = 0; i < w->chunks; i++) {
-            update_chunk(segments, chunks + i);
-            if ((flags & KEEP_W) && segments[chunks[i].segment].ratio)
-                w_partials[i] = chunk_squares(segments, chunks + i, PARAMETER);
-        }
-        if (flags & KEEP_W) sum_chunks(segments, chunks, w->chunks, w_partials, PARAMETER);
+#pragma omp parallel num_threads(team(threads))
+        FOR_MY_CHUNKS(chunks, w->chunks, w->elements, 1, w_partials[i] = update_chunk(segments, chunks + i));
+        sum_chunks(segments, chunks, w->chunks, w_partials, PARAMETER);
         first += w->segments;
         chunks += w->chunks;
         w_partials += w->chunks;

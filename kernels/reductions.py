@@ -1,12 +1,14 @@
 """Sums of squares in one canonical order, so that a norm has the same bits on every machine and any number of threads.
 
-A chunk of 65,536 elements is 32 blocks of 2,048 neighbours. A block is 64 rows of 32 lanes: lane j adds the squares of
+A chunk of 16,384 elements is 8 blocks of 2,048 neighbours. A block is 64 rows of 32 lanes: lane j adds the squares of
 elements j, j + 32, j + 64, ... in order, then the lanes are added pairwise (j and j + 16, then j and j + 8, ...). The
 sums of the blocks are added in order, and so are those of the chunks of an array, and those of the arrays.
 Elements beyond the end count as zeros, which changes no bit.
 
 Everything is added in float64, where the square of a float32 is exact and cannot overflow. So the sum is finite
-exactly if every float32, float16 or bfloat16 element is: the finite check costs nothing more.
+exactly if every float32, float16 or bfloat16 element is, and the finite check costs nothing more; and a fused
+multiply-add gives the same bits as a multiplication and an addition, so it is used where the processor has one.
+(float64 elements have no exact squares: there the two stay apart.)
 """
 
 from __future__ import annotations
@@ -20,11 +22,15 @@ from numba.core import cgutils
 from numba.core.extending import intrinsic
 
 from .dtypes import ITEMSIZE
-from .storage import DOUBLE, I64, Storage
+from .storage import DOUBLE, I64, LINE, Features, Storage, prefetch
 
 LANES = 32
 ROWS = 64
 BLOCK = LANES * ROWS
+
+AHEAD = 4096  # elements from a row to the row that is prefetched
+# 64 M float32, 2 threads, GB/s, medians of one run: no prefetch 25.6; ahead by 256: 31, 512: 36, 1024: 38, 4096: 41
+# into the first-level cache and 45 into the second; past all caches (NTA): 13. A loop that only reads, unprefetched: 37.
 
 SIGNATURE = types.float64(types.int64, types.int64, types.voidptr)
 """C signature of a norm kernel: sum of squares of elements lo to hi - 1 of x; lo is a multiple of BLOCK."""
@@ -33,67 +39,126 @@ RATIO_SIGNATURE = types.float64(types.float64, types.float64, types.CPointer(typ
 """C signature of a trust ratio: (weight norm, gradient norm, scalars)."""
 
 
-def norm_loop(dtype: str, *, soft_half: bool = False) -> Callable[..., float]:
+def norm_loop(dtype: str, features: Features) -> Callable[..., float]:
     """The sum of squares over an array stored as ``dtype``, to be compiled."""
-    block_sum = _block_sum(Storage(dtype, soft_half))
+    squares = Squares(Storage(dtype, features.half), features.fma)
+    new_lanes, add_row, add_rest, take = squares.new_lanes(), squares.add_row(ahead=True), squares.add_rest(), take_sum
 
     def norm(lo: Any, hi: Any, x: Any) -> float:
+        lanes = new_lanes()
         total = 0.0
         for start in range(lo, hi, BLOCK):
-            total += block_sum(x, start, min(start + BLOCK, hi))
+            stop = min(start + BLOCK, hi)
+            tail = stop - (stop - start) % LANES
+            for i in range(start, tail, LANES):
+                add_row(lanes, x, i)
+            if tail < stop:
+                add_rest(lanes, x, tail, stop)
+            total += take(lanes)
         return total
 
     return norm
 
 
-def _block_sum(storage: Storage) -> Any:
-    """Intrinsic ``(x, lo, hi) -> sum of squares`` of a block, written with vectors: LLVM must not choose the order."""
-    row_type = ir.VectorType(storage.memory, LANES)
-    lanes_type = ir.VectorType(DOUBLE, LANES)
+_LANES_TYPE = ir.VectorType(DOUBLE, LANES)
 
-    def add_row(builder: Any, lanes: Any, row: Any) -> None:
-        values = storage.decode(builder, row)
-        if values.type != lanes_type:
-            values = builder.fpext(values, lanes_type)
-        builder.store(builder.fadd(builder.load(lanes), builder.fmul(values, values)), lanes)
 
-    def add_pairwise(builder: Any, sums: Any) -> Any:
+class Squares:
+    """Intrinsics that add squares into the lanes of a block.
+
+    They are written with vectors, so that LLVM does not choose the order. The lanes are a variable on the stack, which
+    LLVM keeps in registers.
+    """
+
+    def __init__(self, storage: Storage, fma: bool) -> None:
+        self.storage = storage
+        self.fma = fma and storage.dtype != "float64"
+        self.row_type = ir.VectorType(storage.memory, LANES)
+
+    def new_lanes(self) -> Any:
+        """Intrinsic ``() -> lanes``, all zero."""
+
+        @intrinsic
+        def new_lanes(typingctx: Any) -> Any:
+            def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+                lanes = cgutils.alloca_once_value(builder, ir.Constant(_LANES_TYPE, None))
+                return builder.bitcast(lanes, context.get_value_type(types.voidptr))
+
+            return types.voidptr(), codegen
+
+        return new_lanes
+
+    def add_row(self, *, ahead: bool = False) -> Any:
+        """Intrinsic ``(lanes, x, i)``: add the squares of the row that begins at element i of x."""
+
+        @intrinsic
+        def add_row(typingctx: Any, lanes: Any, x: Any, i: Any) -> Any:
+            def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+                lanes, x, i = args
+                elements = builder.bitcast(x, self.storage.memory.as_pointer())
+                row = builder.load(builder.bitcast(builder.gep(elements, [i]), self.row_type.as_pointer()))
+                row.align = ITEMSIZE[self.storage.dtype]
+                for offset in range(0, LANES, LINE // ITEMSIZE[self.storage.dtype]) if ahead else ():
+                    at = builder.add(i, ir.Constant(I64, AHEAD + offset))
+                    prefetch(builder, builder.gep(elements, [at]), level=2)
+                self._add(builder, lanes, row)
+                return context.get_dummy_value()
+
+            return types.void(types.voidptr, types.voidptr, types.int64), codegen
+
+        return add_row
+
+    def add_rest(self) -> Any:
+        """Intrinsic ``(lanes, x, lo, hi)``: add the squares of the fewer than LANES elements from lo to hi - 1."""
+
+        @intrinsic
+        def add_rest(typingctx: Any, lanes: Any, x: Any, lo: Any, hi: Any) -> Any:
+            def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+                lanes, x, lo, hi = args
+                padded = cgutils.alloca_once(builder, self.row_type)
+                builder.store(ir.Constant(self.row_type, None), padded)
+                source = builder.gep(builder.bitcast(x, self.storage.memory.as_pointer()), [lo])
+                itemsize = ir.Constant(I64, ITEMSIZE[self.storage.dtype])
+                cgutils.raw_memcpy(builder, padded, source, builder.sub(hi, lo), itemsize)
+                self._add(builder, lanes, builder.load(padded))
+                return context.get_dummy_value()
+
+            return types.void(types.voidptr, types.voidptr, types.int64, types.int64), codegen
+
+        return add_rest
+
+    def _add(self, builder: Any, lanes: Any, row: Any) -> None:
+        values = self.storage.decode(builder, row)
+        if values.type != _LANES_TYPE:
+            values = builder.fpext(values, _LANES_TYPE)
+        place = builder.bitcast(lanes, _LANES_TYPE.as_pointer())
+        sums = builder.load(place)
+        if self.fma:
+            kind = ir.FunctionType(_LANES_TYPE, [_LANES_TYPE] * 3)
+            fused = cgutils.get_or_insert_function(builder.module, kind, f"llvm.fma.v{LANES}f64")
+            sums = builder.call(fused, [values, values, sums])
+        else:
+            sums = builder.fadd(sums, builder.fmul(values, values))
+        builder.store(sums, place)
+
+
+@intrinsic
+def take_sum(typingctx: Any, lanes: Any) -> Any:
+    """The sum of the lanes, added pairwise; the lanes are zero again."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        place = builder.bitcast(args[0], _LANES_TYPE.as_pointer())
+        sums = builder.load(place)
+        builder.store(ir.Constant(_LANES_TYPE, None), place)
         width = LANES // 2
         while width:
-            low, high = (
-                ir.Constant(ir.VectorType(ir.IntType(32), width), list(range(first, first + width)))
-                for first in (0, width)
-            )
+            undefined = ir.Constant(sums.type, ir.Undefined)
+            half = ir.VectorType(ir.IntType(32), width)
+            low, high = (ir.Constant(half, list(range(first, first + width))) for first in (0, width))
             sums = builder.fadd(
-                builder.shuffle_vector(sums, ir.Constant(sums.type, ir.Undefined), low),
-                builder.shuffle_vector(sums, ir.Constant(sums.type, ir.Undefined), high),
+                builder.shuffle_vector(sums, undefined, low), builder.shuffle_vector(sums, undefined, high)
             )
             width //= 2
         return builder.extract_element(sums, ir.Constant(ir.IntType(32), 0))
 
-    @intrinsic
-    def block_sum(typingctx: Any, x: Any, lo: Any, hi: Any) -> Any:
-        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            pointer, lo, hi = args
-            elements = builder.bitcast(pointer, storage.memory.as_pointer())
-            lanes = cgutils.alloca_once_value(builder, ir.Constant(lanes_type, None))
-            count = builder.sub(hi, lo)
-            rows = builder.udiv(count, ir.Constant(I64, LANES))
-            with cgutils.for_range(builder, rows) as loop:
-                at = builder.add(lo, builder.mul(loop.index, ir.Constant(I64, LANES)))
-                row = builder.load(builder.bitcast(builder.gep(elements, [at]), row_type.as_pointer()))
-                row.align = ITEMSIZE[storage.dtype]
-                add_row(builder, lanes, row)
-            rest = builder.urem(count, ir.Constant(I64, LANES))
-            with builder.if_then(builder.icmp_signed(">", rest, ir.Constant(I64, 0)), likely=False):
-                padded = cgutils.alloca_once_value(builder, ir.Constant(row_type, None))
-                builder.store(ir.Constant(row_type, None), padded)
-                source = builder.gep(elements, [builder.sub(hi, rest)])
-                itemsize = ir.Constant(I64, ITEMSIZE[storage.dtype])
-                cgutils.raw_memcpy(builder, padded, source, rest, itemsize)
-                add_row(builder, lanes, builder.load(padded))
-            return add_pairwise(builder, builder.load(lanes))
-
-        return types.float64(types.voidptr, types.int64, types.int64), codegen
-
-    return block_sum
+    return types.float64(types.voidptr), codegen

@@ -28,8 +28,6 @@ class Rule:
             values before step 1; None for the rules that need none.
         ratio: Scalar function ``(w_norm, g_norm, h) -> ratio`` in float64 for rules with a trust ratio per layer.
             The loop hands the result to ``step`` as ``h.ratio``, which must then be the last field of ``Scalars``.
-        latency_bound: True for a rule whose arithmetic (a root or a division) keeps loads from running ahead; its
-            CPU loop prefetches.
     """
 
     name: str
@@ -40,7 +38,6 @@ class Rule:
     initial: Mapping[str, str] = field(default_factory=dict)
     carry: Callable[[Options], dict[str, float]] | None = None
     ratio: Callable[..., float] | None = None
-    latency_bound: bool = False
 
     def __post_init__(self) -> None:
         fields = self.Scalars._fields  # type: ignore[attr-defined]

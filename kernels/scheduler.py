@@ -21,7 +21,7 @@ from . import loops, reductions
 
 PARAMETER, GRADIENT = 0, 1
 MULTIPLIER, RATIO = 0, 1
-KNOW_W, KNOW_G, KEEP_W = 1, 2, 4
+KNOW_W, KNOW_G = 1, 2
 WORD = np.dtype(np.uint64).itemsize
 
 
@@ -72,10 +72,10 @@ class Scheduler:
 
         # A table arrives as words: two views of the same bytes, as integers and as float64.
         @njit(nogil=True)
-        def update_chunk(table: Any, at: int, chunk: Any) -> None:
+        def update_chunk(table: Any, at: int, chunk: Any) -> float:
             s = chunk[0] * words
             base = at + s * WORD
-            _update(
+            return _update(  # type: ignore[no-any-return]
                 table[s + update_at],
                 chunk[1],
                 chunk[2],
@@ -89,9 +89,11 @@ class Scheduler:
             s = chunk[0] * words
             return _norm(table[s + norm_at + which], chunk[1], chunk[2], table[s + arrays_at + which])  # type: ignore[no-any-return]
 
-        def update_all(table: Any, at: int, chunks: Any) -> None:
+        def update_all(table: Any, at: int, chunks: Any, w_partials: Any) -> None:
             for i in prange(len(chunks)):
-                update_chunk(table, at, chunks[i])
+                squares = update_chunk(table, at, chunks[i])
+                if len(w_partials):
+                    w_partials[i] = squares
 
         def all_squares(table: Any, chunks: Any, which: int, partials: Any, only_adapting: bool) -> None:
             for i in prange(len(chunks)):
@@ -104,7 +106,7 @@ class Scheduler:
 
     def update(self, segments: Any, at: int, chunks: Any, threads: int) -> None:
         """Update every chunk."""
-        self._update(threads, _words(segments), at, chunks)
+        self._update(threads, _words(segments), at, chunks, np.empty(0))
 
     def squares(self, segments: Any, chunks: Any, partials: Any, which: int, threads: int) -> None:
         """Sum of squares of every segment."""
@@ -116,7 +118,7 @@ class Scheduler:
         table = _words(segments)
         unknown = [which for which, flag in ((PARAMETER, KNOW_W), (GRADIENT, KNOW_G)) if not flags & flag]
         first_segment = first_chunk = 0
-        for segment_count, chunk_count in waves.tolist():
+        for segment_count, chunk_count, _ in waves.tolist():
             part = slice(first_chunk, first_chunk + chunk_count)
             for which in unknown:
                 self._squares(threads, table, chunks[part], which, partials[which, part], True)
@@ -126,10 +128,8 @@ class Scheduler:
                     w_norm = math.sqrt(s["squares"][PARAMETER])
                     g_norm = abs(s["own"][MULTIPLIER]) * math.sqrt(s["squares"][GRADIENT])
                     s["own"][RATIO] = self._call_ratio(int(s["ratio"]), w_norm, g_norm, int(s["scalars"]))
-            self._update(threads, table, at, chunks[part])
-            if flags & KEEP_W:
-                self._squares(threads, table, chunks[part], PARAMETER, partials[PARAMETER, part], True)
-                _sum_chunks(segments["squares"], chunks[part], partials[PARAMETER, part], PARAMETER)
+            self._update(threads, table, at, chunks[part], partials[PARAMETER, part])
+            _sum_chunks(segments["squares"], chunks[part], partials[PARAMETER, part], PARAMETER)
             first_segment, first_chunk = first_segment + segment_count, first_chunk + chunk_count
 
 

@@ -8,12 +8,31 @@ Rounding is to nearest even; NaN stays NaN (its payload is not kept).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from llvmlite import ir
 
+LINE = 64
+"""Bytes of a cache line."""
+
 I16, I32, I64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
 FLOAT, DOUBLE, HALF = ir.FloatType(), ir.DoubleType(), ir.HalfType()
+
+
+class Features(NamedTuple):
+    """What a processor can do in one instruction; without it LLVM would call a library function for every element."""
+
+    half: bool  # convert float16
+    fma: bool  # fused multiply-add
+
+
+def prefetch(builder: Any, pointer: ir.Value, *, level: int) -> None:
+    """Ask for the cache line at ``pointer``: level 3 is the first-level cache, 2 the second."""
+    i32, byte_pointer = ir.IntType(32), ir.IntType(8).as_pointer()
+    kind = ir.FunctionType(ir.VoidType(), [byte_pointer, i32, i32, i32])
+    function = builder.module.declare_intrinsic("llvm.prefetch", (byte_pointer,), kind)
+    read, data = ir.Constant(i32, 0), ir.Constant(i32, 1)
+    builder.call(function, [builder.bitcast(pointer, byte_pointer), read, ir.Constant(i32, level), data])
 
 
 def _like(scalar: ir.Type, value: ir.Value) -> ir.Type:
@@ -29,10 +48,10 @@ def _constant(scalar: ir.Type, number: float, value: ir.Value) -> ir.Constant:
 
 @dataclass(frozen=True)
 class Storage:
-    """Loads and stores of one storage dtype."""
+    """Loads and stores of one storage dtype, on a processor with or without float16 conversions."""
 
     dtype: str
-    soft_half: bool = False
+    half: bool = True
 
     @property
     def memory(self) -> ir.Type:
@@ -45,9 +64,9 @@ class Storage:
             bits = builder.shl(builder.zext(x, _like(I32, x)), _constant(I32, 16, x))
             return builder.bitcast(bits, _like(FLOAT, x))
         if self.dtype == "float16":
-            if self.soft_half:
-                return _half_to_float(builder, x)
-            return builder.fpext(builder.bitcast(x, _like(HALF, x)), _like(FLOAT, x))
+            if self.half:
+                return builder.fpext(builder.bitcast(x, _like(HALF, x)), _like(FLOAT, x))
+            return _half_to_float(builder, x)
         return x
 
     def encode(self, builder: Any, x: ir.Value) -> ir.Value:
@@ -55,9 +74,9 @@ class Storage:
         if self.dtype == "bfloat16":
             return _float_to_bfloat(builder, x)
         if self.dtype == "float16":
-            if self.soft_half:
-                return _float_to_half(builder, x)
-            return builder.bitcast(builder.fptrunc(x, _like(HALF, x)), _like(I16, x))
+            if self.half:
+                return builder.bitcast(builder.fptrunc(x, _like(HALF, x)), _like(I16, x))
+            return _float_to_half(builder, x)
         return x
 
 

@@ -28,6 +28,4 @@ def adadelta_scalars(t: int, o: Options) -> AdadeltaScalars:
     return AdadeltaScalars(o["lr"], o["rho"], 1.0 - o["rho"], o["eps"], o["weight_decay"])
 
 
-RULES = (
-    Rule("adadelta", adadelta, AdadeltaScalars, adadelta_scalars, ("square_avg", "acc_delta"), latency_bound=True),
-)
+RULES = (Rule("adadelta", adadelta, AdadeltaScalars, adadelta_scalars, ("square_avg", "acc_delta")),)

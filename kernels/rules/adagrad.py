@@ -36,6 +36,5 @@ RULES = (
         adagrad_scalars,
         ("sum",),
         initial={"sum": "initial_accumulator_value"},
-        latency_bound=True,
     ),
 )

@@ -71,7 +71,7 @@ def adam_scalars(t: int, o: Options) -> AdamScalars:
 
 
 def _rule(step: Any, *state: str) -> Rule:
-    return Rule(step.__name__, step, AdamScalars, adam_scalars, state, latency_bound=True)
+    return Rule(step.__name__, step, AdamScalars, adam_scalars, state)
 
 
 RULES = (

@@ -30,4 +30,4 @@ def adamax_scalars(t: int, o: Options) -> AdamaxScalars:
     return AdamaxScalars(o["lr"] / (1.0 - beta1**t), beta1, 1.0 - beta1, beta2, o["eps"], o["weight_decay"])
 
 
-RULES = (Rule("adamax", adamax, AdamaxScalars, adamax_scalars, ("exp_avg", "exp_inf"), latency_bound=True),)
+RULES = (Rule("adamax", adamax, AdamaxScalars, adamax_scalars, ("exp_avg", "exp_inf")),)

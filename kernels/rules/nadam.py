@@ -63,6 +63,5 @@ RULES = (
         nadam_scalars,
         ("exp_avg", "exp_avg_sq"),
         carry=nadam_carry,
-        latency_bound=True,
     ),
 )

@@ -58,7 +58,7 @@ def rmsprop_scalars(t: int, o: Options) -> RmspropScalars:
 
 
 def _rule(step: Any, *state: str) -> Rule:
-    return Rule(step.__name__, step, RmspropScalars, rmsprop_scalars, state, latency_bound=True)
+    return Rule(step.__name__, step, RmspropScalars, rmsprop_scalars, state)
 
 
 RULES = (
