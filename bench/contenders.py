@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -119,7 +119,7 @@ class Torch(Contender):
     """torch.optim, one of its implementations."""
 
     requires = "torch"
-    options: dict[str, bool]
+    options: ClassVar[dict[str, bool]]
 
     def __init__(self, case: Case, params: Arrays, grads: Arrays, threads: int) -> None:
         import torch
@@ -140,13 +140,13 @@ class Torch(Contender):
 class TorchFused(Torch):
     """torch.optim with fused=True."""
 
-    options = {"fused": True}
+    options: ClassVar[dict[str, bool]] = {"fused": True}
 
 
 class TorchLoop(Torch):
     """torch.optim's default on the CPU, one tensor operation after another."""
 
-    options = {"foreach": False}
+    options: ClassVar[dict[str, bool]] = {"foreach": False}
 
 
 class NumpyAdam(Contender):

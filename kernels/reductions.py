@@ -29,8 +29,8 @@ ROWS = 64
 BLOCK = LANES * ROWS
 
 AHEAD = 4096  # elements from a row to the row that is prefetched
-# 64 M float32, 2 threads, GB/s, medians of one run: no prefetch 25.6; ahead by 256: 31, 512: 36, 1024: 38, 4096: 41
-# into the first-level cache and 45 into the second; past all caches (NTA): 13. A loop that only reads, unprefetched: 37.
+# 64 M float32, 2 threads, GB/s, medians of one run: no prefetch 25.6; ahead by 256: 31, 512: 36, 1024: 38, 4096: 41 (to
+# the first-level cache) and 45 (to the second); past all caches (NTA): 13. A loop that only reads, unprefetched: 37.
 
 SIGNATURE = types.float64(types.int64, types.int64, types.voidptr)
 """C signature of a norm kernel: sum of squares of elements lo to hi - 1 of x; lo is a multiple of BLOCK."""
