@@ -158,6 +158,6 @@ def assert_same_bits(got: Snapshot, want: Snapshot, where: str) -> None:
                 continue
             differ = np.flatnonzero(bits(a).ravel() != bits(b).ravel())
             assert not differ.size, (
-                f"{where}: {key} of {name} differs in {differ.size} of {a.size} elements, first in element {differ[0]}: "
+                f"{where}: {key} of {name} differs in {differ.size} of {a.size} elements, first in {differ[0]}: "
                 f"{a.ravel()[differ[0]]!r}, not {b.ravel()[differ[0]]!r}"
             )

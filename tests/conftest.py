@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import pathlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 
@@ -19,6 +20,9 @@ def native_isas() -> list[str]:
     return [isa for isa in _backend.ISAS if isa <= best] if best in _backend.ISAS else [best]
 
 
+_load = functools.cache(_backend.load)  # Numba compiles its scheduler once
+
+
 @pytest.fixture(autouse=True)
 def _two_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     """As many threads on every machine; a test may set others, which the next one does not see."""
@@ -31,7 +35,7 @@ def backend(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     """Chooses the kernels of the optimizers that the test makes from then on."""
 
     def choose(isa: str) -> None:
-        chosen = _backend.load(isa)
+        chosen = _load(isa)
         monkeypatch.setattr(_backend, "current", lambda: chosen)
 
     return choose
@@ -45,7 +49,6 @@ def isa(request: pytest.FixtureRequest, backend: Callable[[str], None]) -> str:
 
 
 @pytest.fixture
-def always_threaded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def always_threaded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Start threads for few elements too, where a step would be serial."""
-    monkeypatch.setattr(_plan, "SERIAL_BELOW", 0)
-    yield
+    monkeypatch.setattr(_plan, "SERIAL_BELOW", 1)

@@ -1,0 +1,211 @@
+"""Options and arguments out of range are refused with one clear error, and nothing is written."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import pytest
+from refusal import CLASSES, fingerprint, gradients, refused, trained
+
+import fastopt
+from fastopt import _backend
+
+F32 = np.float32
+
+
+def short(value: Any) -> str:
+    """A test id."""
+    return getattr(value, "__name__", None) or repr(value)[:40]
+
+
+# --- hyperparameters -------------------------------------------------------------------------------------------------
+
+NO_NUMBERS = (math.nan, -math.inf, -1.0, True, np.True_, "0.1", None, 0.1j, [0.7], np.array([0.7]), np.array("x"))
+NO_BOOLEANS = (1, 0.0, "True", math.nan, [True])
+
+
+def bad_options(cls: Any) -> Iterator[tuple[str, Any]]:
+    for name, default in trained(cls).defaults.items():
+        if isinstance(default, bool) or name == "adapt":
+            yield from ((name, bad) for bad in NO_BOOLEANS)
+        elif isinstance(default, tuple):
+            yield from ((name, bad) for bad in (0.9, None, "ab", (0.9,), (0.9, 0.9, 0.9)))
+            for bad in NO_NUMBERS:
+                yield from ((name, pair) for pair in ((bad, default[1]), (default[0], bad)))
+        else:
+            yield from ((name, bad) for bad in (*NO_NUMBERS, *([] if name == "t0" else [math.inf])))
+
+
+@pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
+def test_every_option_refuses_what_it_cannot_mean(cls: Any) -> None:
+    for name, bad in bad_options(cls):
+        with pytest.raises((TypeError, ValueError)) as caught:
+            cls([np.ones(3)], **{"lr": 0.1} | {name: bad})
+        assert str(caught.value).startswith(f"{cls.__name__}: {name}"), str(caught.value)
+
+
+@pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
+def test_every_option_refuses_it_between_steps_too(cls: Any) -> None:
+    opt = trained(cls)
+    group = opt.param_groups[0]
+    for name, bad in bad_options(cls):
+        if isinstance(bad, (int, float)) and bad == group[name]:
+            continue  # 0.0 for False: whoever sets it has changed nothing
+        good, group[name] = group[name], bad
+        before = fingerprint(opt)
+        with pytest.raises((TypeError, ValueError)) as caught:
+            opt.step(gradients())
+        assert str(caught.value).startswith(f"{cls.__name__}: {name}"), str(caught.value)
+        assert fingerprint(opt) == before
+        group[name] = good
+    opt.step(gradients())
+
+
+OUT_OF_RANGE: list[tuple[Any, dict[str, Any], str]] = [
+    (fastopt.Adam, {"betas": (1.0, 0.999)}, "Adam: betas[0] must be in [0, 1), got 1.0"),
+    (fastopt.Lion, {"betas": (0.9, 1.0)}, "Lion: betas[1] must be in [0, 1), got 1.0"),
+    (fastopt.Adadelta, {"rho": 1.0}, "Adadelta: rho must be in [0, 1), got 1.0"),
+    (fastopt.RMSprop, {"alpha": 1.0}, "RMSprop: alpha must be in [0, 1), got 1.0"),
+    (fastopt.SGD, {"momentum": 1.1}, "SGD: momentum must be in [0, 1], got 1.1"),
+    (fastopt.Adam, {"eps": 0.0}, "Adam: eps must be in (0, inf)"),
+    (fastopt.Adamax, {"eps": 1e-50}, "Adamax: eps=1e-50 rounds to zero in float32"),
+    (fastopt.Rprop, {"etas": (1.0, 1.2)}, "Rprop: etas[0] must be in (0, 1), got 1.0"),
+    (fastopt.Rprop, {"etas": (0.5, 1.0)}, "Rprop: etas[1] must be in (1, inf), got 1.0"),
+    (fastopt.Rprop, {"step_sizes": (2.0, 1.0)}, "Rprop: step_sizes[0] must not exceed step_sizes[1], got (2.0, 1.0)"),
+    (fastopt.SGD, {"nesterov": True}, "SGD: nesterov=True needs momentum > 0 and dampening 0, got momentum=0.0"),
+    (fastopt.SGD, {"nesterov": True, "momentum": 0.9, "dampening": 0.1}, "dampening=0.1"),
+    (fastopt.LARS, {"nesterov": True, "momentum": 0.0}, "LARS: nesterov=True needs momentum > 0, got 0"),
+    (fastopt.AdamW, {"lr": 0.0, "fully_decoupled": True}, "AdamW: fully_decoupled=True needs an initial lr > 0, got 0"),
+    (fastopt.SGD, {"lr": 10**400}, "SGD: lr must be in [0, inf)"),
+]
+
+
+@pytest.mark.parametrize(("cls", "options", "message"), OUT_OF_RANGE, ids=short)
+def test_options_out_of_range_are_refused(cls: Any, options: dict[str, Any], message: str) -> None:
+    with refused(ValueError, message):
+        cls([np.ones(3, F32)], **{"lr": 0.1} | options)
+    opt = trained(cls)
+    with refused(ValueError, message.replace(": ", ": group 1: ", 1), opt=opt):
+        opt.add_param_group({"params": {"x": np.ones(3, F32)}, **options})
+
+
+@pytest.mark.parametrize("lr", [F32(1e-3), np.float16(1e-3), np.array(1e-3), np.array(1e-3, F32), Fraction(1, 1000), 1])
+def test_numbers_of_every_kind_are_computed_with_in_float64(lr: Any) -> None:
+    w, g = np.full(3, 2.0), np.full(3, 3.0)
+    fastopt.SGD([w], lr=lr).step([g])
+    assert w.tolist() == [2.0 - float(lr) * 3.0] * 3
+
+
+def test_options_that_a_class_does_not_have_are_refused() -> None:
+    opt = trained(fastopt.SGD)
+    with refused(ValueError, "SGD: there is no option 'betas'; options are lr, momentum"):
+        fastopt.SGD([{"params": [np.ones(3)], "betas": (0.9, 0.99)}])
+    with refused(ValueError, "SGD: group 1: there is no option 'betas'", opt=opt):
+        opt.add_param_group({"params": {"x": np.ones(3)}, "betas": (0.9, 0.99)})
+    opt.param_groups[0]["betas"] = (0.9, 0.99)
+    with refused(ValueError, "SGD", "there is no option 'betas'", "momentum", opt=opt):
+        opt.step(gradients())
+    del opt.param_groups[0]["betas"], opt.param_groups[0]["lr"]
+    with refused(ValueError, "SGD", "param_groups[0] lacks the option 'lr'", opt=opt):
+        opt.step(gradients())
+    opt.param_groups[0]["lr"] = 0.1
+    opt.step(gradients())
+
+
+@pytest.mark.parametrize(
+    ("cls", "options"),
+    [
+        (fastopt.SGD, {"lr": np.array([0.1, 0.2])}),
+        (fastopt.Adam, {"betas": np.array([0.9, 0.999, 0.9])}),
+        (fastopt.SGD, {"nesterov": True}),
+        (fastopt.AdamW, {"fully_decoupled": True, "initial_lr": "0.1"}),
+        (fastopt.AdamW, {"fully_decoupled": True, "initial_lr": 0}),
+        (fastopt.Adam, {"eps": 1e-50}),
+    ],
+    ids=short,
+)
+def test_options_set_between_steps_are_checked(cls: Any, options: dict[str, Any]) -> None:
+    opt = trained(cls)
+    opt.param_groups[0].update(options)
+    before = fingerprint(opt)
+    with pytest.raises((TypeError, ValueError), match=rf"^{cls.__name__}: .*({'|'.join(options)})"):
+        opt.step(gradients())
+    assert fingerprint(opt) == before
+
+
+def test_groups_that_were_not_added_are_refused() -> None:
+    opt = trained()
+    opt.param_groups.append({**opt.param_groups[0], "params": {"x": np.ones(3, F32)}})
+    with pytest.raises((TypeError, ValueError), match=r"AdamW.*add_param_group"):
+        opt.step(gradients())
+    assert {entry["step"] for entry in opt.state.values()} == {1}
+
+
+# --- arguments of the step -------------------------------------------------------------------------------------------
+
+NOT_POSITIVE = (0.0, -1.0, math.nan, math.inf, True, None, "2", np.array([2.0]), np.array([1.0, 2.0]), 1e-320, 10**400)
+NOT_A_NORM = (-1.0, math.nan, -math.inf, True, "1", np.array([2.0]), np.array([1.0, 2.0]), 1j)
+BAD_ARGUMENTS = [("grad_scale", bad) for bad in NOT_POSITIVE] + [("max_norm", bad) for bad in NOT_A_NORM]
+BAD_ARGUMENTS += [(name, bad) for name in ("zero_grads", "skip_nonfinite") for bad in NO_BOOLEANS]
+
+
+@pytest.mark.parametrize(("name", "bad"), BAD_ARGUMENTS, ids=short)
+def test_bad_arguments_of_step_are_refused(name: str, bad: Any) -> None:
+    opt = trained()
+    grads = gradients()
+    kept = {key: grad.copy() for key, grad in grads.items()}
+    before = fingerprint(opt)
+    with pytest.raises((TypeError, ValueError)) as caught:
+        opt.step(grads, **{name: bad})
+    assert str(caught.value).startswith(f"AdamW.step: {name}"), str(caught.value)
+    assert fingerprint(opt) == before
+    assert all((grads[key] == kept[key]).all() for key in kept)
+
+
+def test_arguments_are_checked_before_gradients_are_zeroed() -> None:
+    opt, grads = trained(), gradients()
+    with refused(ValueError, "AdamW.step: grads['b'] has shape", opt=opt):
+        opt.step(grads | {"b": np.ones(2, F32)}, zero_grads=True, skip_nonfinite=True)
+    assert (grads["w"] != 0).all()
+
+
+# --- the process -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("threads", "error"),
+    [(0, ValueError), (-1, ValueError), (1025, ValueError)]
+    + [(bad, TypeError) for bad in (True, 2.0, "2", None, math.nan, [2], np.True_)],
+    ids=str,
+)
+def test_bad_numbers_of_threads_are_refused(threads: Any, error: type[Exception]) -> None:
+    before = fastopt.get_num_threads()
+    with refused(error, "set_num_threads: threads must be", "integer" if error is TypeError else "[1, 1024]"):
+        fastopt.set_num_threads(threads)
+    assert fastopt.get_num_threads() == before
+
+
+@pytest.mark.parametrize("threads", [1, np.int64(3), 1024])
+def test_numbers_of_threads(threads: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_backend, "_threads", None)  # and back afterwards
+    fastopt.set_num_threads(threads)
+    assert fastopt.get_num_threads() == threads
+    assert type(fastopt.get_num_threads()) is int
+
+
+@pytest.mark.skipif(_backend.load().isa not in _backend.ISAS, reason="the library has no kernels for x86-64")
+@pytest.mark.parametrize("isa", ["avx2", "x86-64-v9", "X86-64-V3"])
+def test_an_unknown_instruction_set_is_refused(isa: str) -> None:
+    code = "import fastopt, numpy; fastopt.SGD([numpy.ones(3)])"
+    environment = os.environ | {"FASTOPT_ISA": isa}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode != 0
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith(f"ValueError: FASTOPT_ISA: '{isa}' cannot run here; this processor runs x86-64-v2"), last

@@ -1,0 +1,227 @@
+"""The compiled things: rules that stay in float32, and the library's machine code as objdump shows it."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import inspect
+import re
+import shutil
+import subprocess
+from typing import Any
+
+import numpy as np
+import pytest
+from fastopt.kernels.dtypes import COMPUTE, PAIRS, norm_symbol, ratio_symbol, update_symbol
+from fastopt.kernels.registry import RULES
+from fastopt.kernels.rule import Rule
+
+from fastopt import _backend
+
+RULE_NAMES = sorted(RULES)
+ROOTED = [name for name in RULE_NAMES if "sqrt" in inspect.getsource(RULES[name].step)]
+UPDATES = [(rule, p, g, isa) for rule in RULE_NAMES for p, g in PAIRS for isa in _backend.ISAS]
+
+
+# --- rules -----------------------------------------------------------------------------------------------------------
+
+
+def returned(rule: Rule, dtype: type) -> list[Any]:
+    """The types that the rule returns when Numba compiles it for scalars of this dtype."""
+    numba = pytest.importorskip("numba")
+    step = numba.njit(error_model="numpy")(rule.step)
+    one = dtype(1)
+    step(*[one] * (2 + len(rule.state)), rule.Scalars(*[one] * len(rule.Scalars._fields)))  # type: ignore[attr-defined]
+    return [signature.return_type for signature in step.nopython_signatures]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("name", RULE_NAMES)
+def test_no_literal_promotes_a_rule(name: str, dtype: type) -> None:
+    rule = RULES[name]
+    types = pytest.importorskip("numba").types
+    assert returned(rule, dtype) == [types.UniTuple(getattr(types, dtype.__name__), 1 + len(rule.state))]
+
+
+def test_a_literal_would_be_seen() -> None:
+    def with_literal(p: Any, g: Any, h: Any) -> tuple[Any]:
+        return (p - 0.5 * h.lr * g,)
+
+    types = pytest.importorskip("numba").types
+    sgd = RULES["sgd"]
+    assert returned(Rule("broken", with_literal, sgd.Scalars, sgd.scalars), np.float32) == [
+        types.UniTuple(types.float64, 1)
+    ]
+
+
+def test_a_rule_with_a_literal_does_not_compile() -> None:
+    numba = pytest.importorskip("numba")
+    import fastopt
+
+    def with_literal(p: Any, g: Any, h: Any) -> tuple[Any]:
+        return (p - 0.5 * h.lr * g,)
+
+    broken = Rule("broken", with_literal, RULES["sgd"].Scalars, RULES["sgd"].scalars)
+
+    class Broken(fastopt.SGD):
+        def select_rule(self, options: Any) -> Rule:
+            return broken
+
+    w = np.ones(3, np.float32)
+    opt = Broken([w])
+    with pytest.raises(numba.TypingError, match="float32"):
+        opt.step([np.ones(3, np.float32)])
+    assert (w == 1).all()
+    assert opt.state["0"]["step"] == 0
+
+
+# --- the library -----------------------------------------------------------------------------------------------------
+
+
+def library() -> str:
+    spec = importlib.util.find_spec("fastopt._native")
+    if spec is None or spec.origin is None:
+        pytest.skip("this fastopt was built without its compiled library")
+    return spec.origin
+
+
+def binutils(tool: str, *arguments: str) -> str:
+    if shutil.which(tool) is None:
+        pytest.skip(f"{tool} (binutils) is not installed")
+    return subprocess.run([tool, *arguments, library()], capture_output=True, text=True, check=True).stdout
+
+
+@functools.cache
+def functions() -> dict[str, tuple[int, int]]:
+    """Address and size of every function that the library exports."""
+    found = {}
+    for line in binutils("readelf", "--dyn-syms", "--wide").splitlines():
+        fields = line.split()
+        if len(fields) >= 8 and fields[3] == "FUNC" and fields[6] != "UND":
+            found[fields[7].split("@")[0]] = int(fields[1], 16), int(fields[2], 0)
+    return found
+
+
+@functools.cache
+def instructions() -> dict[str, list[tuple[str, str]]]:
+    """Mnemonic and operands of every instruction of every exported function."""
+    code = {}
+    for line in binutils("objdump", "--disassemble", "--no-show-raw-insn", "--wide").splitlines():
+        if match := re.match(r" *([0-9a-f]+):\t(?:(?:data16|cs|notrack|bnd|rep\w*|lock) )*(\S+) *(.*)", line):
+            code[int(match[1], 16)] = match[2], match[3]
+    places = sorted(code)
+    starts = np.searchsorted(places, [start for start, _ in functions().values()])
+    ends = np.searchsorted(places, [start + size for start, size in functions().values()])
+    return {name: [code[place] for place in places[a:b]] for name, a, b in zip(functions(), starts, ends, strict=True)}
+
+
+def mnemonics(symbol: str) -> set[str]:
+    """The mnemonics in a function; AVX's without their v, so that they compare with SSE's."""
+    return {name.removeprefix("v") for name, _ in instructions()[symbol]}
+
+
+def calls(symbol: str) -> set[str]:
+    """What a function calls or, at its end, jumps to."""
+    start, size = functions()[symbol]
+    targets = set()
+    for name, operands in instructions()[symbol]:
+        if name.startswith(("call", "j")):
+            inside = re.match(r"[0-9a-f]+", operands) and start <= int(operands.split()[0], 16) < start + size
+            if name.startswith("call") or not inside:
+                targets.add(operands.split("<")[-1].rstrip(">").split("@")[0])
+    return targets
+
+
+needs_x86 = pytest.mark.skipif(_backend.load().isa == "native", reason="the library has other kernels than x86-64's")
+
+
+@needs_x86
+def test_every_kernel_is_in_the_library() -> None:
+    wanted = {update_symbol(*update) for update in UPDATES}
+    wanted |= {norm_symbol(dtype, isa) for dtype in COMPUTE for isa in _backend.ISAS}
+    wanted |= {ratio_symbol(name, isa) for name in RULE_NAMES if RULES[name].ratio for isa in _backend.ISAS}
+    parts = ("update", "squares", "layers", "isa", "segment_size", "default_threads", "forked")
+    scheduler = {f"fastopt_{part}" for part in parts}
+    exported = {name for name in functions() if name.startswith("fastopt_")}
+    assert wanted - exported == set()
+    assert exported - wanted == scheduler
+    assert set(functions()) - exported <= {"_init", "_fini"}  # names that would clash with those of other libraries
+
+
+@needs_x86
+@pytest.mark.parametrize("isa", _backend.ISAS)
+def test_arithmetic_is_packed(isa: str) -> None:
+    for rule, p, g, _ in (update for update in UPDATES if update[3] == isa):
+        symbol = update_symbol(rule, p, g, isa)
+        kind = "pd" if p == "float64" else "ps"
+        found = mnemonics(symbol)
+        assert f"mul{kind}" in found, symbol
+        assert {f"add{kind}", f"sub{kind}"} & found, symbol
+        if rule in ROOTED and kind == "ps":  # two float64 roots at a time may not pay
+            assert {"sqrtps", "divps"} <= found, symbol
+        wide = {"x86-64-v2": "%xmm", "x86-64-v3": "%ymm", "x86-64-v4": ("%ymm", "%zmm")}[isa]
+        packed = [operands for name, operands in instructions()[symbol] if name.endswith(f"mul{kind}")]
+        assert any(w in operands for operands in packed for w in ([wide] if isinstance(wide, str) else wide)), symbol
+
+
+def arithmetic(*kinds: str) -> set[str]:
+    return {operation + kind for operation in ("add", "sub", "mul", "div", "sqrt") for kind in kinds}
+
+
+@needs_x86
+@pytest.mark.parametrize("isa", _backend.ISAS)
+def test_float32_is_not_computed_in_float64(isa: str) -> None:
+    for rule, p, g, _ in (update for update in UPDATES if update[3] == isa):
+        wrong = arithmetic("ps", "ss") if p == "float64" else arithmetic("pd", "sd")
+        if RULES[rule].ratio:  # the weight norm of the next step is taken in passing, and norms are added in float64
+            wrong -= {"addpd", "addsd", "mulpd", "mulsd"}
+        found = mnemonics(update_symbol(rule, p, g, isa)) & wrong
+        assert not found, (rule, p, g, found)
+
+
+@needs_x86
+def test_nothing_is_contracted_or_approximated() -> None:
+    fused = re.compile(r"v?fn?m(add|sub)|vfmaddsub|vfmsubadd")
+    approximate = re.compile(r"v?(rsqrt|rcp)")
+    for symbol, code in instructions().items():
+        found = {m for m, _ in code if fused.match(m)}
+        # In float64 the square of a narrower number is exact, so fusing it with the addition changes no bit.
+        exact = re.match(r"fastopt_(norm|lars|lars_nesterov)_(?!float64)", symbol)
+        assert not found or (exact and all(m.endswith("pd") for m in found)), (symbol, found)
+        assert not [m for m, _ in code if approximate.match(m)], symbol
+
+
+@needs_x86
+def test_kernels_call_nothing() -> None:
+    # LLVM may make memset of the loop that zeroes a block of the gradient, and the tail of a norm is a memcpy.
+    for update in UPDATES:
+        assert calls(update_symbol(*update)) <= {"memset", *(["memcpy"] if RULES[update[0]].ratio else [])}, update
+    for isa in _backend.ISAS:
+        for dtype in COMPUTE:
+            assert calls(norm_symbol(dtype, isa)) <= {"memcpy"}, (dtype, isa)
+        for name in RULE_NAMES:
+            if RULES[name].ratio:
+                assert calls(ratio_symbol(name, isa)) == set(), (name, isa)
+
+
+@needs_x86
+def test_old_processors_meet_no_new_instruction() -> None:
+    for symbol, code in instructions().items():
+        if symbol.endswith("v2"):
+            assert not [m for m, operands in code if m.startswith("v") or "%ymm" in operands], symbol
+        elif symbol.endswith("v3"):
+            assert not [m for m, operands in code if "%zmm" in operands or "%k" in operands], symbol
+        elif not symbol.endswith("v4"):  # the scheduler runs everywhere
+            assert not [m for m, operands in code if m.startswith("v")], symbol
+
+
+def test_one_openmp_runtime_is_shared_under_its_plain_name() -> None:
+    needed = re.findall(r"NEEDED.*\[(.+)\]", binutils("readelf", "--dynamic", "--wide"))
+    assert "libgomp.so.1" in needed
+    assert set(needed) <= {"libgomp.so.1", "libm.so.6", "libc.so.6", "libpthread.so.0", "ld-linux-x86-64.so.2"}
+    assert not re.search(r"R(UN)?PATH", binutils("readelf", "--dynamic", "--wide"))
+
+
+def test_rooted_rules_are_found() -> None:
+    assert {"adam", "adamw", "rmsprop_centered_momentum", "adagrad", "adadelta"} <= set(ROOTED)
+    assert not {"sgd", "lion", "rprop", "asgd", "lars"} & set(ROOTED)

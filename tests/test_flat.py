@@ -1,0 +1,267 @@
+"""FlatBuffer: a mapping of aligned views of one allocation, whose padding stays zero."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import pickle
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from cases import CASES, SHAPES, Case
+from compare import DTYPES, build, case_problem
+from refusal import refused
+
+import fastopt
+from fastopt import FlatBuffer
+
+RULE_CASES = list({case.rule: case for case in CASES}.values())  # one per rule, with telling options
+every_dtype = pytest.mark.parametrize("dtype", DTYPES)
+
+
+def padding(buffer: FlatBuffer, data: Any = None) -> Any:
+    """The elements of the buffer, or of ``data`` of the same layout, that belong to no array."""
+    inside = np.zeros(buffer.data.size, bool)
+    for name, array in buffer.items():
+        inside[buffer.offsets[name] : buffer.offsets[name] + array.size] = True
+    return (buffer.data if data is None else data)[~inside]
+
+
+# --- a mapping -------------------------------------------------------------------------------------------------------
+
+
+def test_it_is_a_mapping_in_the_given_order() -> None:
+    buffer = FlatBuffer({"z": (2, 3), "a": (), "m": (0, 4), "": (5,)})
+    assert isinstance(buffer, Mapping)
+    assert list(buffer) == list(buffer.keys()) == list(buffer.names) == ["z", "a", "m", ""]
+    assert buffer.names == ("z", "a", "m", "")
+    assert len(buffer) == 4
+    assert buffer.shapes == {"z": (2, 3), "a": (), "m": (0, 4), "": (5,)}
+    assert buffer.offsets == {"z": 0, "a": 32, "m": 64, "": 64}
+    assert all(type(offset) is int for offset in buffer.offsets.values())
+    assert buffer.size == 6 + 1 + 0 + 5
+    assert "z" in buffer
+    assert "b" not in buffer
+    assert buffer.get("b") is None
+    with pytest.raises(KeyError, match="'b'"):
+        buffer["b"]
+    with pytest.raises(KeyError, match="'b'"):
+        buffer["b"] = 1.0
+    assert [array.shape for array in buffer.values()] == list(buffer.shapes.values())
+    assert repr(buffer) == "FlatBuffer(4 arrays, 12 elements, float32, cpu)"
+
+
+def test_equality_is_identity() -> None:
+    a, b = FlatBuffer({"w": (3,)}), FlatBuffer({"w": (3,)})
+    assert a == a
+    assert a != b
+    assert a != dict(a)
+    assert len({a, b, a}) == 2
+    assert {a: 1}[a] == 1
+    assert weakref.ref(a)() is a
+
+
+def test_nothing_else_can_be_set() -> None:
+    with pytest.raises(AttributeError):
+        FlatBuffer({}).weights = 1  # type: ignore[attr-defined]
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+
+@every_dtype
+def test_every_array_begins_on_a_64_byte_boundary(dtype: str) -> None:
+    for sizes in itertools.product((0, 1, 15, 16, 17, 33), repeat=3):
+        buffer = FlatBuffer({str(i): (size,) for i, size in enumerate(sizes)}, dtype)
+        for name, array in buffer.items():
+            assert array.dtype == buffer.dtype == DTYPES[dtype]
+            assert array.flags.c_contiguous
+            assert array.flags.writeable
+            if array.size:
+                assert array.ctypes.data % 64 == 0
+                assert array.ctypes.data == buffer.data.ctypes.data + buffer.offsets[name] * array.itemsize
+        assert buffer.nbytes == buffer.data.nbytes
+        assert not buffer.data.any()
+    assert FlatBuffer(SHAPES, dtype).offsets == FlatBuffer(SHAPES).offsets  # the layout of every dtype
+
+
+def test_views_write_through() -> None:
+    buffer = FlatBuffer({"w": (2, 3), "b": (3,)})
+    buffer["w"][1] = 2.0
+    buffer["b"] += 3.0
+    buffer["b"] = buffer["b"] * 2
+    assert buffer.data[:6].tolist() == [0, 0, 0, 2, 2, 2]
+    assert buffer.data[32:35].tolist() == [6, 6, 6]
+    buffer.data[...] = 1.0
+    assert (buffer["w"] == 1).all()
+    with pytest.raises(ValueError, match="broadcast"):
+        buffer["w"] = np.ones(4)
+
+
+def test_the_memory_lives_as_long_as_a_view() -> None:
+    view = FlatBuffer({"w": (1000,)})["w"]
+    view += 1
+    assert view.sum() == 1000
+
+
+def test_nothing_at_all() -> None:
+    for buffer in (FlatBuffer({}), FlatBuffer({"a": (0,), "b": (2, 0)}), FlatBuffer.from_arrays([], dtype="float16")):
+        assert (buffer.size, buffer.nbytes) == (0, 0)
+        again = pickle.loads(pickle.dumps(buffer.copy()))
+        assert (again.shapes, again.dtype) == (buffer.shapes, buffer.dtype)
+
+
+# --- copies ----------------------------------------------------------------------------------------------------------
+
+
+@every_dtype
+def test_copies(dtype: str) -> None:
+    rng = np.random.default_rng(1)
+    buffer = FlatBuffer.from_arrays({k: np.asarray(rng.standard_normal(s)) for k, s in SHAPES.items()}, dtype)
+    pickled = [pickle.loads(pickle.dumps(buffer, protocol)) for protocol in range(pickle.HIGHEST_PROTOCOL + 1)]
+    for again in (buffer.copy(), copy.copy(buffer), copy.deepcopy(buffer), *pickled):
+        assert again.layout == buffer.layout
+        assert again.dtype == buffer.dtype
+        assert again.data.tobytes() == buffer.data.tobytes()
+        assert again.data.ctypes.data % 64 == 0
+        again["weight"] = 0.0  # its views are of its own data
+        assert not again.data[: again["weight"].size].any()
+        assert buffer["weight"].any()
+
+
+def test_zeros_like() -> None:
+    buffer = FlatBuffer.from_arrays({"w": np.ones((2, 3)), "b": np.ones(3)})
+    for dtype in (None, "float32", np.float16, "bfloat16", ml_dtypes.bfloat16, np.dtype("float64")):
+        zeros = buffer.zeros_like(dtype)
+        assert zeros.layout == buffer.layout
+        assert zeros.dtype == (np.float64 if dtype is None else DTYPES.get(str(dtype), dtype))
+        assert not zeros.data.any()
+        assert not np.shares_memory(zeros.data, buffer.data)
+
+
+# --- from arrays -----------------------------------------------------------------------------------------------------
+
+
+@every_dtype
+def test_from_arrays(dtype: str) -> None:
+    arrays = {"b": np.arange(3).astype(DTYPES[dtype]), "w": np.arange(6).astype(DTYPES[dtype]).reshape(2, 3).T}
+    arrays["scalar"], arrays["none"] = np.full((), 7, DTYPES[dtype]), np.zeros((3, 0), DTYPES[dtype])
+    for given in (arrays, FlatBuffer.from_arrays(arrays)):
+        buffer = FlatBuffer.from_arrays(given)
+        assert list(buffer) == list(arrays)
+        assert buffer.dtype == DTYPES[dtype]
+        for name, array in arrays.items():
+            assert (buffer[name] == array).all()
+            assert buffer[name].shape == array.shape
+        assert not np.shares_memory(buffer["b"], given["b"])
+        assert not padding(buffer).any()
+    for sequence in (list(arrays.values()), tuple(arrays.values())):
+        buffer = FlatBuffer.from_arrays(sequence)
+        assert list(buffer) == ["0", "1", "2", "3"]
+        assert (buffer["1"] == arrays["w"]).all()
+    swapped = FlatBuffer.from_arrays([np.arange(3, dtype=">f4")])
+    assert swapped.dtype == np.float32
+    assert swapped.dtype.isnative
+    assert swapped["0"].tolist() == [0, 1, 2]
+
+
+def test_from_arrays_converts_where_it_is_told_to() -> None:
+    arrays = {"a": np.full(3, 0.1), "b": np.arange(3), "c": np.full(2, 0.1, np.float16), "d": np.array([True, False])}
+    buffer = FlatBuffer.from_arrays(arrays, dtype="bfloat16")
+    assert buffer.dtype == ml_dtypes.bfloat16
+    assert (buffer["a"] == np.float64(0.1).astype(ml_dtypes.bfloat16)).all()
+    assert buffer["b"].astype(int).tolist() == [0, 1, 2]
+    assert buffer["d"].astype(bool).tolist() == [True, False]
+
+
+def test_what_is_no_buffer_is_refused() -> None:
+    ones = np.ones(3, np.float32)
+    with refused(TypeError, "FlatBuffer.from_arrays: the arrays have several dtypes (float32, float64)", "dtype="):
+        FlatBuffer.from_arrays({"w": ones, "b": np.ones(3)})
+    with refused(ValueError, "FlatBuffer.from_arrays: no arrays given, so dtype is needed"):
+        FlatBuffer.from_arrays({})
+    for bad, kind in (
+        ([1.0], "list"),
+        (1.0, "float"),
+        (None, "NoneType"),
+        ("w", "str"),
+        (np.float32(1), "numpy.float32"),
+    ):
+        with refused(TypeError, f"FlatBuffer.from_arrays: arrays['b'] is a {kind}; needed is a numpy.ndarray"):
+            FlatBuffer.from_arrays({"w": ones, "b": bad})
+    with refused(TypeError, "FlatBuffer.from_arrays: arrays['0'] is a masked array"):
+        FlatBuffer.from_arrays([np.ma.masked_array(ones)])
+    for name in (1, None, b"w", ("w",)):
+        with refused(TypeError, f"FlatBuffer: names are strings, got {name!r}"):
+            FlatBuffer({name: (3,)})
+        with refused(TypeError, "FlatBuffer", f"names are strings, got {name!r}"):
+            FlatBuffer.from_arrays({name: ones})
+    for dtype in ("int32", "complex64", bool, object, "f4,f4", np.longdouble):
+        with refused(TypeError, "FlatBuffer: dtype is", "float32, float64, float16, bfloat16"):
+            FlatBuffer({"w": (3,)}, dtype)
+        with refused(TypeError, "FlatBuffer: dtype is", "float32, float64, float16, bfloat16"):
+            FlatBuffer({"w": (3,)}).zeros_like(dtype)
+    with refused(TypeError, "FlatBuffer: dtype has the byte order of another machine"):
+        FlatBuffer({"w": (3,)}, ">f4")
+
+
+@pytest.mark.parametrize("shape", [(-1,), (2, -3), (2.5,), 3, "34", None, (True, "2"), (2**62, 4)], ids=repr)
+def test_bad_shapes_are_refused(shape: Any) -> None:
+    with pytest.raises((TypeError, ValueError), match=r"^FlatBuffer.*'w'.*shape"):
+        FlatBuffer({"w": shape})
+
+
+def test_shapes_of_numpy_integers() -> None:
+    assert FlatBuffer({"w": [np.int64(2), np.uint8(3)]}).shapes == {"w": (2, 3)}
+
+
+@pytest.mark.parametrize("dtype", ["single-precision", "float 32", 7, [], {}], ids=repr)
+def test_what_is_no_dtype_is_refused(dtype: Any) -> None:
+    with pytest.raises(TypeError, match=r"^FlatBuffer: dtype"):
+        FlatBuffer({"w": (3,)}, dtype)
+
+
+@pytest.mark.parametrize(
+    "arrays",
+    [np.ones((2, 3)), np.ones(()), 5, None, "wb", [[1.0, 2.0]]],
+    ids=lambda x: f"{type(x).__name__}-{np.ndim(x)}d",
+)
+def test_what_holds_no_arrays_is_refused(arrays: Any) -> None:
+    with pytest.raises(TypeError, match=r"^FlatBuffer.from_arrays: arrays"):
+        FlatBuffer.from_arrays(arrays)
+
+
+def test_complex_numbers_are_not_cut() -> None:
+    with pytest.raises(TypeError, match=r"^FlatBuffer.from_arrays: arrays\['w'\] is complex"):
+        FlatBuffer.from_arrays({"w": np.ones(3, complex)}, dtype="float32")
+
+
+# --- steps -----------------------------------------------------------------------------------------------------------
+
+
+@every_dtype
+@pytest.mark.parametrize("case", RULE_CASES, ids=lambda case: case.rule)
+def test_padding_stays_zero(case: Case, dtype: str) -> None:
+    arrays, gradients = case_problem(case, dtype, 12)
+    params = FlatBuffer.from_arrays(arrays)
+    opt = build(case, params)
+    for t, grads in enumerate(gradients):
+        flat = FlatBuffer.from_arrays(grads)
+        opt.step(flat, zero_grads=t % 2 == 0, max_norm=1.0 if t % 3 == 0 else None)
+        assert not padding(params).any()
+        assert not padding(flat).any()
+        assert t % 2 or not flat.data.any()
+
+
+def test_padding_stays_zero_when_the_norm_is_nan() -> None:
+    params = FlatBuffer.from_arrays({"a": np.ones(3), "b": np.ones(3)})
+    grads = params.zeros_like()
+    grads["a"][0] = np.nan
+    opt = fastopt.SGD(params, momentum=0.9)
+    opt.step(grads, max_norm=1.0)  # without skip_nonfinite all parameters become NaN, as in torch
+    assert np.isnan(params["b"]).all()
+    assert not padding(params).any()

@@ -1,0 +1,288 @@
+"""Param groups: own options, groups that come later, options that change, and what an optimizer shows of itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from compare import assert_same_bits, snapshot
+from refusal import CLASSES, fingerprint, gradients, trained
+
+import fastopt
+
+F32 = np.float32
+
+
+def short(value: Any) -> str:
+    """A test id."""
+    return str(getattr(value, "__name__", value))
+
+
+def arrays(seed: int = 0) -> dict[str, Any]:
+    rng = np.random.default_rng(seed)
+    return {name: rng.standard_normal(shape).astype(F32) for name, shape in {"w": (5, 7), "b": (7,), "s": ()}.items()}
+
+
+def series(steps: int) -> list[dict[str, Any]]:
+    return [arrays(seed) for seed in range(100, 100 + steps)]
+
+
+# --- groups ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
+def test_every_group_has_its_own_options(cls: Any) -> None:
+    together, alone = arrays(), arrays()
+    options: dict[str, dict[str, Any]] = {"w": {"lr": 0.1}, "b": {"lr": 0.02, "maximize": True}, "s": {}}
+    opt = cls([{"params": {name: together[name]}, **options[name]} for name in together], lr=0.5)
+    others = {name: cls({name: alone[name]}, **{"lr": 0.5} | options[name]) for name in alone}
+    for grads in series(4):
+        opt.step(grads)
+        for name, other in others.items():
+            other.step({name: grads[name]})
+    want = {name: snapshot({name: alone[name]}, others[name])[name] for name in alone}
+    assert_same_bits(snapshot(together, opt), want, "groups")
+
+
+def test_a_group_added_in_training() -> None:
+    params, alone = arrays(), arrays()
+    flat = fastopt.FlatBuffer.from_arrays({name: params[name] for name in ("w", "b")})
+    opt = fastopt.NAdam(flat, lr=0.1)
+    first = fastopt.NAdam({name: alone[name] for name in ("w", "b")}, lr=0.1)
+    second = fastopt.NAdam({"s": alone["s"]}, lr=0.02, betas=(0.5, 0.9))
+    for t, grads in enumerate(series(5)):
+        if t == 2:
+            opt.add_param_group({"params": {"s": params["s"]}, "lr": 0.02, "betas": (0.5, 0.9)})
+            assert [list(group["params"]) for group in opt.param_groups] == [["w", "b"], ["s"]]
+            assert opt.state["s"]["step"] == 0
+        late = grads.pop("s")
+        first.step(grads)
+        if t >= 2:
+            second.step([late])
+            grads["s"] = late
+        opt.step(fastopt.FlatBuffer.from_arrays(grads))
+    want = snapshot({name: alone[name] for name in ("w", "b")}, first) | snapshot({"s": alone["s"]}, second)
+    assert_same_bits(snapshot(dict(flat) | {"s": params["s"]}, opt), want, "added")
+    assert {name: entry["step"] for name, entry in opt.state.items()} == {"w": 5, "b": 5, "s": 3}
+
+
+def test_groups_of_views_of_one_flat_buffer() -> None:
+    flat, alone = fastopt.FlatBuffer.from_arrays(arrays()), arrays()
+    groups = [{"params": {"w": flat["w"], "s": flat["s"]}}, {"params": {"b": flat["b"]}, "weight_decay": 0.0}]
+    opt = fastopt.AdamW(groups, lr=0.1, weight_decay=0.1)
+    decayed = fastopt.AdamW({name: alone[name] for name in ("w", "s")}, lr=0.1, weight_decay=0.1)
+    plain = fastopt.AdamW({"b": alone["b"]}, lr=0.1, weight_decay=0.0)
+    for grads in series(4):
+        opt.step(fastopt.FlatBuffer.from_arrays(grads), max_norm=100.0, zero_grads=True)
+        decayed.step({name: grads[name] for name in ("w", "s")})
+        plain.step({"b": grads["b"]})
+    for name in flat:
+        assert flat[name].tobytes() == alone[name].tobytes()
+    assert np.count_nonzero(flat.data) == flat.size  # the padding is still zero
+
+
+def test_groups_of_different_dtypes() -> None:
+    w, v, u = np.ones(3), np.ones(3, F32), np.ones(3, np.float16)
+    opt = fastopt.SGD([{"params": [w]}, {"params": [v, u], "lr": 0.25}], lr=0.5, momentum=0.5)
+    for _ in range(2):
+        opt.step([np.ones_like(p) for p in (w, v, u)])
+    assert (w.tolist(), v.tolist(), u.tolist()) == ([-0.25] * 3, [0.375] * 3, [0.375] * 3)
+    assert [opt.state[name]["momentum_buffer"].dtype for name in "012"] == [np.float64, F32, F32]
+
+
+def test_names_of_sequences_count_over_all_groups() -> None:
+    made = (np.full(n, float(n)) for n in (1, 2, 3))
+    opt = fastopt.SGD({"params": list(part)} for part in ([next(made), next(made)], [next(made)]))
+    opt.add_param_group({"params": (np.ones(n) for n in (4, 5))})
+    assert [list(group["params"]) for group in opt.param_groups] == [["0", "1"], ["2"], ["3", "4"]]
+    assert [opt.param_groups[g]["params"][n].size for g, n in ((0, "0"), (0, "1"), (1, "2"), (2, "4"))] == [1, 2, 3, 5]
+    assert list(opt.state) == ["0", "1", "2", "3", "4"]
+
+
+def test_parameters_are_the_users_own_arrays() -> None:
+    params = arrays()
+    opt = fastopt.SGD(params)
+    assert all(opt.param_groups[0]["params"][name] is array for name, array in params.items())
+    opt.param_groups[0]["params"]["w"][...] = 7.0
+    assert (params["w"] == 7).all()
+
+
+# --- options that change ---------------------------------------------------------------------------------------------
+
+
+def test_maximize_turned_between_steps() -> None:
+    w, b = np.zeros(3), np.zeros(2)
+    opt = fastopt.SGD([{"params": [w], "maximize": True}, {"params": [b]}], lr=1.0, momentum=0.5)
+    grads = [np.ones(3), np.ones(2)]
+    opt.step(grads)
+    assert (w.tolist(), b.tolist()) == ([1.0] * 3, [-1.0] * 2)
+    opt.param_groups[0]["maximize"], opt.param_groups[1]["maximize"] = False, True
+    opt.step(grads, max_norm=100.0)  # the buffers are -1 and 1; half of that stays
+    assert (w.tolist(), b.tolist()) == ([1.0 - (1 - 0.5)] * 3, [-1.0 - (-1 + 0.5)] * 2)
+
+
+def test_momentum_switched_on_in_training() -> None:
+    w = np.zeros(3)
+    opt = fastopt.SGD([w], lr=1.0)
+    opt.step([np.ones(3)])
+    assert opt.state["0"] == {"step": 1}
+    opt.param_groups[0]["momentum"] = 0.5
+    opt.step([np.ones(3)])
+    assert opt.state["0"]["momentum_buffer"].tolist() == [1.0] * 3
+    opt.step([np.ones(3)])
+    assert opt.state["0"]["momentum_buffer"].tolist() == [1.5] * 3
+    assert w.tolist() == [-3.5] * 3
+    opt.param_groups[0]["momentum"] = 0.0
+    opt.step([np.ones(3)])
+    assert w.tolist() == [-4.5] * 3
+    assert opt.state["0"]["step"] == 4
+
+
+def test_the_first_gradient_of_a_late_momentum_is_not_damped() -> None:
+    w = np.zeros(3)
+    opt = fastopt.SGD([w], lr=1.0)
+    opt.step([np.ones(3)])
+    opt.param_groups[0].update(momentum=0.5, dampening=0.5)
+    opt.step([np.ones(3)])  # b_1 = d_1, as in torch, whenever the buffer begins
+    assert opt.state["0"]["momentum_buffer"].tolist() == [1.0] * 3
+
+
+@pytest.mark.parametrize(
+    ("cls", "option", "state"),
+    [
+        (fastopt.RMSprop, {"momentum": 0.9}, "momentum_buffer"),
+        (fastopt.RMSprop, {"centered": True}, "grad_avg"),
+        (fastopt.Adam, {"amsgrad": True}, "max_exp_avg_sq"),
+        (fastopt.AdamW, {"amsgrad": True}, "max_exp_avg_sq"),
+    ],
+    ids=short,
+)
+def test_states_appear_when_an_option_asks_for_them(cls: Any, option: dict[str, Any], state: str) -> None:
+    opt = trained(cls)
+    kept = {name: array.copy() for name, array in opt.state["w"].items() if name != "step"}
+    opt.param_groups[0].update(option)
+    assert state not in opt.state["w"]
+    opt.step(gradients(), skip_nonfinite=True)
+    assert opt.state["w"][state].any()
+    assert opt.state["w"][state].shape == (3, 2)
+    assert all((opt.state["w"][name] != array).any() for name, array in kept.items())
+
+
+@pytest.mark.parametrize(
+    ("cls", "on", "off"),
+    [
+        (fastopt.SGD, {"momentum": 0.9}, {"momentum": 0.0}),
+        (fastopt.RMSprop, {"centered": True}, {"centered": False}),
+        (fastopt.Adam, {"amsgrad": True}, {"amsgrad": False}),
+    ],
+    ids=short,
+)
+def test_a_state_that_is_no_longer_used_can_be_saved_and_loaded(cls: Any, on: Any, off: Any) -> None:
+    opt = trained(cls, **on)
+    opt.param_groups[0].update(off)
+    opt.step(gradients())
+    fresh = trained(cls)
+    for name, array in fresh.param_groups[0]["params"].items():
+        array[...] = opt.param_groups[0]["params"][name]
+    fresh.load_state_dict(opt.state_dict())
+    for options in ({}, on):  # and taken up again
+        for each in (opt, fresh):
+            each.param_groups[0].update(options)
+            each.step(gradients())
+        assert fingerprint(fresh) == fingerprint(opt)
+
+
+def test_loading_forgets_states_that_were_not_saved() -> None:
+    plain, other = trained(fastopt.SGD), trained(fastopt.SGD, momentum=0.9)
+    for name, array in other.param_groups[0]["params"].items():
+        array[...] = plain.param_groups[0]["params"][name]
+    other.load_state_dict(plain.state_dict())
+    for opt in (plain, other):
+        opt.param_groups[0]["momentum"] = 0.9
+        opt.step(gradients())
+    assert fingerprint(other) == fingerprint(plain)
+
+
+def test_fully_decoupled_switched_on_in_training() -> None:
+    w = np.ones(3)
+    opt = fastopt.AdamW([w], lr=0.5, weight_decay=0.5)
+    opt.step([np.zeros(3)])
+    assert w.tolist() == [0.75] * 3
+    opt.param_groups[0]["fully_decoupled"] = True
+    opt.step([np.zeros(3)])  # relative to the first lr, which is still in force: the factor is 1 - 0.5
+    assert w.tolist() == [0.375] * 3
+    opt.param_groups[0]["lr"] = 0.25
+    opt.step([np.zeros(3)])
+    assert w.tolist() == [0.375 * 0.75] * 3
+
+
+def test_two_groups_change_at_once_and_one_is_wrong() -> None:
+    opt = fastopt.SGD([{"params": [np.ones(3)]}, {"params": [np.ones(3)]}])
+    opt.param_groups[0]["momentum"], opt.param_groups[1]["lr"] = 0.9, -1.0
+    with pytest.raises(ValueError, match=r"^SGD: group 1: lr must be in \[0, inf\), got -1.0"):
+        opt.step([np.ones(3), np.ones(3)])
+    assert opt.state == {"0": {"step": 0}, "1": {"step": 0}}
+    opt.param_groups[1]["lr"] = 0.1
+    opt.step([np.ones(3), np.ones(3)])
+    assert [sorted(entry) for entry in opt.state.values()] == [["momentum_buffer", "step"], ["step"]]
+
+
+def test_options_that_trade_places_are_seen() -> None:
+    w = np.zeros(1)
+    opt = fastopt.SGD([w], lr=1.0, maximize=True)
+    opt.step([np.ones(1)])
+    group = opt.param_groups[0]
+    del group["maximize"], group["lr_in_momentum"]
+    group["lr_in_momentum"], group["maximize"] = True, False  # the same values, in another order
+    opt.step([np.ones(1)])
+    assert w.tolist() == [0.0]
+
+
+# --- state -----------------------------------------------------------------------------------------------------------
+
+
+def test_states_are_views() -> None:
+    opt = trained(fastopt.Adam)
+    moment = opt.state["w"]["exp_avg"]
+    before = moment.copy()
+    opt.step(gradients())
+    assert (moment != before).all()
+    moment[...] = 0.0
+    assert not opt.state["w"]["exp_avg"].any()
+    assert set(opt.state["w"]) == {"step", "exp_avg", "exp_avg_sq"}
+    opt.state["w"]["step"] = 7  # the dict is made anew each time
+    assert opt.state["w"]["step"] == 2
+
+
+def test_state_dict_of_several_groups() -> None:
+    groups = [
+        {"params": {"w": np.ones((2, 3), F32)}, "lr": 0.5},
+        {"params": {"b": np.ones(3, F32), "s": np.ones((), F32)}},
+    ]
+    opt = fastopt.ASGD(groups)
+    opt.step([np.ones((2, 3), F32), None, np.ones((), F32)])
+    saved = opt.state_dict()
+    assert (saved["version"], saved["optimizer"]) == (1, "ASGD")
+    assert [(g["params"], g["param_names"], g["lr"]) for g in saved["param_groups"]] == [
+        ([0], ["w"], 0.5),
+        ([1, 2], ["b", "s"], 0.01),
+    ]
+    assert [saved["state"][i]["step"] for i in range(3)] == [1, 0, 1]
+    assert saved["state"][0]["ax"].shape == (2, 3)
+    assert type(saved["state"][0]["eta"]) is float
+    fresh = fastopt.ASGD([{"params": {n: p.copy() for n, p in g["params"].items()}} for g in opt.param_groups])
+    fresh.load_state_dict(saved)
+    for each in (opt, fresh):
+        each.step([np.ones((2, 3), F32), np.ones(3, F32), None])
+    assert fingerprint(fresh) == fingerprint(opt)
+
+
+def test_repr_shows_groups_and_options() -> None:
+    opt = fastopt.Lion([{"params": [np.ones(2)]}, {"params": [np.ones(3), np.ones(4)], "lr": 0.5}])
+    assert repr(opt) == (
+        "Lion (\n"
+        "  group 0: 1 arrays, lr=0.0001, betas=(0.9, 0.99), weight_decay=0.0, maximize=False\n"
+        "  group 1: 2 arrays, lr=0.5, betas=(0.9, 0.99), weight_decay=0.0, maximize=False\n"
+        ")"
+    )

@@ -1,0 +1,89 @@
+"""Twenty steps beside torch.optim's for-loop: parameters and every state, after each step, no element excepted."""
+
+import numpy as np
+import pytest
+from cases import CASES, torch_hyper
+from compare import PARAMETER, assert_close, build, case_problem, snapshot
+
+import fastopt
+
+torch = pytest.importorskip("torch")
+
+TORCH_CASES = [case for case in CASES if torch_hyper(case) is not None]
+STEPS = 20
+# Some cases also with lr changing from step to step, 0 included; the first stays, because Rprop takes it at different
+# times: when the optimizer is made, torch's in the first step.
+FACTORS = {"constant lr": (1.0,), "changing lr": (1.0, 0.5, 2.0, 0.0, 0.25, 0.3, 0.7)}
+
+
+@pytest.fixture(autouse=True)
+def _float64_by_default():
+    """torch keeps host scalars (ASGD's eta, NAdam's mu_product) in its default dtype: here float64, as fastopt does."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(before)
+
+
+def torch_snapshot(tensors, opt):
+    """As compare.snapshot; torch makes the state of a parameter in its first step."""
+    return {
+        name: {PARAMETER: tensor.detach().numpy()} | {k: np.asarray(v) for k, v in opt.state[tensor].items()}
+        for name, tensor in tensors.items()
+    }
+
+
+def check_run(case, dtype, factors, *, rtol, atol, awkward):
+    params, gradients = case_problem(case, dtype, STEPS, awkward=awkward)
+    tensors = {name: torch.nn.Parameter(torch.from_numpy(p.copy())) for name, p in params.items()}
+    opt = build(case, params)
+    torch_opt = getattr(torch.optim, case.optimizer)(list(tensors.values()), **torch_hyper(case))
+    lr = opt.param_groups[0]["lr"]
+    assert torch_opt.param_groups[0]["lr"] == lr
+    for t, grads in enumerate(gradients, 1):
+        for group in (opt.param_groups[0], torch_opt.param_groups[0]):
+            group["lr"] = lr * factors[(t - 1) % len(factors)]
+        opt.step(grads)
+        for name, tensor in tensors.items():
+            tensor.grad = torch.from_numpy(grads[name].copy())
+        torch_opt.step()
+        got, want = snapshot(params, opt), torch_snapshot(tensors, torch_opt)
+        for state in want.values():
+            state.setdefault("step", np.asarray(t))  # SGD has none
+        assert_close(got, want, rtol=rtol, atol=atol, where=f"{case.id}, step {t}")
+
+
+every_case = pytest.mark.parametrize("case", TORCH_CASES, ids=lambda case: case.id)
+every_schedule = pytest.mark.parametrize("factors", FACTORS.values(), ids=FACTORS)
+
+
+@every_case
+@every_schedule
+def test_float32(case, factors):
+    # On values near one: twenty roundings of half of 1.2e-7 each, and as many of torch's. Largest seen: 0.55 of this.
+    check_run(case, "float32", factors, rtol=1e-5, atol=1e-6, awkward=False)
+
+
+@every_case
+@every_schedule
+def test_float64(case, factors):
+    # The same number of eps.
+    check_run(case, "float64", factors, rtol=2e-14, atol=2e-15, awkward=False)
+
+
+@every_case
+@every_schedule
+def test_awkward_values(case, factors):
+    # Values up to 1e4 that may cancel: half an eps of them is 1e-12.
+    check_run(case, "float64", factors, rtol=1e-12, atol=1e-12, awkward=True)
+
+
+@pytest.mark.parametrize("optimizer", sorted({case.optimizer for case in TORCH_CASES}))
+def test_defaults_are_those_of_torch(optimizer):
+    own = getattr(fastopt, optimizer)([np.zeros(1)]).param_groups[0]
+    theirs = getattr(torch.optim, optimizer)([torch.zeros(1, requires_grad=True)]).param_groups[0]
+    for name, value in own.items():
+        if name != "params" and name in theirs:
+            assert value == theirs[name], name
+    missing = set(theirs) - set(own) - {"foreach", "fused", "capturable", "differentiable"}
+    assert missing <= {"decoupled_weight_decay"}, missing  # of Adam: here that is AdamW
