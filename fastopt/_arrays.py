@@ -24,7 +24,10 @@ def dtype_of(dtype: Any, where: str) -> np.dtype[Any]:
                 f'{where}: bfloat16 arrays need the package ml_dtypes: pip install "fastopt[bfloat16]"'
             ) from None
         dtype = ml_dtypes.bfloat16
-    found: np.dtype[Any] = np.dtype(dtype)
+    try:
+        found: np.dtype[Any] = np.dtype(dtype)
+    except TypeError:
+        raise TypeError(f"{where} is {dtype!r}; needed is one of {', '.join(COMPUTE)}.") from None
     check_dtype(found, where)
     return found
 
@@ -32,9 +35,11 @@ def dtype_of(dtype: Any, where: str) -> np.dtype[Any]:
 def check_dtype(dtype: np.dtype[Any], where: str) -> None:
     """Refuse what no kernel computes."""
     if dtype.name not in COMPUTE:
-        raise TypeError(f"{where} is {dtype.name}; needed is one of {', '.join(COMPUTE)}. Convert it with .astype.")
+        raise TypeError(f"{where} is {dtype.name}; needed is one of {', '.join(COMPUTE)}.")
     if not dtype.isnative:
-        raise TypeError(f"{where} has the byte order of another machine; convert it with .astype({dtype.name!r}).")
+        raise TypeError(
+            f"{where} has the byte order of another machine ({dtype.str}). Convert it with .astype({dtype.name!r})."
+        )
 
 
 def check_array(array: object, where: str) -> Array:
@@ -65,6 +70,8 @@ def check_parameter(array: object, where: str) -> Array:
 
 def check_gradient(array: object, parameter: Array, where: str, write: bool) -> Array:
     """The gradient as a C-contiguous array that belongs to ``parameter``; a strided one is copied."""
+    if isinstance(array, np.generic) and not write:  # NumPy's arithmetic makes scalars of 0-d arrays
+        array = np.asarray(array)
     array = check_array(array, where)
     if array.shape != parameter.shape:
         raise ValueError(f"{where} has shape {array.shape}, but the parameter has shape {parameter.shape}.")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 
 @dataclass(frozen=True)
@@ -18,11 +20,14 @@ class Number:
 
     def __call__(self, value: Any, where: str) -> float:
         """The value as a Python float: scalars are formed in float64 even from a float32 hyperparameter."""
-        if getattr(value, "shape", None) == ():
-            value = value.item()  # a NumPy scalar or a 0-d array
+        if isinstance(value, (np.generic, np.ndarray)) and value.shape == ():
+            value = value.item()
         if isinstance(value, bool) or not isinstance(value, numbers.Real):
             raise TypeError(f"{where} must be a number in {self.text}, got {value!r}.")
-        number = float(value)
+        try:
+            number = float(value)
+        except OverflowError:
+            number = math.inf if value > 0 else -math.inf
         if not self.holds(number):
             raise ValueError(f"{where} must be in {self.text}, got {value!r}.")
         return number
@@ -38,7 +43,7 @@ class Pair:
     def __call__(self, value: Any, where: str) -> tuple[float, float]:
         """The value as a tuple of two floats."""
         try:
-            first, second = value
+            first, second = () if isinstance(value, str) else value
         except (TypeError, ValueError):
             raise TypeError(f"{where} must be two numbers, got {value!r}.") from None
         return self.first(first, f"{where}[0]"), self.second(second, f"{where}[1]")
@@ -46,7 +51,7 @@ class Pair:
 
 def boolean(value: Any, where: str) -> bool:
     """The value as a bool; other things that are true are refused."""
-    if isinstance(value, bool) or type(value).__name__ == "bool_" or type(value).__name__ == "bool":
+    if isinstance(value, (bool, np.bool_)):
         return bool(value)
     raise TypeError(f"{where} must be True or False, got {value!r}.")
 
@@ -63,4 +68,36 @@ UP_TO_ONE = Number("[0, 1]", lambda x: 0.0 <= x <= 1.0)
 BETAS = Pair(BELOW_ONE, BELOW_ONE)
 EPS = Number("(0, inf), or an element without gradient becomes 0 / 0", lambda x: 0.0 < x < math.inf)
 
+SCALE = Number("[1e-37, 1e37]", lambda x: 1e-37 <= x <= 1e37)  # its inverse is a float32
+NORM = Number("[0, inf]", lambda x: x >= 0.0)
+
+PLAIN = {bool, float, int, type(None), tuple, np.bool_, np.float32, np.float64}
+"""Types whose values cannot change in place and compare to a bool, so that an unchanged option is known at a glance."""
+
+FLOAT32_MAX = float(np.finfo(np.float32).max)
+
 Range = Callable[[Any, str], Any]
+
+
+def check_options(
+    options: Mapping[str, Any], defaults: Mapping[str, Any], ranges: Mapping[str, Range], computed: set[str], where: str
+) -> dict[str, Any]:
+    """The options of a param group, each in its range and not lost in the dtypes in which it is ``computed``."""
+    missing = set(defaults) - set(options)
+    if missing:
+        raise ValueError(f"{where}the option {min(missing)!r} is missing.")
+    checked = dict(options)
+    for name, value in options.items():
+        if name not in defaults and name not in ranges:
+            raise ValueError(f"{where}there is no option {name!r}; options are {', '.join(defaults)}.")
+        if name in ranges:
+            checked[name] = ranges[name](value, where + name)
+    if "float32" in computed:
+        for name, value in checked.items():
+            if isinstance(value, float) and FLOAT32_MAX < abs(value) < math.inf:
+                raise ValueError(f"{where}{name}={value!r} is too large for float32, in which this is computed.")
+    eps = checked.get("eps")
+    for dtype in sorted(computed):
+        if eps and np.dtype(dtype).type(eps) == 0:
+            raise ValueError(f"{where}eps={eps!r} rounds to zero in {dtype}, in which this is computed.")
+    return checked

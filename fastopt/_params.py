@@ -25,7 +25,9 @@ class Group(NamedTuple):
 def collect(params: Any, first_index: int, where: str) -> Group:
     """The arrays of a param group: a FlatBuffer, a mapping, or a sequence, whose arrays are named by their index."""
     if isinstance(params, np.ndarray):
-        raise TypeError(f"{where} is one array; pass a FlatBuffer, a mapping or a sequence of arrays, such as [array].")
+        raise TypeError(
+            f"{where} is a single array; needed is a FlatBuffer, a mapping or a sequence of arrays, such as [array]."
+        )
     if isinstance(params, Mapping):
         named: dict[str, Any] = dict(params)
         for name in named:
@@ -56,6 +58,10 @@ class Memory:
             raise ValueError(f"{where}: parameters {a!r} and {b!r} {same}; each would be updated twice. Pass it once.")
         arrays += states
         starts, sizes = addresses(arrays), _nbytes(arrays)
+        clash = first_overlap(starts, sizes)
+        if clash is not None:
+            name = list(named)[min(clash)]
+            raise ValueError(f"{where}: parameter {name!r} shares memory with a state of this optimizer.")
         order = np.argsort(starts, kind="stable")
         order = order[sizes[order] > 0]
         self._starts, self._sizes = starts[order], sizes[order]
@@ -103,7 +109,7 @@ class GradientReader:
         """Checked gradients, or None where they are the very arrays of the last call."""
         flat = isinstance(grads, FlatBuffer) and (self._recognises([grads]) or grads.layout == self._layout)
         listed = [grads] if flat else self._in_order(grads)
-        if self._recognises(listed) and (self._seen_for_writing or not write):
+        if self._recognises(listed) and (not write or self._still_writable(listed)):
             return None
         self._seen = []
         found = self._read_flat(grads, write) if flat else self._read_arrays(listed, write)
@@ -122,6 +128,10 @@ class GradientReader:
             return False
         return all(map(operator.is_, [ref() for ref in self._seen], [_NO_GRADIENT if g is None else g for g in listed]))
 
+    def _still_writable(self, listed: list[Any]) -> bool:
+        arrays = (g.data if isinstance(g, FlatBuffer) else g for g in listed if g is not None)
+        return self._seen_for_writing and all(array.flags.writeable for array in arrays)
+
     def _in_order(self, grads: Any) -> list[Any]:
         """The gradients in the order of the parameters."""
         if isinstance(grads, Mapping):
@@ -136,12 +146,13 @@ class GradientReader:
                 raise ValueError(f"{self._where} has names that no parameter has: {', '.join(unknown)}.")
             return listed
         if isinstance(grads, np.ndarray) or not isinstance(grads, Iterable) or isinstance(grads, (str, bytes)):
-            raise TypeError(
-                f"{self._where} is a {type(grads).__name__}; needed is a FlatBuffer, a mapping or a sequence of arrays."
-            )
+            kind = "single array" if isinstance(grads, np.ndarray) else type(grads).__name__
+            raise TypeError(f"{self._where} is a {kind}; needed is a FlatBuffer, a mapping or a sequence of arrays.")
         listed = list(grads)
         if len(listed) != len(self._names):
-            raise ValueError(f"{self._where} has {len(listed)} arrays, but there are {len(self._names)} parameters.")
+            raise ValueError(
+                f"{self._where}: as many gradients as parameters are needed, got {len(listed)} for {len(self._names)}."
+            )
         return listed
 
     def _read_flat(self, grads: FlatBuffer, write: bool) -> Gradients:

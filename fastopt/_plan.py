@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -211,7 +212,8 @@ class Plan:
         """Take the step."""
         for cohort in self.cohorts:
             cohort.prepare(options[cohort.group])
-        table = self.updates
+        # A merged run updates padding too, which is zero times the multiplier: no longer zero if that is NaN.
+        table = self.updates if math.isfinite(multiplier) else self.layers
         if (multiplier, zero) != table.launched_with:
             table.own[:, MULTIPLIER] = table.signs * multiplier
             table.own[:, ZERO] = zero
@@ -231,7 +233,7 @@ class Plan:
 
 
 def _threads(table: Table) -> int:
-    return min(get_num_threads(), table.count) if table.elements >= SERIAL_BELOW else 1
+    return min(get_num_threads(), max(table.count, 1)) if table.elements >= SERIAL_BELOW else 1
 
 
 def initial_states(rule: Rule, options: Mapping[str, Any]) -> dict[str, float]:

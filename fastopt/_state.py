@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ._arrays import Array
+from ._arrays import Array, check_dtype
 from ._plan import Parameter
 from .kernels.dtypes import COMPUTE
+from .kernels.registry import RULES
 from .kernels.rule import Options, Rule
 
 VERSION = 1
@@ -57,41 +58,55 @@ def import_state(
         raise ValueError(f"{where}: version {state_dict['version']!r} is not {VERSION}, which this fastopt reads.")
     if state_dict["optimizer"] != optimizer:
         raise ValueError(f"{where}: the state is of {state_dict['optimizer']!r}, not of {optimizer!r}.")
-    saved_groups = state_dict["param_groups"]
+    saved_groups, states = state_dict["param_groups"], state_dict["state"]
+    if not isinstance(saved_groups, Sequence) or not isinstance(states, Mapping):
+        raise TypeError(f'{where}: "param_groups" must be a list and "state" a dict.')
     if len(saved_groups) != len(groups):
         raise ValueError(f"{where}: the state has {len(saved_groups)} param groups, the optimizer {len(groups)}.")
     result = Saved([], [])
     for index, (saved, group) in enumerate(zip(saved_groups, groups, strict=True)):
-        names, own = list(saved["param_names"]), list(group["params"])
-        if names != own:
+        if not isinstance(saved, Mapping) or not {"params", "param_names"} <= set(saved):
+            raise TypeError(f'{where}: group {index} of the state must be a dict with "params" and "param_names".')
+        names, own, indices = list(saved["param_names"]), list(group["params"]), list(saved["params"])
+        if names != own or len(indices) != len(own):
             raise ValueError(
                 f"{where}: parameters of group {index} are {_shorten(names)} in the state, {_shorten(own)} here."
             )
         result.groups.append({k: v for k, v in saved.items() if k not in ("params", "param_names")})
-        for name, key in zip(names, saved["params"], strict=True):
-            if key not in state_dict["state"]:
+        for name, key in zip(names, indices, strict=True):
+            if not isinstance(states.get(key), Mapping):
                 raise ValueError(f"{where}: there is no state for parameter {name!r}.")
-            entry = dict(state_dict["state"][key])
-            step = entry.pop("step", None)
-            if isinstance(step, bool) or not isinstance(step, (int, np.integer)) or step < 0:
-                raise ValueError(f"{where}: the step of parameter {name!r} must be an integer >= 0, got {step!r}.")
-            arrays = {k: v for k, v in entry.items() if isinstance(v, np.ndarray)}
-            carry = {k: float(v) for k, v in entry.items() if k not in arrays}
-            result.parameters.append(SavedParameter(int(step), carry, arrays))
+            result.parameters.append(_parameter(states[key], name, where))
     return result
+
+
+def _parameter(entry: Mapping[str, Any], name: str, where: str) -> SavedParameter:
+    step, arrays, carry = entry.get("step"), {}, {}
+    if isinstance(step, bool) or not isinstance(step, (int, np.integer)) or step < 0:
+        raise ValueError(f"{where}: the step of parameter {name!r} must be an integer >= 0, got {step!r}.")
+    for key, value in entry.items():
+        if isinstance(value, np.ndarray):
+            arrays[key] = value
+        elif key != "step":
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise TypeError(f"{where}: {key} of parameter {name!r} must be an array or a number, got {value!r}.")
+            carry[key] = float(value)
+    return SavedParameter(int(step), carry, arrays)
 
 
 def check_states(saved: SavedParameter, p: Parameter, rule: Rule, options: Options, where: str) -> None:
     """Refuse states of the wrong names, shapes or dtypes for a parameter."""
     dtype = COMPUTE[p.array.dtype.name]
     missing = set(rule.state) - set(saved.arrays)
-    unknown = set(saved.arrays) - set(rule.state) - set(p.states)
+    unknown = set(saved.arrays) - set(rule.state) - set(p.states) - _family_states(rule)
     if missing or unknown:
         raise ValueError(
             f"{where}: parameter {p.name!r} has the states {sorted(saved.arrays)}, but its rule needs "
             f"{sorted(rule.state)}."
         )
     for name, array in saved.arrays.items():
+        if array.dtype.name == dtype:
+            check_dtype(array.dtype, f"{where}: {name} of parameter {p.name!r}")  # its byte order
         if array.shape != p.array.shape or array.dtype != dtype:
             raise ValueError(
                 f"{where}: {name} of parameter {p.name!r} is {array.dtype.name} of shape {array.shape}; needed is "
@@ -103,6 +118,12 @@ def check_states(saved: SavedParameter, p: Parameter, rule: Rule, options: Optio
             f"{where}: parameter {p.name!r} has the host scalars {sorted(saved.carry)}, but its rule needs "
             f"{sorted(known)}."
         )
+
+
+def _family_states(rule: Rule) -> set[str]:
+    """States of the rule's variants: saved before an option chose between them."""
+    family = rule.step.__module__
+    return {name for other in RULES.values() if other.step.__module__ == family for name in other.state}
 
 
 def _shorten(names: list[str]) -> str:

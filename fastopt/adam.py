@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from ._options import BETAS, EPS, Range, boolean
+from ._options import BETAS, EPS, NONNEGATIVE, Range, boolean
 from .kernels.registry import RULES
 from .kernels.rule import Options, Rule
 from .optimizer import Optimizer, Params
@@ -124,7 +124,7 @@ class AdamW(Optimizer):
         ([0.85, 1.05], 2.828)
     """
 
-    ranges: ClassVar[dict[str, Range]] = {**Adam.ranges, "fully_decoupled": boolean}
+    ranges: ClassVar[dict[str, Range]] = {**Adam.ranges, "fully_decoupled": boolean, "initial_lr": NONNEGATIVE}
 
     def __init__(
         self,
@@ -151,7 +151,11 @@ class AdamW(Optimizer):
         )
         super().__init__(params, defaults)
 
-    def check(self, options: Options, where: str) -> None:  # noqa: D102 - see Optimizer
+    def complete(self, group: dict[str, Any]) -> None:  # noqa: D102 - see Optimizer
+        if group.get("fully_decoupled"):
+            group.setdefault("initial_lr", group["lr"])
+
+    def check(self, options: Options, where: str) -> None:  # noqa: D102
         if options["fully_decoupled"] and options.get("initial_lr") == 0.0:
             raise ValueError(f"{where}fully_decoupled=True needs an initial lr > 0, got 0.")
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import operator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from ._arrays import Array, check_array, dtype_of
+from ._arrays import Array, check_array, check_dtype, dtype_of
 
 ALIGNMENT = 64
 STRIDE = 32
@@ -43,6 +44,21 @@ class Layout:
             name: data[offset : offset + size].reshape(shape)
             for name, shape, size, offset in zip(self.names, self.shapes, self.sizes, self.offsets, strict=True)
         }
+
+
+MAX_SIZE = 2**59  # elements; eight bytes each of them is all that 64-bit addresses reach
+
+
+def _checked_shape(name: object, shape: Any) -> tuple[int, ...]:
+    if not isinstance(name, str):
+        raise TypeError(f"FlatBuffer: names are strings, got {name!r}.")
+    try:
+        sizes = tuple(operator.index(size) for size in shape)
+    except TypeError:
+        raise TypeError(f"FlatBuffer: {name!r} has the shape {shape!r}; needed is a sequence of integers.") from None
+    if min(sizes, default=0) < 0 or math.prod(sizes) > MAX_SIZE:
+        raise ValueError(f"FlatBuffer: {name!r} has the shape {shape!r}, which no array can have.")
+    return sizes
 
 
 def aligned_zeros(size: int, dtype: np.dtype[Any]) -> Array:
@@ -90,10 +106,9 @@ class FlatBuffer(Mapping[str, Array]):
     __slots__ = ("__weakref__", "_views", "data", "layout")
 
     def __init__(self, shapes: Mapping[str, Sequence[int]], dtype: Any = "float32") -> None:
-        for name in shapes:
-            if not isinstance(name, str):
-                raise TypeError(f"FlatBuffer: names are strings, got {name!r}.")
-        self.layout = Layout.of({name: tuple(map(int, shape)) for name, shape in shapes.items()})
+        if not isinstance(shapes, Mapping):
+            raise TypeError(f"FlatBuffer: shapes must be a mapping from names to shapes, got {shapes!r}.")
+        self.layout = Layout.of({name: _checked_shape(name, shape) for name, shape in shapes.items()})
         self.data = aligned_zeros(self.layout.total, dtype_of(dtype, "FlatBuffer: dtype"))
         self._views = self.layout.views(self.data)
 
@@ -109,10 +124,15 @@ class FlatBuffer(Mapping[str, Array]):
             TypeError: Something is not a NumPy array, or the dtypes differ and ``dtype`` is not given.
             ValueError: No arrays are given and no ``dtype`` either.
         """
+        where = "FlatBuffer.from_arrays: arrays"
+        if isinstance(arrays, (np.ndarray, str)) or not isinstance(arrays, Iterable):
+            kind = "a single array" if isinstance(arrays, np.ndarray) else repr(arrays)
+            raise TypeError(f"{where} is {kind}; needed is a mapping or a sequence of arrays, such as [array].")
         if not isinstance(arrays, Mapping):
             arrays = {str(i): array for i, array in enumerate(arrays)}
         for name, array in arrays.items():
-            check_array(array, f"FlatBuffer.from_arrays: arrays[{name!r}]")
+            if check_array(array, f"{where}[{name!r}]").dtype.kind == "c":
+                raise TypeError(f"{where}[{name!r}] is {array.dtype.name}; needed are real numbers.")
         if dtype is None:
             dtypes = {array.dtype.name: array.dtype for array in arrays.values()}
             if not dtypes:
@@ -123,6 +143,7 @@ class FlatBuffer(Mapping[str, Array]):
                     "Pass dtype= to convert them, or give the arrays to the optimizer as they are."
                 )
             (dtype,) = dtypes.values()
+            check_dtype(dtype.newbyteorder("="), f"{where}[{next(iter(arrays))!r}]")
             dtype = dtype.newbyteorder("=")
         buffer = cls({name: array.shape for name, array in arrays.items()}, dtype)
         for name, array in arrays.items():

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
 from . import _backend
 from ._arrays import Array, address
-from ._options import NONNEGATIVE, POSITIVE, Range, boolean
+from ._options import NONNEGATIVE, NORM, PLAIN, SCALE, Range, boolean, check_options
 from ._params import GradientReader, Memory, collect
 from ._plan import Parameter, Plan, Progress, Treatment, initial_states
 from ._state import check_states, export_state, import_state
@@ -37,6 +39,18 @@ class StepInfo(NamedTuple):
 
 
 _STEPPED = StepInfo(False, None)
+
+
+@dataclass(eq=False)
+class Known:
+    """What is known of a param group: its arrays, and its options as they were seen, and as they are computed with."""
+
+    index: int
+    arrays: Mapping[str, Array]
+    dtypes: set[str]
+    seen: dict[str, Any]
+    options: dict[str, Any]
+    unconfirmed: dict[str, Any] = field(default_factory=dict)  # seen, but other groups are not yet checked
 
 
 class Optimizer:
@@ -88,13 +102,13 @@ class Optimizer:
         self._backend = _backend.current()
         self._lock = threading.Lock()
         self.defaults = dict(defaults)
-        self._check_options(self.defaults, "")
+        self._normalise(self.defaults, (), 0)
         self.param_groups: list[dict[str, Any]] = []
         self._parameters: list[Parameter] = []
         self._flat_layout: Layout | None = None
-        self._checked: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        self._groups: list[Known] = []
         self._plan: Plan | None = None
-        for group in self._groups(params):
+        for group in self._listed(params):
             self._add(group)
 
     def select_rule(self, options: Options) -> Rule:
@@ -107,7 +121,7 @@ class Optimizer:
 
     # --- groups --------------------------------------------------------------------------------------------------
 
-    def _groups(self, params: Params) -> list[Mapping[str, Any]]:
+    def _listed(self, params: Params) -> list[Mapping[str, Any]]:
         if isinstance(params, (Mapping, np.ndarray)) or not isinstance(params, Iterable):
             return [{"params": params}]
         listed: list[Any] = list(params)
@@ -138,32 +152,39 @@ class Optimizer:
         where = f"{self._name}: params" if not index else f"{self._name}: params of group {index}"
         arrays, layout, flat = collect(group["params"], len(self._parameters), where)
         options = {**self.defaults, **{name: value for name, value in group.items() if name != "params"}}
-        if options.get("fully_decoupled"):
-            options.setdefault("initial_lr", options["lr"])
-        self._check_options(options, f"group {index}: " if index else "")
+        self.complete(options)
+        dtypes = {a.dtype.name for a in arrays.values()}
+        checked = self._normalise(options, dtypes, index)
         taken = {p.name for p in self._parameters} & set(arrays)
         if taken:
             raise ValueError(f"{where}: the name {min(taken)!r} is taken by another group; name each parameter once.")
-        checked = self._normalise(options, {a.dtype.name for a in arrays.values()}, index)
-        Memory({p.name: p.array for p in self._parameters} | arrays, (), self._name)
+        Memory({p.name: p.array for p in self._parameters} | arrays, self._states(), self._name)
+        if flat is not None:  # an empty view does not know where it lies
+            places = [flat.data.ctypes.data + offset * flat.dtype.itemsize for offset in layout.offsets]
+        else:
+            places = [address(array) for array in arrays.values()]
         ends = (*layout.offsets[1:], layout.total)
         added = [
-            Parameter(name, array, index, offset, end - offset, address(array))
-            for (name, array), offset, end in zip(arrays.items(), layout.offsets, ends, strict=True)
+            Parameter(name, array, index, offset, end - offset, place)
+            for (name, array), offset, end, place in zip(arrays.items(), layout.offsets, ends, places, strict=True)
         ]
         self._allocate(added, layout.total, checked)
         # Merging across the padding of a flat buffer writes that padding, which only one group may own.
         self._flat_layout = layout if flat is not None and not self._parameters else None
         self._parameters += added
-        self.param_groups.append({"params": arrays, **options})
-        self._checked.append((tuple(options.values()), checked))
+        shown = MappingProxyType(arrays)
+        self.param_groups.append({"params": shown, **options})
+        self._groups.append(Known(index, shown, dtypes, options, checked))
         self._rebuild()
+
+    def _states(self) -> Iterable[Array]:
+        """Every flat state array once."""
+        return {id(s): s for p in self._parameters for s in p.states.values()}.values()
 
     def _rebuild(self) -> None:
         """Parameters or states changed: what was derived from them is derived anew."""
         named = {p.name: p.array for p in self._parameters}
-        states = {id(s): s for p in self._parameters for s in p.states.values()}
-        memory = Memory(named, states.values(), self._name)
+        memory = Memory(named, self._states(), self._name)
         self._reader = GradientReader(list(named), list(named.values()), self._flat_layout, memory, self._name)
         self._plan = None
 
@@ -184,51 +205,47 @@ class Optimizer:
 
     # --- options -------------------------------------------------------------------------------------------------
 
-    def _check_options(self, options: Mapping[str, Any], group: str) -> None:
-        for name in options:
-            if name not in self.defaults and name != "initial_lr":
-                raise ValueError(
-                    f"{self._name}: {group}there is no option {name!r}; options are {', '.join(self.defaults)}."
-                )
-            if name in self.ranges:
-                self.ranges[name](options[name], f"{self._name}: {group}{name}")
-
-    def _normalise(self, options: Mapping[str, Any], dtypes: set[str], index: int) -> dict[str, Any]:
-        """The options as plain floats, checked."""
-        group = f"group {index}: " if index else ""
-        checked = dict(options)
-        for name, value in options.items():
-            if name in self.ranges:
-                checked[name] = self.ranges[name](value, f"{self._name}: {group}{name}")
-        self.check(checked, f"{self._name}: {group}")
-        for dtype in sorted({COMPUTE[name] for name in dtypes}):
-            if checked.get("eps") and float(np.dtype(dtype).type(checked["eps"])) == 0.0:
-                raise ValueError(
-                    f"{self._name}: {group}eps={checked['eps']!r} rounds to zero in {dtype}, in which this is computed."
-                )
-        return checked
+    def complete(self, group: dict[str, Any]) -> None:
+        """Fill in options of a group that follow from its others."""
 
     def check(self, options: Options, where: str) -> None:
         """Refuse options that do not go together; a subclass says which."""
 
+    def _normalise(self, options: Mapping[str, Any], dtypes: Iterable[str], index: int) -> dict[str, Any]:
+        """The options of a group as they are computed with, checked."""
+        where = f"{self._name}: group {index}: " if index else f"{self._name}: "
+        checked = check_options(options, self.defaults, self.ranges, {COMPUTE[name] for name in dtypes}, where)
+        self.check(checked, where)
+        return checked
+
     def _current_options(self) -> list[dict[str, Any]]:
         """Options of every group, checked again where somebody changed them."""
-        for index, group in enumerate(self.param_groups):
-            options = {name: value for name, value in group.items() if name != "params"}
-            if tuple(options.values()) != self._checked[index][0]:
-                missing = set(self.defaults) - set(options)
-                if missing:
-                    raise ValueError(f"{self._name}: param_groups[{index}] lacks the option {min(missing)!r}.")
-                self._check_options(options, f"group {index}: " if index else "")
-                members = [p for p in self._parameters if p.group == index]
-                checked = self._normalise(options, {p.array.dtype.name for p in members}, index)
-                old = self._checked[index][1]
-                changed = any(self.treat(old, p.array) != self.treat(checked, p.array) for p in members)
-                if changed or old.get("maximize") != checked.get("maximize"):
-                    self._allocate(members, members[-1].offset + members[-1].extent, checked)
-                    self._rebuild()
-                self._checked[index] = (tuple(options.values()), checked)
-        return [checked for _, checked in self._checked]
+        if len(self.param_groups) != len(self._groups):
+            raise ValueError(
+                f"{self._name}: param_groups has {len(self.param_groups)} groups, but {len(self._groups)} were added. "
+                "Add groups with add_param_group."
+            )
+        changed: list[tuple[int, dict[str, Any]]] = []
+        for index, (group, known) in enumerate(zip(self.param_groups, self._groups, strict=True)):
+            options = dict(group)
+            if options.pop("params", None) is not known.arrays:
+                raise ValueError(f'{self._name}: param_groups[{index}]["params"] was replaced. Make a new optimizer.')
+            if not PLAIN.issuperset(map(type, options.values())) or known.seen != options:
+                self.complete(options)
+                changed.append((index, self._normalise(options, known.dtypes, index)))
+                known.unconfirmed = options
+        for index, checked in changed:  # nothing is taken over before all groups are checked
+            self._take_over(self._groups[index], checked)
+        return [known.options for known in self._groups]
+
+    def _take_over(self, known: Known, checked: dict[str, Any]) -> None:
+        members = [p for p in self._parameters if p.group == known.index]
+        changed = any(self.treat(known.options, p.array) != self.treat(checked, p.array) for p in members)
+        if changed or known.options.get("maximize") != checked.get("maximize"):
+            self._allocate(members, members[-1].offset + members[-1].extent, checked)
+            self._rebuild()
+        self.param_groups[known.index].update(known.unconfirmed)
+        known.seen, known.options = known.unconfirmed, checked
 
     # --- the step ------------------------------------------------------------------------------------------------
 
@@ -250,7 +267,7 @@ class Optimizer:
                 order. None stands for a parameter without gradient: it is left alone and its step is not counted.
                 Shapes are those of the parameters; dtypes too, or float16/bfloat16 for float32 parameters. Gradients
                 are only read. A strided gradient is copied first.
-            grad_scale: Loss scale, > 0: the gradients are divided by it.
+            grad_scale: Loss scale, in [1e-37, 1e37]: the gradients are divided by it.
             max_norm: Clip: gradients are multiplied by min(1, max_norm / (norm + 1e-6)), where norm is the Euclidean
                 norm of all gradients after unscaling (Pascanu et al. 2013). >= 0; inf only reports the norm.
             skip_nonfinite: Change nothing, not even step counts, if a gradient is infinite or NaN (or, in float64, so
@@ -268,10 +285,12 @@ class Optimizer:
             options = self._current_options()
             where = f"{self._name}.step"
             zero = boolean(zero_grads, f"{where}: zero_grads")
-            multiplier = 1.0 if grad_scale == 1.0 else 1.0 / POSITIVE(grad_scale, f"{where}: grad_scale")
-            if max_norm is not None and max_norm != math.inf:
-                max_norm = NONNEGATIVE(max_norm, f"{where}: max_norm")
+            multiplier = 1.0 / SCALE(grad_scale, f"{where}: grad_scale")
+            if max_norm is not None:
+                max_norm = NORM(max_norm, f"{where}: max_norm")
             skip = boolean(skip_nonfinite, f"{where}: skip_nonfinite")
+            if not isinstance(grads, (Mapping, Sequence)) and isinstance(grads, Iterator):
+                grads = list(grads)
             gradients = self._reader.read(grads, zero)
             plan = self._plan_for(gradients, options)
             if max_norm is None and not skip:
@@ -352,23 +371,32 @@ class Optimizer:
         with self._exclusive("load_state_dict"):
             where = f"{self._name}.load_state_dict"
             saved = import_state(state_dict, self._name, self.param_groups, where)
-            for index, options in enumerate(saved.groups):
-                self._check_options(options, f"group {index}: ")
-                dtypes = {p.array.dtype.name for p in self._parameters if p.group == index}
-                checked = self._normalise({**self.defaults, **options}, dtypes, index)
+            for known, options in zip(self._groups, saved.groups, strict=True):
+                checked = self._normalise({**self.defaults, **options}, known.dtypes, known.index)
                 for p, found in zip(self._parameters, saved.parameters, strict=True):
-                    if p.group == index:
-                        rule = self.treat(checked, p.array).rule
-                        check_states(found, p, rule, checked, where)
+                    if p.group == known.index:
+                        check_states(found, p, self.treat(checked, p.array).rule, checked, where)
             for group, options in zip(self.param_groups, saved.groups, strict=True):
-                group.update(options)
+                params = group["params"]
+                group.clear()
+                group.update({"params": params, **self.defaults, **options})
             self._current_options()  # allocates what the options now ask for
             for p, found in zip(self._parameters, saved.parameters, strict=True):
-                views = self._views(p)
-                for name, array in found.arrays.items():
-                    views[name][...] = array
+                self._add_states(p, found.arrays)
+                for name, view in self._views(p).items():
+                    view[...] = found.arrays.get(name, 0)
                 p.progress = Progress(found.step, found.carry or None)
             self._rebuild()
+
+    def _add_states(self, p: Parameter, names: Iterable[str]) -> None:
+        """Room for states that the current rule does not use: saved after momentum, say, was switched off."""
+        members = [q for q in self._parameters if q.group == p.group]
+        for name in set(names) - set(p.states):
+            dtype = COMPUTE[p.array.dtype.name]
+            flat = aligned_zeros(members[-1].offset + members[-1].extent, np.dtype(dtype))
+            for q in members:
+                if COMPUTE[q.array.dtype.name] == dtype:
+                    q.states.setdefault(name, flat)
 
     def __getstate__(self) -> Any:
         raise TypeError(f"{self._name} cannot be pickled; save opt.state_dict() or use fastopt.save.")

@@ -24,8 +24,9 @@ class SGD(Optimizer):
         params: As for ``fastopt.Optimizer``: arrays of any shape; float32, float64, float16 or bfloat16.
         lr: Learning rate, >= 0.
         momentum: Factor on the buffer, in [0, 1]. 0 is plain SGD, which has no buffer.
-        dampening: Part of the gradient kept out of the buffer from the second step on, in [0, 1]. ``1 - momentum``
-            makes the buffer an exponential moving average.
+        dampening: Part of the gradient kept out of the buffer from a parameter's second step on, in [0, 1].
+            ``1 - momentum`` makes the buffer an exponential moving average. (Where momentum is switched on later,
+            torch leaves the first gradient after that undamped; here only the very first is.)
         weight_decay: L2 penalty, >= 0; added to the gradient.
         nesterov: Use Nesterov's momentum; needs momentum > 0 and dampening 0.
         maximize: Ascend: the gradient is negated before the decay.

@@ -82,7 +82,7 @@ def test_small_arrays(rule, pair, backend):
 @every_rule
 @pytest.mark.parametrize("pair", [PAIRS[0], PAIRS[-1]], ids="-".join)
 def test_arrays_of_several_chunks(rule, pair, backend):
-    # Two threads, and three on fewer cores: the work of one thread is in test_small_arrays.
+    # Fewer ways, because these arrays are large; test_small_arrays goes through all of them.
     ways = ((1, False), (2, True), (3, False))
     check_all_ways(rule, pair, LARGE, backend, ways=ways)
 

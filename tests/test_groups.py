@@ -139,13 +139,13 @@ def test_momentum_switched_on_in_training() -> None:
     assert opt.state["0"]["step"] == 4
 
 
-def test_the_first_gradient_of_a_late_momentum_is_not_damped() -> None:
+def test_the_first_gradient_of_a_late_momentum_is_damped() -> None:
     w = np.zeros(3)
     opt = fastopt.SGD([w], lr=1.0)
     opt.step([np.ones(3)])
     opt.param_groups[0].update(momentum=0.5, dampening=0.5)
-    opt.step([np.ones(3)])  # b_1 = d_1, as in torch, whenever the buffer begins
-    assert opt.state["0"]["momentum_buffer"].tolist() == [1.0] * 3
+    opt.step([np.ones(3)])  # torch would start the buffer undamped; SGD's docstring tells the difference
+    assert opt.state["0"]["momentum_buffer"].tolist() == [0.5] * 3
 
 
 @pytest.mark.parametrize(

@@ -168,3 +168,10 @@ def test_gradients_that_come_from_a_generator_are_zeroed_in_a_skipped_step() -> 
     opt = fastopt.SGD([np.ones(3), np.ones(3)])
     assert opt.step((g for g in grads), skip_nonfinite=True, zero_grads=True).skipped
     assert not any(g.any() for g in grads)
+
+
+def test_a_numpy_scalar_is_a_gradient_of_a_0d_parameter() -> None:
+    w = np.ones((), np.float32)
+    opt = fastopt.SGD([w], lr=0.5)
+    opt.step([w * np.float32(2)])  # NumPy makes a scalar of this product
+    assert w == 0

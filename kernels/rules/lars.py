@@ -41,7 +41,7 @@ def trust_ratio(w_norm: float, g_norm: float, h: LarsScalars) -> float:
 def lars_scalars(t: int, o: Options) -> LarsScalars:
     lr = o["lr"]
     inner, outer = (lr, 1.0) if o["lr_in_momentum"] else (1.0, lr)
-    cap_scale, cap = (1.0 / lr if lr else math.inf, 1.0) if o["clip"] else (1.0, math.inf)
+    cap_scale, cap = (1.0 / (lr or 1.0), 1.0) if o["clip"] else (1.0, math.inf)
     return LarsScalars(
         o["momentum"], inner, outer, o["weight_decay"], o["trust_coefficient"], o["eps"], cap_scale, cap, 1.0
     )
