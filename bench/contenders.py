@@ -98,11 +98,11 @@ class FastoptPlain(Fastopt):
         return {}
 
 
-class FastoptKeep(Fastopt):
-    """LARS that keeps the norms of the weights."""
+class FastoptReread(Fastopt):
+    """LARS that reads the weights for their norms at every step."""
 
     def hyper(self, case: Case) -> dict[str, Any]:  # noqa: D102
-        return {**case.hyper, "keep_weight_norms": True}
+        return {**case.hyper, "keep_weight_norms": False}
 
 
 class FastoptMomentum(Fastopt):
@@ -201,7 +201,7 @@ CONTENDERS: dict[str, type[Contender]] = {
     "fastopt arrays": FastoptArrays,
     "fastopt moving": FastoptMoving,
     "fastopt plain": FastoptPlain,
-    "fastopt keep": FastoptKeep,
+    "fastopt rereading": FastoptReread,
     "momentum": FastoptMomentum,
     "torch fused": TorchFused,
     "torch loop": TorchLoop,

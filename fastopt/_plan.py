@@ -188,6 +188,7 @@ class Plan:
                     states[id(flat)] = flat.ctypes.data
                 arrays.append(states[id(flat)] + p.offset * flat.itemsize)
             segment["arrays"][: len(arrays)] = arrays
+            segment["bytes"] = p.array.nbytes
         table.first = np.array([k for k, _ in runs], np.int64)
         table.signs = np.array([self._signs[self.parameters[k].group] for k, _ in runs])
         table.arrays[:, 1] = self._gradients[table.first]

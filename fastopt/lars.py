@@ -37,9 +37,10 @@ class LARS(Optimizer):
             biases) take plain momentum steps **without weight decay**, as in MLPerf. True: all. False: none, and the
             weight decay stays.
         maximize: Ascend: the gradient is negated before the decay.
-        keep_weight_norms: Promise that only this optimizer writes the parameters between steps. The norms of the
-            weights are then taken while an update passes by and not read again for the next one; the bits are the
-            same. After writing parameters all the same, call ``weights_written()``.
+        keep_weight_norms: Use the norms of the weights that the last update took as it wrote them, instead of reading
+            the weights once more; the bits are the same. That somebody else wrote an array is noticed from a few
+            samples of it. After changing single elements call ``weights_written()``; otherwise the ratio of the next
+            step may be that of the old weights. False reads the weights at every step.
 
     State: ``momentum_buffer`` (float32; float64 for float64 parameters).
 
@@ -85,7 +86,7 @@ class LARS(Optimizer):
         clip: bool = False,
         adapt: bool | None = None,
         maximize: bool = False,
-        keep_weight_norms: bool = False,
+        keep_weight_norms: bool = True,
     ) -> None:
         defaults = dict(
             lr=lr,
@@ -103,7 +104,7 @@ class LARS(Optimizer):
         super().__init__(params, defaults)
 
     def weights_written(self) -> None:
-        """Say that somebody else wrote the parameters: their norms are taken anew in the next step."""
+        """Say that somebody else wrote parameters, which ``keep_weight_norms`` may not notice."""
         if self._plan is not None:
             self._plan.forget_weights()
 
