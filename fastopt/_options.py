@@ -27,7 +27,7 @@ class Number:
         try:
             number = float(value)
         except OverflowError:
-            number = math.inf if value > 0 else -math.inf
+            number = math.inf  # an integer of hundreds of digits
         if not self.holds(number):
             raise ValueError(f"{where} must be in {self.text}, got {value!r}.")
         return number
@@ -43,7 +43,7 @@ class Pair:
     def __call__(self, value: Any, where: str) -> tuple[float, float]:
         """The value as a tuple of two floats."""
         try:
-            first, second = () if isinstance(value, str) else value
+            first, second = value
         except (TypeError, ValueError):
             raise TypeError(f"{where} must be two numbers, got {value!r}.") from None
         return self.first(first, f"{where}[0]"), self.second(second, f"{where}[1]")
