@@ -105,8 +105,8 @@ SUITE: dict[str, Case] = {
             "LARS",
             {"lr": 1.0, "weight_decay": 1e-4},
             resnet50(),
-            ("fastopt", "fastopt rereading", "momentum"),
-            bars=(Bar("fastopt", 1.35, "momentum"), Bar("fastopt rereading", 1.35, "momentum")),
+            ("fastopt", "fastopt keep", "momentum"),
+            bars=(Bar("fastopt", 1.35, "momentum"), Bar("fastopt keep", 1.35, "momentum")),
         ),
         Case(
             "adam-clip",

@@ -98,11 +98,11 @@ class FastoptPlain(Fastopt):
         return {}
 
 
-class FastoptReread(Fastopt):
-    """LARS that reads the weights for their norms at every step."""
+class FastoptKeep(Fastopt):
+    """LARS that keeps the norms of the weights."""
 
     def hyper(self, case: Case) -> dict[str, Any]:  # noqa: D102
-        return {**case.hyper, "keep_weight_norms": False}
+        return {**case.hyper, "keep_weight_norms": True}
 
 
 class FastoptMomentum(Fastopt):
@@ -201,7 +201,7 @@ CONTENDERS: dict[str, type[Contender]] = {
     "fastopt arrays": FastoptArrays,
     "fastopt moving": FastoptMoving,
     "fastopt plain": FastoptPlain,
-    "fastopt rereading": FastoptReread,
+    "fastopt keep": FastoptKeep,
     "momentum": FastoptMomentum,
     "torch fused": TorchFused,
     "torch loop": TorchLoop,

@@ -142,7 +142,8 @@ class Numba:
     isa = "numba"
 
     def __init__(self) -> None:
-        self.default_threads = len(os.sched_getaffinity(0))
+        wanted = os.environ.get("OMP_NUM_THREADS", "")
+        self.default_threads = int(wanted) if wanted.isdigit() and int(wanted) else len(os.sched_getaffinity(0))
 
     def update_kernel(self, rule: Rule, p: str, g: str) -> int:
         return JIT.address("update", rule, p, g)

@@ -71,8 +71,16 @@ EPS = Number("(0, inf), or an element without gradient becomes 0 / 0", lambda x:
 SCALE = Number("[1e-37, 1e37]", lambda x: 1e-37 <= x <= 1e37)  # its inverse is a float32
 NORM = Number("[0, inf]", lambda x: x >= 0.0)
 
-PLAIN = {bool, float, int, type(None), tuple, np.bool_, np.float32, np.float64}
-"""Types whose values cannot change in place and compare to a bool, so that an unchanged option is known at a glance."""
+_PLAIN = frozenset({bool, float, int, type(None), np.bool_, np.float32, np.float64})
+
+
+def cannot_change(options: Mapping[str, Any]) -> bool:
+    """Whether no value can change in place and all compare to a bool: then an unchanged option is known at a glance."""
+    return all(
+        type(value) in _PLAIN or (type(value) is tuple and _PLAIN.issuperset(map(type, value)))
+        for value in options.values()
+    )
+
 
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 

@@ -102,26 +102,35 @@ class GradientReader:
         self._memory = memory
         self._where = f"{where}.step: grads"
         self._seen: list[weakref.ref[Any]] = []
+        self._candidates: list[Any] | None = None
         self._seen_for_writing = False
         self._last_starts: NDArray[np.uint64] = np.zeros(0, np.uint64)
 
-    def read(self, grads: Any, write: bool) -> Gradients | None:
-        """Checked gradients, or None where they are the very arrays of the last call."""
+    def read(self, grads: Any, write: bool) -> tuple[Gradients | None, list[Any]]:
+        """Checked gradients, or None where they are the very arrays of the last call; and what keeps them alive."""
         flat = isinstance(grads, FlatBuffer) and (self._recognises([grads]) or grads.layout == self._layout)
         listed = [grads] if flat else self._in_order(grads)
         if self._recognises(listed) and (not write or self._still_writable(listed)):
-            return None
+            return None, listed
         self._seen = []
         found = self._read_flat(grads, write) if flat else self._read_arrays(listed, write)
         present = [g for g in listed if g is not None]
         copied = not all(map(operator.is_, found.arrays, present))  # a copy has to be made again each time
-        if not copied and np.array_equal(found.starts, self._last_starts):
-            # They stayed where they were, so they may come again: worth remembering. Weakly, because an optimizer
-            # that kept gradients alive would double their memory.
-            self._seen = [weakref.ref(_NO_GRADIENT if g is None else g) for g in listed]
-            self._seen_for_writing = write
+        stayed = not copied and np.array_equal(found.starts, self._last_starts)
+        self._candidates = listed if stayed else None  # arrays that stay may come again: worth remembering
+        self._seen_for_writing = write
         self._last_starts = found.starts
-        return found
+        return found, [*listed, *found.arrays]
+
+    def forget(self) -> None:
+        """Know no gradients again."""
+        self._seen = []
+
+    def remember(self) -> None:
+        """The gradients read last are the plan's. Weakly: kept alive, they would double their memory."""
+        if self._candidates is not None:
+            self._seen = [weakref.ref(_NO_GRADIENT if g is None else g) for g in self._candidates]
+            self._candidates = None
 
     def _recognises(self, listed: list[Any]) -> bool:
         if len(self._seen) != len(listed):

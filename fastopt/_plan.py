@@ -30,12 +30,15 @@ class Parameter:
 
     name: str
     array: Array
+    size: int  # as it was checked: an array's shape and dtype can be changed in place
+    dtype: str
     group: int
     offset: int  # first element in the state arrays
     extent: int  # elements up to the next array there, padding included
     address: int
     states: dict[str, Array] = field(default_factory=dict)  # the flat state arrays, shared with neighbours
     progress: Progress = field(default_factory=Progress)
+    guard: Any = None  # a weak reference to the array, which makes NumPy refuse to resize it
 
 
 class Treatment(NamedTuple):
@@ -137,23 +140,26 @@ class Plan:
                 and self._member[k] == self._member[k - 1]
                 and p.offset == previous.offset + previous.extent
                 and not self._adapts(k)
+                and all(p.states[name] is previous.states[name] for name in self._rule(k).state)
             ):
                 first, _ = runs[-1]
-                runs[-1] = first, p.offset - self.parameters[first].offset + p.array.size
+                runs[-1] = first, p.offset - self.parameters[first].offset + p.size
             else:
-                runs.append((k, p.array.size))
+                runs.append((k, p.size))
             previous = p
         return runs
 
+    def _rule(self, k: int) -> Rule:
+        return self.cohorts[self._member[k]].treatment.rule
+
     def _adapts(self, k: int) -> bool:
-        treatment = self.cohorts[self._member[k]].treatment
-        return treatment.adapts and treatment.rule.ratio is not None
+        return self.cohorts[self._member[k]].treatment.adapts and self._rule(k).ratio is not None
 
     @property
     def layers(self) -> Table:
         """One segment per parameter: what norms are taken over."""
         if self._layers is None:
-            self._layers = self._build([(k, p.array.size) for k, p in enumerate(self.parameters)], norms=True)
+            self._layers = self._build([(k, p.size) for k, p in enumerate(self.parameters)], norms=True)
         return self._layers
 
     @property
@@ -171,9 +177,9 @@ class Plan:
         for segment, (k, _) in zip(table.segments, runs, strict=True):
             p, cohort = self.parameters[k], self.cohorts[self._member[k]]
             rule = cohort.treatment.rule
-            kind = (rule, p.array.dtype, self.dtypes[k], self._adapts(k))
+            kind = (rule, p.dtype, self.dtypes[k], self._adapts(k))
             if kind not in kernels:
-                stored = p.array.dtype.name, self.dtypes[k].name
+                stored = p.dtype, self.dtypes[k].name
                 kernels[kind] = (
                     self.backend.update_kernel(rule, *stored),
                     (self.backend.norm_kernel(stored[0]), self.backend.norm_kernel(stored[1])) if norms else (0, 0),
@@ -188,7 +194,6 @@ class Plan:
                     states[id(flat)] = flat.ctypes.data
                 arrays.append(states[id(flat)] + p.offset * flat.itemsize)
             segment["arrays"][: len(arrays)] = arrays
-            segment["bytes"] = p.array.nbytes
         table.first = np.array([k for k, _ in runs], np.int64)
         table.signs = np.array([self._signs[self.parameters[k].group] for k, _ in runs])
         table.arrays[:, 1] = self._gradients[table.first]
@@ -219,14 +224,15 @@ class Plan:
             table.own[:, MULTIPLIER] = table.signs * multiplier
             table.own[:, ZERO] = zero
             table.launched_with = multiplier, zero
-        if self._has_ratio:
-            flags = KNOW_G * know_gradients + KNOW_W * (keep_weights and self._know_weights)
-            self.backend.layers(table, flags, _threads(table))
-            self._know_weights = True
-        else:
-            self.backend.update(table, _threads(table))
+        flags = KNOW_G * know_gradients + KNOW_W * (keep_weights and self._know_weights)
+        # Before the kernel, after which an interrupt would be raised: the count must not lag behind the parameters.
+        self._know_weights = True
         for cohort in self.cohorts:
             cohort.advance()
+        if self._has_ratio:
+            self.backend.layers(table, flags, _threads(table))
+        else:
+            self.backend.update(table, _threads(table))
 
     def forget_weights(self) -> None:
         """Somebody else wrote the weights: their norms are taken anew."""

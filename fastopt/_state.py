@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from .kernels.registry import RULES
 from .kernels.rule import Options, Rule
 
 VERSION = 1
+MAX_STEP = 2**53  # so far float64 counts
 
 
 class SavedParameter(NamedTuple):
@@ -42,7 +44,7 @@ def export_state(
             exported["state"][len(exported["state"])] = {
                 key: value.copy() if isinstance(value, np.ndarray) else value for key, value in state[name].items()
             }
-        options = {name: value for name, value in group.items() if name != "params"}
+        options = {name: copy.deepcopy(value) for name, value in group.items() if name != "params"}
         indices = list(range(first, len(exported["state"])))
         exported["param_groups"].append({**options, "params": indices, "param_names": list(group["params"])})
     return exported
@@ -51,7 +53,7 @@ def export_state(
 def import_state(
     state_dict: Mapping[str, Any], optimizer: str, groups: Sequence[Mapping[str, Any]], where: str
 ) -> Saved:
-    """Refuse a state dict of another version, optimizer or list of parameters; copy the rest."""
+    """Refuse a state dict of another version, optimizer or list of parameters; its arrays are not copied yet."""
     if not isinstance(state_dict, Mapping) or not {"version", "optimizer", "state", "param_groups"} <= set(state_dict):
         raise TypeError(f"{where}: needed is what state_dict() returns, got {type(state_dict).__name__}.")
     if state_dict["version"] != VERSION:
@@ -72,7 +74,8 @@ def import_state(
             raise ValueError(
                 f"{where}: parameters of group {index} are {_shorten(names)} in the state, {_shorten(own)} here."
             )
-        result.groups.append({k: v for k, v in saved.items() if k not in ("params", "param_names")})
+        options = {k: v for k, v in saved.items() if k not in ("params", "param_names")}
+        result.groups.append(copy.deepcopy(options))
         for name, key in zip(names, indices, strict=True):
             if not isinstance(states.get(key), Mapping):
                 raise ValueError(f"{where}: there is no state for parameter {name!r}.")
@@ -82,13 +85,13 @@ def import_state(
 
 def _parameter(entry: Mapping[str, Any], name: str, where: str) -> SavedParameter:
     step, arrays, carry = entry.get("step"), {}, {}
-    if isinstance(step, bool) or not isinstance(step, (int, np.integer)) or step < 0:
-        raise ValueError(f"{where}: the step of parameter {name!r} must be an integer >= 0, got {step!r}.")
+    if isinstance(step, bool) or not isinstance(step, (int, np.integer)) or not 0 <= step <= MAX_STEP:
+        raise ValueError(f"{where}: the step of parameter {name!r} must be an integer in [0, 2^53], got {step!r}.")
     for key, value in entry.items():
         if isinstance(value, np.ndarray):
             arrays[key] = value
         elif key != "step":
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
+            if type(value) not in (int, float) or not -1e308 <= value <= 1e308:
                 raise TypeError(f"{where}: {key} of parameter {name!r} must be an array or a number, got {value!r}.")
             carry[key] = float(value)
     return SavedParameter(int(step), carry, arrays)

@@ -25,9 +25,6 @@ SEGMENT = np.dtype(
         ("arrays", np.uint64, 8),
         ("own", np.float64, 3),
         ("squares", np.float64, 2),
-        ("bytes", np.int64),
-        ("mark", np.uint64),
-        ("known", np.int64),
     ]
 )
 """A run of elements that share kernel and scalars: the same bytes as ``segment`` in kernels/parallel.c."""

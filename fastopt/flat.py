@@ -103,13 +103,13 @@ class FlatBuffer(Mapping[str, Array]):
         3.0
     """
 
-    __slots__ = ("__weakref__", "_views", "data", "layout")
+    __slots__ = ("__weakref__", "_data", "_layout", "_views")
 
     def __init__(self, shapes: Mapping[str, Sequence[int]], dtype: Any = "float32") -> None:
         if not isinstance(shapes, Mapping):
             raise TypeError(f"FlatBuffer: shapes must be a mapping from names to shapes, got {shapes!r}.")
-        self.layout = Layout.of({name: _checked_shape(name, shape) for name, shape in shapes.items()})
-        self.data = aligned_zeros(self.layout.total, dtype_of(dtype, "FlatBuffer: dtype"))
+        self._layout = Layout.of({name: _checked_shape(name, shape) for name, shape in shapes.items()})
+        self._data = aligned_zeros(self.layout.total, dtype_of(dtype, "FlatBuffer: dtype"))
         self._views = self.layout.views(self.data)
 
     @classmethod
@@ -161,7 +161,15 @@ class FlatBuffer(Mapping[str, Array]):
         return buffer
 
     @property
-    def names(self) -> tuple[str, ...]:  # noqa: D102 - the class docstring has these
+    def data(self) -> Array:  # noqa: D102 - the class docstring has these
+        return self._data
+
+    @property
+    def layout(self) -> Layout:  # noqa: D102
+        return self._layout
+
+    @property
+    def names(self) -> tuple[str, ...]:  # noqa: D102
         return self.layout.names
 
     @property

@@ -37,10 +37,10 @@ class LARS(Optimizer):
             biases) take plain momentum steps **without weight decay**, as in MLPerf. True: all. False: none, and the
             weight decay stays.
         maximize: Ascend: the gradient is negated before the decay.
-        keep_weight_norms: Use the norms of the weights that the last update took as it wrote them, instead of reading
-            the weights once more; the bits are the same. That somebody else wrote an array is noticed from a few
-            samples of it. After changing single elements call ``weights_written()``; otherwise the ratio of the next
-            step may be that of the old weights. False reads the weights at every step.
+        keep_weight_norms: Promise that only this optimizer writes the parameters between steps. Their norms, taken as
+            an update writes them, then serve the next step, which need not read them once more: faster, and the same
+            bits. After writing parameters all the same call ``weights_written()``, or the next step takes its ratios
+            from the old weights.
 
     State: ``momentum_buffer`` (float32; float64 for float64 parameters).
 
@@ -86,7 +86,7 @@ class LARS(Optimizer):
         clip: bool = False,
         adapt: bool | None = None,
         maximize: bool = False,
-        keep_weight_norms: bool = True,
+        keep_weight_norms: bool = False,
     ) -> None:
         defaults = dict(
             lr=lr,
@@ -104,7 +104,7 @@ class LARS(Optimizer):
         super().__init__(params, defaults)
 
     def weights_written(self) -> None:
-        """Say that somebody else wrote parameters, which ``keep_weight_norms`` may not notice."""
+        """Say that somebody else wrote the parameters: their norms are taken anew in the next step."""
         if self._plan is not None:
             self._plan.forget_weights()
 

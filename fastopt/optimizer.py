@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
+from weakref import ref
 
 import numpy as np
 
 from . import _backend
 from ._arrays import Array, address
-from ._options import NONNEGATIVE, NORM, PLAIN, SCALE, Range, boolean, check_options
+from ._options import NONNEGATIVE, NORM, SCALE, Range, boolean, cannot_change, check_options
 from ._params import GradientReader, Memory, collect
 from ._plan import Parameter, Plan, Progress, Treatment, initial_states
 from ._state import check_states, export_state, import_state
@@ -165,7 +166,7 @@ class Optimizer:
             places = [address(array) for array in arrays.values()]
         ends = (*layout.offsets[1:], layout.total)
         added = [
-            Parameter(name, array, index, offset, end - offset, place)
+            Parameter(name, array, array.size, array.dtype.name, index, offset, end - offset, place, guard=ref(array))
             for (name, array), offset, end, place in zip(arrays.items(), layout.offsets, ends, places, strict=True)
         ]
         self._allocate(added, layout.total, checked)
@@ -192,7 +193,7 @@ class Optimizer:
         """Flat state arrays for parameters of one group, one per state name and compute dtype."""
         flats: dict[tuple[str, str], Array] = {}
         for p in parameters:
-            dtype = COMPUTE[p.array.dtype.name]
+            dtype = COMPUTE[p.dtype]
             rule = self.treat(options, p.array).rule
             for name, start in initial_states(rule, options).items():
                 if name in p.states:
@@ -230,7 +231,7 @@ class Optimizer:
             options = dict(group)
             if options.pop("params", None) is not known.arrays:
                 raise ValueError(f'{self._name}: param_groups[{index}]["params"] was replaced. Make a new optimizer.')
-            if not PLAIN.issuperset(map(type, options.values())) or known.seen != options:
+            if not cannot_change(options) or known.seen != options:
                 self.complete(options)
                 changed.append((index, self._normalise(options, known.dtypes, index)))
                 known.unconfirmed = options
@@ -289,9 +290,7 @@ class Optimizer:
             if max_norm is not None:
                 max_norm = NORM(max_norm, f"{where}: max_norm")
             skip = boolean(skip_nonfinite, f"{where}: skip_nonfinite")
-            if not isinstance(grads, (Mapping, Sequence)) and isinstance(grads, Iterator):
-                grads = list(grads)
-            gradients = self._reader.read(grads, zero)
+            gradients, alive = self._reader.read(grads, zero)  # alive: another thread may drop them while we read
             plan = self._plan_for(gradients, options)
             if max_norm is None and not skip:
                 plan.launch(options, multiplier, zero, know_gradients=False, keep_weights=self._keeps(options))
@@ -299,7 +298,7 @@ class Optimizer:
             norm = math.sqrt(plan.gradient_squares()) * multiplier
             if skip and not math.isfinite(norm):
                 if zero:
-                    self._zero(grads)
+                    self._zero(alive)
                 return StepInfo(True, norm)
             if max_norm is not None and max_norm != math.inf:
                 coefficient = max_norm / (norm + 1e-6)
@@ -311,6 +310,7 @@ class Optimizer:
         plan = self._plan
         if gradients is None and plan is not None:
             return plan
+        self._reader.forget()  # until the plan is there: if that fails, the next call must not find the old one
         present = [self._parameters[i] for i in gradients.present]
         if plan is None or (plan.flat, plan.dtypes, plan.parameters) != (gradients.flat, gradients.dtypes, present):
             treatments = [self.treat(options[p.group], p.array) for p in present]
@@ -318,17 +318,17 @@ class Optimizer:
             plan = Plan(present, gradients.dtypes, treatments, gradients.flat, signs, self._backend)
             self._plan = plan
         plan.point_at(gradients.starts)
+        self._reader.remember()
         return plan
 
     def _keeps(self, options: list[dict[str, Any]]) -> bool:
         return False
 
     @staticmethod
-    def _zero(grads: Grads) -> None:
-        arrays = grads.values() if isinstance(grads, Mapping) else grads
-        for array in arrays:
-            if array is not None:
-                array[...] = 0
+    def _zero(gradients: list[Any]) -> None:
+        for gradient in gradients:
+            if gradient is not None:
+                (gradient.data if isinstance(gradient, FlatBuffer) else gradient)[...] = 0
 
     def _exclusive(self, what: str) -> _Exclusive:
         return _Exclusive(self._lock, f"{self._name}.{what}: another thread is using this optimizer.")
@@ -344,9 +344,7 @@ class Optimizer:
 
     @staticmethod
     def _views(p: Parameter) -> dict[str, Array]:
-        return {
-            name: flat[p.offset : p.offset + p.array.size].reshape(p.array.shape) for name, flat in p.states.items()
-        }
+        return {name: flat[p.offset : p.offset + p.size].reshape(p.array.shape) for name, flat in p.states.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """A copy of everything that a later ``load_state_dict`` needs to go on with the same bits.
@@ -372,7 +370,9 @@ class Optimizer:
             where = f"{self._name}.load_state_dict"
             saved = import_state(state_dict, self._name, self.param_groups, where)
             for known, options in zip(self._groups, saved.groups, strict=True):
-                checked = self._normalise({**self.defaults, **options}, known.dtypes, known.index)
+                options = {**self.defaults, **options}
+                self.complete(options)
+                checked = self._normalise(options, known.dtypes, known.index)
                 for p, found in zip(self._parameters, saved.parameters, strict=True):
                     if p.group == known.index:
                         check_states(found, p, self.treat(checked, p.array).rule, checked, where)
@@ -392,10 +392,10 @@ class Optimizer:
         """Room for states that the current rule does not use: saved after momentum, say, was switched off."""
         members = [q for q in self._parameters if q.group == p.group]
         for name in set(names) - set(p.states):
-            dtype = COMPUTE[p.array.dtype.name]
+            dtype = COMPUTE[p.dtype]
             flat = aligned_zeros(members[-1].offset + members[-1].extent, np.dtype(dtype))
             for q in members:
-                if COMPUTE[q.array.dtype.name] == dtype:
+                if COMPUTE[q.dtype] == dtype:
                     q.states.setdefault(name, flat)
 
     def __getstate__(self) -> Any:

@@ -7,7 +7,6 @@
 #include <omp.h>
 #include <pthread.h>
 #include <stdint.h>
-#include <string.h>
 
 typedef double (*update_kernel)(int64_t lo, int64_t hi, void **arrays, const double *scalars, const double *own);
 typedef double (*norm_kernel)(int64_t lo, int64_t hi, void *x);
@@ -25,9 +24,6 @@ typedef struct {
     void *arrays[8]; /* parameter, gradient, states */
     double own[3];
     double squares[2]; /* sums of squares of parameter and gradient as stored */
-    int64_t bytes;     /* of the parameter */
-    uint64_t mark;     /* of its samples after the last update */
-    int64_t known;     /* whether squares[PARAMETER] is still that of the parameter */
 } segment;
 
 typedef struct {
@@ -50,8 +46,6 @@ static int team(int threads) { return forked ? 1 : threads; }
 int64_t fastopt_segment_size(void) { return sizeof(segment); }
 
 int fastopt_default_threads(void) { return omp_get_max_threads(); }
-
-int fastopt_forked(void) { return forked; }
 
 /* The best instruction set that kernels are compiled for and this processor and system support. */
 const char *fastopt_isa(void) {
@@ -82,21 +76,6 @@ static double chunk_squares(const segment *segments, const chunk *c, int which) 
 static void sum_chunks(segment *segments, const chunk *chunks, int64_t count, const double *partials, int which) {
     for (int64_t i = 0; i < count; i++) segments[chunks[i].segment].squares[which] = 0;
     for (int64_t i = 0; i < count; i++) segments[chunks[i].segment].squares[which] += partials[i];
-}
-
-/* A few words from all over the parameter: if somebody else wrote it, they have most likely changed. */
-static uint64_t mark_of(const segment *s) {
-    enum { SAMPLES = 8 };
-    const char *bytes = s->arrays[PARAMETER];
-    uint64_t mark = 0, word = 0;
-    int64_t last = s->bytes - (int64_t)sizeof word;
-    if (last < 0) memcpy(&mark, bytes, (size_t)s->bytes);
-    for (int64_t k = 0; k < SAMPLES && last >= 0; k++) {
-        memcpy(&word, bytes + last * k / (SAMPLES - 1), sizeof word);
-        mark = (mark ^ word) * 0x9E3779B97F4A7C15u;
-        mark ^= mark >> 32;
-    }
-    return mark;
 }
 
 void fastopt_update(const segment *segments, const chunk *chunks, int64_t count, int threads) {
@@ -139,33 +118,24 @@ void fastopt_layers(segment *segments, const chunk *chunks, const wave *waves, i
                     double *g_partials, int flags, int threads) {
     segment *first = segments;
     for (const wave *w = waves; w < waves + count; w++) {
-        segment *last = first + w->segments;
-        int all_known = flags & KNOW_G;
-        for (segment *s = first; s < last; s++) {
-            s->known = !s->ratio || ((flags & KNOW_W) && s->mark == mark_of(s));
-            all_known = all_known && s->known;
-        }
-        /* The partial sums of what is known still stand in w_partials, from the last update. */
-        if (!all_known) {
+        if (!(flags & KNOW_W) || !(flags & KNOW_G)) {
 #pragma omp parallel num_threads(team(threads))
             FOR_MY_CHUNKS(chunks, w->chunks, w->elements, 0, {
-                const segment *s = segments + chunks[i].segment;
-                if (!s->known) w_partials[i] = chunk_squares(segments, chunks + i, PARAMETER);
-                if (s->ratio && !(flags & KNOW_G)) g_partials[i] = chunk_squares(segments, chunks + i, GRADIENT);
+                if (!segments[chunks[i].segment].ratio) continue;
+                if (!(flags & KNOW_W)) w_partials[i] = chunk_squares(segments, chunks + i, PARAMETER);
+                if (!(flags & KNOW_G)) g_partials[i] = chunk_squares(segments, chunks + i, GRADIENT);
             });
-            sum_chunks(segments, chunks, w->chunks, w_partials, PARAMETER);
+            if (!(flags & KNOW_W)) sum_chunks(segments, chunks, w->chunks, w_partials, PARAMETER);
             if (!(flags & KNOW_G)) sum_chunks(segments, chunks, w->chunks, g_partials, GRADIENT);
         }
-        for (segment *s = first; s < last; s++)
+        for (segment *s = first; s < first + w->segments; s++)
             if (s->ratio)
                 s->own[RATIO] = s->ratio(sqrt(s->squares[PARAMETER]),
                                          fabs(s->own[MULTIPLIER]) * sqrt(s->squares[GRADIENT]), s->scalars);
 #pragma omp parallel num_threads(team(threads))
         FOR_MY_CHUNKS(chunks, w->chunks, w->elements, 1, w_partials[i] = update_chunk(segments, chunks + i));
         sum_chunks(segments, chunks, w->chunks, w_partials, PARAMETER);
-        for (segment *s = first; s < last; s++)
-            if (s->ratio) s->mark = mark_of(s);
-        first = last;
+        first += w->segments;
         chunks += w->chunks;
         w_partials += w->chunks;
         g_partials += w->chunks;

@@ -6,6 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+MAX_STATES = 6
+"""State arrays that a segment has room for."""
+
 Options = Mapping[str, Any]
 """A param group: hyperparameters by name."""
 
@@ -43,6 +46,8 @@ class Rule:
         fields = self.Scalars._fields  # type: ignore[attr-defined]
         if self.ratio is not None and fields[-1] != "ratio":
             raise TypeError(f"Rule {self.name!r}: the last field of Scalars must be 'ratio', got {fields[-1]!r}.")
+        if len(self.state) > MAX_STATES:
+            raise ValueError(f"Rule {self.name!r}: at most {MAX_STATES} state arrays, got {len(self.state)}.")
         unknown = set(self.initial) - set(self.state)
         if unknown:
             raise ValueError(f"Rule {self.name!r}: initial names no state array: {sorted(unknown)}.")

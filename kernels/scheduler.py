@@ -6,11 +6,9 @@ two parallel regions; the child of a fork runs everything in one thread, because
 
 from __future__ import annotations
 
-import ctypes
 import math
 import os
 import threading
-import zlib
 from typing import Any
 
 import numba
@@ -70,7 +68,7 @@ class Scheduler:
         places = {name: segment.fields[name][1] // WORD for name in segment.fields}
         words = segment.itemsize // WORD
         update_at, norm_at, scalars_at = places["update"], places["norm"], places["scalars"]
-        arrays_at, own_at = places["arrays"], places["own"]
+        arrays_at, own_at, ratio_at = places["arrays"], places["own"], places["ratio"]
 
         # A table arrives as words: two views of the same bytes, as integers and as float64.
         @njit(nogil=True)
@@ -97,9 +95,9 @@ class Scheduler:
                 if len(w_partials):
                     w_partials[i] = squares
 
-        def all_squares(table: Any, chunks: Any, which: int, partials: Any, wanted: Any) -> None:
+        def all_squares(table: Any, chunks: Any, which: int, partials: Any, only_adapting: bool) -> None:
             for i in prange(len(chunks)):
-                if wanted[chunks[i, 0]]:
+                if not only_adapting or table[chunks[i, 0] * words + ratio_at] != 0:
                     partials[i] = chunk_squares(table, chunks[i], which)
 
         self._update = _Both(update_all)
@@ -112,22 +110,18 @@ class Scheduler:
 
     def squares(self, segments: Any, chunks: Any, partials: Any, which: int, threads: int) -> None:
         """Sum of squares of every segment."""
-        self._squares(threads, _words(segments), chunks, which, partials, np.ones(len(segments), np.bool_))
+        self._squares(threads, _words(segments), chunks, which, partials, False)
         _sum_chunks(segments["squares"], chunks, partials, which)
 
     def layers(self, segments: Any, at: int, chunks: Any, waves: Any, partials: Any, flags: int, threads: int) -> None:
         """Norms, trust ratios and update, wave after wave."""
         table = _words(segments)
-        adapts = segments["ratio"] != 0
-        segments["known"] = ~adapts | (_marks(segments) == segments["mark"]) if flags & KNOW_W else ~adapts
-        wanted = {PARAMETER: segments["known"] == 0}
-        if not flags & KNOW_G:
-            wanted[GRADIENT] = adapts
+        unknown = [which for which, flag in ((PARAMETER, KNOW_W), (GRADIENT, KNOW_G)) if not flags & flag]
         first_segment = first_chunk = 0
         for segment_count, chunk_count, _ in waves.tolist():
             part = slice(first_chunk, first_chunk + chunk_count)
-            for which, segments_wanted in wanted.items():
-                self._squares(threads, table, chunks[part], which, partials[which, part], segments_wanted)
+            for which in unknown:
+                self._squares(threads, table, chunks[part], which, partials[which, part], True)
                 _sum_chunks(segments["squares"], chunks[part], partials[which, part], which)
             for s in segments[first_segment : first_segment + segment_count]:
                 if s["ratio"]:
@@ -137,17 +131,6 @@ class Scheduler:
             self._update(threads, table, at, chunks[part], partials[PARAMETER, part])
             _sum_chunks(segments["squares"], chunks[part], partials[PARAMETER, part], PARAMETER)
             first_segment, first_chunk = first_segment + segment_count, first_chunk + chunk_count
-        segments["mark"] = _marks(segments)
-
-
-def _marks(segments: Any) -> Any:
-    """A number for each parameter that changes, most likely, if somebody else writes it."""
-    marks = np.zeros(len(segments), np.uint64)
-    for k, s in enumerate(segments):
-        if s["ratio"] and s["bytes"]:
-            data = np.ctypeslib.as_array((ctypes.c_uint8 * int(s["bytes"])).from_address(int(s["arrays"][PARAMETER])))
-            marks[k] = zlib.crc32(data[np.linspace(0, data.size - 1, 64).astype(np.int64)].tobytes())
-    return marks
 
 
 def _words(segments: Any) -> Any:

@@ -109,7 +109,7 @@ CASES: tuple[Case, ...] = (
     _case("LARS", "lars", lr=0.1, weight_decay=0.1, lr_in_momentum=False, adapt=True),
     _case("LARS", "lars", lr=0.01, weight_decay=0.1, adapt=False),
     _case("LARS", "lars", lr=0.1, weight_decay=0.1, trust_coefficient=0.02, clip=True),  # below the limit of 1
-    _case("LARS", "lars", lr=0.1, weight_decay=0.1, trust_coefficient=0.02, keep_weight_norms=False),
+    _case("LARS", "lars", lr=0.1, weight_decay=0.1, trust_coefficient=0.02, keep_weight_norms=True),
     _case("LARS", "lars_nesterov", lr=0.1, weight_decay=0.1, trust_coefficient=0.02, nesterov=True),
     _case("LARS", "lars_nesterov", lr=0.01, trust_coefficient=2.0, nesterov=True, lr_in_momentum=False, clip=True),
 )
