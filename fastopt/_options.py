@@ -71,17 +71,6 @@ EPS = Number("(0, inf), or an element without gradient becomes 0 / 0", lambda x:
 SCALE = Number("[1e-37, 1e37]", lambda x: 1e-37 <= x <= 1e37)  # its inverse is a float32
 NORM = Number("[0, inf]", lambda x: x >= 0.0)
 
-_PLAIN = frozenset({bool, float, int, type(None), np.bool_, np.float32, np.float64})
-
-
-def cannot_change(options: Mapping[str, Any]) -> bool:
-    """Whether no value can change in place and all compare to a bool: then an unchanged option is known at a glance."""
-    return all(
-        type(value) in _PLAIN or (type(value) is tuple and _PLAIN.issuperset(map(type, value)))
-        for value in options.values()
-    )
-
-
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 Range = Callable[[Any, str], Any]
@@ -109,3 +98,11 @@ def check_options(
         if eps and np.dtype(dtype).type(eps) == 0:
             raise ValueError(f"{where}eps={eps!r} rounds to zero in {dtype}, in which this is computed.")
     return checked
+
+
+def unchanged(options: Mapping[str, Any], seen: Mapping[str, Any]) -> bool:
+    """Whether options equal those that were checked, of which ``seen`` is a copy: values may change in place."""
+    try:
+        return options == seen
+    except ValueError:  # an array where a number belongs has no truth
+        return False

@@ -143,7 +143,7 @@ class GradientReader:
 
     def _in_order(self, grads: Any) -> list[Any]:
         """The gradients in the order of the parameters."""
-        if isinstance(grads, Mapping):
+        if type(grads) is not list and isinstance(grads, Mapping):
             try:
                 listed = [grads[name] for name in self._names]
             except KeyError as missing:
@@ -154,7 +154,7 @@ class GradientReader:
                 unknown = sorted(map(repr, set(grads) - set(self._names)))
                 raise ValueError(f"{self._where} has names that no parameter has: {', '.join(unknown)}.")
             return listed
-        if isinstance(grads, np.ndarray) or not isinstance(grads, Iterable) or isinstance(grads, (str, bytes)):
+        if isinstance(grads, (np.ndarray, str, bytes)) or not isinstance(grads, Iterable):
             kind = "single array" if isinstance(grads, np.ndarray) else type(grads).__name__
             raise TypeError(f"{self._where} is a {kind}; needed is a FlatBuffer, a mapping or a sequence of arrays.")
         listed = list(grads)

@@ -38,7 +38,7 @@ __all__ = ["CheckpointError", "load", "save"]
 
 _VERSION = 1
 # What a file may hold: safetensors' names and NumPy's. Integers are for states of few bits.
-_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "U8": "uint8", "I8": "int8"}
+_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 class CheckpointError(ValueError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import threading
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,7 +15,7 @@ import numpy as np
 
 from . import _backend
 from ._arrays import Array, address
-from ._options import NONNEGATIVE, NORM, SCALE, Range, boolean, cannot_change, check_options
+from ._options import NONNEGATIVE, NORM, SCALE, Range, boolean, check_options, unchanged
 from ._params import GradientReader, Memory, collect
 from ._plan import Parameter, Plan, Progress, Treatment, initial_states
 from ._state import check_states, export_state, import_state
@@ -175,7 +176,7 @@ class Optimizer:
         self._parameters += added
         shown = MappingProxyType(arrays)
         self.param_groups.append({"params": shown, **options})
-        self._groups.append(Known(index, shown, dtypes, options, checked))
+        self._groups.append(Known(index, shown, dtypes, copy.deepcopy(options), checked))
         self._rebuild()
 
     def _states(self) -> Iterable[Array]:
@@ -231,10 +232,10 @@ class Optimizer:
             options = dict(group)
             if options.pop("params", None) is not known.arrays:
                 raise ValueError(f'{self._name}: param_groups[{index}]["params"] was replaced. Make a new optimizer.')
-            if not cannot_change(options) or known.seen != options:
+            if not unchanged(options, known.seen):
                 self.complete(options)
                 changed.append((index, self._normalise(options, known.dtypes, index)))
-                known.unconfirmed = options
+                known.unconfirmed = copy.deepcopy(options)
         for index, checked in changed:  # nothing is taken over before all groups are checked
             self._take_over(self._groups[index], checked)
         return [known.options for known in self._groups]
@@ -245,7 +246,7 @@ class Optimizer:
         if changed or known.options.get("maximize") != checked.get("maximize"):
             self._allocate(members, members[-1].offset + members[-1].extent, checked)
             self._rebuild()
-        self.param_groups[known.index].update(known.unconfirmed)
+        self.complete(self.param_groups[known.index])
         known.seen, known.options = known.unconfirmed, checked
 
     # --- the step ------------------------------------------------------------------------------------------------
@@ -286,7 +287,8 @@ class Optimizer:
             options = self._current_options()
             where = f"{self._name}.step"
             zero = boolean(zero_grads, f"{where}: zero_grads")
-            multiplier = 1.0 / SCALE(grad_scale, f"{where}: grad_scale")
+            unscaled = type(grad_scale) is float and grad_scale == 1.0
+            multiplier = 1.0 if unscaled else 1.0 / SCALE(grad_scale, f"{where}: grad_scale")
             if max_norm is not None:
                 max_norm = NORM(max_norm, f"{where}: max_norm")
             skip = boolean(skip_nonfinite, f"{where}: skip_nonfinite")

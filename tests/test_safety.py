@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fastopt.kernels.registry import RULES
 from refusal import fingerprint
 
 import fastopt
 from fastopt._plan import Treatment
-from fastopt.kernels.registry import RULES
 
 
 def test_a_flat_buffer_keeps_its_memory() -> None:
