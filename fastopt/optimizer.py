@@ -6,7 +6,7 @@ import copy
 import math
 import threading
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 from weakref import ref
@@ -52,7 +52,6 @@ class Known:
     dtypes: set[str]
     seen: dict[str, Any]
     options: dict[str, Any]
-    unconfirmed: dict[str, Any] = field(default_factory=dict)  # seen, but other groups are not yet checked
 
 
 class Optimizer:
@@ -78,22 +77,24 @@ class Optimizer:
         ValueError: An option is outside its range or unknown, there is no parameter, or parameters share memory.
 
     Example:
-        A rule of one's own, here the sign of the gradient::
+        A rule of one's own, here the sign of the gradient:
 
-            class SignScalars(NamedTuple):
-                lr: float
-
-            def sign_sgd(p, g, h):
-                return (p - math.copysign(h.lr, g),)
-
-            SIGN_SGD = fastopt.Rule("sign_sgd", sign_sgd, SignScalars, lambda t, o: SignScalars(o["lr"]))
-
-            class SignSGD(fastopt.Optimizer):
-                def __init__(self, params, lr=1e-3):
-                    super().__init__(params, {"lr": lr})
-
-                def select_rule(self, options):
-                    return SIGN_SGD
+        >>> import math, numpy as np, fastopt
+        >>> from typing import NamedTuple
+        >>> class SignScalars(NamedTuple):
+        ...     lr: float
+        >>> def sign_sgd(p, g, h):
+        ...     return (p - math.copysign(h.lr, g),)
+        >>> SIGN_SGD = fastopt.Rule("sign_sgd", sign_sgd, SignScalars, lambda t, options: SignScalars(options["lr"]))
+        >>> class SignSGD(fastopt.Optimizer):
+        ...     def __init__(self, params, lr=1e-3):
+        ...         super().__init__(params, {"lr": lr})
+        ...     def select_rule(self, options):
+        ...         return SIGN_SGD
+        >>> w = np.array([1.0, -1.0])
+        >>> info = SignSGD([w], lr=0.5).step([np.array([0.1, -7.0])])
+        >>> w.tolist()
+        [0.5, -0.5]
     """
 
     ranges: ClassVar[Mapping[str, Range]] = {"lr": NONNEGATIVE, "weight_decay": NONNEGATIVE, "maximize": boolean}
@@ -227,17 +228,17 @@ class Optimizer:
                 f"{self._name}: param_groups has {len(self.param_groups)} groups, but {len(self._groups)} were added. "
                 "Add groups with add_param_group."
             )
-        changed: list[tuple[int, dict[str, Any]]] = []
+        changed: list[tuple[Known, dict[str, Any], dict[str, Any]]] = []
         for index, (group, known) in enumerate(zip(self.param_groups, self._groups, strict=True)):
             options = dict(group)
             if options.pop("params", None) is not known.arrays:
                 raise ValueError(f'{self._name}: param_groups[{index}]["params"] was replaced. Make a new optimizer.')
             if not unchanged(options, known.seen):
                 self.complete(options)
-                changed.append((index, self._normalise(options, known.dtypes, index)))
-                known.unconfirmed = copy.deepcopy(options)
-        for index, checked in changed:  # nothing is taken over before all groups are checked
-            self._take_over(self._groups[index], checked)
+                changed.append((known, copy.deepcopy(options), self._normalise(options, known.dtypes, index)))
+        for known, seen, checked in changed:  # nothing is taken over before all groups are checked
+            self._take_over(known, checked)
+            known.seen, known.options = seen, checked
         return [known.options for known in self._groups]
 
     def _take_over(self, known: Known, checked: dict[str, Any]) -> None:
@@ -247,7 +248,6 @@ class Optimizer:
             self._allocate(members, members[-1].offset + members[-1].extent, checked)
             self._rebuild()
         self.complete(self.param_groups[known.index])
-        known.seen, known.options = known.unconfirmed, checked
 
     # --- the step ------------------------------------------------------------------------------------------------
 

@@ -330,7 +330,7 @@ CHANGES = [
     ("tensor lost", UNSIGNED, lambda m, t: t.pop("state.0.exp_avg")),
     ("tensor added", UNSIGNED, lambda m, t: t.update({"state.0.extra": np.ones(1)})),
     ("tensors swapped", UNSIGNED, lambda m, t: swap(t, "state.0.exp_avg", "state.0.exp_avg_sq")),
-    ("dtype", "is corrupted: param.b is U8, which save never writes", lambda m, t: t.update({"param.b": t["param.b"].view(np.uint8)})),
+    ("dtype", "param.b is U8, which save never", lambda m, t: t.update({"param.b": t["param.b"].view(np.uint8)})),
     ("shape", UNSIGNED, lambda m, t: t.update({"param.w": t["param.w"].reshape(5, 3)})),
     ("checksum lost", UNSIGNED, lambda m, t: m.pop("sha256")),
     ("no names", INCOMPLETE, lambda m, t: m.pop("params")),
