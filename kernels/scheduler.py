@@ -125,8 +125,8 @@ class Scheduler:
                 _sum_chunks(segments["squares"], chunks[part], partials[which, part], which)
             for s in segments[first_segment : first_segment + segment_count]:
                 if s["ratio"]:
-                    w_norm = math.sqrt(s["squares"][PARAMETER])
-                    g_norm = abs(s["own"][MULTIPLIER]) * math.sqrt(s["squares"][GRADIENT])
+                    squares, multiplier = s["squares"].tolist(), float(s["own"][MULTIPLIER])
+                    w_norm, g_norm = math.sqrt(squares[PARAMETER]), abs(multiplier) * math.sqrt(squares[GRADIENT])
                     s["own"][RATIO] = self._call_ratio(int(s["ratio"]), w_norm, g_norm, int(s["scalars"]))
             self._update(threads, table, at, chunks[part], partials[PARAMETER, part])
             _sum_chunks(segments["squares"], chunks[part], partials[PARAMETER, part], PARAMETER)
