@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
 import numpy as np
@@ -19,11 +19,16 @@ class Contender:
     Args:
         case: What to do.
         params: Parameters; the contender may copy them.
-        grads: Gradients, the same at every step.
+        grads: Gradients.
         threads: Number of threads.
+
+    Attributes:
+        gradients: The arrays that ``step`` takes gradients from.
     """
 
     requires: str | None = None  # a package that must be installed, and is only imported by this contender
+    gradients: Iterable[Any] = ()
+    process: str | None = None  # contenders that name the same one share a process; None is one of its own
 
     def __init__(self, case: Case, params: Arrays, grads: Arrays, threads: int) -> None:
         raise NotImplementedError
@@ -40,6 +45,7 @@ class Contender:
 class Fastopt(Contender):
     """fastopt on flat buffers."""
 
+    process = "fastopt"  # its variants have one OpenMP runtime, and are compared more steadily in one process
     flat = True
 
     def __init__(self, case: Case, params: Arrays, grads: Arrays, threads: int) -> None:
@@ -51,6 +57,7 @@ class Fastopt(Contender):
             self.grads: Any = fastopt.FlatBuffer.from_arrays(grads)
         else:
             self.params, self.grads = params, grads
+        self.gradients = list(self.grads.values())
         self.optimizer = getattr(fastopt, self.class_name(case))(self.params, **self.hyper(case))
         self.options = self.step_options(case)
 
@@ -85,6 +92,7 @@ class FastoptMoving(FastoptArrays):
     def __init__(self, case: Case, params: Arrays, grads: Arrays, threads: int) -> None:
         super().__init__(case, params, grads, threads)
         self.both = [self.grads, {name: array.copy() for name, array in self.grads.items()}]
+        self.gradients = [array for grads in self.both for array in grads.values()]
 
     def step(self) -> None:  # noqa: D102
         self.both.reverse()
@@ -127,7 +135,8 @@ class Torch(Contender):
         torch.set_num_threads(threads)
         self.params = {name: torch.nn.Parameter(torch.from_numpy(array)) for name, array in params.items()}
         for name, parameter in self.params.items():
-            parameter.grad = torch.from_numpy(grads[name])
+            parameter.grad = torch.from_numpy(grads[name])  # the same memory
+        self.gradients = list(grads.values())
         self.optimizer = getattr(torch.optim, case.optimizer)(self.params.values(), **case.hyper, **self.options)
 
     def step(self) -> None:  # noqa: D102
@@ -156,6 +165,7 @@ class NumpyAdam(Contender):
         if case.optimizer != "Adam":
             raise NotImplementedError(f"the NumPy contender is Adam, not {case.optimizer}")
         self.params, self.grads, self.lr, self.t = params, grads, case.hyper["lr"], 0
+        self.gradients = list(grads.values())
         self.m = {name: np.zeros_like(p) for name, p in params.items()}
         self.v = {name: np.zeros_like(p) for name, p in params.items()}
 

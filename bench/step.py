@@ -18,6 +18,7 @@ from rich.table import Table
 
 from . import startup
 from .cases import SUITE, Bar, Case
+from .contenders import CONTENDERS
 from .worker import Worker
 
 PAUSE = 0.01
@@ -66,29 +67,32 @@ def measure(
     case: Case, rounds: int, threads: int, console: Console
 ) -> tuple[dict[str, list[float]], dict[str, str], dict[str, int | None]]:
     """Samples of every contender in seconds, why others have none, and the bytes each allocates in a step."""
-    workers, problems, temporaries = {}, {}, {}
+    workers: dict[str, Worker] = {}
+    problems, temporaries = {}, {}
+    processes: dict[str, Worker] = {}
     progress = Progress(
         TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(), console=console, transient=True
     )
     with progress:
         task = progress.add_task(f"{case.name}: checking answers", total=rounds + len(case.contenders))
         for contender in case.contenders:  # one after another: each needs memory and time to set up
-            worker = Worker(case, contender, threads)
-            ready = worker.ready()
+            process = CONTENDERS[contender].process or contender
+            if process not in processes:
+                processes[process] = Worker(case, threads)
+            ready = processes[process].add(contender)
             if ready.problem is None:
-                workers[contender], temporaries[contender] = worker, ready.temporaries
+                workers[contender], temporaries[contender] = processes[process], ready.temporaries
             else:
                 problems[contender] = ready.problem
-                worker.stop()
             progress.advance(task)
         progress.update(task, description=f"{case.name}: timing")
         samples: dict[str, list[float]] = {name: [] for name in workers}
         for _ in range(rounds):
             for name, worker in workers.items():
                 time.sleep(PAUSE)
-                samples[name].append(worker.sample())
+                samples[name].append(worker.sample(name))
             progress.advance(task)
-    for worker in workers.values():
+    for worker in processes.values():
         worker.stop()
     return samples, problems, temporaries
 

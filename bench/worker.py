@@ -1,4 +1,4 @@
-"""A contender in a process of its own: two OpenMP runtimes in one process can slow each other down many times."""
+"""Contenders in processes of their own: two OpenMP runtimes in one process can slow each other down many times."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import time
 import tracemalloc
+from collections.abc import Iterable
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
@@ -17,6 +18,9 @@ from .cases import Case
 from .contenders import CONTENDERS, UNCHECKED
 
 CHECK_STEPS = 3
+CHANGE = -0.5
+"""Factor on the gradients from one checked step to the next: with equal ones Adam's step would be that of any betas."""
+
 SAMPLE = 4096
 TOLERANCE = {"float32": 2e-6, "float64": 1e-13, "float16": 2e-3, "bfloat16": 1.6e-2}
 """Largest difference from the float64 reference after three steps, relative to 1: a few units in the last place."""
@@ -26,20 +30,19 @@ class Ready(NamedTuple):
     """What a worker says when it is ready to be timed, or why it is not."""
 
     problem: str | None
-    steps_per_sample: int = 1
     temporaries: int | None = None
 
 
 class Worker:
-    """A running contender."""
+    """A process with contenders."""
 
-    def __init__(self, case: Case, contender: str, threads: int) -> None:
+    def __init__(self, case: Case, threads: int) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         before = os.environ.get("OMP_NUM_THREADS")
         os.environ["OMP_NUM_THREADS"] = str(threads)
         try:
-            self._process = context.Process(target=_serve, args=(theirs, case, contender, threads), daemon=True)
+            self._process = context.Process(target=_serve, args=(theirs, case, threads), daemon=True)
             self._process.start()
         finally:
             if before is None:
@@ -48,17 +51,18 @@ class Worker:
                 os.environ["OMP_NUM_THREADS"] = before
         theirs.close()
 
-    def ready(self) -> Ready:
-        """Wait until the answer is checked."""
+    def add(self, contender: str) -> Ready:
+        """Set up a contender and wait until its answer is checked."""
         try:
+            self._pipe.send(("add", contender))
             answer: Ready = self._pipe.recv()
-        except EOFError:
+        except (EOFError, BrokenPipeError):
             answer = Ready("its process died")
         return answer
 
-    def sample(self) -> float:
+    def sample(self, contender: str) -> float:
         """Seconds of one step."""
-        self._pipe.send("sample")
+        self._pipe.send(("sample", contender))
         seconds: float = self._pipe.recv()
         return seconds
 
@@ -68,31 +72,42 @@ class Worker:
         self._process.join()
 
 
-def _serve(pipe: Connection, case: Case, name: str, threads: int) -> None:
-    try:
-        contender, problem = _make(case, name, threads)
-    except Exception as error:  # whatever goes wrong in a contender is told, not raised
-        pipe.send(Ready(f"{type(error).__name__}: {error}"))
-        return
-    if problem or contender is None:
-        pipe.send(Ready(problem))
-        return
+def _serve(pipe: Connection, case: Case, threads: int) -> None:
+    running: dict[str, tuple[Any, int]] = {}
+    while True:
+        try:
+            what, name = pipe.recv()
+        except EOFError:
+            return
+        if what == "sample":
+            pipe.send(_seconds(*running[name]))
+            continue
+        ready = Ready(None)
+        try:
+            contender, problem = _make(case, name, threads)
+            if problem is None:
+                running[name], ready = _calibrate(contender)
+            else:
+                ready = Ready(problem)
+        except Exception as error:  # whatever goes wrong in a contender is told, not raised
+            ready = Ready(f"{type(error).__name__}: {error}")
+        pipe.send(ready)
+
+
+def _calibrate(contender: Any) -> tuple[tuple[Any, int], Ready]:
+    """The contender with the number of steps that a sample needs to be long enough to time."""
     seconds = min(_seconds(contender, 1) for _ in range(3))
     repeat = max(1, min(1000, math.ceil(2e-3 / seconds)))
     tracemalloc.start()
     contender.step()
     temporaries = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    pipe.send(Ready(None, repeat, temporaries))
-    while True:
-        try:
-            pipe.recv()
-        except EOFError:
-            return
-        pipe.send(_seconds(contender, repeat))
+    return (contender, repeat), Ready(None, temporaries)
 
 
 def _seconds(contender: Any, repeat: int) -> float:
+    if repeat > 1:  # the threads of short steps have slept since the last sample; waking them is not the step
+        contender.step()
     start = time.perf_counter()
     for _ in range(repeat):
         contender.step()
@@ -110,12 +125,19 @@ def _make(case: Case, name: str, threads: int) -> tuple[Any, str | None]:
     del params, grads
     for _ in range(CHECK_STEPS):
         contender.step()
+        _scale(contender.gradients, CHANGE)
     for array, want in expected.items():
         got = _sample(np.asarray(contender.parameter(array)))
         worst = float(np.max(np.abs(got.astype(np.float64) - want), initial=0.0))
         if not worst <= TOLERANCE[case.dtype]:
             return None, f"wrong answer: {array} is off by {worst:.2g}"
+    _scale(contender.gradients, 1 / CHANGE**CHECK_STEPS)
     return contender, None
+
+
+def _scale(arrays: Iterable[Any], factor: float) -> None:
+    for array in arrays:
+        array[...] = array * array.dtype.type(factor)
 
 
 def _data(case: Case) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -145,15 +167,18 @@ def _expected(case: Case, params: dict[str, Any], grads: dict[str, Any]) -> dict
 
     update = reference.REFERENCES[case.optimizer]
     layerwise = case.optimizer == "LARS"
-    scale = 1.0 / case.step.get("grad_scale", 1.0)
+    scale, norm = 1.0 / case.step.get("grad_scale", 1.0), None
     if "max_norm" in case.step:
-        squares = (float(np.sum(np.square(g, dtype=np.float64))) for g in grads.values())
-        scale *= reference.clip_coefficient(math.sqrt(sum(squares)) * scale, case.step["max_norm"])
+        squares = sum(float(np.sum(np.square(g, dtype=np.float64))) for g in grads.values())
+        norm = math.sqrt(squares) * scale
     expected = {}
     for name, array in params.items():
         p, g = ((a if layerwise else _sample(a)).astype(np.float64) for a in (array, grads[name]))
         state = reference.initial_state(case.optimizer, p, **case.hyper)
         for t in range(1, CHECK_STEPS + 1):
-            p, state = update(p, g * scale, state, t, **case.hyper)
+            change = CHANGE ** (t - 1)
+            if norm is not None:
+                change *= reference.clip_coefficient(norm * abs(change), case.step["max_norm"])
+            p, state = update(p, g * (scale * change), state, t, **case.hyper)
         expected[name] = _sample(p) if layerwise else p
     return expected
