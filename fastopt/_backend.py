@@ -10,16 +10,15 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ._table import SEGMENT, Table
+from ._table import Table
 from .kernels.dtypes import norm_symbol, ratio_symbol, update_symbol
+from .kernels.layout import SEGMENT
 from .kernels.registry import RULES
 from .kernels.rule import Rule
 
 SERIAL_BELOW = 65_536
 """Elements below which one thread does it all: a second one would save some 20 µs, but where a threaded BLAS has just
 spun on its core, waiting for it to be scheduled costs milliseconds."""
-
-KNOW_W, KNOW_G = 1, 2
 
 
 class Backend(Protocol):
@@ -158,7 +157,7 @@ class Numba:
     def _scheduler(self) -> Any:
         from .kernels.scheduler import Scheduler
 
-        return Scheduler(SEGMENT)
+        return Scheduler()
 
     def update(self, table: Table, threads: int) -> None:
         self._scheduler.update(table.segments, table.segments_at, table.chunks, threads)

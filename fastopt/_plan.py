@@ -11,8 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ._arrays import Array
-from ._backend import KNOW_G, KNOW_W, SERIAL_BELOW, Backend, get_num_threads
-from ._table import MULTIPLIER, ZERO, Table
+from ._backend import SERIAL_BELOW, Backend, get_num_threads
+from ._table import Table
+from .kernels.layout import GRADIENT, KNOW_G, KNOW_W, MULTIPLIER, ZERO
 from .kernels.rule import Options, Rule
 
 
@@ -196,7 +197,7 @@ class Plan:
             segment["arrays"][: len(arrays)] = arrays
         table.first = np.array([k for k, _ in runs], np.int64)
         table.signs = np.array([self._signs[self.parameters[k].group] for k, _ in runs])
-        table.arrays[:, 1] = self._gradients[table.first]
+        table.arrays[:, GRADIENT] = self._gradients[table.first]
         return table
 
     def point_at(self, gradients: NDArray[np.uint64]) -> None:
@@ -204,13 +205,13 @@ class Plan:
         self._gradients = gradients
         for table in (self._layers, self._updates):
             if table is not None:
-                table.arrays[:, 1] = gradients[table.first]
+                table.arrays[:, GRADIENT] = gradients[table.first]
 
     def gradient_squares(self) -> float:
         """The prologue pass: sum of squares of all gradients as stored; not finite if one of them is not."""
         table = self.layers
-        self.backend.squares(table, 1, _threads(table))
-        return table.total_squares(1)
+        self.backend.squares(table, GRADIENT, _threads(table))
+        return table.total_squares(GRADIENT)
 
     def launch(
         self, options: Sequence[Options], multiplier: float, zero: bool, *, know_gradients: bool, keep_weights: bool

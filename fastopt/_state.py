@@ -99,7 +99,7 @@ def _parameter(entry: Mapping[str, Any], name: str, where: str) -> SavedParamete
 
 def check_states(saved: SavedParameter, p: Parameter, rule: Rule, options: Options, where: str) -> None:
     """Refuse states of the wrong names, shapes or dtypes for a parameter."""
-    dtype = COMPUTE[p.array.dtype.name]
+    dtype = COMPUTE[p.dtype]
     missing = set(rule.state) - set(saved.arrays)
     unknown = set(saved.arrays) - set(rule.state) - set(p.states) - _family_states(rule)
     if missing or unknown:

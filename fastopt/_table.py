@@ -8,28 +8,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-CHUNK = 16_384
-"""Elements per chunk. The sums of squares are defined by it (kernels/reductions.py): changing it changes bits."""
+from .kernels.layout import CHUNK, RATIO, SEGMENT
 
 WAVE = 262_144
 """Elements after which a wave of segments ends: 2 MiB of float32 parameters and gradients, which stay in the cache of
 two cores between the norms and the update. LARS on ResNet-50 against momentum: 1.30 to 1.34 (twice as large: 1.30 to
 1.35; four times: 1.32 to 1.35; half: 1.29 to 1.36, with more waves, after each of which the threads wait)."""
-
-SEGMENT = np.dtype(
-    [
-        ("update", np.uint64),
-        ("norm", np.uint64, 2),
-        ("ratio", np.uint64),
-        ("scalars", np.uint64),
-        ("arrays", np.uint64, 8),
-        ("own", np.float64, 3),
-        ("squares", np.float64, 2),
-    ]
-)
-"""A run of elements that share kernel and scalars: the same bytes as ``segment`` in kernels/parallel.c."""
-
-MULTIPLIER, RATIO, ZERO = 0, 1, 2
 
 
 class Table:

@@ -1,6 +1,6 @@
 /* Hands chunks of the segment table to OpenMP threads. The arithmetic is in the kernels, which Numba compiles.
  *
- * The tables are built in fastopt/_table.py; the structures here and the dtypes there describe the same bytes.
+ * The tables are built in fastopt/_table.py; the structures here and in layout.py describe the same bytes.
  * Chunks do not depend on the number of threads and no two chunks share an element, so neither do the results.
  */
 #include <math.h>

@@ -18,10 +18,8 @@ from numba import njit, prange, types
 from numba.core.extending import intrinsic
 
 from . import loops, reductions
+from .layout import GRADIENT, KNOW_G, KNOW_W, MULTIPLIER, PARAMETER, RATIO, SEGMENT
 
-PARAMETER, GRADIENT = 0, 1
-MULTIPLIER, RATIO = 0, 1
-KNOW_W, KNOW_G = 1, 2
 WORD = np.dtype(np.uint64).itemsize
 
 
@@ -61,12 +59,12 @@ _ratio = _caller(reductions.RATIO_SIGNATURE)
 
 
 class Scheduler:
-    """Walks tables whose segments have the given dtype."""
+    """Walks tables of segments."""
 
-    def __init__(self, segment: np.dtype[Any]) -> None:
-        assert segment.fields is not None
-        places = {name: segment.fields[name][1] // WORD for name in segment.fields}
-        words = segment.itemsize // WORD
+    def __init__(self) -> None:
+        assert SEGMENT.fields is not None
+        places = {name: SEGMENT.fields[name][1] // WORD for name in SEGMENT.fields}
+        words = SEGMENT.itemsize // WORD
         update_at, norm_at, scalars_at = places["update"], places["norm"], places["scalars"]
         arrays_at, own_at, ratio_at = places["arrays"], places["own"], places["ratio"]
 

@@ -9,10 +9,10 @@ from cases import CASES, Arrays, gradients, parameters
 from compare import DTYPES, Snapshot, assert_same_bits, build, snapshot
 from conftest import native_isas
 from fastopt.kernels.dtypes import PAIRS
+from fastopt.kernels.layout import CHUNK
 from fastopt.kernels.registry import RULES
 
 import fastopt
-from fastopt._table import CHUNK
 
 CASE = {case.rule: case for case in CASES}  # of several the last, which has the most options
 THREADS = (1, 2, 3)

@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 from cases import CASES, Case
 from compare import DTYPES, assert_same_bits, build, case_problem, snapshot
+from fastopt.kernels.layout import CHUNK
 from fastopt.kernels.registry import RULES
 
 import fastopt
 from fastopt import _backend
-from fastopt._table import CHUNK, Table
+from fastopt._table import Table
 from fastopt.flat import Layout
 
 F32 = np.float32
