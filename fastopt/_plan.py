@@ -69,8 +69,11 @@ class Cohort:
             self.scalars[:] = rule.scalars(t, options)
             self.following = Progress(t)
         else:
-            self.scalars[:], carry = rule.scalars(t, options, self.progress.carry or rule.carry(options))
-            self.following = Progress(t, carry)
+            carry = rule.carry(options)
+            if self.progress.carry:
+                carry = carry._replace(**self.progress.carry)
+            self.scalars[:], carry = rule.scalars(t, options, carry)
+            self.following = Progress(t, carry._asdict())
 
     def advance(self) -> None:
         """The step was taken."""

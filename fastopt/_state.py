@@ -115,7 +115,7 @@ def check_states(saved: SavedParameter, p: Parameter, rule: Rule, options: Optio
                 f"{where}: {name} of parameter {p.name!r} is {array.dtype.name} of shape {array.shape}; needed is "
                 f"{dtype} of shape {p.array.shape}."
             )
-    known = set(rule.carry(options)) if rule.carry else set()
+    known = set(rule.carry(options)._fields) if rule.carry else set()
     if set(saved.carry) - known or (saved.step and set(saved.carry) != known):
         raise ValueError(
             f"{where}: parameter {p.name!r} has the host scalars {sorted(saved.carry)}, but its rule needs "

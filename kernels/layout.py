@@ -7,6 +7,10 @@ import numpy as np
 CHUNK = 16_384
 """Elements per chunk. The sums of squares are defined by it (reductions.py): changing it changes bits."""
 
+LANES, ROWS = 32, 64
+BLOCK = LANES * ROWS
+"""A block of elements whose squares are summed together (reductions.py)."""
+
 SEGMENT = np.dtype(
     [
         ("update", np.uint64),
@@ -28,3 +32,28 @@ MULTIPLIER, RATIO, ZERO = 0, 1, 2
 
 KNOW_W, KNOW_G = 1, 2
 """Flags: the squares of the parameters, or of the gradients, are known already."""
+
+# --- on a GPU: tables of 64-bit words --------------------------------------------------------------------------------
+
+COHORT, SIGN, ADAPTS, P_CODE, G_CODE, FIRST_CHUNK, CHUNKS = range(8, 15)
+SEGMENT_WORDS = 16
+"""A segment there: its addresses as in "arrays" (that of the gradient is in a list of its own), then these words."""
+
+STEPS, RULE, LR, LR_BYTES, CARRY, OPTIONS = 0, 1, 2, 3, 4, 8
+COHORT_WORDS = 32
+"""A cohort: steps taken, number of its rule, address and itemsize of an lr that lives on the device (or 0), the numbers
+that the rule carries, its options."""
+
+SCALARS = 16
+"""Numbers that a cohort has room for in the table of scalars, which exists in float64 and in float32."""
+
+MULTIPLIER64, MULTIPLIER32, SKIP = 0, 2, 2
+HEADER_WORDS = 4
+"""What all blocks read first: the gradient multiplier in float64 and in float32 (places counted in their own type), and
+whether the step is skipped (counted in words)."""
+
+PARTS_BITS = 2
+"""A chunk is shared by 2^PARTS_BITS blocks of threads in the update."""
+
+WORD = 8
+"""Bytes of a word."""

@@ -12,7 +12,8 @@ from numba.core.extending import intrinsic
 
 from . import reductions
 from .dtypes import COMPUTE, ITEMSIZE
-from .reductions import LANES, take_sum
+from .layout import LANES
+from .reductions import take_sum
 from .rule import Rule
 from .storage import I64, LINE, Features, Storage, prefetch
 

@@ -15,6 +15,7 @@ typedef double (*ratio_kernel)(double w_norm, double g_norm, const double *scala
 enum { PARAMETER, GRADIENT };      /* places in arrays, norm and squares */
 enum { MULTIPLIER, RATIO, ZERO };  /* places in own */
 enum { KNOW_W = 1, KNOW_G = 2 };
+enum { LANES = 32 };
 
 typedef struct {
     update_kernel update;
@@ -72,10 +73,21 @@ static double chunk_squares(const segment *segments, const chunk *c, int which) 
     return s->norm[which](c->lo, c->hi, s->arrays[which]);
 }
 
-/* squares[which] of each segment is the sum of its chunks' partial sums, in order. */
+/* Lane j adds numbers j, j + 32, ... in order; then the lanes are added pairwise (reductions.py). */
+static double sum_lanes(const double *x, int64_t count) {
+    double lanes[LANES] = {0};
+    for (int64_t i = 0; i < count; i++) lanes[i % LANES] += x[i];
+    for (int width = LANES / 2; width; width /= 2)
+        for (int j = 0; j < width; j++) lanes[j] += lanes[j + width];
+    return lanes[0];
+}
+
+/* squares[which] of each segment is the sum of its chunks' partial sums. */
 static void sum_chunks(segment *segments, const chunk *chunks, int64_t count, const double *partials, int which) {
-    for (int64_t i = 0; i < count; i++) segments[chunks[i].segment].squares[which] = 0;
-    for (int64_t i = 0; i < count; i++) segments[chunks[i].segment].squares[which] += partials[i];
+    for (int64_t i = 0, end; i < count; i = end) {
+        for (end = i + 1; end < count && chunks[end].segment == chunks[i].segment;) end++;
+        segments[chunks[i].segment].squares[which] = sum_lanes(partials + i, end - i);
+    }
 }
 
 void fastopt_update(const segment *segments, const chunk *chunks, int64_t count, int threads) {

@@ -2,8 +2,8 @@
 
 A chunk of 16,384 elements is 8 blocks of 2,048 neighbours. A block is 64 rows of 32 lanes: lane j adds the squares of
 elements j, j + 32, j + 64, ... in order, then the lanes are added pairwise (j and j + 16, then j and j + 8, ...). The
-sums of the blocks are added in order, and so are those of the chunks of an array, and those of the arrays.
-Elements beyond the end count as zeros, which changes no bit.
+sums of the eight blocks are added in order. Those of the chunks of an array are again added in 32 lanes and then
+pairwise, and so are those of the arrays. Elements beyond the end count as zeros, which changes no bit.
 
 Everything is added in float64, where the square of a float32 is exact and cannot overflow. So the sum is finite
 exactly if every float32, float16 or bfloat16 element is, and the finite check costs nothing more; and a fused
@@ -22,11 +22,8 @@ from numba.core import cgutils
 from numba.core.extending import intrinsic
 
 from .dtypes import ITEMSIZE
+from .layout import BLOCK, LANES
 from .storage import DOUBLE, I64, LINE, Features, Storage, prefetch
-
-LANES = 32
-ROWS = 64
-BLOCK = LANES * ROWS
 
 AHEAD = 4096  # elements from a row to the row that is prefetched
 # 64 M float32, 2 threads, GB/s, medians of one run: no prefetch 25.6; ahead by 256: 31, 512: 36, 1024: 38, 4096: 41 (to

@@ -23,12 +23,15 @@ class Rule:
             promote float32 arithmetic to float64.
         Scalars: NamedTuple class of ``h``. Every field is formed on the host in float64 and rounded once to the
             compute dtype.
-        scalars: Host function ``(t, options) -> Scalars`` for step number ``t`` (from 1). With ``carry`` it is
-            ``(t, options, carry) -> (Scalars, carry)``.
+        scalars: Function ``(t, options) -> Scalars`` for step number ``t`` (from 1). With ``carry`` it is
+            ``(t, options, carry) -> (Scalars, carry)``. It runs on the host, or, where a GPU keeps the step counts,
+            compiled by Numba there.
         state: Names of the state arrays, in the order of ``step``'s arguments.
         initial: For a state array that does not start at zero, the option that fills it.
-        carry: Host scalars that a parameter carries from step to step, as a function of the options giving their
-            values before step 1; None for the rules that need none.
+        carry: Numbers that a parameter carries from step to step, as a function of the options giving their values
+            before step 1, in a NamedTuple; None for the rules that need none.
+        options: How many numbers each option has that ``scalars`` reads, for example ``{"lr": 1, "betas": 2}``. A GPU
+            needs it only to keep the step counts itself, with ``skip_nonfinite`` or ``capturable``.
         ratio: Scalar function ``(w_norm, g_norm, h) -> ratio`` in float64 for rules with a trust ratio per layer.
             The loop hands the result to ``step`` as ``h.ratio``, which must then be the last field of ``Scalars``.
     """
@@ -39,7 +42,8 @@ class Rule:
     scalars: Callable[..., Any]
     state: tuple[str, ...] = ()
     initial: Mapping[str, str] = field(default_factory=dict)
-    carry: Callable[[Options], dict[str, float]] | None = None
+    carry: Callable[[Options], Any] | None = None
+    options: Mapping[str, int] = field(default_factory=dict)
     ratio: Callable[..., float] | None = None
 
     def __post_init__(self) -> None:

@@ -18,7 +18,7 @@ from numba import njit, prange, types
 from numba.core.extending import intrinsic
 
 from . import loops, reductions
-from .layout import GRADIENT, KNOW_G, KNOW_W, MULTIPLIER, PARAMETER, RATIO, SEGMENT
+from .layout import GRADIENT, KNOW_G, KNOW_W, LANES, MULTIPLIER, PARAMETER, RATIO, SEGMENT
 
 WORD = np.dtype(np.uint64).itemsize
 
@@ -137,10 +137,20 @@ def _words(segments: Any) -> Any:
 
 @njit
 def _sum_chunks(squares: Any, chunks: Any, partials: Any, which: int) -> None:
-    for i in range(len(chunks)):
-        squares[chunks[i, 0], which] = 0.0
-    for i in range(len(chunks)):
-        squares[chunks[i, 0], which] += partials[i]
+    start = 0
+    while start < len(chunks):
+        segment, end = chunks[start, 0], start
+        lanes = np.zeros(LANES)
+        while end < len(chunks) and chunks[end, 0] == segment:
+            lanes[(end - start) % LANES] += partials[end]
+            end += 1
+        width = LANES // 2
+        while width:
+            for j in range(width):
+                lanes[j] += lanes[j + width]
+            width //= 2
+        squares[segment, which] = lanes[0]
+        start = end
 
 
 _lock = threading.Lock()

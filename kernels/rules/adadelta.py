@@ -28,4 +28,6 @@ def adadelta_scalars(t: int, o: Options) -> AdadeltaScalars:
     return AdadeltaScalars(o["lr"], o["rho"], 1.0 - o["rho"], o["eps"], o["weight_decay"])
 
 
-RULES = (Rule("adadelta", adadelta, AdadeltaScalars, adadelta_scalars, ("square_avg", "acc_delta")),)
+OPTIONS = {"lr": 1, "rho": 1, "eps": 1, "weight_decay": 1}
+
+RULES = (Rule("adadelta", adadelta, AdadeltaScalars, adadelta_scalars, ("square_avg", "acc_delta"), options=OPTIONS),)

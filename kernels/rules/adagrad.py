@@ -36,5 +36,6 @@ RULES = (
         adagrad_scalars,
         ("sum",),
         initial={"sum": "initial_accumulator_value"},
+        options={"lr": 1, "lr_decay": 1, "weight_decay": 1, "eps": 1, "eps_inside_sqrt": 1},
     ),
 )

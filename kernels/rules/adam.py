@@ -50,33 +50,32 @@ def amsgradw(p: Any, g: Any, m: Any, v: Any, v_max: Any, h: AdamScalars) -> tupl
 
 
 def adam_scalars(t: int, o: Options) -> AdamScalars:
-    lr, (beta1, beta2), weight_decay = o["lr"], o["betas"], o["weight_decay"]
-    step_size = lr / (1.0 - beta1**t)
-    root = math.sqrt(1.0 - beta2**t)
+    beta1, beta2 = o["betas"]
+    step_size, root = o["lr"] / (1.0 - beta1**t), math.sqrt(1.0 - beta2**t)
     unbias_root = 1.0 / root
     if o["eps_hat"]:  # the paper's second form: eps is added before the correction of v
         step_size, unbias_root = step_size * root, 1.0
-    decay_rate = lr / o["initial_lr"] if o.get("fully_decoupled") else lr
-    return AdamScalars(
-        step_size,
-        beta1,
-        1.0 - beta1,
-        beta2,
-        1.0 - beta2,
-        unbias_root,
-        o["eps"],
-        weight_decay,
-        1.0 - decay_rate * weight_decay,
-    )
+    weight_decay = o["weight_decay"]
+    return AdamScalars(step_size, beta1, 1.0 - beta1, beta2, 1.0 - beta2, unbias_root, o["eps"], weight_decay, 1.0)
 
 
-def _rule(step: Any, *state: str) -> Rule:
-    return Rule(step.__name__, step, AdamScalars, adam_scalars, state)
+def adamw_scalars(t: int, o: Options) -> AdamScalars:
+    beta1, beta2 = o["betas"]
+    step_size, root = o["lr"] / (1.0 - beta1**t), math.sqrt(1.0 - beta2**t)
+    unbias_root = 1.0 / root
+    if o["eps_hat"]:
+        step_size, unbias_root = step_size * root, 1.0
+    rate = o["lr"] / o["initial_lr"] if o["fully_decoupled"] else o["lr"]
+    weight_decay, decay = o["weight_decay"], 1.0 - rate * o["weight_decay"]
+    return AdamScalars(step_size, beta1, 1.0 - beta1, beta2, 1.0 - beta2, unbias_root, o["eps"], weight_decay, decay)
 
+
+ADAM = {"lr": 1, "betas": 2, "eps": 1, "weight_decay": 1, "eps_hat": 1}
+ADAMW = {**ADAM, "fully_decoupled": 1, "initial_lr": 1}
 
 RULES = (
-    _rule(adam, "exp_avg", "exp_avg_sq"),
-    _rule(adamw, "exp_avg", "exp_avg_sq"),
-    _rule(amsgrad, "exp_avg", "exp_avg_sq", "max_exp_avg_sq"),
-    _rule(amsgradw, "exp_avg", "exp_avg_sq", "max_exp_avg_sq"),
+    Rule("adam", adam, AdamScalars, adam_scalars, ("exp_avg", "exp_avg_sq"), options=ADAM),
+    Rule("adamw", adamw, AdamScalars, adamw_scalars, ("exp_avg", "exp_avg_sq"), options=ADAMW),
+    Rule("amsgrad", amsgrad, AdamScalars, adam_scalars, ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"), options=ADAM),
+    Rule("amsgradw", amsgradw, AdamScalars, adamw_scalars, ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"), options=ADAMW),
 )

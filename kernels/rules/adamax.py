@@ -30,4 +30,6 @@ def adamax_scalars(t: int, o: Options) -> AdamaxScalars:
     return AdamaxScalars(o["lr"] / (1.0 - beta1**t), beta1, 1.0 - beta1, beta2, o["eps"], o["weight_decay"])
 
 
-RULES = (Rule("adamax", adamax, AdamaxScalars, adamax_scalars, ("exp_avg", "exp_inf")),)
+OPTIONS = {"lr": 1, "betas": 2, "eps": 1, "weight_decay": 1}
+
+RULES = (Rule("adamax", adamax, AdamaxScalars, adamax_scalars, ("exp_avg", "exp_inf"), options=OPTIONS),)

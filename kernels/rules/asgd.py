@@ -6,7 +6,9 @@ from typing import Any, NamedTuple
 
 from ..rule import Options, Rule
 
-Carry = dict[str, float]
+class AsgdCarry(NamedTuple):
+    eta: float
+    mu: float
 
 
 class AsgdScalars(NamedTuple):
@@ -23,19 +25,18 @@ def asgd(p: Any, g: Any, ax: Any, h: AsgdScalars) -> tuple[Any, Any]:
     return p, h.mu * p + h.one_minus_mu * ax
 
 
-def asgd_scalars(t: int, o: Options, carry: Carry) -> tuple[AsgdScalars, Carry]:
-    eta, mu = carry["eta"], carry["mu"]
+def asgd_scalars(t: int, o: Options, carry: AsgdCarry) -> tuple[AsgdScalars, AsgdCarry]:
+    eta, mu = carry.eta, carry.mu
     scalars = AsgdScalars(eta, 1.0 - o["lambd"] * eta, mu, 1.0 - mu, o["weight_decay"])
     # As in torch, a step prepares the eta and mu of the next one.
     lr = o["lr"]
-    return scalars, {
-        "eta": lr / (1.0 + o["lambd"] * lr * t) ** o["alpha"],
-        "mu": 1.0 / max(1.0, t - o["t0"]),
-    }
+    return scalars, AsgdCarry(lr / (1.0 + o["lambd"] * lr * t) ** o["alpha"], 1.0 / max(1.0, t - o["t0"]))
 
 
-def asgd_carry(o: Options) -> Carry:
-    return {"eta": o["lr"], "mu": 1.0}
+def asgd_carry(o: Options) -> AsgdCarry:
+    return AsgdCarry(o["lr"], 1.0)
 
 
-RULES = (Rule("asgd", asgd, AsgdScalars, asgd_scalars, ("ax",), carry=asgd_carry),)
+OPTIONS = {"lr": 1, "lambd": 1, "alpha": 1, "t0": 1, "weight_decay": 1}
+
+RULES = (Rule("asgd", asgd, AsgdScalars, asgd_scalars, ("ax",), carry=asgd_carry, options=OPTIONS),)

@@ -47,8 +47,19 @@ def lars_scalars(t: int, o: Options) -> LarsScalars:
     )
 
 
+OPTIONS = {
+    "lr": 1,
+    "momentum": 1,
+    "weight_decay": 1,
+    "trust_coefficient": 1,
+    "eps": 1,
+    "lr_in_momentum": 1,
+    "clip": 1,
+}
+
+
 def _rule(step: Any) -> Rule:
-    return Rule(step.__name__, step, LarsScalars, lars_scalars, ("momentum_buffer",), ratio=trust_ratio)
+    return Rule(step.__name__, step, LarsScalars, lars_scalars, ("momentum_buffer",), ratio=trust_ratio, options=OPTIONS)
 
 
 RULES = (_rule(lars), _rule(lars_nesterov))

@@ -29,4 +29,4 @@ def lion_scalars(t: int, o: Options) -> LionScalars:
     return LionScalars(o["lr"], beta1, 1.0 - beta1, beta2, 1.0 - beta2, o["weight_decay"], 1.0, 0.0)
 
 
-RULES = (Rule("lion", lion, LionScalars, lion_scalars, ("exp_avg",)),)
+RULES = (Rule("lion", lion, LionScalars, lion_scalars, ("exp_avg",), options={"lr": 1, "betas": 2, "weight_decay": 1}),)

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 
 from ..rule import Options, Rule
 
-Carry = dict[str, float]
+class NadamCarry(NamedTuple):
+    mu_product: float
 
 
 class NadamScalars(NamedTuple):
@@ -30,11 +31,11 @@ def nadam(p: Any, g: Any, m: Any, v: Any, h: NadamScalars) -> tuple[Any, Any, An
     return h.decay * p - (h.g_size * g + h.m_size * m) / (math.sqrt(v) * h.unbias_root + h.eps), m, v
 
 
-def nadam_scalars(t: int, o: Options, carry: Carry) -> tuple[NadamScalars, Carry]:
+def nadam_scalars(t: int, o: Options, carry: NadamCarry) -> tuple[NadamScalars, NadamCarry]:
     lr, (beta1, beta2), weight_decay, psi = o["lr"], o["betas"], o["weight_decay"], o["momentum_decay"]
     mu = beta1 * (1.0 - 0.5 * 0.96 ** (t * psi))
     mu_next = beta1 * (1.0 - 0.5 * 0.96 ** ((t + 1) * psi))
-    mu_product = carry["mu_product"] * mu  # carried, not recomputed: a schedule may move beta1 between steps
+    mu_product = carry.mu_product * mu  # carried, not recomputed: a schedule may move beta1 between steps
     coupled, decay = (0.0, 1.0 - lr * weight_decay) if o["decoupled_weight_decay"] else (weight_decay, 1.0)
     scalars = NadamScalars(
         lr * (1.0 - mu) / (1.0 - mu_product),
@@ -48,11 +49,11 @@ def nadam_scalars(t: int, o: Options, carry: Carry) -> tuple[NadamScalars, Carry
         coupled,
         decay,
     )
-    return scalars, {"mu_product": mu_product}
+    return scalars, NadamCarry(mu_product)
 
 
-def nadam_carry(o: Options) -> Carry:
-    return {"mu_product": 1.0}
+def nadam_carry(o: Options) -> NadamCarry:
+    return NadamCarry(1.0)
 
 
 RULES = (
@@ -63,5 +64,6 @@ RULES = (
         nadam_scalars,
         ("exp_avg", "exp_avg_sq"),
         carry=nadam_carry,
+        options={"lr": 1, "betas": 2, "eps": 1, "weight_decay": 1, "momentum_decay": 1, "decoupled_weight_decay": 1},
     ),
 )

@@ -40,4 +40,6 @@ def radam_scalars(t: int, o: Options) -> RadamScalars:
     return RadamScalars(step_size, beta1, 1.0 - beta1, beta2, 1.0 - beta2, root, eps, coupled, decay)
 
 
-RULES = (Rule("radam", radam, RadamScalars, radam_scalars, ("exp_avg", "exp_avg_sq")),)
+OPTIONS = {"lr": 1, "betas": 2, "eps": 1, "weight_decay": 1, "decoupled_weight_decay": 1}
+
+RULES = (Rule("radam", radam, RadamScalars, radam_scalars, ("exp_avg", "exp_avg_sq"), options=OPTIONS),)

@@ -57,8 +57,11 @@ def rmsprop_scalars(t: int, o: Options) -> RmspropScalars:
     return RmspropScalars(o["lr"], alpha, 1.0 - alpha, o["momentum"], o["weight_decay"], outside, inside, 0.0)
 
 
+OPTIONS = {"lr": 1, "alpha": 1, "eps": 1, "eps_inside_sqrt": 1, "momentum": 1, "weight_decay": 1}
+
+
 def _rule(step: Any, *state: str) -> Rule:
-    return Rule(step.__name__, step, RmspropScalars, rmsprop_scalars, state)
+    return Rule(step.__name__, step, RmspropScalars, rmsprop_scalars, state, options=OPTIONS)
 
 
 RULES = (

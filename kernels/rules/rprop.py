@@ -33,4 +33,6 @@ def rprop_scalars(t: int, o: Options) -> RpropScalars:
     return RpropScalars(eta_minus, eta_plus, step_min, step_max, 1.0, 0.0)
 
 
-RULES = (Rule("rprop", rprop, RpropScalars, rprop_scalars, ("prev", "step_size"), initial={"step_size": "lr"}),)
+OPTIONS = {"etas": 2, "step_sizes": 2}
+
+RULES = (Rule("rprop", rprop, RpropScalars, rprop_scalars, ("prev", "step_size"), initial={"step_size": "lr"}, options=OPTIONS),)

@@ -47,8 +47,10 @@ def momentum_scalars(t: int, o: Options) -> MomentumScalars:
     return MomentumScalars(o["momentum"], inner, lr, o["weight_decay"])
 
 
+OPTIONS = {"lr": 1, "momentum": 1, "dampening": 1, "weight_decay": 1, "lr_in_momentum": 1}
+
 RULES = (
-    Rule("sgd", sgd, SgdScalars, sgd_scalars),
-    Rule("momentum", momentum, MomentumScalars, momentum_scalars, ("momentum_buffer",)),
-    Rule("nesterov", nesterov, MomentumScalars, momentum_scalars, ("momentum_buffer",)),
+    Rule("sgd", sgd, SgdScalars, sgd_scalars, options={"lr": 1, "weight_decay": 1}),
+    Rule("momentum", momentum, MomentumScalars, momentum_scalars, ("momentum_buffer",), options=OPTIONS),
+    Rule("nesterov", nesterov, MomentumScalars, momentum_scalars, ("momentum_buffer",), options=OPTIONS),
 )

@@ -1,0 +1,355 @@
+"""Memory as kernels see it: addresses are integers, and every load and store is one of these functions.
+
+All of them are made for one kernel. The simulator has the same functions over NumPy arrays (tests/cuda_simulator.py).
+"""
+
+from __future__ import annotations
+
+import typing
+from typing import Any
+
+from llvmlite import ir
+from numba.core import cgutils
+
+from ..dtypes import COMPUTE, ITEMSIZE
+from ..layout import CARRY, LANES, OPTIONS
+from ..rule import Rule
+from ..storage import DOUBLE, FLOAT, I32, I64, Storage
+from .toolchain import intrinsic, types
+
+GLOBAL = 1
+"""Address space of device memory: said in the pointer's type, a load needs no check of where it points."""
+
+
+def _pointer(builder: Any, address: Any, element: ir.Type) -> Any:
+    return builder.inttoptr(address, ir.PointerType(element, GLOBAL))
+
+
+def _at(builder: Any, address: Any, index: Any, element: ir.Type) -> Any:
+    return builder.gep(_pointer(builder, address, element), [index])
+
+
+def _loader(element: ir.Type, result: Any) -> Any:
+    @intrinsic
+    def load(typingctx: Any, address: Any, index: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            return builder.load(_at(builder, *args, element))
+
+        return result(types.int64, types.int64), codegen
+
+    return load
+
+
+def _storer(element: ir.Type, value: Any) -> Any:
+    @intrinsic
+    def store(typingctx: Any, address: Any, index: Any, number: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            builder.store(args[2], _at(builder, args[0], args[1], element))
+            return context.get_dummy_value()
+
+        return types.void(types.int64, types.int64, value), codegen
+
+    return store
+
+
+word, put_word = _loader(I64, types.int64), _storer(I64, types.int64)
+real, put_real = _loader(DOUBLE, types.float64), _storer(DOUBLE, types.float64)
+single, put_single = _loader(FLOAT, types.float32), _storer(FLOAT, types.float32)
+
+
+@intrinsic
+def count_up(typingctx: Any, address: Any, index: Any) -> Any:
+    """Add one to a word, as one of many blocks; the value before."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        place = _at(builder, *args, I64)
+        return builder.atomic_rmw("add", place, ir.Constant(I64, 1), "monotonic")
+
+    return types.int64(types.int64, types.int64), codegen
+
+
+@intrinsic
+def fresh_real(typingctx: Any, address: Any, index: Any) -> Any:
+    """A number that another block may just have written: never from this processor's own cache."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        kind = ir.FunctionType(DOUBLE, [I64])  # NVVM knows no atomic or volatile loads
+        load = ir.InlineAsm(kind, "ld.volatile.global.f64 $0, [$1];", "=d,l,~{memory}", side_effect=True)
+        return builder.call(load, [builder.ptrtoint(_at(builder, *args, DOUBLE), I64)])
+
+    return types.float64(types.int64, types.int64), codegen
+
+
+def scalars_loader(rule: Rule, compute: str) -> Any:
+    """Intrinsic ``(scalars, ratio) -> h``: the rule's scalars, stored in the compute dtype."""
+    count = len(rule.Scalars._fields)  # type: ignore[attr-defined]
+    kind = getattr(types, compute)
+    element = FLOAT if compute == "float32" else DOUBLE
+
+    @intrinsic
+    def load(typingctx: Any, scalars: Any, ratio: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            places = [_at(builder, args[0], ir.Constant(I64, k), element) for k in range(count)]
+            if rule.ratio is not None:
+                places[-1] = _pointer(builder, args[1], element)
+            values = [builder.load(place) for place in places]
+            return context.make_tuple(builder, signature.return_type, values)
+
+        return types.NamedUniTuple(kind, count, rule.Scalars)(types.int64, types.int64), codegen
+
+    return load
+
+
+def add_rows(dtype: str, rows: int) -> Any:
+    """Intrinsic ``(total, x, i) -> total``: add the squares of elements i, i + 32, ... of ``rows`` rows, in order."""
+    storage = Storage(dtype)
+
+    @intrinsic
+    def add(typingctx: Any, total: Any, x: Any, i: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            total, x, i = args
+            places = [_at(builder, x, builder.add(i, ir.Constant(I64, k * LANES)), storage.memory) for k in range(rows)]
+            for element in [builder.load(place) for place in places]:
+                number = storage.decode(builder, element)
+                if dtype == "float64":  # its squares are not exact, and so are not fused
+                    total = builder.fadd(total, builder.fmul(number, number))
+                else:
+                    number = builder.fpext(number, DOUBLE)
+                    total = builder.fma(number, number, total)
+            return total
+
+        return types.float64(types.float64, types.int64, types.int64), codegen
+
+    return add
+
+
+def scalars_former(rule: Rule) -> Any:
+    """Intrinsic ``(t, cohort, scalars64, scalars32)``: form the scalars of step t from a cohort's options.
+
+    The rule's own host function is compiled for the device. It finds its options in a dict there, too.
+    """
+    Scalars: Any = rule.Scalars
+    result = types.NamedUniTuple(types.float64, len(Scalars._fields), Scalars)
+    names = list(rule.options)
+    kinds = {
+        types.literal(name): types.float64 if n == 1 else types.UniTuple(types.float64, n)
+        for name, n in rule.options.items()
+    }
+    options_type = types.LiteralStrKeyDict(kinds, {name: k for k, name in enumerate(names)})
+    Carry: Any = _carry_class(rule)
+
+    @intrinsic
+    def form(typingctx: Any, t: Any, cohort: Any, scalars64: Any, scalars32: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            t, cohort, scalars64, scalars32 = args
+
+            def number(k: int) -> Any:
+                return builder.load(_at(builder, cohort, ir.Constant(I64, k), DOUBLE))
+
+            values, place = [], OPTIONS
+            for name in names:
+                numbers = [number(place + j) for j in range(rule.options[name])]
+                place += len(numbers)
+                kind = kinds[types.literal(name)]
+                values.append(numbers[0] if len(numbers) == 1 else context.make_tuple(builder, kind, numbers))
+            options = context.make_tuple(builder, options_type, values)
+            if Carry is None:
+                kind = result(types.int64, options_type)
+                formed = context.compile_internal(builder, rule.scalars, kind, [t, options])
+            else:
+                count = len(Carry._fields)
+                carry_type = types.NamedUniTuple(types.float64, count, Carry)
+                carry = context.make_tuple(builder, carry_type, [number(CARRY + k) for k in range(count)])
+                kind = types.Tuple([result, carry_type])(types.int64, options_type, carry_type)
+                both = context.compile_internal(builder, rule.scalars, kind, [t, options, carry])
+                formed, carry = builder.extract_value(both, 0), builder.extract_value(both, 1)
+                for k in range(count):
+                    place = _at(builder, cohort, ir.Constant(I64, CARRY + k), DOUBLE)
+                    builder.store(builder.extract_value(carry, k), place)
+            for k, value in enumerate(cgutils.unpack_tuple(builder, formed, result.count)):
+                index = ir.Constant(I64, k)
+                builder.store(value, _at(builder, scalars64, index, DOUBLE))
+                builder.store(builder.fptrunc(value, FLOAT), _at(builder, scalars32, index, FLOAT))
+            return context.get_dummy_value()
+
+        return types.void(types.int64, types.int64, types.int64, types.int64), codegen
+
+    return form
+
+
+def _carry_class(rule: Rule) -> Any:
+    """The NamedTuple in which a rule carries numbers, or None."""
+    return typing.get_type_hints(rule.carry)["return"] if rule.carry else None
+
+
+def ratio_caller(rule: Rule) -> Any:
+    """Intrinsic ``(w_norm, g_norm, scalars64) -> ratio``; 1 for rules without a trust ratio."""
+    Scalars: Any = rule.Scalars
+    h_type = types.NamedUniTuple(types.float64, len(Scalars._fields), Scalars)
+
+    @intrinsic
+    def call(typingctx: Any, w_norm: Any, g_norm: Any, scalars: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            if rule.ratio is None:
+                return ir.Constant(DOUBLE, 1.0)
+            numbers = [builder.load(_at(builder, args[2], ir.Constant(I64, k), DOUBLE)) for k in range(h_type.count)]
+            h = context.make_tuple(builder, h_type, numbers)
+            kind = types.float64(types.float64, types.float64, h_type)
+            return context.compile_internal(builder, rule.ratio, kind, [args[0], args[1], h])
+
+        return types.float64(types.float64, types.float64, types.int64), codegen
+
+    return call
+
+
+class Arrays:
+    """Loads and stores of neighbouring elements of every array of a rule.
+
+    Args:
+        rule: The rule.
+        p: Storage dtype of the parameter.
+        g: Storage dtype of the gradient.
+    """
+
+    def __init__(self, rule: Rule, p: str, g: str) -> None:
+        self.storages = [Storage(p), Storage(g)] + [Storage(COMPUTE[p])] * len(rule.state)
+        self.compute = getattr(types, COMPUTE[p])
+        self.step = rule.step
+        self.written = [0, *range(2, len(self.storages))]  # everything but the gradient
+        self.pointers = types.UniTuple(types.int64, len(self.storages))
+
+    def _place(self, builder: Any, pointers: Any, k: int, index: Any) -> Any:
+        return _at(builder, builder.extract_value(pointers, k), index, self.storages[k].memory)
+
+    def _get(self, builder: Any, pointers: Any, k: int, index: Any, count: int) -> list[Any]:
+        """``count`` elements of array k from ``index`` on, by one load."""
+        place, memory, itemsize = self._place(builder, pointers, k, index), self.storages[k].memory, self._itemsize(k)
+        if count == 1:
+            return [builder.load(place)]
+        per_word = 4 // itemsize or 1  # NVVM would split a vector of 16-bit elements into several loads
+        kind = ir.VectorType(I32 if per_word > 1 else memory, count // per_word)
+        vector = builder.load(builder.bitcast(place, ir.PointerType(kind, GLOBAL)), align=count * itemsize)
+        words = [builder.extract_element(vector, ir.Constant(I32, j)) for j in range(kind.count)]
+        if per_word == 1:
+            return words
+        shifts = [ir.Constant(I32, 8 * itemsize * j) for j in range(per_word)]
+        return [builder.trunc(builder.lshr(x, shift), memory) for x in words for shift in shifts]
+
+    def pointers_of(self) -> Any:
+        """Intrinsic ``(segment, gradient) -> pointers``: addresses of parameter, gradient and states."""
+
+        @intrinsic
+        def pointers_of(typingctx: Any, segment: Any, gradient: Any) -> Any:
+            def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+                words = [
+                    args[1] if k == 1 else builder.load(_at(builder, args[0], ir.Constant(I64, k), I64))
+                    for k in range(len(self.storages))
+                ]
+                return context.make_tuple(builder, signature.return_type, words)
+
+            return self.pointers(types.int64, types.int64), codegen
+
+        return pointers_of
+
+    def aligned(self, count: int) -> Any:
+        """Intrinsic ``(pointers) -> bool``: whether every array may be accessed ``count`` elements at a time."""
+
+        @intrinsic
+        def aligned(typingctx: Any, pointers: Any) -> Any:
+            def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+                rests = ir.Constant(I64, 0)
+                for k, storage in enumerate(self.storages):
+                    mask = ir.Constant(I64, count * ITEMSIZE[storage.dtype] - 1)
+                    rests = builder.or_(rests, builder.and_(builder.extract_value(args[0], k), mask))
+                return builder.icmp_unsigned("==", rests, ir.Constant(I64, 0))
+
+            return types.boolean(self.pointers), codegen
+
+        return aligned
+
+    def load(self, count: int) -> Any:
+        """Intrinsic ``(pointers, i, multiplier, h) -> arguments of the rule`` for each of ``count`` elements."""
+
+        @intrinsic
+        def load(typingctx: Any, pointers: Any, i: Any, multiplier: Any, h: Any) -> Any:
+            arguments = types.Tuple([self.compute] * len(self.storages) + [h])
+
+            def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+                loaded = [self._get(builder, args[0], k, args[1], count) for k in range(len(self.storages))]
+                elements = []
+                for memory in zip(*loaded, strict=True):
+                    values = [storage.decode(builder, x) for storage, x in zip(self.storages, memory, strict=True)]
+                    values[1] = builder.fmul(values[1], args[2])
+                    elements.append(context.make_tuple(builder, arguments, [*values, args[3]]))
+                return context.make_tuple(builder, signature.return_type, elements)
+
+            return types.UniTuple(arguments, count)(pointers, types.int64, self.compute, h), codegen
+
+        return load
+
+    def apply(self) -> Any:
+        """Intrinsic ``(arguments of the rule of some elements) -> its results``: the rule itself."""
+        result = types.UniTuple(self.compute, len(self.written))
+
+        @intrinsic
+        def apply(typingctx: Any, elements: Any) -> Any:
+            def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+                of_one = result(*elements.dtype.types)
+                results = [
+                    context.compile_internal(
+                        builder, self.step, of_one, cgutils.unpack_tuple(builder, builder.extract_value(args[0], j))
+                    )
+                    for j in range(elements.count)
+                ]
+                return context.make_tuple(builder, signature.return_type, results)
+
+            return types.UniTuple(result, elements.count)(elements), codegen
+
+        return apply
+
+    def store(self, count: int) -> Any:
+        """Intrinsic ``(pointers, i, results of the rule)`` for ``count`` elements, each rounded once to its storage."""
+
+        @intrinsic
+        def store(typingctx: Any, pointers: Any, i: Any, results: Any) -> Any:
+            def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+                tuples = [builder.extract_value(args[2], j) for j in range(count)]
+                for position, k in enumerate(self.written):
+                    storage = self.storages[k]
+                    values = [storage.encode(builder, builder.extract_value(t, position)) for t in tuples]
+                    self._put(builder, args[0], k, args[1], values)
+                return context.get_dummy_value()
+
+            expected = types.UniTuple(types.UniTuple(self.compute, len(self.written)), count)
+            return types.void(pointers, types.int64, expected), codegen
+
+        return store
+
+    def clear(self, count: int) -> Any:
+        """Intrinsic ``(pointers, i)``: ``count`` elements of the gradient become zero."""
+
+        @intrinsic
+        def clear(typingctx: Any, pointers: Any, i: Any) -> Any:
+            def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+                self._put(builder, args[0], 1, args[1], [ir.Constant(self.storages[1].memory, 0)] * count)
+                return context.get_dummy_value()
+
+            return types.void(self.pointers, types.int64), codegen
+
+        return clear
+
+    def _put(self, builder: Any, pointers: Any, k: int, index: Any, values: list[Any]) -> None:
+        """Elements of array k from ``index`` on, by one store."""
+        place, count = self._place(builder, pointers, k, index), len(values)
+        if count == 1:
+            builder.store(values[0], place)
+            return
+        kind = ir.VectorType(self.storages[k].memory, count)
+        vector = ir.Constant(kind, ir.Undefined)
+        for j, value in enumerate(values):
+            vector = builder.insert_element(vector, value, ir.Constant(I32, j))
+        place = builder.bitcast(place, ir.PointerType(kind, GLOBAL))
+        builder.store(vector, place, align=count * self._itemsize(k))
+
+    def _itemsize(self, k: int) -> int:
+        return ITEMSIZE[self.storages[k].dtype]

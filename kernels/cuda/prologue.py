@@ -1,0 +1,223 @@
+"""What has to be known before the update, found in one launch: norms, and from them skip, clipping and trust ratios.
+
+Each block of threads sums the squares of one chunk in the order of ``..reductions``. The block that completes an array
+adds up the array's chunks, and the block that completes the last array does the rest alone: nothing of it ever visits
+the host. Where the device keeps the step counts, that block also forms the scalars of the step, because only it knows
+whether the step is taken.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from ..dtypes import COMPUTE
+from ..layout import (
+    ADAPTS,
+    BLOCK,
+    CHUNKS,
+    COHORT,
+    COHORT_WORDS,
+    FIRST_CHUNK,
+    G_CODE,
+    LANES,
+    LR,
+    LR_BYTES,
+    MULTIPLIER32,
+    MULTIPLIER64,
+    OPTIONS,
+    P_CODE,
+    PARAMETER,
+    RULE,
+    SCALARS,
+    SEGMENT_WORDS,
+    SKIP,
+    STEPS,
+    WORD,
+)
+from ..rule import Rule
+from .toolchain import THREADS, cuda, types
+
+CODES = {dtype: code for code, dtype in enumerate(COMPUTE)}
+"""Numbers of the storage dtypes in a segment."""
+
+ROWS_AT_ONCE = 16  # independent loads in flight
+
+
+def prologue(rule: Rule, access: Any) -> Callable[..., None]:
+    """The prologue kernel for cohorts of ``rule``, to be compiled; its norms serve any rule."""
+    word, put_word, real, put_real = access.word, access.put_word, access.real, access.put_real
+    fresh_real, count_up = access.fresh_real, access.count_up
+    single, put_single = access.single, access.put_single
+    sums = [_lane_sum(access.add_rows(d, ROWS_AT_ONCE), access.add_rows(d, 1)) for d in COMPUTE]
+    float32_sum, float64_sum, float16_sum, bfloat16_sum = sums
+    float32_code, float64_code, float16_code = (CODES[d] for d in ("float32", "float64", "float16"))
+    add_lanes = cuda.jit(device=True, inline="always")(_add_lanes)
+    form_scalars, trust_ratio = access.scalars_former(rule), access.ratio_caller(rule)
+    has_ratio = rule.ratio is not None
+    lr_at = -1 if "lr" not in rule.options else OPTIONS + sum(_before(rule.options, "lr"))
+
+    def kernel(
+        chunks: Any,
+        segments: Any,
+        gradients: Any,
+        jobs: Any,  # pairs of 0 or 1 (parameter or gradient) and a chunk
+        job_count: Any,
+        arrays: Any,  # how many sums of squares there are to complete
+        chunk_count: Any,
+        segment_count: Any,
+        cohort_count: Any,
+        partials: Any,  # sums of squares by chunk: of all parameters, then of all gradients
+        squares: Any,  # by segment, likewise
+        counters: Any,  # blocks that are done by segment, likewise, and arrays that are done
+        header: Any,
+        scalars64: Any,
+        scalars32: Any,
+        ratios64: Any,
+        ratios32: Any,
+        cohorts: Any,
+        number: Any,  # of this kernel's rule
+        multiplier: Any,
+        scale: Any,  # address of a float32 loss scale on the device, or 0
+        max_norm: Any,  # inf: no clipping
+        check: Any,  # whether a step whose gradients are not finite is skipped
+        form: Any,  # whether the device keeps the step counts, and so forms the scalars
+        decide: Any,  # whether this launch writes the header, or finds it written
+        result: Any,  # where the norm goes, and whether the step is skipped; or 0
+    ) -> None:
+        lanes = cuda.shared.array(THREADS, types.float64)
+        last = cuda.shared.array(1, types.int64)
+        thread = cuda.threadIdx.x
+        if job_count > 0:
+            which, chunk = word(jobs, 2 * cuda.blockIdx.x), word(jobs, 2 * cuda.blockIdx.x + 1)
+            s = word(chunks, 3 * chunk)
+            segment = segments + WORD * SEGMENT_WORDS * s
+            x, code = word(gradients, s), word(segment, G_CODE)
+            if which == PARAMETER:
+                x, code = word(segment, PARAMETER), word(segment, P_CODE)
+            # A group of 32 threads takes a block of reductions.py, a thread one of its lanes.
+            block = word(chunks, 3 * chunk + 1) + thread // LANES * BLOCK
+            stop = min(word(chunks, 3 * chunk + 2), block + BLOCK)
+            if code == float32_code:
+                lanes[thread] = float32_sum(x, block + thread % LANES, stop)
+            elif code == float64_code:
+                lanes[thread] = float64_sum(x, block + thread % LANES, stop)
+            elif code == float16_code:
+                lanes[thread] = float16_sum(x, block + thread % LANES, stop)
+            else:
+                lanes[thread] = bfloat16_sum(x, block + thread % LANES, stop)
+            add_lanes(lanes, thread)
+            partials += WORD * chunk_count * which
+            place = segment_count * which + s
+            if thread == 0:
+                total = 0.0
+                for k in range(0, THREADS, LANES):
+                    total += lanes[k]
+                put_real(partials, chunk, total)
+                cuda.threadfence()
+                last[0] = count_up(counters, place) + 1 == word(segment, CHUNKS)
+            cuda.syncthreads()
+            if last[0] == 0:
+                return
+            first, count = word(segment, FIRST_CHUNK), word(segment, CHUNKS)
+            lanes[thread] = 0.0
+            if thread < LANES:
+                total = 0.0
+                for k in range(thread, count, LANES):
+                    total += fresh_real(partials, first + k)
+                lanes[thread] = total
+            add_lanes(lanes, thread)
+            if thread == 0:
+                put_real(squares, place, lanes[0])
+                put_word(counters, place, 0)
+                cuda.threadfence()
+                last[0] = count_up(counters, 2 * segment_count) + 1 == arrays
+            cuda.syncthreads()
+            if last[0] == 0:
+                return
+            if thread == 0:
+                put_word(counters, 2 * segment_count, 0)
+
+        if decide:
+            lanes[thread] = 0.0
+            if thread < LANES:
+                total = 0.0
+                for s in range(thread, segment_count, LANES):
+                    total += fresh_real(squares, segment_count + s)
+                lanes[thread] = total
+            add_lanes(lanes, thread)
+            if thread == 0:
+                if scale != 0:
+                    multiplier = 1.0 / single(scale, 0)
+                norm = math.sqrt(lanes[0]) * multiplier
+                skip = check != 0 and not math.isfinite(norm)
+                if max_norm < math.inf:
+                    coefficient = max_norm / (norm + 1e-6)
+                    if not coefficient > 1.0:  # NaN stays
+                        multiplier *= coefficient
+                put_real(header, MULTIPLIER64, multiplier)
+                put_single(header, MULTIPLIER32, multiplier)
+                put_word(header, SKIP, skip)
+                if result != 0:
+                    put_real(result, 0, norm)
+                    put_real(result, 1, skip)
+        cuda.syncthreads()
+        if word(header, SKIP):
+            return
+        if form:
+            for c in range(thread, cohort_count, THREADS):
+                cohort = cohorts + WORD * COHORT_WORDS * c
+                if word(cohort, RULE) == number:
+                    t = word(cohort, STEPS) + 1
+                    put_word(cohort, STEPS, t)
+                    if lr_at >= 0 and word(cohort, LR) != 0:
+                        lr = real(word(cohort, LR), 0) if word(cohort, LR_BYTES) == 8 else single(word(cohort, LR), 0)
+                        put_real(cohort, lr_at, lr)
+                    form_scalars(t, cohort, scalars64 + 8 * SCALARS * c, scalars32 + 4 * SCALARS * c)
+            cuda.syncthreads()
+        if has_ratio:
+            gradient_factor = abs(real(header, MULTIPLIER64))
+            for s in range(thread, segment_count, THREADS):
+                segment = segments + WORD * SEGMENT_WORDS * s
+                c = word(segment, COHORT)
+                if word(segment, ADAPTS) and word(cohorts + WORD * COHORT_WORDS * c, RULE) == number:
+                    w_norm = math.sqrt(fresh_real(squares, s))
+                    g_norm = gradient_factor * math.sqrt(fresh_real(squares, segment_count + s))
+                    ratio = trust_ratio(w_norm, g_norm, scalars64 + 8 * SCALARS * c)
+                    put_real(ratios64, s, ratio)
+                    put_single(ratios32, s, ratio)
+
+    return kernel
+
+
+def _before(options: Any, name: str) -> list[int]:
+    names = list(options)
+    return [options[other] for other in names[: names.index(name)]]
+
+
+def _lane_sum(add_rows: Any, add_row: Any) -> Any:
+    """Sum of the squares of elements i, i + 32, i + 64, ... below ``stop``, which is at most a block away."""
+
+    def lane_sum(x: Any, i: Any, stop: Any) -> float:
+        total = 0.0
+        while i + (ROWS_AT_ONCE - 1) * LANES < stop:
+            total = add_rows(total, x, i)
+            i += ROWS_AT_ONCE * LANES
+        while i < stop:
+            total = add_row(total, x, i)
+            i += LANES
+        return total
+
+    return cuda.jit(device=True, inline="always")(lane_sum)
+
+
+def _add_lanes(lanes: Any, thread: Any) -> None:
+    """Add up each group of 32 lanes pairwise, into the first of them."""
+    width = LANES // 2
+    while width > 0:
+        cuda.syncthreads()
+        if thread % LANES < width:
+            lanes[thread] += lanes[thread + width]
+        width //= 2
+    cuda.syncthreads()
