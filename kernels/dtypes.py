@@ -34,5 +34,15 @@ def ratio_symbol(rule: str, isa: str) -> str:
     return f"fastopt_ratio_{rule}_{_identifier(isa)}"
 
 
+def cuda_update_symbol(rule: str, p: str, g: str) -> str:
+    """Name of an update kernel for CUDA, and of the file that holds its PTX."""
+    return f"fastopt_cuda_{rule}_{p}_{g}"
+
+
+def cuda_prologue_symbol(rule: str) -> str:
+    """Name of the prologue for CUDA with what is particular to a rule, and of the file that holds its PTX."""
+    return f"fastopt_cuda_prologue_{rule}"
+
+
 def _identifier(isa: str) -> str:
     return isa.replace("-", "_")

@@ -6,9 +6,20 @@ from collections.abc import Callable
 from typing import Any
 
 from ..dtypes import COMPUTE
-from ..layout import CHUNK, COHORT, MULTIPLIER32, MULTIPLIER64, PARTS_BITS, SCALARS, SEGMENT_WORDS, SIGN, SKIP, WORD
+from ..layout import (
+    CHUNK,
+    COHORT,
+    MULTIPLIER32,
+    MULTIPLIER64,
+    PARTS_BITS,
+    SCALARS,
+    SEGMENT_WORDS,
+    SIGN,
+    SKIP,
+    WORD,
+)
 from ..rule import Rule
-from .toolchain import cuda
+from .toolchain import THREADS, cuda
 
 PARTS = 1 << PARTS_BITS
 
@@ -16,10 +27,11 @@ VECTOR = {"float32": 4, "float64": 2}
 """Elements per access by compute dtype: 16 bytes of a state, 8 or 16 of a parameter or gradient."""
 
 
-def update_loop(rule: Rule, p: str, g: str, access: Any) -> Callable[..., None]:
+def update_loop(rule: Rule, p: str, g: str, access: Any, threads: int = THREADS) -> Callable[..., None]:
     """The kernel of ``rule`` over parameters stored as ``p`` and gradients stored as ``g``, to be compiled."""
     compute = COMPUTE[p]
     width = VECTOR[compute]
+    stride = width * threads
     arrays = access.Arrays(rule, p, g)
     pointers_of, aligned = arrays.pointers_of(), arrays.aligned(width)
     load, load_one = arrays.load(width), arrays.load(1)
@@ -38,7 +50,6 @@ def update_loop(rule: Rule, p: str, g: str, access: Any) -> Callable[..., None]:
         hi = min(word(chunks, 3 * chunk + 2), lo + CHUNK // PARTS)
         segment = segments + WORD * SEGMENT_WORDS * s
         pointers = pointers_of(segment, word(gradients, s))
-        stride = width * cuda.blockDim.x
         i = lo + width * cuda.threadIdx.x
         one = lo + cuda.threadIdx.x  # where elements are taken one by one: all of them, or those of the tail
         if aligned(pointers):
@@ -52,7 +63,7 @@ def update_loop(rule: Rule, p: str, g: str, access: Any) -> Callable[..., None]:
                     i += stride
                 while one < hi:
                     clear_one(pointers, one)
-                    one += cuda.blockDim.x
+                    one += threads
             return
         multiplier = number(header, multiplier_at)
         if word(segment, SIGN) < 0:
@@ -74,6 +85,6 @@ def update_loop(rule: Rule, p: str, g: str, access: Any) -> Callable[..., None]:
             store_one(pointers, one, apply(load_one(pointers, one, multiplier, h)))
             if zero:
                 clear_one(pointers, one)
-            one += cuda.blockDim.x
+            one += threads
 
     return update

@@ -1,0 +1,57 @@
+"""Compiles kernels to PTX: ahead of time into files (CMake runs this module), or on first use. No GPU is needed."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from ..dtypes import COMPUTE, PAIRS, cuda_prologue_symbol, cuda_update_symbol
+from ..registry import RULES
+from ..rule import Rule
+from . import access
+from .prologue import prologue
+from .toolchain import ptx, types
+from .update import update_loop
+
+INTEGER, REAL = types.int64, types.float64
+UPDATE = types.void(*[INTEGER] * 7)
+PROLOGUE = types.void(*[INTEGER] * 19, REAL, INTEGER, REAL, *[INTEGER] * 4)
+
+
+def update_ptx(rule: Rule, p: str, g: str) -> str:
+    """The update of ``rule`` for parameters stored as ``p`` and gradients stored as ``g``."""
+    return ptx(update_loop(rule, p, g, access), UPDATE, cuda_update_symbol(rule.name, p, g))
+
+
+def prologue_ptx(rule: Rule) -> str:
+    """The prologue for cohorts of ``rule``."""
+    return ptx(prologue(rule, access), PROLOGUE, cuda_prologue_symbol(rule.name))
+
+
+def _kernels(what: Iterable[str]) -> Iterator[tuple[str, str]]:
+    for one in what:
+        for rule in RULES.values():
+            if one == "prologue":
+                yield cuda_prologue_symbol(rule.name), prologue_ptx(rule)
+            else:
+                p, g = one.split("-")
+                yield cuda_update_symbol(rule.name, p, g), update_ptx(rule, p, g)
+
+
+def main() -> None:
+    """Compile some kernels of every rule, as CMake asks."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("directory", type=Path, help="where to write the PTX")
+    parser.add_argument("what", nargs="+", help="'prologue', or a pair of storage dtypes such as float32-bfloat16")
+    args = parser.parse_args()
+    for one in args.what:
+        if one != "prologue" and tuple(one.split("-")) not in PAIRS:
+            parser.error(f"{one} is neither 'prologue' nor a pair of dtypes that is compiled ahead of time")
+    args.directory.mkdir(parents=True, exist_ok=True)
+    for symbol, text in _kernels(args.what):
+        (args.directory / f"{symbol}.ptx").write_text(text)
+
+
+if __name__ == "__main__":
+    main()
