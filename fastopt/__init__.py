@@ -26,6 +26,7 @@ if importlib.util.find_spec("fastopt.kernels") is None:
 
 from . import schedules
 from ._backend import get_num_threads, set_num_threads
+from ._step import StepInfo
 from .adadelta import Adadelta
 from .adagrad import Adagrad
 from .adam import Adam, AdamW
@@ -36,7 +37,7 @@ from .kernels.rule import Rule
 from .lars import LARS
 from .lion import Lion
 from .nadam import NAdam
-from .optimizer import Optimizer, StepInfo
+from .optimizer import Optimizer
 from .radam import RAdam
 from .rmsprop import RMSprop
 from .rprop import Rprop

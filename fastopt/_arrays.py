@@ -1,10 +1,13 @@
-"""What the API needs to know of a NumPy array: its storage dtype, its address, whether a kernel may touch it."""
+"""What the API needs to know of arrays: where they live, storage dtype, address, whether a kernel may touch them.
+
+``Host`` says it of NumPy arrays; ``_cuda.arrays.Cuda`` of arrays on a GPU.
+"""
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +15,42 @@ from numpy.typing import NDArray
 from .kernels.dtypes import COMPUTE, PAIRS
 
 Array = NDArray[Any]
+"""An array of NumPy, or one of CuPy, which looks the same to a type checker."""
+
+ALIGNMENT = 64
+
+
+class Space(Protocol):
+    """A memory that arrays live in: that of the host, or that of one GPU."""
+
+    name: str
+
+    def load_kernels(self) -> None:
+        """Find what runs kernels here: what is missing is said before anything is built on it."""
+
+    def array(self, array: object, where: str) -> Array:
+        """The array itself, or its wrapper in this memory's library, or an error."""
+
+    def parameter(self, array: object, where: str) -> Array:
+        """The array as one that can be updated in place, or an error."""
+
+    def gradient(self, array: object, parameter: Array, where: str, write: bool) -> Array:
+        """The array as a contiguous gradient of a parameter; a strided one is copied."""
+
+    def plain(self, arrays: list[Any], parameters: list[Array]) -> bool:
+        """Whether nothing about any gradient needs a closer look."""
+
+    def address(self, array: Array) -> int:
+        """Where the data of a contiguous array begin."""
+
+    def scalar(self, array: Any, where: str) -> int:
+        """Address of a float32 array of one element that kernels can read; 0 where its value is to be read now."""
+
+    def zeros(self, size: int, dtype: np.dtype[Any], where: str) -> Array:
+        """A new array of zeros that is aligned for every access."""
+
+    def assign(self, view: Array, values: Any) -> None:
+        """Copy values of any memory into an array of this one."""
 
 
 def dtype_of(dtype: Any, where: str) -> np.dtype[Any]:
@@ -44,6 +83,8 @@ def check_dtype(dtype: np.dtype[Any], where: str) -> None:
 
 def check_array(array: object, where: str) -> Array:
     """Refuse what is not a NumPy array."""
+    if not isinstance(array, np.ndarray) and on_gpu(array):
+        raise ValueError(f"{where} is on a GPU, but the others are in host memory. Keep all of them on one device.")
     if not isinstance(array, np.ndarray):
         kind = f"{type(array).__module__}.{type(array).__qualname__}".removeprefix("builtins.")
         raise TypeError(f"{where} is a {kind}; needed is a numpy.ndarray.")
@@ -86,18 +127,9 @@ def check_gradient(array: object, parameter: Array, where: str, write: bool) -> 
     return array if array.flags.c_contiguous and array.flags.aligned else array.copy(order="C")
 
 
-def addresses(arrays: Sequence[Array]) -> NDArray[np.uint64]:
+def addresses(arrays: Sequence[Array], space: Space) -> NDArray[np.uint64]:
     """Where the data of C-contiguous arrays begin."""
-    return np.fromiter(map(address, arrays), np.uint64, len(arrays))
-
-
-def address(array: Array) -> int:
-    """Where the data of an array begin."""
-    try:
-        # Three times as fast as array.ctypes.data, but only for writable, non-empty arrays of plain dtypes.
-        return ctypes.addressof(ctypes.c_char.from_buffer(array))  # type: ignore[arg-type]
-    except (TypeError, ValueError, BufferError):
-        return array.ctypes.data
+    return np.fromiter(map(space.address, arrays), np.uint64, len(arrays))
 
 
 def first_overlap(starts: NDArray[np.uint64], nbytes: NDArray[np.int64]) -> tuple[int, int] | None:
@@ -120,3 +152,98 @@ def first_hit(
     ends = owned[last] + owned_nbytes[last].astype(np.uint64)
     hits = np.flatnonzero((last >= 0) & (nbytes > 0) & (ends > starts))
     return int(hits[0]) if hits.size else None
+
+
+class Host:
+    """The host's memory, and NumPy's arrays in it."""
+
+    name = "cpu"
+
+    def load_kernels(self) -> None:
+        from ._backend import current
+
+        current()
+
+    def array(self, array: object, where: str) -> Array:
+        return check_array(array, where)
+
+    def parameter(self, array: object, where: str) -> Array:
+        return check_parameter(array, where)
+
+    def gradient(self, array: object, parameter: Array, where: str, write: bool) -> Array:
+        return check_gradient(array, parameter, where, write)
+
+    def plain(self, arrays: list[Any], parameters: list[Array]) -> bool:
+        # List by list, because thousands may come every step.
+        return (
+            set(map(type, arrays)) <= {np.ndarray}
+            and [a.dtype for a in arrays] == [p.dtype for p in parameters]
+            and [a.shape for a in arrays] == [p.shape for p in parameters]
+            and all([a.flags.carray for a in arrays])  # noqa: C419 - a generator is slower
+        )
+
+    def address(self, array: Array) -> int:
+        try:
+            # Three times as fast as array.ctypes.data, but only for writable, non-empty arrays of plain dtypes.
+            return ctypes.addressof(ctypes.c_char.from_buffer(array))  # type: ignore[arg-type]
+        except (TypeError, ValueError, BufferError):
+            return array.ctypes.data
+
+    def scalar(self, array: Any, where: str) -> int:
+        return 0
+
+    def zeros(self, size: int, dtype: np.dtype[Any], where: str) -> Array:
+        raw = np.zeros(size * dtype.itemsize + ALIGNMENT, np.uint8)  # pages that nobody has touched yet
+        start = -raw.ctypes.data % ALIGNMENT
+        return raw[start : start + size * dtype.itemsize].view(dtype)
+
+    def assign(self, view: Array, values: Any) -> None:
+        view[...] = to_host(values)
+
+
+HOST = Host()
+
+
+def space_of(array: object, where: str) -> Space:
+    """Where an array lives."""
+    if isinstance(array, np.ndarray) or not on_gpu(array):
+        return HOST
+    from ._cuda.arrays import cuda_space
+
+    return cuda_space(array, where)
+
+
+def space_called(name: object, where: str) -> Space:
+    """The memory of the device called "cpu", "cuda" or "cuda:1"."""
+    if name == "cpu":
+        return HOST
+    from ._cuda.arrays import cuda_space_called
+
+    return cuda_space_called(name, where)
+
+
+CUDA, CUDA_MANAGED = 2, 13  # device types of DLPack
+
+
+def on_gpu(array: object) -> bool:
+    """Whether something is an array in the memory of a CUDA device."""
+    if isinstance(array, np.ndarray):
+        return False
+    device = getattr(array, "__dlpack_device__", None)
+    if device is not None:
+        return device()[0] in (CUDA, CUDA_MANAGED)
+    return hasattr(array, "__cuda_array_interface__")
+
+
+def is_array(value: object) -> bool:
+    """Whether something is an array of the host or of a GPU, rather than a collection or a number."""
+    return isinstance(value, np.ndarray) or on_gpu(value)
+
+
+def to_host(array: Any) -> Array:
+    """The array itself, or a copy in host memory of one on a GPU."""
+    if isinstance(array, np.ndarray) or not on_gpu(array):
+        return np.asarray(array)
+    from ._cuda.arrays import to_host as download
+
+    return download(array)

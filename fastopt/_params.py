@@ -10,21 +10,26 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ._arrays import Array, addresses, check_gradient, check_parameter, first_hit, first_overlap
+from ._arrays import HOST, Array, Space, addresses, first_hit, first_overlap, is_array, space_of
 from .flat import FlatBuffer, Layout
 
 
 class Group(NamedTuple):
-    """The arrays of one param group, their layout in the state arrays, and the flat buffer they came in, if any."""
+    """The arrays of one param group and their memory, their layout in the state arrays, and the flat buffer they came
+    in, if any."""
 
+    space: Space
     arrays: dict[str, Array]
     layout: Layout
     flat: FlatBuffer | None
 
 
-def collect(params: Any, first_index: int, where: str) -> Group:
-    """The arrays of a param group: a FlatBuffer, a mapping, or a sequence, whose arrays are named by their index."""
-    if isinstance(params, np.ndarray):
+def collect(params: Any, first_index: int, space: Space | None, where: str) -> Group:
+    """The arrays of a param group: a FlatBuffer, a mapping, or a sequence, whose arrays are named by their index.
+
+    They live in ``space``, or, where that is None, where the first of them lives.
+    """
+    if is_array(params):
         raise TypeError(
             f"{where} is a single array; needed is a FlatBuffer, a mapping or a sequence of arrays, such as [array]."
         )
@@ -39,25 +44,28 @@ def collect(params: Any, first_index: int, where: str) -> Group:
         raise TypeError(f"{where} is {params!r}; needed is a FlatBuffer, a mapping or a sequence of arrays.")
     if not named:
         raise ValueError(f"{where} is empty; an optimizer needs at least one parameter.")
-    arrays = {name: check_parameter(array, f"{where}[{name!r}]") for name, array in named.items()}
+    if space is None:
+        first = next(iter(named))
+        space = space_of(named[first], f"{where}[{first!r}]")
+    arrays = {name: space.parameter(array, f"{where}[{name!r}]") for name, array in named.items()}
     flat = params if isinstance(params, FlatBuffer) else None
     layout = flat.layout if flat is not None else Layout.of({name: a.shape for name, a in arrays.items()})
-    return Group(arrays, layout, flat)
+    return Group(space, arrays, layout, flat)
 
 
 class Memory:
     """The memory that a step writes: parameters and states. Gradients must not lie in it."""
 
-    def __init__(self, named: Mapping[str, Array], states: Iterable[Array], where: str) -> None:
+    def __init__(self, named: Mapping[str, Array], states: Iterable[Array], space: Space, where: str) -> None:
         arrays = list(named.values())
-        starts, sizes = addresses(arrays), _nbytes(arrays)
+        starts, sizes = addresses(arrays, space), _nbytes(arrays)
         clash = first_overlap(starts, sizes)
         if clash is not None:
             a, b = (list(named)[k] for k in clash)
             same = "are the same array" if arrays[clash[0]] is arrays[clash[1]] else "share memory"
             raise ValueError(f"{where}: parameters {a!r} and {b!r} {same}; each would be updated twice. Pass it once.")
         arrays += states
-        starts, sizes = addresses(arrays), _nbytes(arrays)
+        starts, sizes = addresses(arrays, space), _nbytes(arrays)
         clash = first_overlap(starts, sizes)
         if clash is not None:
             name = list(named)[min(clash)]
@@ -90,16 +98,24 @@ class GradientReader:
         layout: Layout that a flat buffer of gradients must have to be walked in one run; None where parameters are
             not one flat buffer.
         memory: Where gradients must not lie.
+        space: Where they must live.
         where: Name of the optimizer, for errors.
     """
 
     def __init__(
-        self, names: Sequence[str], parameters: Sequence[Array], layout: Layout | None, memory: Memory, where: str
+        self,
+        names: Sequence[str],
+        parameters: Sequence[Array],
+        layout: Layout | None,
+        memory: Memory,
+        space: Space,
+        where: str,
     ) -> None:
         self._names = list(names)
         self._parameters = list(parameters)
         self._layout = layout
         self._memory = memory
+        self._space = space
         self._where = f"{where}.step: grads"
         self._seen: list[weakref.ref[Any]] = []
         self._candidates: list[Any] | None = None
@@ -139,7 +155,7 @@ class GradientReader:
 
     def _still_writable(self, listed: list[Any]) -> bool:
         arrays = (g.data if isinstance(g, FlatBuffer) else g for g in listed if g is not None)
-        return self._seen_for_writing and all(array.flags.writeable for array in arrays)
+        return self._seen_for_writing and (self._space is not HOST or all(array.flags.writeable for array in arrays))
 
     def _in_order(self, grads: Any) -> list[Any]:
         """The gradients in the order of the parameters."""
@@ -154,8 +170,8 @@ class GradientReader:
                 unknown = sorted(map(repr, set(grads) - set(self._names)))
                 raise ValueError(f"{self._where} has names that no parameter has: {', '.join(unknown)}.")
             return listed
-        if isinstance(grads, (np.ndarray, str, bytes)) or not isinstance(grads, Iterable):
-            kind = "single array" if isinstance(grads, np.ndarray) else type(grads).__name__
+        if is_array(grads) or isinstance(grads, (str, bytes)) or not isinstance(grads, Iterable):
+            kind = "single array" if is_array(grads) else type(grads).__name__
             raise TypeError(f"{self._where} is a {kind}; needed is a FlatBuffer, a mapping or a sequence of arrays.")
         listed = list(grads)
         if len(listed) != len(self._names):
@@ -168,23 +184,24 @@ class GradientReader:
         assert self._layout is not None
         arrays = list(grads.values())
         if arrays:
-            check_gradient(arrays[0], self._parameters[0], f"{self._where}[{self._names[0]!r}]", write)
+            self._space.gradient(arrays[0], self._parameters[0], f"{self._where}[{self._names[0]!r}]", write)
         offsets = np.array(self._layout.offsets, np.uint64)
-        starts = np.uint64(grads.data.ctypes.data) + offsets * np.uint64(grads.dtype.itemsize)
+        start = np.uint64(self._space.address(grads.data))
+        starts = start + offsets * np.uint64(grads.dtype.itemsize)
         found = Gradients([grads], tuple(range(len(arrays))), [grads.dtype] * len(arrays), starts, True)
-        self._check_memory(np.array([grads.data.ctypes.data], np.uint64), np.array([grads.nbytes]), [0])
+        self._check_memory(np.array([start]), np.array([grads.nbytes]), [0])
         return found
 
     def _read_arrays(self, listed: list[Any], write: bool) -> Gradients:
         present = tuple(i for i, g in enumerate(listed) if g is not None)
         arrays = [listed[i] for i in present]
         parameters = [self._parameters[i] for i in present]
-        if not _all_plain(arrays, parameters):
+        if not self._space.plain(arrays, parameters):
             arrays = [
-                check_gradient(g, p, f"{self._where}[{self._names[i]!r}]", write)
+                self._space.gradient(g, p, f"{self._where}[{self._names[i]!r}]", write)
                 for g, p, i in zip(arrays, parameters, present, strict=True)
             ]
-        starts, nbytes = addresses(arrays), _nbytes(arrays)
+        starts, nbytes = addresses(arrays, self._space), _nbytes(arrays)
         self._check_memory(starts, nbytes, present)
         if write:
             clash = first_overlap(starts, nbytes)
@@ -203,16 +220,6 @@ class GradientReader:
                 f"{self._where}[{self._names[present[hit]]!r}] shares memory with a parameter or a state, "
                 "which the step writes. Pass a copy."
             )
-
-
-def _all_plain(arrays: list[Any], parameters: list[Array]) -> bool:
-    """Whether nothing about any gradient needs a closer look; list by list, because thousands may come every step."""
-    return (
-        set(map(type, arrays)) <= {np.ndarray}
-        and [a.dtype for a in arrays] == [p.dtype for p in parameters]
-        and [a.shape for a in arrays] == [p.shape for p in parameters]
-        and all([a.flags.carray for a in arrays])  # noqa: C419 - a generator is slower
-    )
 
 
 class _NoGradient:

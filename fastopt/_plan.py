@@ -1,28 +1,52 @@
-"""From parameters, gradients and their progress to the tables that a launch walks."""
+"""What a step does to which parameters: cohorts that share scalars, and runs of memory that one segment serves."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ._arrays import Array
-from ._backend import SERIAL_BELOW, Backend, get_num_threads
-from ._table import Table
-from .kernels.layout import GRADIENT, KNOW_G, KNOW_W, MULTIPLIER, ZERO
+from ._arrays import Array, Space
+from ._step import Request, StepInfo
 from .kernels.rule import Options, Rule
 
 
-@dataclass
 class Progress:
-    """How far some parameters have come: number of steps taken, and the rule's host scalars."""
+    """How far some parameters have come: number of steps taken, and the numbers that the rule carries.
 
-    steps: int = 0
-    carry: dict[str, float] | None = None
+    Where a GPU counts the steps, ``fetch`` asks it, once, when somebody wants to know.
+    """
+
+    __slots__ = ("_carry", "_steps", "fetch")
+
+    def __init__(self, steps: int = 0, carry: dict[str, float] | None = None) -> None:
+        self._steps, self._carry = steps, carry
+        self.fetch: Callable[[], tuple[int, dict[str, float] | None]] | None = None
+
+    def _settle(self) -> None:
+        if self.fetch is not None:
+            self._steps, self._carry = self.fetch()
+            self.fetch = None
+
+    @property
+    def steps(self) -> int:
+        """Steps taken."""
+        self._settle()
+        return self._steps
+
+    @property
+    def carry(self) -> dict[str, float] | None:
+        """What the rule carries."""
+        self._settle()
+        return self._carry
+
+    def advance_to(self, following: Progress) -> None:
+        """The step was taken."""
+        self._steps, self._carry = following._steps, following._carry
 
 
 @dataclass(eq=False)
@@ -60,30 +84,36 @@ class Cohort:
     following: Progress
     scalars: NDArray[np.float64]
 
+    def complete(self, options: Options) -> Options:
+        """The group's options as they hold for this cohort."""
+        return {**options, **dict(self.treatment.overrides)} if self.treatment.overrides else options
+
     def prepare(self, options: Options) -> None:
         """Form the scalars of the next step."""
-        if self.treatment.overrides:
-            options = {**options, **dict(self.treatment.overrides)}
+        options = self.complete(options)
         rule, t = self.treatment.rule, self.progress.steps + 1
         if rule.carry is None:
             self.scalars[:] = rule.scalars(t, options)
             self.following = Progress(t)
         else:
-            carry = rule.carry(options)
-            if self.progress.carry:
-                carry = carry._replace(**self.progress.carry)
-            self.scalars[:], carry = rule.scalars(t, options, carry)
+            self.scalars[:], carry = rule.scalars(t, options, self.carried(options))
             self.following = Progress(t, carry._asdict())
+
+    def carried(self, options: Options) -> Any:
+        """What the rule carries into the next step, in its NamedTuple."""
+        assert self.treatment.rule.carry is not None
+        return self.treatment.rule.carry(options)._replace(**self.progress.carry or {})
 
     def advance(self) -> None:
         """The step was taken."""
-        self.progress.steps, self.progress.carry = self.following.steps, self.following.carry
+        self.progress.advance_to(self.following)
 
 
-class Plan:
-    """The tables for one set of gradients: which parameters have one, of which dtypes, flat or not.
+class Plan(ABC):
+    """What is done for one set of gradients: which parameters have one, of which dtypes, flat or not.
 
-    A plan serves every step whose gradients are alike; where they moved, ``point_at`` writes their new addresses.
+    A plan serves every step whose gradients are alike; where they moved, ``point_at`` takes their new addresses. A
+    subclass knows where the arrays are: it builds the tables and walks them.
 
     Args:
         parameters: The parameters that have a gradient.
@@ -91,7 +121,7 @@ class Plan:
         treatments: Treatment of each parameter.
         flat: Whether parameters and gradients are flat buffers of one layout, whose neighbours merge into one run.
         signs: -1 for each group that maximises, else 1.
-        backend: Where kernels come from.
+        space: Where all of it lives.
     """
 
     def __init__(
@@ -101,21 +131,18 @@ class Plan:
         treatments: Sequence[Treatment],
         flat: bool,
         signs: Sequence[float],
-        backend: Backend,
+        space: Space,
     ) -> None:
         self.parameters = parameters
         self.dtypes = dtypes
         self.flat = flat
-        self.backend = backend
         self.cohorts: list[Cohort] = []
         self._member = self._form_cohorts(treatments)
         self._has_ratio = any(c.treatment.adapts and c.treatment.rule.ratio is not None for c in self.cohorts)
         self._signs = signs
+        self._space = space
         self._runs = self._find_runs()
         self._gradients: NDArray[np.uint64] = np.zeros(len(parameters), np.uint64)
-        self._layers: Table | None = None
-        self._updates: Table | None = None
-        self._know_weights = False
 
     def _form_cohorts(self, treatments: Sequence[Treatment]) -> list[int]:
         """Index of each parameter's cohort; members of a cohort share one progress from here on."""
@@ -159,92 +186,36 @@ class Plan:
     def _adapts(self, k: int) -> bool:
         return self.cohorts[self._member[k]].treatment.adapts and self._rule(k).ratio is not None
 
-    @property
-    def layers(self) -> Table:
-        """One segment per parameter: what norms are taken over."""
-        if self._layers is None:
-            self._layers = self._build([(k, p.size) for k, p in enumerate(self.parameters)], norms=True)
-        return self._layers
-
-    @property
-    def updates(self) -> Table:
-        """One segment per run."""
-        if self._updates is None:
-            self._updates = self.layers if self._has_ratio else self._build(self._runs, norms=False)
-        return self._updates
-
-    def _build(self, runs: list[tuple[int, int]], *, norms: bool) -> Table:
-        table = Table([size for _, size in runs])
-        # Addresses cost microseconds each to find, so each is asked for once per kind of segment.
-        kernels: dict[tuple[Any, ...], tuple[int, tuple[int, int], int]] = {}
-        states: dict[int, int] = {}
-        for segment, (k, _) in zip(table.segments, runs, strict=True):
-            p, cohort = self.parameters[k], self.cohorts[self._member[k]]
-            rule = cohort.treatment.rule
-            kind = (rule, p.dtype, self.dtypes[k], self._adapts(k))
-            if kind not in kernels:
-                stored = p.dtype, self.dtypes[k].name
-                kernels[kind] = (
-                    self.backend.update_kernel(rule, *stored),
-                    (self.backend.norm_kernel(stored[0]), self.backend.norm_kernel(stored[1])) if norms else (0, 0),
-                    self.backend.ratio_kernel(rule) if self._adapts(k) else 0,
-                )
-            segment["update"], segment["norm"], segment["ratio"] = kernels[kind]
-            segment["scalars"] = cohort.scalars.ctypes.data
+    def _addresses(self, runs: list[tuple[int, int]]) -> list[list[int]]:
+        """For each run where its parameter, gradient and states begin; the gradient's place is left 0."""
+        states: dict[int, int] = {}  # an address costs microseconds to find, so each is asked for once
+        found = []
+        for k, _ in runs:
+            p = self.parameters[k]
             arrays = [p.address, 0]
-            for name in rule.state:
+            for name in self._rule(k).state:
                 flat = p.states[name]
                 if id(flat) not in states:
-                    states[id(flat)] = flat.ctypes.data
+                    states[id(flat)] = self._space.address(flat)
                 arrays.append(states[id(flat)] + p.offset * flat.itemsize)
-            segment["arrays"][: len(arrays)] = arrays
-        table.first = np.array([k for k, _ in runs], np.int64)
-        table.signs = np.array([self._signs[self.parameters[k].group] for k, _ in runs])
-        table.arrays[:, GRADIENT] = self._gradients[table.first]
-        return table
+            found.append(arrays)
+        return found
 
+    @property
+    def _every_parameter(self) -> list[tuple[int, int]]:
+        """Runs of one parameter each: what norms are taken over."""
+        return [(k, p.size) for k, p in enumerate(self.parameters)]
+
+    @abstractmethod
     def point_at(self, gradients: NDArray[np.uint64]) -> None:
         """Take the gradients from these addresses."""
-        self._gradients = gradients
-        for table in (self._layers, self._updates):
-            if table is not None:
-                table.arrays[:, GRADIENT] = gradients[table.first]
 
-    def gradient_squares(self) -> float:
-        """The prologue pass: sum of squares of all gradients as stored; not finite if one of them is not."""
-        table = self.layers
-        self.backend.squares(table, GRADIENT, _threads(table))
-        return table.total_squares(GRADIENT)
+    @abstractmethod
+    def step(self, request: Request, options: Sequence[Options]) -> StepInfo:
+        """Take a step with the options of each group."""
 
-    def launch(
-        self, options: Sequence[Options], multiplier: float, zero: bool, *, know_gradients: bool, keep_weights: bool
-    ) -> None:
-        """Take the step."""
-        for cohort in self.cohorts:
-            cohort.prepare(options[cohort.group])
-        # A merged run updates padding too, which is zero times the multiplier: no longer zero if that is NaN.
-        table = self.updates if math.isfinite(multiplier) else self.layers
-        if (multiplier, zero) != table.launched_with:
-            table.own[:, MULTIPLIER] = table.signs * multiplier
-            table.own[:, ZERO] = zero
-            table.launched_with = multiplier, zero
-        flags = KNOW_G * know_gradients + KNOW_W * (keep_weights and self._know_weights)
-        # Before the kernel, after which an interrupt would be raised: the count must not lag behind the parameters.
-        self._know_weights = True
-        for cohort in self.cohorts:
-            cohort.advance()
-        if self._has_ratio:
-            self.backend.layers(table, flags, _threads(table))
-        else:
-            self.backend.update(table, _threads(table))
-
-    def forget_weights(self) -> None:
-        """Somebody else wrote the weights: their norms are taken anew."""
-        self._know_weights = False
-
-
-def _threads(table: Table) -> int:
-    return min(get_num_threads(), max(table.count, 1)) if table.elements >= SERIAL_BELOW else 1
+    def forget_weights(self) -> None:  # noqa: B027 - only plans that keep norms have something to forget
+        """Somebody else wrote the weights: norms of them that were kept are no longer true."""
 
 
 def initial_states(rule: Rule, options: Mapping[str, Any]) -> dict[str, float]:

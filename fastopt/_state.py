@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ._arrays import Array, check_dtype
+from ._arrays import Array, check_dtype, is_array
 from ._plan import Parameter
 from .kernels.dtypes import COMPUTE
 from .kernels.registry import RULES
@@ -42,7 +42,7 @@ def export_state(
         first = len(exported["state"])
         for name in group["params"]:
             exported["state"][len(exported["state"])] = {
-                key: value.copy() if isinstance(value, np.ndarray) else value for key, value in state[name].items()
+                key: value.copy() if is_array(value) else value for key, value in state[name].items()
             }
         options = {name: copy.deepcopy(value) for name, value in group.items() if name != "params"}
         indices = list(range(first, len(exported["state"])))
@@ -88,7 +88,7 @@ def _parameter(entry: Mapping[str, Any], name: str, where: str) -> SavedParamete
     if isinstance(step, bool) or not isinstance(step, (int, np.integer)) or not 0 <= step <= MAX_STEP:
         raise ValueError(f"{where}: the step of parameter {name!r} must be an integer in [0, 2^53], got {step!r}.")
     for key, value in entry.items():
-        if isinstance(value, np.ndarray):
+        if is_array(value):
             arrays[key] = value
         elif key != "step":
             if type(value) not in (int, float) or not -1e308 <= value <= 1e308:

@@ -10,9 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from ._arrays import Array, check_array, check_dtype, dtype_of
+from ._arrays import HOST, Array, Space, check_dtype, dtype_of, is_array, on_gpu, space_called, space_of, to_host
 
-ALIGNMENT = 64
 STRIDE = 32
 """Arrays begin at multiples of this many elements: a 64-byte boundary for 16-bit dtypes and wider ones, and the same
 layout whatever the dtype, so that parameters, gradients and states can be walked side by side."""
@@ -61,13 +60,6 @@ def _checked_shape(name: object, shape: Any) -> tuple[int, ...]:
     return sizes
 
 
-def aligned_zeros(size: int, dtype: np.dtype[Any]) -> Array:
-    """Zeros that begin on a 64-byte boundary; the pages are not touched yet."""
-    raw = np.zeros(size * dtype.itemsize + ALIGNMENT, np.uint8)
-    start = -raw.ctypes.data % ALIGNMENT
-    return raw[start : start + size * dtype.itemsize].view(dtype)
-
-
 class FlatBuffer(Mapping[str, Array]):
     """Named arrays of one dtype in one 64-byte-aligned allocation: a mapping from names to shaped views.
 
@@ -78,6 +70,7 @@ class FlatBuffer(Mapping[str, Array]):
     Args:
         shapes: Shape of each array by name, in the order in which they are laid out.
         dtype: float32, float64, float16 or bfloat16 (which needs the extra ``fastopt[bfloat16]``).
+        device: "cpu", or "cuda" or "cuda:1" for CuPy arrays on the current or another GPU.
 
     Attributes:
         data: The whole buffer, shape (n,), padding included.
@@ -87,10 +80,13 @@ class FlatBuffer(Mapping[str, Array]):
         size: Number of elements, padding not counted.
         nbytes: Bytes of the allocation, padding counted.
         dtype: NumPy dtype of all arrays.
-        device: "cpu".
+        device: "cpu", or "cuda:0" and so on.
 
     Raises:
         TypeError: The dtype is not one of the four, or a name is not a string.
+        ValueError: There is no such device, or a shape that no array can have.
+        ImportError: The device is a GPU, and CuPy is missing.
+        MemoryError: The device has too little memory.
 
     Example:
         >>> import numpy as np, fastopt
@@ -103,35 +99,43 @@ class FlatBuffer(Mapping[str, Array]):
         3.0
     """
 
-    __slots__ = ("__weakref__", "_data", "_layout", "_views")
+    __slots__ = ("__weakref__", "_data", "_layout", "_space", "_views")
 
-    def __init__(self, shapes: Mapping[str, Sequence[int]], dtype: Any = "float32") -> None:
+    def __init__(
+        self, shapes: Mapping[str, Sequence[int]], dtype: Any = "float32", *, device: str | Space = "cpu"
+    ) -> None:
         if not isinstance(shapes, Mapping):
             raise TypeError(f"FlatBuffer: shapes must be a mapping from names to shapes, got {shapes!r}.")
         self._layout = Layout.of({name: _checked_shape(name, shape) for name, shape in shapes.items()})
-        self._data = aligned_zeros(self.layout.total, dtype_of(dtype, "FlatBuffer: dtype"))
+        self._space = space_called(device, "FlatBuffer: device") if isinstance(device, str) else device
+        self._data = self._space.zeros(self.layout.total, dtype_of(dtype, "FlatBuffer: dtype"), "FlatBuffer")
         self._views = self.layout.views(self.data)
 
     @classmethod
-    def from_arrays(cls, arrays: Mapping[str, Array] | Sequence[Array], dtype: Any = None) -> FlatBuffer:
+    def from_arrays(
+        cls, arrays: Mapping[str, Array] | Sequence[Array], dtype: Any = None, *, device: str | None = None
+    ) -> FlatBuffer:
         """Copy arrays into a new buffer.
 
         Args:
-            arrays: Arrays by name, or a sequence of arrays, which are named "0", "1", ...
+            arrays: Arrays by name, or a sequence of arrays, which are named "0", "1", ...; of NumPy, or on a GPU.
             dtype: dtype of the buffer; by default that of the arrays, which must then agree.
+            device: Where the buffer lives; by default where the first array does.
 
         Raises:
-            TypeError: Something is not a NumPy array, or the dtypes differ and ``dtype`` is not given.
+            TypeError: Something is not an array, or the dtypes differ and ``dtype`` is not given.
             ValueError: No arrays are given and no ``dtype`` either.
         """
         where = "FlatBuffer.from_arrays: arrays"
-        if isinstance(arrays, (np.ndarray, str)) or not isinstance(arrays, Iterable):
-            kind = "a single array" if isinstance(arrays, np.ndarray) else repr(arrays)
+        if is_array(arrays) or isinstance(arrays, str) or not isinstance(arrays, Iterable):
+            kind = "a single array" if is_array(arrays) else repr(arrays)
             raise TypeError(f"{where} is {kind}; needed is a mapping or a sequence of arrays, such as [array].")
         if not isinstance(arrays, Mapping):
             arrays = {str(i): array for i, array in enumerate(arrays)}
+        spaces = {name: space_of(array, f"{where}[{name!r}]") for name, array in arrays.items()}
+        arrays = {name: spaces[name].array(array, f"{where}[{name!r}]") for name, array in arrays.items()}
         for name, array in arrays.items():
-            if check_array(array, f"{where}[{name!r}]").dtype.kind == "c":
+            if array.dtype.kind == "c":
                 raise TypeError(f"{where}[{name!r}] is {array.dtype.name}; needed are real numbers.")
         if dtype is None:
             dtypes = {array.dtype.name: array.dtype for array in arrays.values()}
@@ -145,14 +149,21 @@ class FlatBuffer(Mapping[str, Array]):
             (dtype,) = dtypes.values()
             check_dtype(dtype.newbyteorder("="), f"{where}[{next(iter(arrays))!r}]")
             dtype = dtype.newbyteorder("=")
-        buffer = cls({name: array.shape for name, array in arrays.items()}, dtype)
+        space: Any = device if device is not None else next(iter(spaces.values()), HOST)
+        buffer = cls({name: array.shape for name, array in arrays.items()}, dtype, device=space)
         for name, array in arrays.items():
-            buffer._views[name][...] = array
+            buffer[name] = array
         return buffer
 
     def zeros_like(self, dtype: Any = None) -> FlatBuffer:
-        """A buffer of the same layout that holds zeros, of the same dtype unless another is given."""
-        return FlatBuffer(self.shapes, self.dtype if dtype is None else dtype)
+        """A buffer of zeros of the same layout, on the same device, of the same dtype unless another is given."""
+        return FlatBuffer(self.shapes, self.dtype if dtype is None else dtype, device=self._space)
+
+    def to(self, device: str) -> FlatBuffer:
+        """A copy on a device: "cpu", "cuda" or "cuda:1"."""
+        buffer = FlatBuffer(self.shapes, self.dtype, device=device)
+        buffer._space.assign(buffer.data, self.data)
+        return buffer
 
     def copy(self) -> FlatBuffer:
         """A buffer of the same layout and contents."""
@@ -194,13 +205,16 @@ class FlatBuffer(Mapping[str, Array]):
 
     @property
     def device(self) -> str:  # noqa: D102
-        return "cpu"
+        return self._space.name
 
     def __getitem__(self, name: str) -> Array:
         return self._views[name]
 
     def __setitem__(self, name: str, value: Any) -> None:
-        self._views[name][...] = value
+        if self._space is HOST and not on_gpu(value):
+            self._views[name][...] = value
+        else:
+            self._space.assign(self._views[name], value)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._views)
@@ -217,10 +231,10 @@ class FlatBuffer(Mapping[str, Array]):
         return f"FlatBuffer({len(self)} arrays, {self.size} elements, {self.dtype.name}, {self.device})"
 
     def __reduce__(self) -> Any:
-        return FlatBuffer._restore, (self.shapes, self.dtype.name, self.data.tobytes())
+        return FlatBuffer._restore, (self.shapes, self.dtype.name, to_host(self.data).tobytes(), self.device)
 
     @staticmethod
-    def _restore(shapes: dict[str, tuple[int, ...]], dtype: str, data: bytes) -> FlatBuffer:
-        buffer = FlatBuffer(shapes, dtype)
-        buffer.data[...] = np.frombuffer(data, buffer.dtype)
+    def _restore(shapes: dict[str, tuple[int, ...]], dtype: str, data: bytes, device: str) -> FlatBuffer:
+        buffer = FlatBuffer(shapes, dtype, device=device)
+        buffer._space.assign(buffer.data, np.frombuffer(data, buffer.dtype))
         return buffer

@@ -3,44 +3,28 @@
 from __future__ import annotations
 
 import copy
-import math
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 from weakref import ref
 
 import numpy as np
 
-from . import _backend
-from ._arrays import Array, address
+from ._arrays import Array, Space, is_array
 from ._options import NONNEGATIVE, NORM, SCALE, Range, boolean, check_options, unchanged
 from ._params import GradientReader, Memory, collect
 from ._plan import Parameter, Plan, Progress, Treatment, initial_states
+from ._plans import plan_class
 from ._state import check_states, export_state, import_state
-from .flat import FlatBuffer, Layout, aligned_zeros
+from ._step import Request, StepInfo
+from .flat import FlatBuffer, Layout
 from .kernels.dtypes import COMPUTE
 from .kernels.rule import Options, Rule
 
 Params = FlatBuffer | Mapping[str, Array] | Iterable[Array] | Iterable[Mapping[str, Any]]
 Grads = FlatBuffer | Mapping[str, Array | None] | Sequence[Array | None]
-
-
-class StepInfo(NamedTuple):
-    """What a step did.
-
-    Attributes:
-        skipped: The gradients were not finite and ``skip_nonfinite`` was asked for: nothing was changed.
-        grad_norm: Euclidean norm of all gradients, unscaled and before clipping; None where neither ``max_norm`` nor
-            ``skip_nonfinite`` asked for it.
-    """
-
-    skipped: bool
-    grad_norm: float | None
-
-
-_STEPPED = StepInfo(False, None)
 
 
 @dataclass(eq=False)
@@ -100,9 +84,10 @@ class Optimizer:
     ranges: ClassVar[Mapping[str, Range]] = {"lr": NONNEGATIVE, "weight_decay": NONNEGATIVE, "maximize": boolean}
     """Range of each option; a subclass adds its own."""
 
+    _space: Space  # where the first group's arrays live, and all others must
+
     def __init__(self, params: Params, defaults: Mapping[str, Any]) -> None:
         self._name = type(self).__name__
-        self._backend = _backend.current()
         self._lock = threading.Lock()
         self.defaults = dict(defaults)
         self._normalise(self.defaults, (), 0)
@@ -125,7 +110,7 @@ class Optimizer:
     # --- groups --------------------------------------------------------------------------------------------------
 
     def _listed(self, params: Params) -> list[Mapping[str, Any]]:
-        if isinstance(params, (Mapping, np.ndarray)) or not isinstance(params, Iterable):
+        if isinstance(params, Mapping) or is_array(params) or not isinstance(params, Iterable):
             return [{"params": params}]
         listed: list[Any] = list(params)
         if any(isinstance(item, Mapping) for item in listed):
@@ -153,7 +138,8 @@ class Optimizer:
         """Check a group, allocate its state, and only then take it in."""
         index = len(self.param_groups)
         where = f"{self._name}: params" if not index else f"{self._name}: params of group {index}"
-        arrays, layout, flat = collect(group["params"], len(self._parameters), where)
+        known = getattr(self, "_space", None)
+        space, arrays, layout, flat = collect(group["params"], len(self._parameters), known, where)
         options = {**self.defaults, **{name: value for name, value in group.items() if name != "params"}}
         self.complete(options)
         dtypes = {a.dtype.name for a in arrays.values()}
@@ -161,17 +147,19 @@ class Optimizer:
         taken = {p.name for p in self._parameters} & set(arrays)
         if taken:
             raise ValueError(f"{where}: the name {min(taken)!r} is taken by another group; name each parameter once.")
-        Memory({p.name: p.array for p in self._parameters} | arrays, self._states(), self._name)
+        Memory({p.name: p.array for p in self._parameters} | arrays, self._states(), space, self._name)
         if flat is not None:  # an empty view does not know where it lies
-            places = [flat.data.ctypes.data + offset * flat.dtype.itemsize for offset in layout.offsets]
+            places = [space.address(flat.data) + offset * flat.dtype.itemsize for offset in layout.offsets]
         else:
-            places = [address(array) for array in arrays.values()]
+            places = [space.address(array) for array in arrays.values()]
         ends = (*layout.offsets[1:], layout.total)
         added = [
             Parameter(name, array, array.size, array.dtype.name, index, offset, end - offset, place, guard=ref(array))
             for (name, array), offset, end, place in zip(arrays.items(), layout.offsets, ends, places, strict=True)
         ]
-        self._allocate(added, layout.total, checked)
+        space.load_kernels()
+        self._allocate(added, layout.total, checked, space)
+        self._space = space
         # Merging across the padding of a flat buffer writes that padding, which only one group may own.
         self._flat_layout = layout if flat is not None and not self._parameters else None
         self._parameters += added
@@ -187,11 +175,13 @@ class Optimizer:
     def _rebuild(self) -> None:
         """Parameters or states changed: what was derived from them is derived anew."""
         named = {p.name: p.array for p in self._parameters}
-        memory = Memory(named, self._states(), self._name)
-        self._reader = GradientReader(list(named), list(named.values()), self._flat_layout, memory, self._name)
+        memory = Memory(named, self._states(), self._space, self._name)
+        self._reader = GradientReader(
+            list(named), list(named.values()), self._flat_layout, memory, self._space, self._name
+        )
         self._plan = None
 
-    def _allocate(self, parameters: list[Parameter], total: int, options: Options) -> None:
+    def _allocate(self, parameters: list[Parameter], total: int, options: Options, space: Space) -> None:
         """Flat state arrays for parameters of one group, one per state name and compute dtype."""
         flats: dict[tuple[str, str], Array] = {}
         for p in parameters:
@@ -201,7 +191,7 @@ class Optimizer:
                 if name in p.states:
                     continue
                 if (name, dtype) not in flats:
-                    flats[name, dtype] = aligned_zeros(total, np.dtype(dtype))
+                    flats[name, dtype] = space.zeros(total, np.dtype(dtype), f"{self._name}: state {name!r}")
                 p.states[name] = flats[name, dtype]
                 if start:
                     p.states[name][p.offset : p.offset + p.extent] = start
@@ -245,7 +235,7 @@ class Optimizer:
         members = [p for p in self._parameters if p.group == known.index]
         changed = any(self.treat(known.options, p.array) != self.treat(checked, p.array) for p in members)
         if changed or known.options.get("maximize") != checked.get("maximize"):
-            self._allocate(members, members[-1].offset + members[-1].extent, checked)
+            self._allocate(members, members[-1].offset + members[-1].extent, checked, self._space)
             self._rebuild()
         self.complete(self.param_groups[known.index])
 
@@ -255,7 +245,7 @@ class Optimizer:
         self,
         grads: Grads,
         *,
-        grad_scale: float = 1.0,
+        grad_scale: float | Array = 1.0,
         max_norm: float | None = None,
         skip_nonfinite: bool = False,
         zero_grads: bool = False,
@@ -269,44 +259,43 @@ class Optimizer:
                 order. None stands for a parameter without gradient: it is left alone and its step is not counted.
                 Shapes are those of the parameters; dtypes too, or float16/bfloat16 for float32 parameters. Gradients
                 are only read. A strided gradient is copied first.
-            grad_scale: Loss scale, in [1e-37, 1e37]: the gradients are divided by it.
+            grad_scale: Loss scale, in [1e-37, 1e37]: the gradients are divided by it. On a GPU it may be a float32
+                array of one element there, which is read when the step runs.
             max_norm: Clip: gradients are multiplied by min(1, max_norm / (norm + 1e-6)), where norm is the Euclidean
                 norm of all gradients after unscaling (Pascanu et al. 2013). >= 0; inf only reports the norm.
             skip_nonfinite: Change nothing, not even step counts, if a gradient is infinite or NaN (or, in float64, so
                 large that its square is).
             zero_grads: Set the gradients to zero in the same pass, also in a skipped step.
 
+        On a GPU the step is put on the current stream and not waited for; the fields of its result are fetched when
+        they are read.
+
         Returns:
             Whether the step was skipped, and the norm where it was needed.
 
         Raises:
             TypeError, ValueError: Gradients or options that do not fit; nothing was written.
-            RuntimeError: Another thread is stepping this optimizer.
+            RuntimeError: Another thread is stepping this optimizer; or a stream is being captured into a CUDA graph
+                without ``capturable``, or before a step of the same kind was taken.
         """
         with self._exclusive("step"):
             options = self._current_options()
             where = f"{self._name}.step"
             zero = boolean(zero_grads, f"{where}: zero_grads")
-            unscaled = type(grad_scale) is float and grad_scale == 1.0
-            multiplier = 1.0 if unscaled else 1.0 / SCALE(grad_scale, f"{where}: grad_scale")
+            multiplier, scale_at = 1.0, 0
+            if type(grad_scale) is not float and is_array(grad_scale):
+                scale_at = self._space.scalar(grad_scale, f"{where}: grad_scale")
+            if not scale_at and (type(grad_scale) is not float or grad_scale != 1.0):
+                multiplier = 1.0 / SCALE(grad_scale, f"{where}: grad_scale")
             if max_norm is not None:
                 max_norm = NORM(max_norm, f"{where}: max_norm")
             skip = boolean(skip_nonfinite, f"{where}: skip_nonfinite")
             gradients, alive = self._reader.read(grads, zero)  # alive: another thread may drop them while we read
             plan = self._plan_for(gradients, options)
-            if max_norm is None and not skip:
-                plan.launch(options, multiplier, zero, know_gradients=False, keep_weights=self._keeps(options))
-                return _STEPPED
-            norm = math.sqrt(plan.gradient_squares()) * multiplier
-            if skip and not math.isfinite(norm):
-                if zero:
-                    self._zero(alive)
-                return StepInfo(True, norm)
-            if max_norm is not None and max_norm != math.inf:
-                coefficient = max_norm / (norm + 1e-6)
-                multiplier *= 1.0 if coefficient > 1.0 else coefficient  # NaN stays
-            plan.launch(options, multiplier, zero, know_gradients=True, keep_weights=self._keeps(options))
-            return StepInfo(False, norm)
+            request = Request(multiplier, scale_at, max_norm, skip, zero, self._keeps(options))
+            info = plan.step(request, options)
+            del alive
+            return info
 
     def _plan_for(self, gradients: Any, options: list[dict[str, Any]]) -> Plan:
         plan = self._plan
@@ -317,20 +306,15 @@ class Optimizer:
         if plan is None or (plan.flat, plan.dtypes, plan.parameters) != (gradients.flat, gradients.dtypes, present):
             treatments = [self.treat(options[p.group], p.array) for p in present]
             signs = [-1.0 if o.get("maximize") else 1.0 for o in options]
-            plan = Plan(present, gradients.dtypes, treatments, gradients.flat, signs, self._backend)
-            self._plan = plan
+            plan = self._plan = plan_class(self._space)(
+                present, gradients.dtypes, treatments, gradients.flat, signs, self._space
+            )
         plan.point_at(gradients.starts)
         self._reader.remember()
         return plan
 
     def _keeps(self, options: list[dict[str, Any]]) -> bool:
         return False
-
-    @staticmethod
-    def _zero(gradients: list[Any]) -> None:
-        for gradient in gradients:
-            if gradient is not None:
-                (gradient.data if isinstance(gradient, FlatBuffer) else gradient)[...] = 0
 
     def _exclusive(self, what: str) -> _Exclusive:
         return _Exclusive(self._lock, f"{self._name}.{what}: another thread is using this optimizer.")
@@ -386,7 +370,7 @@ class Optimizer:
             for p, found in zip(self._parameters, saved.parameters, strict=True):
                 self._add_states(p, found.arrays)
                 for name, view in self._views(p).items():
-                    view[...] = found.arrays.get(name, 0)
+                    self._space.assign(view, found.arrays.get(name, 0))
                 p.progress = Progress(found.step, found.carry or None)
             self._rebuild()
 
@@ -395,7 +379,8 @@ class Optimizer:
         members = [q for q in self._parameters if q.group == p.group]
         for name in set(names) - set(p.states):
             dtype = COMPUTE[p.dtype]
-            flat = aligned_zeros(members[-1].offset + members[-1].extent, np.dtype(dtype))
+            total = members[-1].offset + members[-1].extent
+            flat = self._space.zeros(total, np.dtype(dtype), f"{self._name}: state {name!r}")
             for q in members:
                 if COMPUTE[q.dtype] == dtype:
                     q.states.setdefault(name, flat)

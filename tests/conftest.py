@@ -11,7 +11,7 @@ import pytest
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))  # pytest's importlib mode leaves sys.path alone
 
-from fastopt import _backend, _plan, set_num_threads
+from fastopt import _backend, _host_plan, set_num_threads
 
 
 def native_isas() -> list[str]:
@@ -51,4 +51,4 @@ def isa(request: pytest.FixtureRequest, backend: Callable[[str], None]) -> str:
 @pytest.fixture
 def always_threaded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Start threads for few elements too, where a step would be serial."""
-    monkeypatch.setattr(_plan, "SERIAL_BELOW", 1)
+    monkeypatch.setattr(_host_plan, "SERIAL_BELOW", 1)

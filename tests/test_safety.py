@@ -13,6 +13,7 @@ from fastopt.kernels.registry import RULES
 from refusal import fingerprint
 
 import fastopt
+from fastopt import _backend
 from fastopt._plan import Treatment
 
 
@@ -58,7 +59,7 @@ def test_gradients_live_as_long_as_the_step(steps_before: int, monkeypatch: pyte
         gc.collect()
         seen.append(alive() is not None)
 
-    monkeypatch.setattr(opt._backend, "update", update)
+    monkeypatch.setattr(_backend.current(), "update", update)
     opt.step(grads)
     assert seen == [True]
     gc.collect()
@@ -87,14 +88,14 @@ def test_a_step_that_fails_is_not_taken_for_known_by_the_next() -> None:
 
 def test_an_interrupt_after_the_kernel_finds_the_step_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     opt = fastopt.Adam([np.ones(4)])
-    update = opt._backend.update
+    update = _backend.current().update
 
     def interrupted(table: Any, threads: int) -> None:
         update(table, threads)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(opt._backend, "update", interrupted)
+        patch.setattr(_backend.current(), "update", interrupted)
         with pytest.raises(KeyboardInterrupt):
             opt.step([np.ones(4)])
     assert opt.state["0"]["step"] == 1

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from ..dtypes import COMPUTE, PAIRS, cuda_prologue_symbol, cuda_update_symbol
+from ..dtypes import PAIRS, cuda_prologue_symbol, cuda_update_symbol
 from ..registry import RULES
 from ..rule import Rule
 from . import access

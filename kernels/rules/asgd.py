@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from ..rule import Options, Rule
 
+
 class AsgdCarry(NamedTuple):
     eta: float
     mu: float

@@ -59,7 +59,8 @@ OPTIONS = {
 
 
 def _rule(step: Any) -> Rule:
-    return Rule(step.__name__, step, LarsScalars, lars_scalars, ("momentum_buffer",), ratio=trust_ratio, options=OPTIONS)
+    state = ("momentum_buffer",)
+    return Rule(step.__name__, step, LarsScalars, lars_scalars, state, ratio=trust_ratio, options=OPTIONS)
 
 
 RULES = (_rule(lars), _rule(lars_nesterov))

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from ..rule import Options, Rule
 
+
 class NadamCarry(NamedTuple):
     mu_product: float
 

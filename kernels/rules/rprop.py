@@ -35,4 +35,8 @@ def rprop_scalars(t: int, o: Options) -> RpropScalars:
 
 OPTIONS = {"etas": 2, "step_sizes": 2}
 
-RULES = (Rule("rprop", rprop, RpropScalars, rprop_scalars, ("prev", "step_size"), initial={"step_size": "lr"}, options=OPTIONS),)
+RULES = (
+    Rule(
+        "rprop", rprop, RpropScalars, rprop_scalars, ("prev", "step_size"), initial={"step_size": "lr"}, options=OPTIONS
+    ),
+)

@@ -1,0 +1,120 @@
+"""The plan for arrays in host memory: tables of addresses that the compiled library walks."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ._backend import SERIAL_BELOW, current, get_num_threads
+from ._plan import Plan
+from ._step import Request, StepInfo
+from ._table import Table
+from .kernels.layout import GRADIENT, KNOW_G, KNOW_W, MULTIPLIER, ZERO
+from .kernels.rule import Options
+
+_STEPPED = StepInfo()
+
+
+class HostPlan(Plan):
+    """A plan whose kernels come from the backend of this process."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.backend = current()
+        self._layers: Table | None = None
+        self._updates: Table | None = None
+        self._know_weights = False
+
+    @property
+    def layers(self) -> Table:
+        """One segment per parameter: what norms are taken over."""
+        if self._layers is None:
+            self._layers = self._build(self._every_parameter, norms=True)
+        return self._layers
+
+    @property
+    def updates(self) -> Table:
+        """One segment per run."""
+        if self._updates is None:
+            self._updates = self.layers if self._has_ratio else self._build(self._runs, norms=False)
+        return self._updates
+
+    def _build(self, runs: list[tuple[int, int]], *, norms: bool) -> Table:
+        table = Table([size for _, size in runs])
+        kernels: dict[tuple[Any, ...], tuple[int, tuple[int, int], int]] = {}  # by kind of segment
+        for segment, (k, _), arrays in zip(table.segments, runs, self._addresses(runs), strict=True):
+            p, cohort = self.parameters[k], self.cohorts[self._member[k]]
+            rule = cohort.treatment.rule
+            kind = (rule, p.dtype, self.dtypes[k], self._adapts(k))
+            if kind not in kernels:
+                stored = p.dtype, self.dtypes[k].name
+                kernels[kind] = (
+                    self.backend.update_kernel(rule, *stored),
+                    (self.backend.norm_kernel(stored[0]), self.backend.norm_kernel(stored[1])) if norms else (0, 0),
+                    self.backend.ratio_kernel(rule) if self._adapts(k) else 0,
+                )
+            segment["update"], segment["norm"], segment["ratio"] = kernels[kind]
+            segment["scalars"] = cohort.scalars.ctypes.data
+            segment["arrays"][: len(arrays)] = arrays
+        table.first = np.array([k for k, _ in runs], np.int64)
+        table.signs = np.array([self._signs[self.parameters[k].group] for k, _ in runs])
+        table.arrays[:, GRADIENT] = self._gradients[table.first]
+        return table
+
+    def point_at(self, gradients: NDArray[np.uint64]) -> None:
+        self._gradients = gradients
+        for table in (self._layers, self._updates):
+            if table is not None:
+                table.arrays[:, GRADIENT] = gradients[table.first]
+
+    def step(self, request: Request, options: Sequence[Options]) -> StepInfo:
+        if not request.needs_norm:
+            self._launch(request, request.multiplier, options)
+            return _STEPPED
+        self.backend.squares(self.layers, GRADIENT, _threads(self.layers))
+        multiplier = request.multiplier
+        norm = math.sqrt(self.layers.total_squares(GRADIENT)) * multiplier
+        if request.skip_nonfinite and not math.isfinite(norm):
+            if request.zero_grads:
+                self._zero_gradients()
+            return StepInfo(True, norm)
+        if request.max_norm is not None and request.max_norm != math.inf:
+            coefficient = request.max_norm / (norm + 1e-6)
+            multiplier *= 1.0 if coefficient > 1.0 else coefficient  # NaN stays
+        self._launch(request, multiplier, options)
+        return StepInfo(False, norm)
+
+    def _zero_gradients(self) -> None:
+        for p, dtype, start in zip(self.parameters, self.dtypes, self._gradients.tolist(), strict=True):
+            ctypes.memset(start, 0, p.size * dtype.itemsize)
+
+    def _launch(self, request: Request, multiplier: float, options: Sequence[Options]) -> None:
+        for cohort in self.cohorts:
+            cohort.prepare(options[cohort.group])
+        # A merged run updates padding too, which is zero times the multiplier: no longer zero if that is NaN.
+        table = self.updates if math.isfinite(multiplier) else self.layers
+        if (multiplier, request.zero_grads) != table.launched_with:
+            table.own[:, MULTIPLIER] = table.signs * multiplier
+            table.own[:, ZERO] = request.zero_grads
+            table.launched_with = multiplier, request.zero_grads
+        flags = KNOW_G * request.needs_norm + KNOW_W * (request.keep_weights and self._know_weights)
+        # Before the kernel, after which an interrupt would be raised: the count must not lag behind the parameters.
+        self._know_weights = True
+        for cohort in self.cohorts:
+            cohort.advance()
+        if self._has_ratio:
+            self.backend.layers(table, flags, _threads(table))
+        else:
+            self.backend.update(table, _threads(table))
+
+    def forget_weights(self) -> None:
+        self._know_weights = False
+
+
+def _threads(table: Table) -> int:
+    return min(get_num_threads(), max(table.count, 1)) if table.elements >= SERIAL_BELOW else 1

@@ -1,0 +1,69 @@
+"""What a step is asked to do, and what it did."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a step is asked to do with the gradients that its plan points at."""
+
+    multiplier: float = 1.0  # of the gradients, before clipping
+    scale_at: int = 0  # address of a loss scale in device memory that takes the multiplier's place
+    max_norm: float | None = None
+    skip_nonfinite: bool = False
+    zero_grads: bool = False
+    keep_weights: bool = False  # trust the weight norms that the last step left
+
+    @property
+    def needs_norm(self) -> bool:
+        """Whether something is asked that depends on the norm of all gradients."""
+        return self.max_norm is not None or self.skip_nonfinite
+
+
+class StepInfo:
+    """What a step did. On a GPU reading a field waits for the step; a step itself never waits.
+
+    Attributes:
+        skipped: The gradients were not finite and ``skip_nonfinite`` was asked for: nothing was changed.
+        grad_norm: Euclidean norm of all gradients, unscaled and before clipping; None where neither ``max_norm`` nor
+            ``skip_nonfinite`` asked for it.
+    """
+
+    __slots__ = ("_fetch", "_grad_norm", "_skipped")
+
+    def __init__(
+        self,
+        skipped: bool = False,
+        grad_norm: float | None = None,
+        fetch: Callable[[], tuple[bool, float]] | None = None,
+    ) -> None:
+        self._skipped, self._grad_norm, self._fetch = skipped, grad_norm, fetch
+
+    def _settle(self) -> None:
+        if self._fetch is not None:
+            self._skipped, self._grad_norm = self._fetch()
+            self._fetch = None
+
+    @property
+    def skipped(self) -> bool:
+        self._settle()
+        return self._skipped
+
+    @property
+    def grad_norm(self) -> float | None:
+        self._settle()
+        return self._grad_norm
+
+    def __iter__(self) -> Iterator[bool | float | None]:
+        return iter((self.skipped, self.grad_norm))
+
+    def __eq__(self, other: object) -> bool:
+        return tuple(self) == (tuple(other) if isinstance(other, StepInfo) else other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return f"StepInfo(skipped={self.skipped}, grad_norm={self.grad_norm})"
