@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import ctypes
+import sys
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -48,6 +49,9 @@ class Space(Protocol):
 
     def zeros(self, size: int, dtype: np.dtype[Any], where: str) -> Array:
         """A new array of zeros that is aligned for every access."""
+
+    def copy(self, array: Array) -> Array:
+        """A contiguous copy in this memory."""
 
     def assign(self, view: Array, values: Any) -> None:
         """Copy values of any memory into an array of this one."""
@@ -197,8 +201,11 @@ class Host:
         start = -raw.ctypes.data % ALIGNMENT
         return raw[start : start + size * dtype.itemsize].view(dtype)
 
+    def copy(self, array: Array) -> Array:
+        return array.copy()
+
     def assign(self, view: Array, values: Any) -> None:
-        view[...] = to_host(values)
+        view[...] = to_host(values) if on_gpu(values) else values
 
 
 HOST = Host()
@@ -229,6 +236,8 @@ def on_gpu(array: object) -> bool:
     """Whether something is an array in the memory of a CUDA device."""
     if isinstance(array, np.ndarray):
         return False
+    if "cupy" in sys.modules and isinstance(array, sys.modules["cupy"].ndarray):
+        return True
     device = getattr(array, "__dlpack_device__", None)
     if device is not None:
         return device()[0] in (CUDA, CUDA_MANAGED)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -34,7 +34,10 @@ class Saved(NamedTuple):
 
 
 def export_state(
-    optimizer: str, groups: Sequence[Mapping[str, Any]], state: Mapping[str, Mapping[str, Any]]
+    optimizer: str,
+    groups: Sequence[Mapping[str, Any]],
+    state: Mapping[str, Mapping[str, Any]],
+    copy_of: Callable[[Array], Array],
 ) -> dict[str, Any]:
     """A state dict; arrays are copied."""
     exported: dict[str, Any] = {"version": VERSION, "optimizer": optimizer, "state": {}, "param_groups": []}
@@ -42,7 +45,7 @@ def export_state(
         first = len(exported["state"])
         for name in group["params"]:
             exported["state"][len(exported["state"])] = {
-                key: value.copy() if is_array(value) else value for key, value in state[name].items()
+                key: copy_of(value) if is_array(value) else value for key, value in state[name].items()
             }
         options = {name: copy.deepcopy(value) for name, value in group.items() if name != "params"}
         indices = list(range(first, len(exported["state"])))

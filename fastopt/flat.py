@@ -167,9 +167,7 @@ class FlatBuffer(Mapping[str, Array]):
 
     def copy(self) -> FlatBuffer:
         """A buffer of the same layout and contents."""
-        buffer = self.zeros_like()
-        buffer.data[...] = self.data
-        return buffer
+        return self.to(self.device)
 
     @property
     def data(self) -> Array:  # noqa: D102 - the class docstring has these

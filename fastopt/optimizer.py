@@ -194,7 +194,7 @@ class Optimizer:
                     flats[name, dtype] = space.zeros(total, np.dtype(dtype), f"{self._name}: state {name!r}")
                 p.states[name] = flats[name, dtype]
                 if start:
-                    p.states[name][p.offset : p.offset + p.extent] = start
+                    space.assign(p.states[name][p.offset : p.offset + p.extent], start)
 
     # --- options -------------------------------------------------------------------------------------------------
 
@@ -340,7 +340,7 @@ class Optimizer:
             torch), "param_groups" (options, "params" as indices, "param_names"), and "optimizer" and "version".
         """
         with self._exclusive("state_dict"):
-            return export_state(self._name, self.param_groups, self.state)
+            return export_state(self._name, self.param_groups, self.state, self._space.copy)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take over step counts, states and options that ``state_dict`` of the same optimizer returned.

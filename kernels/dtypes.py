@@ -5,6 +5,9 @@ from __future__ import annotations
 COMPUTE = {"float32": "float32", "float64": "float64", "float16": "float32", "bfloat16": "float32"}
 """Storage dtype to compute dtype; states are stored in the compute dtype of their parameter."""
 
+CODES = {dtype: code for code, dtype in enumerate(COMPUTE)}
+"""Numbers of the storage dtypes in tables on a GPU."""
+
 ITEMSIZE = {"float32": 4, "float64": 8, "float16": 2, "bfloat16": 2}
 """Bytes of one element."""
 

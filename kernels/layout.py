@@ -39,10 +39,13 @@ COHORT, SIGN, ADAPTS, P_CODE, G_CODE, FIRST_CHUNK, CHUNKS = range(8, 15)
 SEGMENT_WORDS = 16
 """A segment there: its addresses as in "arrays" (that of the gradient is in a list of its own), then these words."""
 
-STEPS, RULE, LR, LR_BYTES, CARRY, OPTIONS = 0, 1, 2, 3, 4, 8
-COHORT_WORDS = 32
+STEPS, RULE, LR, LR_BYTES, CARRY = range(5)
+COHORT_WORDS = 8
 """A cohort: steps taken, number of its rule, address and itemsize of an lr that lives on the device (or 0), the numbers
-that the rule carries, its options."""
+that the rule carries."""
+
+OPTIONS = 24
+"""Numbers that a cohort has room for in the table of options."""
 
 SCALARS = 16
 """Numbers that a cohort has room for in the table of scalars, which exists in float64 and in float32."""

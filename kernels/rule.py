@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from .layout import OPTIONS, SCALARS
+
 MAX_STATES = 6
 """State arrays that a segment has room for."""
 
@@ -52,6 +54,12 @@ class Rule:
             raise TypeError(f"Rule {self.name!r}: the last field of Scalars must be 'ratio', got {fields[-1]!r}.")
         if len(self.state) > MAX_STATES:
             raise ValueError(f"Rule {self.name!r}: at most {MAX_STATES} state arrays, got {len(self.state)}.")
+        for what, room, taken in (
+            ("scalars", SCALARS, len(fields)),
+            ("numbers in its options", OPTIONS, sum(self.options.values())),
+        ):
+            if taken > room:
+                raise ValueError(f"Rule {self.name!r}: at most {room} {what}, got {taken}.")
         unknown = set(self.initial) - set(self.state)
         if unknown:
             raise ValueError(f"Rule {self.name!r}: initial names no state array: {sorted(unknown)}.")

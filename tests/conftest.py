@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import os
 import pathlib
 import sys
 from collections.abc import Callable
 
 import pytest
 
+os.environ.setdefault("NUMBA_ENABLE_CUDASIM", "1")  # before Numba is imported: kernels for CUDA run in its simulator
 sys.path.insert(0, str(pathlib.Path(__file__).parent))  # pytest's importlib mode leaves sys.path alone
 
 from fastopt import _backend, _host_plan, set_num_threads

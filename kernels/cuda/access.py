@@ -12,7 +12,7 @@ from llvmlite import ir
 from numba.core import cgutils
 
 from ..dtypes import COMPUTE, ITEMSIZE
-from ..layout import CARRY, LANES, OPTIONS
+from ..layout import CARRY, LANES
 from ..rule import Rule
 from ..storage import DOUBLE, FLOAT, I32, I64, Storage
 from .toolchain import intrinsic, types
@@ -124,7 +124,7 @@ def add_rows(dtype: str, rows: int) -> Any:
 
 
 def scalars_former(rule: Rule) -> Any:
-    """Intrinsic ``(t, cohort, scalars64, scalars32)``: form the scalars of step t from a cohort's options.
+    """Intrinsic ``(t, cohort, options, scalars64, scalars32)``: form the scalars of step t from a cohort's options.
 
     The rule's own host function is compiled for the device. It finds its options in a dict there, too.
     """
@@ -139,16 +139,16 @@ def scalars_former(rule: Rule) -> Any:
     Carry: Any = _carry_class(rule)
 
     @intrinsic
-    def form(typingctx: Any, t: Any, cohort: Any, scalars64: Any, scalars32: Any) -> Any:
+    def form(typingctx: Any, t: Any, cohort: Any, options: Any, scalars64: Any, scalars32: Any) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            t, cohort, scalars64, scalars32 = args
+            t, cohort, row, scalars64, scalars32 = args
 
-            def number(k: int) -> Any:
-                return builder.load(_at(builder, cohort, ir.Constant(I64, k), DOUBLE))
+            def number(base: Any, k: int) -> Any:
+                return builder.load(_at(builder, base, ir.Constant(I64, k), DOUBLE))
 
-            values, place = [], OPTIONS
+            values, place = [], 0
             for name in names:
-                numbers = [number(place + j) for j in range(rule.options[name])]
+                numbers = [number(row, place + j) for j in range(rule.options[name])]
                 place += len(numbers)
                 kind = kinds[types.literal(name)]
                 values.append(numbers[0] if len(numbers) == 1 else context.make_tuple(builder, kind, numbers))
@@ -159,7 +159,7 @@ def scalars_former(rule: Rule) -> Any:
             else:
                 count = len(Carry._fields)
                 carry_type = types.NamedUniTuple(types.float64, count, Carry)
-                carry = context.make_tuple(builder, carry_type, [number(CARRY + k) for k in range(count)])
+                carry = context.make_tuple(builder, carry_type, [number(cohort, CARRY + k) for k in range(count)])
                 kind = types.Tuple([result, carry_type])(types.int64, options_type, carry_type)
                 both = context.compile_internal(builder, rule.scalars, kind, [t, options, carry])
                 formed, carry = builder.extract_value(both, 0), builder.extract_value(both, 1)
@@ -172,7 +172,7 @@ def scalars_former(rule: Rule) -> Any:
                 builder.store(builder.fptrunc(value, FLOAT), _at(builder, scalars32, index, FLOAT))
             return context.get_dummy_value()
 
-        return types.void(types.int64, types.int64, types.int64, types.int64), codegen
+        return types.void(*[types.int64] * 5), codegen
 
     return form
 

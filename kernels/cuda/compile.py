@@ -16,7 +16,7 @@ from .update import update_loop
 
 INTEGER, REAL = types.int64, types.float64
 UPDATE = types.void(*[INTEGER] * 7)
-PROLOGUE = types.void(*[INTEGER] * 19, REAL, INTEGER, REAL, *[INTEGER] * 4)
+PROLOGUE = types.void(*[INTEGER] * 20, REAL, INTEGER, REAL, *[INTEGER] * 4)
 
 
 def update_ptx(rule: Rule, p: str, g: str) -> str:

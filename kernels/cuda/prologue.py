@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from ..dtypes import COMPUTE
+from ..dtypes import CODES, COMPUTE
 from ..layout import (
     ADAPTS,
     BLOCK,
@@ -39,9 +39,6 @@ from ..layout import (
 from ..rule import Rule
 from .toolchain import THREADS, cuda, types
 
-CODES = {dtype: code for code, dtype in enumerate(COMPUTE)}
-"""Numbers of the storage dtypes in a segment."""
-
 ROWS_AT_ONCE = 16  # independent loads in flight
 
 
@@ -56,7 +53,7 @@ def prologue(rule: Rule, access: Any) -> Callable[..., None]:
     add_lanes = cuda.jit(device=True, inline="always")(_add_lanes)
     form_scalars, trust_ratio = access.scalars_former(rule), access.ratio_caller(rule)
     has_ratio = rule.ratio is not None
-    lr_at = -1 if "lr" not in rule.options else OPTIONS + sum(_before(rule.options, "lr"))
+    lr_at = -1 if "lr" not in rule.options else sum(_before(rule.options, "lr"))
 
     def kernel(
         chunks: Any,
@@ -77,6 +74,7 @@ def prologue(rule: Rule, access: Any) -> Callable[..., None]:
         ratios64: Any,
         ratios32: Any,
         cohorts: Any,
+        options: Any,
         number: Any,  # of this kernel's rule
         multiplier: Any,
         scale: Any,  # address of a float32 loss scale on the device, or 0
@@ -171,10 +169,11 @@ def prologue(rule: Rule, access: Any) -> Callable[..., None]:
                 if word(cohort, RULE) == number:
                     t = word(cohort, STEPS) + 1
                     put_word(cohort, STEPS, t)
+                    row = options + 8 * OPTIONS * c
                     if lr_at >= 0 and word(cohort, LR) != 0:
                         lr = real(word(cohort, LR), 0) if word(cohort, LR_BYTES) == 8 else single(word(cohort, LR), 0)
-                        put_real(cohort, lr_at, lr)
-                    form_scalars(t, cohort, scalars64 + 8 * SCALARS * c, scalars32 + 4 * SCALARS * c)
+                        put_real(row, lr_at, lr)
+                    form_scalars(t, cohort, row, scalars64 + 8 * SCALARS * c, scalars32 + 4 * SCALARS * c)
             cuda.syncthreads()
         if has_ratio:
             gradient_factor = abs(real(header, MULTIPLIER64))

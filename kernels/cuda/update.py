@@ -48,6 +48,8 @@ def update_loop(rule: Rule, p: str, g: str, access: Any, threads: int = THREADS)
         s = word(chunks, 3 * chunk)
         lo = word(chunks, 3 * chunk + 1) + part * (CHUNK // PARTS)
         hi = min(word(chunks, 3 * chunk + 2), lo + CHUNK // PARTS)
+        if hi <= lo:  # the chunk ends before this part of it
+            return
         segment = segments + WORD * SEGMENT_WORDS * s
         pointers = pointers_of(segment, word(gradients, s))
         i = lo + width * cuda.threadIdx.x

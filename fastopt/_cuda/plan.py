@@ -1,0 +1,141 @@
+"""The plan for arrays on a GPU: a launch for the whole model, and one before it where something must be known first."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .._plan import Plan
+from .._step import Request, StepInfo
+from ..kernels.dtypes import COMPUTE
+from ..kernels.rule import Options, Rule
+from .kernels import kernels_of
+from .numbers import DeviceProgress, Numbers
+from .runtime import Function, Runtime
+from .table import NO_JOBS, CudaTable, Jobs, segment_words
+
+_STEPPED = StepInfo()
+
+
+class CudaPlan(Plan):
+    """A plan whose step is put on a stream and not waited for.
+
+    The host forms the scalars of a step and uploads them, as long as it knows the step counts. Where the device decides
+    whether a step is taken (``skip_nonfinite``), or takes steps without the host (``capturable``), the counts move
+    there, and the prologue forms the scalars.
+    """
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._runtime: Runtime = self._space.runtime  # type: ignore[attr-defined]
+        self._kernels = kernels_of(self._runtime)
+        self._rules: list[Rule] = list(dict.fromkeys(c.treatment.rule for c in self.cohorts))
+        self._numbers = Numbers(self._runtime, len(self.cohorts))
+        self._progress = DeviceProgress(self._runtime, self.cohorts, self._rules)
+        self._layers: CudaTable | None = None
+        self._merged: CudaTable | None = None
+        self._table(norms=self._has_ratio)  # a kernel that cannot be had is an error before anything is written
+        self._result: Any = None
+
+    def _table(self, *, norms: bool) -> CudaTable:
+        """One segment per parameter where norms are taken, else one per run."""
+        if norms or not self.flat:
+            if self._layers is None:
+                self._layers = self._build(self._every_parameter)
+            return self._layers
+        if self._merged is None:
+            self._merged = self._build(self._runs)
+        return self._merged
+
+    def _build(self, runs: list[tuple[int, int]]) -> CudaTable:
+        first = [k for k, _ in runs]
+        stored = [(self.parameters[k].dtype, self.dtypes[k].name) for k in first]
+        kernels = [
+            (self._kernels.update(self._rule(k), p, g), COMPUTE[p] == "float64")
+            for k, (p, g) in zip(first, stored, strict=True)
+        ]
+        words = segment_words(
+            self._addresses(runs),
+            cohorts=[self._member[k] for k in first],
+            signs=[self._signs[self.parameters[k].group] for k in first],
+            adapts=[self._adapts(k) for k in first],
+            stored=stored,
+        )
+        sizes = np.array([size for _, size in runs], np.int64)
+        return CudaTable(self._runtime, sizes, words, np.array(first, np.int64), kernels)
+
+    def point_at(self, gradients: NDArray[np.uint64]) -> None:
+        self._gradients = gradients
+
+    def step(self, request: Request, options: Sequence[Options]) -> StepInfo:
+        stream = self._runtime.stream()
+        capturable = any(o.get("capturable") for o in options)
+        if not capturable and self._runtime.capturing(stream):
+            raise RuntimeError("fastopt: a step can be captured into a CUDA graph only with capturable=True.")
+        counts_there = self._progress.there or request.skip_nonfinite or capturable
+        decides = counts_there or request.needs_norm or request.scale_at != 0
+        table = self._table(norms=request.needs_norm or self._has_ratio)
+        prologues = self._prologues(table, request, decides=decides, forms=counts_there)
+        info, result = self._new_info(request, stream, capturable)
+
+        table.point_at(self._gradients, stream)
+        if counts_there:
+            self._progress.bring(options, stream)
+        else:
+            self._numbers.bring(self.cohorts, options, request.multiplier, stream)
+        # Before the launch, after which an interrupt would be raised: the count must not lag behind the parameters.
+        if counts_there:
+            self._progress.advance(stream)
+        else:
+            for cohort in self.cohorts:
+                cohort.advance()
+
+        for number, kernel, jobs in prologues:
+            arguments = (
+                *(table.chunks, table.segments, table.gradients, jobs.address, jobs.count, jobs.arrays),
+                *(table.chunk_count, table.segment_count, len(self.cohorts)),
+                *(table.partials, table.squares, table.counters),
+                *(self._numbers.header, self._numbers.scalars64, self._numbers.scalars32),
+                *(table.ratios64, table.ratios32, self._progress.cohorts, self._progress.options, number),
+                *(request.multiplier, request.scale_at),
+                math.inf if request.max_norm is None else request.max_norm,
+                *(int(request.skip_nonfinite), int(counts_there), int(decides and number == 0), result),
+            )
+            kernel(max(jobs.count, 1), arguments, stream)
+        if decides:
+            self._numbers.forget()
+        for update in table.launches:
+            scalars = self._numbers.scalars64 if update.wide else self._numbers.scalars32
+            ratios = table.ratios64 if update.wide else table.ratios32
+            places = update.chunks, table.segments, table.gradients, self._numbers.header, scalars, ratios
+            update.kernel(update.blocks, (*places, int(request.zero_grads)), stream)
+        return info
+
+    def _prologues(
+        self, table: CudaTable, request: Request, *, decides: bool, forms: bool
+    ) -> list[tuple[int, Function, Jobs]]:
+        """What is launched before the update: number of the rule, kernel, chunks whose squares it sums."""
+        if not decides and not self._has_ratio:
+            return []
+        jobs = table.norm_jobs if request.needs_norm else table.ratio_jobs
+        wanted = [k for k, rule in enumerate(self._rules) if k == 0 or forms or rule.ratio is not None]
+        return [(k, self._kernels.prologue(self._rules[k]), jobs if k == 0 else NO_JOBS) for k in wanted]
+
+    def _new_info(self, request: Request, stream: Any, capturable: bool) -> tuple[StepInfo, int]:
+        """What the step returns, and where the prologue writes the norm and whether the step is skipped."""
+        if not request.needs_norm:
+            return _STEPPED, 0
+        # A graph writes to one place for ever; otherwise every step has its own, so that it can be read much later.
+        if self._result is None or not capturable:
+            self._result = self._runtime.empty(2, np.dtype(np.float64), stream)
+        result, runtime = self._result, self._runtime
+
+        def fetch() -> tuple[bool, float]:
+            norm, skipped = runtime.download(result, stream).tolist()
+            return bool(skipped), norm
+
+        return StepInfo(fetch=fetch), self._space.address(result)

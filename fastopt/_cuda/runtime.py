@@ -1,0 +1,122 @@
+"""Everything that is asked of CuPy once arrays are known: memory, copies, streams, launches, on one device."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .._arrays import Array
+
+NEEDS_CUPY = 'arrays on a GPU need CuPy: pip install "fastopt[cuda12]", or "fastopt[cuda13]" for CUDA 13'
+
+Function = Callable[[int, tuple[Any, ...], Any], None]
+"""A kernel: called with the number of blocks, its arguments (integers and floats) and a stream, it is launched."""
+
+
+@functools.cache
+def cupy() -> Any:
+    """CuPy, imported when the first array on a GPU turns up."""
+    try:
+        import cupy
+    except ImportError as error:
+        raise ImportError(f"fastopt: {NEEDS_CUPY} ({error})") from error
+    return cupy
+
+
+class Runtime:
+    """CuPy on one device, with the current streams of one library: "cupy" or "torch"."""
+
+    def __init__(self, device: int, library: str) -> None:
+        self.device = device
+        self.library = library
+
+    @contextmanager
+    def current(self) -> Iterator[None]:
+        """Makes this device, and the stream that steps go to, CuPy's current ones."""
+        with cupy().cuda.Device(self.device), self.stream():
+            yield
+
+    def stream(self) -> Any:
+        """The current stream of the library whose arrays these are."""
+        if self.library == "torch":
+            pointer = sys.modules["torch"].cuda.current_stream(self.device).cuda_stream
+            return cupy().cuda.ExternalStream(pointer, self.device)
+        return cupy().cuda.get_current_stream(self.device)
+
+    def capturing(self, stream: Any) -> bool:
+        """Whether what is put on the stream goes into a CUDA graph."""
+        # Neither the default stream nor the legacy one can be captured, and asking about the latter is an error.
+        return stream.ptr > 1 and bool(cupy().cuda.runtime.streamIsCapturing(stream.ptr))
+
+    def zeros(self, size: int, dtype: np.dtype[Any]) -> Array:
+        """A new array of zeros."""
+        with self.current():
+            return cupy().zeros(size, dtype)  # type: ignore[no-any-return]
+
+    def free_memory(self) -> tuple[int, int]:
+        """Bytes of the device that are free, and all."""
+        with self.current():
+            free, total = cupy().cuda.runtime.memGetInfo()
+        return int(free), int(total)
+
+    def empty(self, size: int, dtype: np.dtype[Any], stream: Any) -> Array:
+        """A new array for a kernel on this stream to fill."""
+        with cupy().cuda.Device(self.device), stream:
+            return cupy().empty(size, dtype)  # type: ignore[no-any-return]
+
+    def upload(self, array: NDArray[Any]) -> Array:
+        """A copy on the device."""
+        with self.current():
+            return cupy().asarray(array)  # type: ignore[no-any-return]
+
+    def download(self, array: Array, stream: Any = None) -> NDArray[Any]:
+        """A copy in host memory; waits for the stream, by default the current one."""
+        stream = self.stream() if stream is None else stream
+        with cupy().cuda.Device(self.device), stream:
+            return cupy().asnumpy(array)  # type: ignore[no-any-return]
+
+    def assign(self, view: Any, values: Any) -> None:
+        """Copy values, of an array of either memory or a number, into an array on this device."""
+        with self.current():
+            view[...] = cupy().asarray(values) if isinstance(values, np.ndarray) else values
+
+    def copy_of(self, array: Any) -> Array:
+        """A contiguous copy of an array on this device."""
+        with self.current():
+            return array.copy(order="C")  # type: ignore[no-any-return]
+
+    def pinned(self, nbytes: int) -> NDArray[np.uint8]:
+        """Host memory that the device can copy from while the host goes on."""
+        return np.frombuffer(cupy().cuda.alloc_pinned_memory(nbytes), np.uint8, nbytes)
+
+    def copy(self, address: int, source: NDArray[np.uint8], stream: Any) -> Any:
+        """Put a copy from pinned memory on a stream; the result can be waited for with ``synchronize``."""
+        library = cupy().cuda
+        kind = library.runtime.memcpyHostToDevice
+        library.runtime.memcpyAsync(address, source.ctypes.data, source.nbytes, kind, stream.ptr)
+        done = library.Event(disable_timing=True)
+        done.record(stream)
+        return done
+
+    def function(self, path: str, symbol: str, threads: int) -> Function:
+        """The kernel in a PTX file, which the driver translates for this device."""
+        library = cupy()
+        with self.current():
+            try:
+                kernel = library.RawModule(path=path).get_function(symbol).kernel
+            except library.cuda.driver.CUDADriverError as error:
+                raise RuntimeError(
+                    f"fastopt: cuda:{self.device} cannot load {symbol}: {error}. Needed are compute capability 7.5 or "
+                    "newer and a driver for CUDA 11 or newer; `fastopt info` says what is here."
+                ) from error
+
+        def launch(blocks: int, arguments: tuple[Any, ...], stream: Any) -> None:
+            kernel((blocks, 1, 1), (threads, 1, 1), arguments, 0, stream)
+
+        return launch
