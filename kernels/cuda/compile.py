@@ -42,9 +42,15 @@ def _kernels(what: Iterable[str]) -> Iterator[tuple[str, str]]:
 def main() -> None:
     """Compile some kernels of every rule, as CMake asks."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("directory", type=Path, help="where to write the PTX")
-    parser.add_argument("what", nargs="+", help="'prologue', or a pair of storage dtypes such as float32-bfloat16")
+    parser.add_argument("--check", action="store_true", help="only see whether kernels can be compiled here")
+    parser.add_argument("directory", type=Path, nargs="?", help="where to write the PTX")
+    parser.add_argument("what", nargs="*", help="'prologue', or a pair of storage dtypes such as float32-bfloat16")
     args = parser.parse_args()
+    if args.check:
+        update_ptx(RULES["sgd"], "float32", "float32")
+        return
+    if not args.what:
+        parser.error("needed are a directory and what to compile")
     for one in args.what:
         if one != "prologue" and tuple(one.split("-")) not in PAIRS:
             parser.error(f"{one} is neither 'prologue' nor a pair of dtypes that is compiled ahead of time")
