@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,38 +22,48 @@ Array = NDArray[Any]
 ALIGNMENT = 64
 
 
-class Space(Protocol):
+class Space(ABC):
     """A memory that arrays live in: that of the host, or that of one GPU."""
 
     name: str
 
+    @abstractmethod
     def load_kernels(self) -> None:
         """Find what runs kernels here: what is missing is said before anything is built on it."""
 
+    @abstractmethod
     def array(self, array: object, where: str) -> Array:
         """The array itself, or its wrapper in this memory's library, or an error."""
 
+    @abstractmethod
     def parameter(self, array: object, where: str) -> Array:
         """The array as one that can be updated in place, or an error."""
 
+    @abstractmethod
     def gradient(self, array: object, parameter: Array, where: str, write: bool) -> Array:
         """The array as a contiguous gradient of a parameter; a strided one is copied."""
 
+    @abstractmethod
     def plain(self, arrays: list[Any], parameters: list[Array]) -> bool:
         """Whether nothing about any gradient needs a closer look."""
 
+    @abstractmethod
     def address(self, array: Array) -> int:
         """Where the data of a contiguous array begin."""
 
+    @abstractmethod
     def scalar(self, array: Any, where: str) -> int:
         """Address of a float32 array of one element that kernels can read; 0 where its value is to be read now."""
 
+    @abstractmethod
     def zeros(self, size: int, dtype: np.dtype[Any], where: str) -> Array:
         """A new array of zeros that is aligned for every access."""
 
+    @abstractmethod
     def copy(self, array: Array) -> Array:
         """A contiguous copy in this memory."""
 
+    @abstractmethod
     def assign(self, view: Array, values: Any) -> None:
         """Copy values of any memory into an array of this one."""
 
@@ -158,7 +169,7 @@ def first_hit(
     return int(hits[0]) if hits.size else None
 
 
-class Host:
+class Host(Space):
     """The host's memory, and NumPy's arrays in it."""
 
     name = "cpu"

@@ -214,6 +214,9 @@ class Plan(ABC):
     def step(self, request: Request, options: Sequence[Options]) -> StepInfo:
         """Take a step with the options of each group."""
 
+    def upload_options(self, options: Sequence[Options]) -> None:  # noqa: B027 - only for what a device keeps
+        """Bring options to where captured steps find them."""
+
     def forget_weights(self) -> None:  # noqa: B027 - only plans that keep norms have something to forget
         """Somebody else wrote the weights: norms of them that were kept are no longer true."""
 

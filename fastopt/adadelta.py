@@ -27,6 +27,7 @@ class Adadelta(Optimizer):
         eps: Added under both roots, > 0; must not round to zero in float32 (float64 for float64 parameters).
         weight_decay: L2 penalty, >= 0; added to the gradient.
         maximize: Ascend: the gradient is negated before the decay.
+        capturable: The step can be captured into a CUDA graph, see ``fastopt.Optimizer``.
 
     State: ``square_avg`` (v), ``acc_delta`` (u) (float32; float64 for float64 parameters).
 
@@ -56,8 +57,11 @@ class Adadelta(Optimizer):
         weight_decay: float = 0.0,
         *,
         maximize: bool = False,
+        capturable: bool = False,
     ) -> None:
-        super().__init__(params, dict(lr=lr, rho=rho, eps=eps, weight_decay=weight_decay, maximize=maximize))
+        super().__init__(
+            params, dict(lr=lr, rho=rho, eps=eps, weight_decay=weight_decay, maximize=maximize, capturable=capturable)
+        )
 
     def select_rule(self, options: Options) -> Rule:  # noqa: D102 - see Optimizer
         return RULES["adadelta"]

@@ -26,6 +26,7 @@ class Adagrad(Optimizer):
         initial_accumulator_value: Start of the accumulator, >= 0.
         eps: Added to the root, > 0; must not round to zero in float32 (float64 for float64 parameters).
         maximize: Ascend: the gradient is negated before the decay.
+        capturable: The step can be captured into a CUDA graph, see ``fastopt.Optimizer``.
         eps_inside_sqrt: Divide by sqrt(s_t + eps) instead, as TensorFlow, Keras and optax do (their eps is 1e-7 and
             their accumulator starts at 0.1).
 
@@ -64,6 +65,7 @@ class Adagrad(Optimizer):
         eps: float = 1e-10,
         *,
         maximize: bool = False,
+        capturable: bool = False,
         eps_inside_sqrt: bool = False,
     ) -> None:
         defaults = dict(
@@ -73,6 +75,7 @@ class Adagrad(Optimizer):
             initial_accumulator_value=initial_accumulator_value,
             eps=eps,
             maximize=maximize,
+            capturable=capturable,
             eps_inside_sqrt=eps_inside_sqrt,
         )
         super().__init__(params, defaults)

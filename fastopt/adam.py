@@ -29,6 +29,7 @@ class Adam(Optimizer):
         weight_decay: L2 penalty, >= 0; added to the gradient. ``AdamW`` decouples it.
         amsgrad: Use AMSGrad.
         maximize: Ascend: the gradient is negated before the decay.
+        capturable: The step can be captured into a CUDA graph, see ``fastopt.Optimizer``.
         eps_hat: Add eps before the second moment's correction, as the paper's second form, TensorFlow and Keras do:
             lr sqrt(1 - beta2^t) / (1 - beta1^t) m_t / (sqrt(v_t) + eps).
 
@@ -69,6 +70,7 @@ class Adam(Optimizer):
         amsgrad: bool = False,
         *,
         maximize: bool = False,
+        capturable: bool = False,
         eps_hat: bool = False,
     ) -> None:
         defaults = dict(
@@ -78,6 +80,7 @@ class Adam(Optimizer):
             weight_decay=weight_decay,
             amsgrad=amsgrad,
             maximize=maximize,
+            capturable=capturable,
             eps_hat=eps_hat,
         )
         super().__init__(params, defaults)
@@ -101,6 +104,7 @@ class AdamW(Optimizer):
         weight_decay: Decay rate, >= 0, multiplied by lr as in torch.
         amsgrad: Use AMSGrad, as in ``Adam``.
         maximize: Ascend: the gradient is negated.
+        capturable: The step can be captured into a CUDA graph, see ``fastopt.Optimizer``.
         eps_hat: Add eps before the second moment's correction, as in ``Adam``.
         fully_decoupled: Multiply the decay by the schedule only, as the paper does: by lr / initial_lr, where
             initial_lr is the group's lr at the start. Choose weight_decay about lr times smaller then.
@@ -136,6 +140,7 @@ class AdamW(Optimizer):
         amsgrad: bool = False,
         *,
         maximize: bool = False,
+        capturable: bool = False,
         eps_hat: bool = False,
         fully_decoupled: bool = False,
     ) -> None:
@@ -146,6 +151,7 @@ class AdamW(Optimizer):
             weight_decay=weight_decay,
             amsgrad=amsgrad,
             maximize=maximize,
+            capturable=capturable,
             eps_hat=eps_hat,
             fully_decoupled=fully_decoupled,
         )

@@ -29,6 +29,7 @@ class ASGD(Optimizer):
         t0: Step at which averaging begins, >= 0; a_t is w_t until then.
         weight_decay: L2 penalty, >= 0; added to the gradient.
         maximize: Ascend: the gradient is negated before the decay.
+        capturable: The step can be captured into a CUDA graph, see ``fastopt.Optimizer``.
 
     State: ``ax`` (a_t; float32; float64 for float64 parameters) and the numbers ``eta`` and ``mu`` of the next step.
     The averaged parameters are ``opt.state[name]["ax"]``.
@@ -66,8 +67,11 @@ class ASGD(Optimizer):
         weight_decay: float = 0.0,
         *,
         maximize: bool = False,
+        capturable: bool = False,
     ) -> None:
-        defaults = dict(lr=lr, lambd=lambd, alpha=alpha, t0=t0, weight_decay=weight_decay, maximize=maximize)
+        defaults = dict(
+            lr=lr, lambd=lambd, alpha=alpha, t0=t0, weight_decay=weight_decay, maximize=maximize, capturable=capturable
+        )
         super().__init__(params, defaults)
 
     def select_rule(self, options: Options) -> Rule:  # noqa: D102 - see Optimizer

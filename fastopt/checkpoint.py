@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from . import __version__
-from ._arrays import Array, check_array, dtype_of
+from ._arrays import Array, dtype_of, is_array, space_of, to_host
 
 if TYPE_CHECKING:
     from .flat import FlatBuffer
@@ -69,7 +69,7 @@ def save(
 
     Raises:
         CheckpointError: A parameter or a value of the optimizer's state cannot be stored, or safetensors failed to.
-        TypeError: params is or holds something else than NumPy arrays.
+        TypeError: params is or holds something else than arrays.
         ImportError: The package safetensors is missing.
         OSError: The file cannot be written.
 
@@ -83,12 +83,12 @@ def save(
     """
     safetensors = _safetensors()
     named = _named_arrays("save", params)
-    tensors = {f"param.{name}": array for name, array in named.items()}
+    tensors = {f"param.{name}": to_host(array) for name, array in named.items()}
     state_dict = None
     if opt is not None:
         state_dict = opt.state_dict()
         for index, entry in state_dict["state"].items():
-            tensors |= {f"state.{index}.{key}": value for key, value in entry.items() if isinstance(value, np.ndarray)}
+            tensors |= {f"state.{index}.{key}": to_host(value) for key, value in entry.items() if is_array(value)}
     for name, array in tensors.items():
         if array.dtype.name not in _DTYPES.values() or not array.dtype.isnative:
             raise CheckpointError(f"save: {name} is {array.dtype.str} ({array.dtype.name}), which cannot be stored.")
@@ -148,7 +148,7 @@ def load(
     Raises:
         CheckpointError: The file is truncated, damaged, or no checkpoint that this version can read; or it holds
             other names, shapes, dtypes, or another optimizer, than asked for; or a parameter is read-only.
-        TypeError: params is or holds something else than NumPy arrays.
+        TypeError: params is or holds something else than arrays.
         ImportError: The package safetensors is missing, or ml_dtypes for a file that holds bfloat16.
         OSError: The file cannot be read; FileNotFoundError where there is none.
     """
@@ -171,7 +171,7 @@ def load(
             raise CheckpointError(f"load: {path} holds {name!r} of shape {have.shape}, but params has {want.shape}.")
         if have.dtype != want.dtype:
             raise CheckpointError(f"load: {path} holds {name!r} as {have.dtype}, but params has {want.dtype}.")
-        if not want.flags.writeable:
+        if isinstance(want, np.ndarray) and not want.flags.writeable:
             raise CheckpointError(f"load: params[{name!r}] is read-only; a writable array is needed.")
     if opt is not None:
         if state_dict is None:
@@ -181,7 +181,7 @@ def load(
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"load: {path} does not fit opt: {error}") from error
     for name, want in targets.items():
-        want[...] = stored[name]
+        space_of(want, f"load: params[{name!r}]").assign(want, stored[name])
 
 
 def _read(path: str) -> tuple[dict[str, str], dict[str, Array]]:
@@ -242,7 +242,7 @@ def _to_json(state_dict: Mapping[str, Any]) -> str:
         raise CheckpointError(f"save: opt.state_dict() holds {value!r}, which cannot be stored.")
 
     def entries(mapping: Mapping[Any, Any]) -> dict[str, Any]:
-        return {str(key): plain(value) for key, value in mapping.items() if not isinstance(value, np.ndarray)}
+        return {str(key): plain(value) for key, value in mapping.items() if not is_array(value)}
 
     head = entries({key: value for key, value in state_dict.items() if key not in ("state", "param_groups")})
     head["state"] = {str(index): entries(entry) for index, entry in state_dict["state"].items()}
@@ -278,7 +278,7 @@ def _named_arrays(function: str, params: Any) -> dict[str, Array]:
     for name, array in params.items():
         if not isinstance(name, str):
             raise TypeError(f"{function}: the names of params must be strings, got {name!r}.")
-        check_array(array, f"{function}: params[{name!r}]")
+        space_of(array, f"{function}: params[{name!r}]").array(array, f"{function}: params[{name!r}]")
     return dict(params)
 
 

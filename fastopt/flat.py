@@ -107,7 +107,7 @@ class FlatBuffer(Mapping[str, Array]):
         if not isinstance(shapes, Mapping):
             raise TypeError(f"FlatBuffer: shapes must be a mapping from names to shapes, got {shapes!r}.")
         self._layout = Layout.of({name: _checked_shape(name, shape) for name, shape in shapes.items()})
-        self._space = space_called(device, "FlatBuffer: device") if isinstance(device, str) else device
+        self._space = device if isinstance(device, Space) else space_called(device, "FlatBuffer: device")
         self._data = self._space.zeros(self.layout.total, dtype_of(dtype, "FlatBuffer: dtype"), "FlatBuffer")
         self._views = self.layout.views(self.data)
 
@@ -159,7 +159,7 @@ class FlatBuffer(Mapping[str, Array]):
         """A buffer of zeros of the same layout, on the same device, of the same dtype unless another is given."""
         return FlatBuffer(self.shapes, self.dtype if dtype is None else dtype, device=self._space)
 
-    def to(self, device: str) -> FlatBuffer:
+    def to(self, device: str | Space) -> FlatBuffer:
         """A copy on a device: "cpu", "cuda" or "cuda:1"."""
         buffer = FlatBuffer(self.shapes, self.dtype, device=device)
         buffer._space.assign(buffer.data, self.data)
@@ -167,7 +167,7 @@ class FlatBuffer(Mapping[str, Array]):
 
     def copy(self) -> FlatBuffer:
         """A buffer of the same layout and contents."""
-        return self.to(self.device)
+        return self.to(self._space)
 
     @property
     def data(self) -> Array:  # noqa: D102 - the class docstring has these

@@ -37,6 +37,7 @@ class LARS(Optimizer):
             biases) take plain momentum steps **without weight decay**, as in MLPerf. True: all. False: none, and the
             weight decay stays.
         maximize: Ascend: the gradient is negated before the decay.
+        capturable: The step can be captured into a CUDA graph, see ``fastopt.Optimizer``.
         keep_weight_norms: Promise that only this optimizer writes the parameters between steps. Their norms, taken as
             an update writes them, then serve the next step, which need not read them once more: faster, and the same
             bits. After writing parameters all the same call ``weights_written()``, or the next step takes its ratios
@@ -86,6 +87,7 @@ class LARS(Optimizer):
         clip: bool = False,
         adapt: bool | None = None,
         maximize: bool = False,
+        capturable: bool = False,
         keep_weight_norms: bool = False,
     ) -> None:
         defaults = dict(
@@ -99,6 +101,7 @@ class LARS(Optimizer):
             clip=clip,
             adapt=adapt,
             maximize=maximize,
+            capturable=capturable,
             keep_weight_norms=keep_weight_norms,
         )
         super().__init__(params, defaults)

@@ -23,6 +23,7 @@ class Lion(Optimizer):
         betas: Weight of the momentum in the step, and its decay rate, each in [0, 1).
         weight_decay: Decoupled decay rate, >= 0, multiplied by lr; three to ten times larger than AdamW's.
         maximize: Ascend: the gradient is negated.
+        capturable: The step can be captured into a CUDA graph, see ``fastopt.Optimizer``.
 
     State: ``exp_avg`` (float32; float64 for float64 parameters).
 
@@ -51,8 +52,11 @@ class Lion(Optimizer):
         weight_decay: float = 0.0,
         *,
         maximize: bool = False,
+        capturable: bool = False,
     ) -> None:
-        super().__init__(params, dict(lr=lr, betas=betas, weight_decay=weight_decay, maximize=maximize))
+        super().__init__(
+            params, dict(lr=lr, betas=betas, weight_decay=weight_decay, maximize=maximize, capturable=capturable)
+        )
 
     def select_rule(self, options: Options) -> Rule:  # noqa: D102 - see Optimizer
         return RULES["lion"]

@@ -31,6 +31,7 @@ class NAdam(Optimizer):
         momentum_decay: How fast mu_t rises to beta1, >= 0.
         decoupled_weight_decay: Decay as AdamW does.
         maximize: Ascend: the gradient is negated before the decay.
+        capturable: The step can be captured into a CUDA graph, see ``fastopt.Optimizer``.
 
     State: ``exp_avg``, ``exp_avg_sq`` (float32; float64 for float64 parameters) and the number ``mu_product`` (M_t).
 
@@ -68,6 +69,7 @@ class NAdam(Optimizer):
         decoupled_weight_decay: bool = False,
         *,
         maximize: bool = False,
+        capturable: bool = False,
     ) -> None:
         defaults = dict(
             lr=lr,
@@ -77,6 +79,7 @@ class NAdam(Optimizer):
             momentum_decay=momentum_decay,
             decoupled_weight_decay=decoupled_weight_decay,
             maximize=maximize,
+            capturable=capturable,
         )
         super().__init__(params, defaults)
 

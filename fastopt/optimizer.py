@@ -12,7 +12,7 @@ from weakref import ref
 
 import numpy as np
 
-from ._arrays import Array, Space, is_array
+from ._arrays import HOST, Array, Space, is_array
 from ._options import NONNEGATIVE, NORM, SCALE, Range, boolean, check_options, unchanged
 from ._params import GradientReader, Memory, collect
 from ._plan import Parameter, Plan, Progress, Treatment, initial_states
@@ -41,6 +41,10 @@ class Known:
 class Optimizer:
     """Base class: holds parameters and states, and takes steps by the rule that a subclass selects.
 
+    On a GPU the option ``capturable`` makes the device keep step counts, options and scalars, so that a step can be
+    captured into a CUDA graph (after one like it was taken) and replayed. Change options between replays with
+    ``upload_options``.
+
     A subclass declares the ranges of its options in ``ranges``, hands its defaults to ``__init__`` and returns a
     ``fastopt.Rule`` from ``select_rule``. A rule that is not in the library is compiled on first use, which needs Numba
     (``pip install "fastopt[jit]"``).
@@ -48,8 +52,9 @@ class Optimizer:
     Args:
         params: What is optimised: a ``FlatBuffer``, a mapping from names to arrays, a sequence of arrays (named "0",
             "1", ...), or a sequence of param groups, which are dicts with the key "params" (any of the former) and
-            options that replace the defaults. Arrays are C-contiguous, writable NumPy arrays of any shape, of dtype
-            float32, float64, float16 or bfloat16; they are updated in place and never copied or moved.
+            options that replace the defaults. Arrays are C-contiguous, writable arrays of any shape, of dtype
+            float32, float64, float16 or bfloat16; they are updated in place and never copied or moved. They are
+            NumPy's, or on one GPU: CuPy's, or another library's that shares memory by DLPack.
         defaults: Options of the groups that do not give them.
 
     Attributes:
@@ -81,7 +86,12 @@ class Optimizer:
         [0.5, -0.5]
     """
 
-    ranges: ClassVar[Mapping[str, Range]] = {"lr": NONNEGATIVE, "weight_decay": NONNEGATIVE, "maximize": boolean}
+    ranges: ClassVar[Mapping[str, Range]] = {
+        "lr": NONNEGATIVE,
+        "weight_decay": NONNEGATIVE,
+        "maximize": boolean,
+        "capturable": boolean,
+    }
     """Range of each option; a subclass adds its own."""
 
     _space: Space  # where the first group's arrays live, and all others must
@@ -157,6 +167,7 @@ class Optimizer:
             Parameter(name, array, array.size, array.dtype.name, index, offset, end - offset, place, guard=ref(array))
             for (name, array), offset, end, place in zip(arrays.items(), layout.offsets, ends, places, strict=True)
         ]
+        self._check_capturable(checked, space, where)
         space.load_kernels()
         self._allocate(added, layout.total, checked, space)
         self._space = space
@@ -211,6 +222,11 @@ class Optimizer:
         self.check(checked, where)
         return checked
 
+    @staticmethod
+    def _check_capturable(options: Options, space: Space, where: str) -> None:
+        if options.get("capturable") and space is HOST:
+            raise ValueError(f"{where}: capturable=True is for CUDA graphs, but these parameters are in host memory.")
+
     def _current_options(self) -> list[dict[str, Any]]:
         """Options of every group, checked again where somebody changed them."""
         if len(self.param_groups) != len(self._groups):
@@ -225,7 +241,9 @@ class Optimizer:
                 raise ValueError(f'{self._name}: param_groups[{index}]["params"] was replaced. Make a new optimizer.')
             if not unchanged(options, known.seen):
                 self.complete(options)
-                changed.append((known, copy.deepcopy(options), self._normalise(options, known.dtypes, index)))
+                checked = self._normalise(options, known.dtypes, index)
+                self._check_capturable(checked, self._space, f"{self._name}: group {index}")
+                changed.append((known, copy.deepcopy(options), checked))
         for known, seen, checked in changed:  # nothing is taken over before all groups are checked
             self._take_over(known, checked)
             known.seen, known.options = seen, checked
@@ -297,6 +315,21 @@ class Optimizer:
             del alive
             return info
 
+    def upload_options(self) -> None:
+        """Write the options of ``param_groups`` to device memory, where a CUDA graph's next replay finds them.
+
+        Needed only between replays of a graph; ``step`` does it itself. The upload goes to the current stream.
+
+        Raises:
+            TypeError, ValueError: Options that are wrong; nothing was uploaded.
+            RuntimeError: No step was taken yet with ``capturable=True``, or another thread is using this optimizer.
+        """
+        with self._exclusive("upload_options"):
+            options = self._current_options()
+            if self._plan is None or not all(o.get("capturable") for o in options):
+                raise RuntimeError(f"{self._name}.upload_options: no step was taken yet with capturable=True.")
+            self._plan.upload_options(options)
+
     def _plan_for(self, gradients: Any, options: list[dict[str, Any]]) -> Plan:
         plan = self._plan
         if gradients is None and plan is not None:
@@ -356,6 +389,8 @@ class Optimizer:
             where = f"{self._name}.load_state_dict"
             saved = import_state(state_dict, self._name, self.param_groups, where)
             for known, options in zip(self._groups, saved.groups, strict=True):
+                if "capturable" in known.options:  # it is about this machine, not about what was saved
+                    options["capturable"] = known.options["capturable"]
                 options = {**self.defaults, **options}
                 self.complete(options)
                 checked = self._normalise(options, known.dtypes, known.index)

@@ -31,6 +31,7 @@ class RAdam(Optimizer):
         weight_decay: L2 penalty, >= 0; added to the gradient, or a decay rate multiplied by lr where decoupled.
         decoupled_weight_decay: Decay as AdamW does.
         maximize: Ascend: the gradient is negated before the decay.
+        capturable: The step can be captured into a CUDA graph, see ``fastopt.Optimizer``.
 
     State: ``exp_avg``, ``exp_avg_sq`` (float32; float64 for float64 parameters).
 
@@ -66,6 +67,7 @@ class RAdam(Optimizer):
         decoupled_weight_decay: bool = False,
         *,
         maximize: bool = False,
+        capturable: bool = False,
     ) -> None:
         defaults = dict(
             lr=lr,
@@ -74,6 +76,7 @@ class RAdam(Optimizer):
             weight_decay=weight_decay,
             decoupled_weight_decay=decoupled_weight_decay,
             maximize=maximize,
+            capturable=capturable,
         )
         super().__init__(params, defaults)
 

@@ -30,6 +30,7 @@ class RMSprop(Optimizer):
         momentum: Factor on the buffer, in [0, 1]; 0 means no buffer.
         centered: Divide by an estimate of the variance. torch lets rounding take it below zero and returns NaN.
         maximize: Ascend: the gradient is negated before the decay.
+        capturable: The step can be captured into a CUDA graph, see ``fastopt.Optimizer``.
         eps_inside_sqrt: Divide by sqrt(v_t + eps) instead, as TensorFlow does.
 
     State: ``square_avg``, with ``centered`` also ``grad_avg``, with momentum also ``momentum_buffer`` (float32; float64
@@ -71,6 +72,7 @@ class RMSprop(Optimizer):
         centered: bool = False,
         *,
         maximize: bool = False,
+        capturable: bool = False,
         eps_inside_sqrt: bool = False,
     ) -> None:
         defaults = dict(
@@ -81,6 +83,7 @@ class RMSprop(Optimizer):
             momentum=momentum,
             centered=centered,
             maximize=maximize,
+            capturable=capturable,
             eps_inside_sqrt=eps_inside_sqrt,
         )
         super().__init__(params, defaults)

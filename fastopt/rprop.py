@@ -28,6 +28,7 @@ class Rprop(Optimizer):
         etas: Factors on the step size when the sign turns, in (0, 1), and when it stays, > 1.
         step_sizes: Smallest and largest step size, > 0.
         maximize: Ascend: the gradient is negated before the decay.
+        capturable: The step can be captured into a CUDA graph, see ``fastopt.Optimizer``.
 
     State: ``prev`` (the last gradient), ``step_size`` (float32; float64 for float64 parameters).
 
@@ -61,8 +62,11 @@ class Rprop(Optimizer):
         step_sizes: tuple[float, float] = (1e-6, 50.0),
         *,
         maximize: bool = False,
+        capturable: bool = False,
     ) -> None:
-        super().__init__(params, dict(lr=lr, etas=etas, step_sizes=step_sizes, maximize=maximize))
+        super().__init__(
+            params, dict(lr=lr, etas=etas, step_sizes=step_sizes, maximize=maximize, capturable=capturable)
+        )
 
     def check(self, options: Options, where: str) -> None:  # noqa: D102 - see Optimizer
         smallest, largest = options["step_sizes"]

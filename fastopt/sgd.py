@@ -30,6 +30,7 @@ class SGD(Optimizer):
         weight_decay: L2 penalty, >= 0; added to the gradient.
         nesterov: Use Nesterov's momentum; needs momentum > 0 and dampening 0.
         maximize: Ascend: the gradient is negated before the decay.
+        capturable: The step can be captured into a CUDA graph, see ``fastopt.Optimizer``.
         lr_in_momentum: Keep lr inside the buffer, b_t = momentum b_{t-1} + lr d_t and w_t = w_{t-1} - b_t, as papers,
             TensorFlow and MLPerf do. The two differ when lr changes.
 
@@ -71,6 +72,7 @@ class SGD(Optimizer):
         nesterov: bool = False,
         *,
         maximize: bool = False,
+        capturable: bool = False,
         lr_in_momentum: bool = False,
     ) -> None:
         defaults = dict(
@@ -80,6 +82,7 @@ class SGD(Optimizer):
             weight_decay=weight_decay,
             nesterov=nesterov,
             maximize=maximize,
+            capturable=capturable,
             lr_in_momentum=lr_in_momentum,
         )
         super().__init__(params, defaults)

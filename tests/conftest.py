@@ -6,7 +6,8 @@ import functools
 import os
 import pathlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 
@@ -54,3 +55,23 @@ def isa(request: pytest.FixtureRequest, backend: Callable[[str], None]) -> str:
 def always_threaded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Start threads for few elements too, where a step would be serial."""
     monkeypatch.setattr(_host_plan, "SERIAL_BELOW", 1)
+
+
+@pytest.fixture(params=["stand-in", pytest.param("real", marks=pytest.mark.gpu)])
+def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A GPU: a real one where the tests marked gpu run, else the stand-in."""
+    import gpus
+
+    gpus.forget_devices()
+    yield gpus.RealGpu() if request.param == "real" else gpus.StandInGpu(monkeypatch)
+    gpus.forget_devices()
+
+
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A GPU that counts what is asked of it, and that can be made to fail."""
+    import gpus
+
+    gpus.forget_devices()
+    yield gpus.StandInGpu(monkeypatch)
+    gpus.forget_devices()

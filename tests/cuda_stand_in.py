@@ -76,7 +76,7 @@ class StandIn(Runtime):
         return on_device(np.full(size, np.nan, dtype), self.device)
 
     def upload(self, array: NDArray[Any]) -> Any:
-        assert self.graph is None, "a synchronous upload breaks a capture"
+        self.refuse_capture(self.stream())
         return on_device(array, self.device)
 
     def download(self, array: Any, stream: Any = None) -> NDArray[Any]:

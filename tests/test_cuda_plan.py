@@ -1,44 +1,21 @@
 """Optimizers of arrays on a GPU, against the same ones on the CPU, bit for bit.
 
-There is no GPU here: launches go to Numba's simulator (cuda_stand_in.py). test_gpu.py is the same on a real one.
+Without a GPU launches go to Numba's simulator (cuda_stand_in.py); `pytest -m gpu` runs the same tests on a real one.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from cases import CASES, Case
 from compare import DTYPES, build
-from cuda_stand_in import StandIn, on_device, on_host
 
 import fastopt
-from fastopt._cuda import arrays, kernels
 
 SHAPES: dict[str, tuple[int, ...]] = {"w": (5, 7), "b": (3,), "s": (), "none": (0,), "more": (2, 3, 11)}
-
-
-@pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], StandIn]]:
-    """GPUs by number, each made when it is first asked for."""
-    made: dict[int, StandIn] = {}
-
-    def runtime(device: int, library: str = "cupy") -> StandIn:
-        return made.setdefault(device, StandIn(device, library))
-
-    monkeypatch.setattr(arrays, "Runtime", runtime)
-    monkeypatch.setattr(kernels, "ptx_file", lambda rule, symbol, dtypes: Path(f"{symbol}.ptx"))
-    arrays.space.cache_clear()
-    kernels.kernels_of.cache_clear()
-    yield runtime
-    arrays.space.cache_clear()
-    kernels.kernels_of.cache_clear()
-
-
 FEW = {"w": (5, 7), "b": (3,)}  # a block of the prologue is 256 threads, which take the simulator a tenth of a second
 
 ONE_PER_RULE = list({case.rule: case for case in CASES}.values())
@@ -53,50 +30,151 @@ def problem(p: str = "float32", g: str | None = None, *, shapes: Any = SHAPES, s
     return draw(p), [draw(g or p) for _ in range(steps)]
 
 
-def moved(named: dict[str, Any], device: int = 0) -> dict[str, Any]:
-    return {name: on_device(array, device) for name, array in named.items()}
+def moved(gpu: Any, named: dict[str, Any]) -> dict[str, Any]:
+    return {name: gpu.put(array) for name, array in named.items()}
 
 
-def same(on_gpu: Any, params: Any, opt_gpu: Any, opt: Any) -> None:
+def assert_same(gpu: Any, on_gpu: Any, params: Any, opt_gpu: Any, opt: Any) -> None:
     """Parameters, states and step counts are the same, bit for bit."""
     for name, array in params.items():
-        assert on_host(on_gpu[name]).tobytes() == array.tobytes(), name
+        assert gpu.get(on_gpu[name]).tobytes() == array.tobytes(), name
         found, wanted = opt_gpu.state[name], opt.state[name]
         assert found.keys() == wanted.keys()
         for key, value in wanted.items():
             if isinstance(value, np.ndarray):
-                assert on_host(found[key]).tobytes() == value.tobytes(), (name, key)
+                assert gpu.get(found[key]).tobytes() == value.tobytes(), (name, key)
             else:
                 assert found[key] == value, (name, key)
 
 
-def run_both(case: Case, params: Any, grads: Any, **options: Any) -> tuple[Any, Any, Any, Any]:
-    on_gpu = moved(params)
+def run_both(gpu: Any, case: Case, params: Any, grads: Any, **options: Any) -> None:
+    """The same steps on the GPU and on the CPU, with the same outcome."""
+    on_gpu = moved(gpu, params)
     opt_gpu, opt = build(case, on_gpu), build(case, params)
     for gradient in grads:
-        found, wanted = opt_gpu.step(moved(gradient), **options), opt.step(gradient, **options)
-        assert found == wanted
-    return on_gpu, params, opt_gpu, opt
+        assert opt_gpu.step(moved(gpu, gradient), **options) == opt.step(gradient, **options)
+    assert_same(gpu, on_gpu, params, opt_gpu, opt)
 
 
-@pytest.mark.usefixtures("gpu")
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
-def test_every_optimizer_has_the_bits_of_the_cpu(case: Case) -> None:
-    same(*run_both(case, *problem()))
+def test_every_optimizer_has_the_bits_of_the_cpu(gpu: Any, case: Case) -> None:
+    run_both(gpu, case, *problem())
 
 
-@pytest.mark.usefixtures("gpu")
 @pytest.mark.parametrize(("p", "g"), [("float64", "float64"), ("bfloat16", "bfloat16"), ("float32", "float16")])
 @pytest.mark.parametrize("name", ["Adam", "LARS"])
-def test_every_dtype_has_the_bits_of_the_cpu(name: str, p: str, g: str) -> None:
+def test_every_dtype_has_the_bits_of_the_cpu(gpu: Any, name: str, p: str, g: str) -> None:
     case = next(c for c in CASES if c.optimizer == name)
-    same(*run_both(case, *problem(p, g, shapes=FEW, steps=2), max_norm=0.7))
+    run_both(gpu, case, *problem(p, g, shapes=FEW, steps=2), max_norm=0.7)
 
 
-@pytest.mark.usefixtures("gpu")
 @pytest.mark.parametrize("case", ONE_PER_RULE, ids=lambda case: case.id)
-def test_clipping_unscaling_and_skipping_are_decided_on_the_device(case: Case) -> None:
+def test_clipping_unscaling_and_skipping_are_decided_on_the_device(gpu: Any, case: Case) -> None:
     params, grads = problem(shapes=FEW, steps=4)
     grads[0]["w"][2, 2] = math.inf  # the first step is skipped
     grads[2]["b"][0] = -math.inf
-    same(*run_both(case, params, grads, max_norm=0.5, grad_scale=8.0, skip_nonfinite=True))
+    run_both(gpu, case, params, grads, max_norm=0.5, grad_scale=8.0, skip_nonfinite=True)
+
+
+def test_a_flat_buffer_is_one_run(gpu: Any) -> None:
+    params, (gradient, *_) = problem()
+    flat = fastopt.FlatBuffer.from_arrays(params)
+    grads = fastopt.FlatBuffer.from_arrays(gradient)
+    flat_gpu, grads_gpu = (fastopt.FlatBuffer.from_arrays(moved(gpu, x)) for x in (params, gradient))
+    assert (flat_gpu.device, flat_gpu.offsets) == ("cuda:0", flat.offsets)
+    opt, opt_gpu = fastopt.AdamW(flat), fastopt.AdamW(flat_gpu)
+    for _ in range(2):
+        opt.step(grads, zero_grads=True)
+        opt_gpu.step(grads_gpu, zero_grads=True)
+    assert_same(gpu, flat_gpu, flat, opt_gpu, opt)
+    assert gpu.get(flat_gpu.data).tobytes() == flat.data.tobytes()  # the padding, too
+    assert not gpu.get(grads_gpu.data).any()
+
+
+def test_a_nan_norm_leaves_the_padding_of_a_flat_buffer_zero(gpu: Any) -> None:
+    flat = fastopt.FlatBuffer.from_arrays(moved(gpu, {"w": np.ones(3, np.float32), "b": np.ones(3, np.float32)}))
+    grads = fastopt.FlatBuffer.from_arrays(
+        moved(gpu, {"w": np.full(3, np.nan, np.float32), "b": np.ones(3, np.float32)})
+    )
+    fastopt.SGD(flat).step(grads, max_norm=1.0)
+    assert np.isnan(gpu.get(flat["b"])).all()
+    assert gpu.get(flat.data)[3:32].tolist() == [0.0] * 29
+
+
+def test_groups_late_gradients_and_frozen_parameters(gpu: Any) -> None:
+    params, grads = problem(shapes=FEW, steps=4)
+    for gradient in grads[:2]:
+        gradient["b"] = None
+    on_gpu = moved(gpu, params)
+    optimizers = [
+        fastopt.Adam([{"params": {"w": p["w"]}, "lr": 0.1}, {"params": {"b": p["b"]}, "maximize": True}])
+        for p in (on_gpu, params)
+    ]
+    for gradient in grads:
+        optimizers[0].step({name: None if g is None else gpu.put(g) for name, g in gradient.items()})
+        optimizers[1].step(gradient)
+    assert optimizers[1].state["b"]["step"] == 2
+    assert_same(gpu, on_gpu, params, *optimizers)
+
+
+def test_a_loss_scale_on_the_device_is_read_when_the_step_runs(gpu: Any) -> None:
+    params, grads = problem(shapes=FEW, steps=2)
+    on_gpu, scale = moved(gpu, params), gpu.put(np.array([4.0], np.float32))
+    opt_gpu, opt = fastopt.SGD(on_gpu, lr=0.1), fastopt.SGD(params, lr=0.1)
+    for gradient in grads:
+        opt_gpu.step(moved(gpu, gradient), grad_scale=scale)
+        opt.step(gradient, grad_scale=4.0)
+    assert_same(gpu, on_gpu, params, opt_gpu, opt)
+
+
+@pytest.mark.parametrize("zero_grads", [False, True])
+def test_a_skipped_step_only_zeroes_gradients_and_only_where_asked_to(gpu: Any, zero_grads: bool) -> None:
+    params, (gradient,) = problem(shapes=FEW, steps=1)
+    gradient["b"][1] = np.nan
+    on_gpu, grads = moved(gpu, params), moved(gpu, gradient)
+    opt = fastopt.Adam(on_gpu)
+    info = opt.step(grads, skip_nonfinite=True, zero_grads=zero_grads)
+    assert info.skipped
+    assert opt.state["w"]["step"] == 0
+    for name, array in params.items():
+        assert gpu.get(on_gpu[name]).tobytes() == array.tobytes()
+        assert gpu.get(grads[name]).tobytes() == (np.zeros_like(array) if zero_grads else gradient[name]).tobytes()
+
+
+def test_strided_gradients_are_copied(gpu: Any) -> None:
+    params, (gradient,) = problem(shapes=FEW, steps=1)
+    on_gpu = moved(gpu, params)
+    opt, opt_gpu = fastopt.SGD(params), fastopt.SGD(on_gpu)
+    opt.step(gradient)
+    opt_gpu.step({"w": gpu.put(np.ascontiguousarray(gradient["w"].T)).T, "b": gpu.put(gradient["b"])})
+    assert_same(gpu, on_gpu, params, opt_gpu, opt)
+
+
+def test_checkpoints_move_between_cpu_and_gpu(gpu: Any, tmp_path: Any) -> None:
+    params, grads = problem(shapes=FEW, steps=3)
+    on_gpu = moved(gpu, params)
+    opt_gpu, opt = fastopt.NAdam(on_gpu), fastopt.NAdam(params)
+    opt_gpu.step(moved(gpu, grads[0]), skip_nonfinite=True)
+    fastopt.save(tmp_path / "a.safetensors", on_gpu, opt_gpu)
+    fastopt.load(tmp_path / "a.safetensors", params, opt)
+    assert_same(gpu, on_gpu, params, opt_gpu, opt)
+    opt.step(grads[1])
+    opt_gpu.load_state_dict(opt.state_dict())
+    fastopt.save(tmp_path / "b.safetensors", params)
+    fastopt.load(tmp_path / "b.safetensors", on_gpu)
+    opt.step(grads[2])
+    opt_gpu.step(moved(gpu, grads[2]))
+    assert_same(gpu, on_gpu, params, opt_gpu, opt)
+    again = fastopt.NAdam({name: array.copy() for name, array in params.items()})
+    again.load_state_dict(opt_gpu.state_dict())  # arrays on the GPU into a host's
+    assert again.state["w"]["exp_avg"].tobytes() == opt.state["w"]["exp_avg"].tobytes()
+
+
+def test_buffers_move(gpu: Any) -> None:
+    flat = fastopt.FlatBuffer.from_arrays({"w": np.arange(6.0).reshape(2, 3)})
+    there = fastopt.FlatBuffer.from_arrays({"w": gpu.put(flat["w"])})
+    assert there.copy().device == "cuda:0"
+    assert there.to("cpu")["w"].tolist() == flat["w"].tolist()
+    assert flat.to("cuda:0").device == "cuda:0"
+    there["w"] = np.ones((2, 3))
+    assert gpu.get(there["w"]).tolist() == [[1.0] * 3] * 2

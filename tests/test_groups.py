@@ -282,7 +282,7 @@ def test_repr_shows_groups_and_options() -> None:
     opt = fastopt.Lion([{"params": [np.ones(2)]}, {"params": [np.ones(3), np.ones(4)], "lr": 0.5}])
     assert repr(opt) == (
         "Lion (\n"
-        "  group 0: 1 arrays, lr=0.0001, betas=(0.9, 0.99), weight_decay=0.0, maximize=False\n"
-        "  group 1: 2 arrays, lr=0.5, betas=(0.9, 0.99), weight_decay=0.0, maximize=False\n"
+        "  group 0: 1 arrays, lr=0.0001, betas=(0.9, 0.99), weight_decay=0.0, maximize=False, capturable=False\n"
+        "  group 1: 2 arrays, lr=0.5, betas=(0.9, 0.99), weight_decay=0.0, maximize=False, capturable=False\n"
         ")"
     )

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from .._arrays import Array, check_dtype, is_array, on_gpu
+from .._arrays import Array, Space, check_dtype, is_array, on_gpu
 from ..kernels.dtypes import PAIRS
-from .runtime import Runtime, cupy
+from .runtime import Runtime, cupy, devices
 
 
 @functools.cache
@@ -30,12 +30,11 @@ def cuda_space_called(name: object, where: str) -> Cuda:
     found = re.fullmatch(r"cuda(?::(\d+))?", name) if isinstance(name, str) else None
     if not found:
         raise ValueError(f'{where} is {name!r}; needed is "cpu", "cuda", or "cuda:" and a number.')
-    runtime = cupy().cuda.runtime
     try:
-        count = int(runtime.getDeviceCount())
-    except runtime.CUDARuntimeError as error:
+        count, current = devices()
+    except RuntimeError as error:  # CuPy's, of the driver
         raise RuntimeError(f"{where} is {name!r}, but {error}. `fastopt info` says what is missing.") from error
-    device = int(found[1]) if found[1] else int(runtime.getDevice())
+    device = int(found[1]) if found[1] else current
     if device >= count:
         raise ValueError(f"{where} is {name!r}, but the devices are {', '.join(f'cuda:{k}' for k in range(count))}.")
     return space(device)
@@ -57,7 +56,7 @@ def _as_cupy(array: Any, where: str) -> Any:
         raise TypeError(f"{where} cannot be shared with CuPy: {error}.") from error
 
 
-class Cuda:
+class Cuda(Space):
     """The memory of one GPU; what is done there goes through ``runtime``."""
 
     def __init__(self, runtime: Runtime) -> None:

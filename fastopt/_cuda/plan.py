@@ -76,6 +76,8 @@ class CudaPlan(Plan):
         capturable = any(o.get("capturable") for o in options)
         if not capturable and self._runtime.capturing(stream):
             raise RuntimeError("fastopt: a step can be captured into a CUDA graph only with capturable=True.")
+        if capturable and not all(o.get("capturable") for o in options):
+            raise ValueError("fastopt: capturable=True must be set for all param groups or for none.")
         counts_there = self._progress.there or request.skip_nonfinite or capturable
         decides = counts_there or request.needs_norm or request.scale_at != 0
         table = self._table(norms=request.needs_norm or self._has_ratio)
@@ -114,6 +116,9 @@ class CudaPlan(Plan):
             places = update.chunks, table.segments, table.gradients, self._numbers.header, scalars, ratios
             update.kernel(update.blocks, (*places, int(request.zero_grads)), stream)
         return info
+
+    def upload_options(self, options: Sequence[Options]) -> None:
+        self._progress.bring(options, self._runtime.stream())
 
     def _prologues(
         self, table: CudaTable, request: Request, *, decides: bool, forms: bool

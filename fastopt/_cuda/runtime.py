@@ -29,6 +29,12 @@ def cupy() -> Any:
     return cupy
 
 
+def devices() -> tuple[int, int]:
+    """How many GPUs there are, and the number of the current one."""
+    runtime = cupy().cuda.runtime
+    return int(runtime.getDeviceCount()), int(runtime.getDevice())
+
+
 class Runtime:
     """CuPy on one device, with the current streams of one library: "cupy" or "torch"."""
 
@@ -54,6 +60,14 @@ class Runtime:
         # Neither the default stream nor the legacy one can be captured, and asking about the latter is an error.
         return stream.ptr > 1 and bool(cupy().cuda.runtime.streamIsCapturing(stream.ptr))
 
+    def refuse_capture(self, stream: Any) -> None:
+        """Raise where the stream is being captured: a graph would repeat an upload, from memory that has changed."""
+        if self.capturing(stream):
+            raise RuntimeError(
+                "fastopt: a step that is captured into a CUDA graph may upload nothing. Set capturable=True, and take "
+                "a step with the same gradients and options before capturing."
+            )
+
     def zeros(self, size: int, dtype: np.dtype[Any]) -> Array:
         """A new array of zeros."""
         with self.current():
@@ -72,6 +86,7 @@ class Runtime:
 
     def upload(self, array: NDArray[Any]) -> Array:
         """A copy on the device."""
+        self.refuse_capture(self.stream())
         with self.current():
             return cupy().asarray(array)  # type: ignore[no-any-return]
 

@@ -42,11 +42,7 @@ class Staging:
         sent = content.tobytes()
         if sent == self._sent or not sent:
             return False
-        if self._runtime.capturing(stream):
-            raise RuntimeError(
-                "fastopt: a step that is captured into a CUDA graph may upload nothing. Set capturable=True, and take "
-                "a step with the same gradients and options before capturing."
-            )
+        self._runtime.refuse_capture(stream)
         if self._slots is None:
             self._slots = itertools.cycle([_Slot(self._runtime.pinned(self._nbytes)) for _ in range(SLOTS)])
         slot = next(self._slots)

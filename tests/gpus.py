@@ -1,0 +1,60 @@
+"""The GPU that a test runs on: a real one for tests marked gpu, else the stand-in. Tests see no difference."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from fastopt._cuda import arrays, kernels
+
+
+class StandInGpu:
+    """Arrays and launches without a GPU; see cuda_stand_in.py."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        import cuda_stand_in
+
+        self._module = cuda_stand_in
+        self.devices: dict[int, cuda_stand_in.StandIn] = {}
+        monkeypatch.setattr(arrays, "Runtime", self.device)
+        monkeypatch.setattr(arrays, "devices", lambda: (2, 0))
+        monkeypatch.setattr(kernels, "ptx_file", lambda rule, symbol, dtypes: Path(f"{symbol}.ptx"))
+
+    def device(self, number: int = 0, library: str = "cupy") -> Any:
+        """The runtime of a device, which counts what is asked of it."""
+        return self.devices.setdefault(number, self._module.StandIn(number, library))
+
+    def put(self, array: Any, device: int = 0) -> Any:
+        """A copy on the device."""
+        return self._module.on_device(array, device)
+
+    def get(self, array: Any) -> NDArray[Any]:
+        """A copy on the host."""
+        return np.array(self._module.on_host(array))
+
+
+class RealGpu:
+    """The GPU of this machine."""
+
+    def put(self, array: Any, device: int = 0) -> Any:
+        """A copy on the device."""
+        import cupy
+
+        with cupy.cuda.Device(device):
+            return cupy.asarray(array)
+
+    def get(self, array: Any) -> NDArray[Any]:
+        """A copy on the host."""
+        import cupy
+
+        return cupy.asnumpy(array)
+
+
+def forget_devices() -> None:
+    """Make the next optimizer find its device anew."""
+    arrays.space.cache_clear()
+    kernels.kernels_of.cache_clear()
