@@ -10,6 +10,7 @@ import sys
 import time
 
 from . import SGD, FlatBuffer, __version__, _backend
+from ._cuda.info import cuda_facts
 from .kernels.dtypes import PAIRS
 from .kernels.registry import RULES
 
@@ -38,7 +39,7 @@ def facts() -> dict[str, str]:
         "Numba": _optional("numba", "jit", "needed only for rules of your own"),
         "ml_dtypes": _optional("ml_dtypes", "bfloat16", "needed for bfloat16 arrays"),
         "safetensors": _optional("safetensors", "checkpoint", "needed for fastopt.save and fastopt.load"),
-        "CUDA": "no: this version of fastopt has no CUDA kernels yet",
+        **cuda_facts(),
         "memory bandwidth": bandwidth(),
     }
 

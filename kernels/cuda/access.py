@@ -142,6 +142,7 @@ def scalars_former(rule: Rule) -> Any:
     def form(typingctx: Any, t: Any, cohort: Any, options: Any, scalars64: Any, scalars32: Any) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             t, cohort, row, scalars64, scalars32 = args
+            t = builder.sitofp(t, DOUBLE)  # an integer power would be a loop of multiplications, and less exact
 
             def number(base: Any, k: int) -> Any:
                 return builder.load(_at(builder, base, ir.Constant(I64, k), DOUBLE))
@@ -154,13 +155,13 @@ def scalars_former(rule: Rule) -> Any:
                 values.append(numbers[0] if len(numbers) == 1 else context.make_tuple(builder, kind, numbers))
             options = context.make_tuple(builder, options_type, values)
             if Carry is None:
-                kind = result(types.int64, options_type)
+                kind = result(types.float64, options_type)
                 formed = context.compile_internal(builder, rule.scalars, kind, [t, options])
             else:
                 count = len(Carry._fields)
                 carry_type = types.NamedUniTuple(types.float64, count, Carry)
                 carry = context.make_tuple(builder, carry_type, [number(cohort, CARRY + k) for k in range(count)])
-                kind = types.Tuple([result, carry_type])(types.int64, options_type, carry_type)
+                kind = types.Tuple([result, carry_type])(types.float64, options_type, carry_type)
                 both = context.compile_internal(builder, rule.scalars, kind, [t, options, carry])
                 formed, carry = builder.extract_value(both, 0), builder.extract_value(both, 1)
                 for k in range(count):

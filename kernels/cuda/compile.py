@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from ..dtypes import PAIRS, cuda_prologue_symbol, cuda_update_symbol
+from ..dtypes import COMPUTE, PAIRS, cuda_prologue_symbol, cuda_update_symbol
 from ..registry import RULES
 from ..rule import Rule
 from . import access
@@ -21,7 +21,13 @@ PROLOGUE = types.void(*[INTEGER] * 20, REAL, INTEGER, REAL, *[INTEGER] * 4)
 
 def update_ptx(rule: Rule, p: str, g: str) -> str:
     """The update of ``rule`` for parameters stored as ``p`` and gradients stored as ``g``."""
-    return ptx(update_loop(rule, p, g, access), UPDATE, cuda_update_symbol(rule.name, p, g))
+    text = ptx(update_loop(rule, p, g, access), UPDATE, cuda_update_symbol(rule.name, p, g))
+    if COMPUTE[p] == "float32" and ".f64" in text:
+        raise TypeError(
+            f"Rule {rule.name!r} computes in float64 for {p} parameters: a literal such as 0.5 promotes what it touches. "
+            "Put the number into the rule's Scalars."
+        )
+    return text
 
 
 def prologue_ptx(rule: Rule) -> str:

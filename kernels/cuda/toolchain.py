@@ -47,4 +47,5 @@ def ptx(kernel: Callable[..., None], signature: Any, symbol: str) -> str:
         )
     (name,) = re.findall(r"\.entry\s+(\w+)", text)
     text = text.replace(name, symbol)
+    text = re.sub(r"^\.common .*NumbaEnv.*\n", "", text, flags=re.MULTILINE)  # of use to Numba's own launcher only
     return re.sub(r"^\.version .*$", f".version {PTX_VERSION}", text, count=1, flags=re.MULTILINE)

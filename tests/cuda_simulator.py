@@ -1,0 +1,378 @@
+"""Kernels for CUDA in Numba's simulator, over host memory: the functions of kernels/cuda/access.py, and launches.
+
+Addresses are those of NumPy arrays, and so is the arithmetic, which shares nothing with the compiler's. What a GPU
+refuses is refused here, too: an access that is not aligned to its size, or not inside an array that `allow` was told
+of. NUMBA_ENABLE_CUDASIM=1 must be set before Numba is imported (conftest.py does it).
+"""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+import ctypes
+import functools
+import itertools
+import math
+import sys
+import threading
+import types
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from compare import DTYPES
+from fastopt.kernels.cuda.prologue import prologue
+from fastopt.kernels.cuda.toolchain import THREADS, cuda
+from fastopt.kernels.cuda.update import PARTS, update_loop
+from fastopt.kernels.dtypes import CODES, COMPUTE, cuda_prologue_symbol, cuda_update_symbol
+from fastopt.kernels.layout import (
+    ADAPTS,
+    CARRY,
+    CHUNKS,
+    COHORT,
+    COHORT_WORDS,
+    FIRST_CHUNK,
+    G_CODE,
+    GRADIENT,
+    HEADER_WORDS,
+    LANES,
+    MULTIPLIER32,
+    MULTIPLIER64,
+    OPTIONS,
+    P_CODE,
+    PARAMETER,
+    SCALARS,
+    SEGMENT_WORDS,
+    SIGN,
+    SKIP,
+)
+from fastopt.kernels.registry import RULES
+from fastopt.kernels.rule import Rule
+from numba.cuda.core import config
+
+from fastopt._table import Table
+
+if not config.ENABLE_CUDASIM:
+    raise ImportError("cuda_simulator: NUMBA_ENABLE_CUDASIM=1 must be set before Numba is imported.")
+
+Array = npt.NDArray[Any]
+
+UPDATE_THREADS = 8
+"""Threads per block of the update here: enough for every path, and much faster than as many as on a GPU."""
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+
+class BadAccess(AssertionError):
+    """A GPU would have stopped the kernel, or read or written what is not the kernel's."""
+
+
+_allowed: list[tuple[int, float]] = []  # first address of each array and one past the last, sorted
+
+
+def allow(array: Array) -> Array:
+    """Let kernels access an array, as long as this very object lives; the array itself."""
+    start, stop = array.ctypes.data, array.ctypes.data + array.nbytes
+    if array.nbytes:
+        assert array.flags.c_contiguous
+        place = bisect.bisect(_allowed, (start, stop))
+        neighbours = _allowed[max(place - 1, 0) : place + 1]
+        assert all(stop <= other[0] or other[1] <= start for other in neighbours), "a part of it is allowed already"
+        _allowed.insert(place, (start, stop))
+        weakref.finalize(array, _allowed.remove, (start, stop))
+    return array
+
+
+def _is_allowed(address: int, size: int) -> bool:
+    place = bisect.bisect(_allowed, (address, math.inf)) - 1
+    nearest = _allowed[place : place + 1]
+    # The garbage collector may take arrays away meanwhile, in another thread: then every place has changed.
+    return any(
+        start <= address and address + size <= stop for ranges in (nearest, _allowed) for start, stop in [*ranges]
+    )
+
+
+def _at(address: int, dtype: np.dtype[Any], count: int = 1, *, aligned_to: int | None = None) -> Array:
+    """The elements at an address, accessed at once."""
+    size = dtype.itemsize * count
+    if not _is_allowed(address, size):
+        raise BadAccess(f"{size} bytes at {address:#x} are not inside one array")
+    if address % (aligned_to or size):
+        raise BadAccess(f"{size} bytes at {address:#x} are not aligned")
+    return np.frombuffer((ctypes.c_char * size).from_address(address), dtype)
+
+
+# --- kernels/cuda/access.py ------------------------------------------------------------------------------------------
+
+
+def _loader(name: str, result: Callable[[Any], Any]) -> Callable[[int, int], Any]:
+    dtype = np.dtype(name)
+    return lambda address, index: result(_at(address + dtype.itemsize * index, dtype)[0])
+
+
+def _storer(name: str) -> Callable[[int, int, Any], None]:
+    dtype = np.dtype(name)
+
+    def store(address: int, index: int, number: Any) -> None:
+        _at(address + dtype.itemsize * index, dtype)[0] = number
+
+    return store
+
+
+word, put_word = _loader("int64", int), _storer("int64")
+real, put_real = _loader("float64", np.float64), _storer("float64")
+# Next to float64 a float32 becomes float64 in Numba, while NumPy would make float32 of a Python float.
+single, put_single = _loader("float32", np.float64), _storer("float32")
+fresh_real = real
+
+_counting = threading.Lock()
+
+
+def count_up(address: int, index: int) -> int:
+    with _counting:
+        before: int = word(address, index)
+        put_word(address, index, before + 1)
+    return before
+
+
+def scalars_loader(rule: Rule, compute: str) -> Any:
+    dtype, count = DTYPES[compute], len(rule.Scalars._fields)  # type: ignore[attr-defined]
+
+    def load(scalars: int, ratio: int) -> Any:
+        places = [scalars + dtype.itemsize * k for k in range(count)]
+        if rule.ratio is not None:
+            places[-1] = ratio
+        return rule.Scalars(*(_at(place, dtype)[0] for place in places))
+
+    return load
+
+
+def add_rows(dtype: str, rows: int) -> Any:
+    stored = DTYPES[dtype]
+
+    def add(total: float, x: int, i: int) -> float:
+        span = (rows - 1) * LANES + 1
+        elements = _at(x + stored.itemsize * i, stored, span, aligned_to=stored.itemsize)
+        for number in elements[::LANES].astype(np.float64).tolist():
+            total += number * number
+        return total
+
+    return add
+
+
+def scalars_former(rule: Rule) -> Any:
+    counts = rule.options.items()
+
+    def form(t: int, cohort: int, options: int, scalars64: int, scalars32: int) -> None:
+        numbers = (float(real(options, k)) for k in itertools.count())
+        given = {name: next(numbers) if n == 1 else tuple(itertools.islice(numbers, n)) for name, n in counts}
+        if rule.carry is None:
+            scalars = rule.scalars(t, given)
+        else:
+            carry = rule.carry(given)  # for its class
+            carry = type(carry)(*(float(real(cohort, CARRY + k)) for k in range(len(carry))))
+            scalars, carry = rule.scalars(t, given, carry)
+            for k, number in enumerate(carry):
+                put_real(cohort, CARRY + k, number)
+        for k, number in enumerate(scalars):
+            put_real(scalars64, k, number)
+            put_single(scalars32, k, number)
+
+    return form
+
+
+def ratio_caller(rule: Rule) -> Any:
+    if rule.ratio is None:
+        return lambda w_norm, g_norm, scalars: 1.0
+    ratio = in_numpy(rule.ratio)
+
+    def call(w_norm: float, g_norm: float, scalars: int) -> float:
+        h = rule.Scalars(*(real(scalars, k) for k in range(len(rule.Scalars._fields))))  # type: ignore[attr-defined]
+        return float(ratio(np.float64(w_norm), np.float64(g_norm), h))
+
+    return call
+
+
+def in_numpy(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A rule that takes its math from NumPy, which has it under the same names and keeps the dtype."""
+    assert isinstance(function, types.FunctionType)
+    changed: dict[str, Any] = {}
+    for name in function.__code__.co_names:
+        value = function.__globals__.get(name)
+        if value is math:
+            changed[name] = np
+        elif isinstance(value, types.FunctionType):
+            changed[name] = in_numpy(value)
+    names = {**function.__globals__, **changed}
+    return types.FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
+
+
+class Arrays:
+    def __init__(self, rule: Rule, p: str, g: str) -> None:
+        self.compute = DTYPES[COMPUTE[p]]
+        self.dtypes = [DTYPES[p], DTYPES[g]] + [self.compute] * len(rule.state)
+        self.written = [0, *range(2, len(self.dtypes))]
+        self.step = in_numpy(rule.step)
+
+    def _elements(self, pointers: Sequence[int], k: int, i: int, count: int) -> Array:
+        return _at(pointers[k] + self.dtypes[k].itemsize * i, self.dtypes[k], count)
+
+    def pointers_of(self) -> Any:
+        def pointers_of(segment: int, gradient: int) -> tuple[int, ...]:
+            return tuple(gradient if k == GRADIENT else word(segment, k) for k in range(len(self.dtypes)))
+
+        return pointers_of
+
+    def aligned(self, count: int) -> Any:
+        def aligned(pointers: Sequence[int]) -> bool:
+            return not any(x % (count * dtype.itemsize) for x, dtype in zip(pointers, self.dtypes, strict=True))
+
+        return aligned
+
+    def load(self, count: int) -> Any:
+        def load(pointers: Sequence[int], i: int, multiplier: float, h: Any) -> list[tuple[Any, ...]]:
+            values = [self._elements(pointers, k, i, count).astype(self.compute) for k in range(len(self.dtypes))]
+            values[GRADIENT] *= self.compute.type(multiplier)
+            return [(*element, h) for element in zip(*values, strict=True)]
+
+        return load
+
+    def apply(self) -> Any:
+        return lambda elements: [self.step(*arguments) for arguments in elements]
+
+    def store(self, count: int) -> Any:
+        def store(pointers: Sequence[int], i: int, results: Sequence[tuple[Any, ...]]) -> None:
+            for k, values in zip(self.written, zip(*results, strict=True), strict=True):
+                assert {type(value) for value in values} == {self.compute.type}
+                self._elements(pointers, k, i, count)[...] = np.array(values)
+
+        return store
+
+    def clear(self, count: int) -> Any:
+        def clear(pointers: Sequence[int], i: int) -> None:
+            self._elements(pointers, GRADIENT, i, count)[...] = 0
+
+        return clear
+
+
+# --- launches --------------------------------------------------------------------------------------------------------
+
+_launching = threading.Lock()  # the simulator runs one kernel at a time
+
+
+@contextlib.contextmanager
+def _quick_to_switch() -> Iterator[None]:
+    """Python lets a thread run for 5 ms while others wait, and the simulator's own only polls: 4 times as slow."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-4)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
+
+
+def launch(kernel: Callable[..., None], grid: int, args: Sequence[float], threads: int = THREADS) -> None:
+    """Run a kernel, as `update_loop` and `prologue` return them; it is done when this returns."""
+    with _launching, _quick_to_switch():
+        function = cuda.jit(device=True)(kernel)
+
+        def run(*args: Any) -> None:
+            with np.errstate(all="ignore"):  # every thread has a state of its own
+                function(*args)
+
+        cuda.jit(run)[grid, threads](*args)
+
+
+@functools.cache
+def kernel_of(symbol: str) -> tuple[Callable[..., None], int]:
+    """The kernel of this name (kernels/dtypes.py), and with how many threads per block to launch it."""
+    access = sys.modules[__name__]
+    for rule in RULES.values():
+        if symbol == cuda_prologue_symbol(rule.name):
+            return prologue(rule, access), THREADS
+        for p, g in itertools.product(COMPUTE, repeat=2):
+            if symbol == cuda_update_symbol(rule.name, p, g):
+                return update_loop(rule, p, g, access, threads=UPDATE_THREADS), UPDATE_THREADS
+    raise LookupError(f"no kernel is called {symbol}")
+
+
+# --- tables ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Segment:
+    """One array to update, and what the table of segments says of it."""
+
+    arrays: list[Array]  # parameter, gradient, states
+    cohort: int = 0
+    sign: int = 1
+    adapts: bool = False
+
+
+class Tables:
+    """What kernels walk (kernels/layout.py), for some segments."""
+
+    def __init__(self, segments: Sequence[Segment], cohorts: int = 1) -> None:
+        count = len(segments)
+        table = Table([s.arrays[PARAMETER].size for s in segments])
+        self.chunks = allow(table.chunks)
+        self.segments = allow(np.zeros((count, SEGMENT_WORDS), np.int64))
+        self.gradients = allow(np.array([s.arrays[GRADIENT].ctypes.data for s in segments], np.int64))
+        self.header = allow(np.zeros(HEADER_WORDS, np.int64))
+        self.scalars = {name: allow(np.zeros((cohorts, SCALARS), name)) for name in ("float64", "float32")}
+        self.ratios = {name: allow(np.ones(count, name)) for name in ("float64", "float32")}
+        self.partials = allow(np.zeros((2, table.count)))
+        self.squares = allow(np.zeros((2, count)))
+        self.counters = allow(np.zeros(2 * count + 1, np.int64))
+        self.cohorts = allow(np.zeros((cohorts, COHORT_WORDS), np.int64))
+        self.options = allow(np.zeros((cohorts, OPTIONS)))
+        self.result = allow(np.zeros(2))
+        chunks = np.bincount(table.chunks[:, 0], minlength=count)
+        for k, (words, segment) in enumerate(zip(self.segments, segments, strict=True)):
+            words[: len(segment.arrays)] = [a.ctypes.data for a in segment.arrays]
+            words[GRADIENT] = 0  # its address is in a list of its own
+            words[COHORT], words[SIGN], words[ADAPTS] = segment.cohort, segment.sign, segment.adapts
+            words[P_CODE], words[G_CODE] = (CODES[a.dtype.name] for a in segment.arrays[:2])
+            words[FIRST_CHUNK], words[CHUNKS] = chunks[:k].sum(), chunks[k]
+        self.jobs = [(GRADIENT, c) for c in range(table.count)]
+        self.jobs += [(PARAMETER, c) for c, (s, _, _) in enumerate(table.chunks.tolist()) if segments[s].adapts]
+
+    def set_header(self, multiplier: float, *, skip: bool = False) -> None:
+        self.header.view(np.float64)[MULTIPLIER64] = multiplier
+        self.header.view(np.float32)[MULTIPLIER32] = multiplier
+        self.header[SKIP] = skip
+
+    def update(self, kernel: Callable[..., None], compute: str, *, zero: bool, threads: int = UPDATE_THREADS) -> None:
+        """Launch an update over every chunk."""
+        tables = (self.chunks, self.segments, self.gradients, self.header, self.scalars[compute], self.ratios[compute])
+        launch(kernel, PARTS * len(self.chunks), [*(t.ctypes.data for t in tables), zero], threads)
+
+    def prologue(
+        self,
+        kernel: Callable[..., None],
+        *,
+        jobs: Sequence[tuple[int, int]] | None = None,
+        number: int = 0,
+        multiplier: float = 1.0,
+        scale: int = 0,
+        max_norm: float = math.inf,
+        check: bool = False,
+        form: bool = False,
+        decide: bool = True,
+    ) -> None:
+        """Launch a prologue: a block for each chunk whose squares are asked for, or one block if none are."""
+        table = allow(np.array(self.jobs if jobs is None else jobs, np.int64).reshape(-1, 2))
+        arrays = len({(which, self.chunks[chunk, 0]) for which, chunk in table.tolist()})
+        counts = len(table), arrays, len(self.chunks), len(self.segments), len(self.cohorts)
+        sums = self.partials, self.squares, self.counters, self.header
+        formed = self.scalars["float64"], self.scalars["float32"], self.ratios["float64"], self.ratios["float32"]
+        args = [
+            *(t.ctypes.data for t in (self.chunks, self.segments, self.gradients, table)),
+            *counts,
+            *(t.ctypes.data for t in (*sums, *formed, self.cohorts, self.options)),
+            *(number, multiplier, scale, max_norm, check, form, decide, self.result.ctypes.data),
+        ]
+        launch(kernel, max(len(table), 1), args)

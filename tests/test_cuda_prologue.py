@@ -1,0 +1,333 @@
+"""The prologue for CUDA, in Numba's simulator: norms with the bits of the CPU's, and all that follows from them."""
+
+import ctypes
+import functools
+import math
+from types import SimpleNamespace
+
+import cuda_simulator
+import numpy as np
+import pytest
+from cases import CASES, problem
+from compare import DTYPES, assert_same_bits, build, snapshot
+from compare import PARAMETER as PARAMETER_KEY
+from cuda_simulator import Segment, Tables, allow, kernel_of
+from fastopt.kernels.cuda.prologue import prologue
+from fastopt.kernels.cuda.toolchain import THREADS
+from fastopt.kernels.dtypes import COMPUTE, PAIRS, cuda_prologue_symbol, cuda_update_symbol
+from fastopt.kernels.layout import (
+    BLOCK,
+    CARRY,
+    CHUNK,
+    COHORT,
+    GRADIENT,
+    LANES,
+    LR,
+    LR_BYTES,
+    MULTIPLIER32,
+    MULTIPLIER64,
+    PARAMETER,
+    RULE,
+    SKIP,
+    STEPS,
+)
+from fastopt.kernels.registry import RULES
+
+from fastopt import _backend
+from fastopt._table import Table
+
+CASE = {case.rule: case for case in CASES}  # of several the last, which has the most options
+
+SIZES = (1, LANES + 1, 0, BLOCK - 1, CHUNK + BLOCK + LANES + 3)  # around a row, a block and a chunk
+
+
+def kernel(rule="sgd"):
+    return kernel_of(cuda_prologue_symbol(rule))[0]
+
+
+def make_segments(sizes, pairs=PAIRS, *, adapts=True):
+    """Arrays of changing storage dtypes; their numbers differ in size, so that the order of addition matters."""
+    rng = np.random.default_rng(3)
+    segments = []
+    for k, n in enumerate(sizes):
+        values = rng.standard_normal((2, n)) * np.exp(2 * rng.standard_normal((2, n)))
+        arrays = [allow(v.astype(DTYPES[dtype])) for v, dtype in zip(values, pairs[k % len(pairs)], strict=True)]
+        segments.append(Segment(arrays, adapts=adapts and k % 3 != 0))
+    return segments
+
+
+def squares_on_cpu(segments, which):
+    """The table that holds them, as the CPU's kernels fill it."""
+    backend, table = _backend.current(), Table([s.arrays[PARAMETER].size for s in segments])
+    for row, segment in zip(table.segments, segments, strict=True):
+        row["norm"] = [backend.norm_kernel(a.dtype.name) for a in segment.arrays]
+        row["arrays"][:2] = [a.ctypes.data for a in segment.arrays]
+    backend.squares(table, which, 1)
+    return table
+
+
+def multiplier_of(tables):
+    """The gradient multiplier in the header, where float32 must be the other one rounded."""
+    wide = tables.header.view(np.float64)[MULTIPLIER64]
+    np.testing.assert_array_equal(tables.header.view(np.float32)[MULTIPLIER32], np.float32(wide))
+    return wide
+
+
+# --- norms -----------------------------------------------------------------------------------------------------------
+
+
+def check_norms(segments, *, run=None, orders=(None,)):
+    """Every sum must have the bits of the CPU's, in a launch for each order of the jobs."""
+    tables = Tables(segments)
+    weights, grads = squares_on_cpu(segments, PARAMETER), squares_on_cpu(segments, GRADIENT)
+    for jobs in orders:
+        tables.squares[:], tables.partials[:], tables.result[:] = 0.0, np.nan, -1.0
+        tables.prologue(run or kernel(), jobs=jobs, multiplier=0.5)
+        assert tables.squares[GRADIENT].tolist() == grads.segments["squares"][:, GRADIENT].tolist()
+        expected = np.where([s.adapts for s in segments], weights.segments["squares"][:, PARAMETER], 0.0)
+        assert tables.squares[PARAMETER].tolist() == expected.tolist()
+        assert tables.result.tolist() == [math.sqrt(grads.total_squares(GRADIENT)) * 0.5, 0.0]
+        assert not tables.counters.any()
+    assert not tables.header[SKIP]
+    assert multiplier_of(tables) == 0.5
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_squares_and_norm(dtype):
+    check_norms(make_segments(SIZES, [(dtype, dtype)]))
+
+
+def test_more_chunks_than_lanes():
+    check_norms(make_segments([39 * CHUNK + 100], [("float16", "bfloat16")], adapts=False))
+
+
+def test_more_arrays_than_lanes():
+    segments = make_segments([1] * (2 * LANES + 3))
+    tables, table = Tables(segments), squares_on_cpu(segments, GRADIENT)
+    tables.squares[GRADIENT] = table.segments["squares"][:, GRADIENT]
+    tables.prologue(kernel(), jobs=[])
+    assert tables.result[0] == math.sqrt(table.total_squares(GRADIENT))
+
+
+def test_the_order_of_blocks_does_not_matter():
+    segments = make_segments([33, CHUNK + 1, CHUNK + 1, 0, 5])
+    jobs = Tables(segments).jobs
+    check_norms(segments, orders=(jobs[::-1], jobs[1::2] + jobs[::2]))
+
+
+def changed(**functions):
+    """The prologue of SGD with other functions to access memory."""
+    return prologue(RULES["sgd"], SimpleNamespace(**{**vars(cuda_simulator), **functions}))
+
+
+def add_rows_from_the_last(dtype, rows):
+    add = cuda_simulator.add_rows(dtype, 1)
+    return lambda total, x, i: functools.reduce(lambda t, k: add(t, x, i + k * LANES), reversed(range(rows)), total)
+
+
+def test_another_order_of_addition_is_found():
+    with pytest.raises(AssertionError):
+        check_norms(make_segments([BLOCK], adapts=False), run=changed(add_rows=add_rows_from_the_last))
+
+
+def test_a_lost_count_is_found():
+    with pytest.raises(AssertionError):
+        check_norms(make_segments([5, 6], adapts=False), run=changed(count_up=lambda address, index: 0))
+
+
+# --- decisions -------------------------------------------------------------------------------------------------------
+
+
+def tables_with_squares(squares):
+    """Tables whose sum of squares is there already: a launch without jobs takes it."""
+    tables = Tables(make_segments([3]))
+    tables.squares[GRADIENT] = squares
+    return tables
+
+
+@pytest.mark.parametrize("squares", [0.0, 2.0, math.inf, math.nan])
+@pytest.mark.parametrize("max_norm", [0.0, 0.3, 5.0, math.inf])
+def test_clipping(max_norm, squares):
+    tables, multiplier = tables_with_squares(squares), 1 / 3
+    norm = math.sqrt(squares) * multiplier
+    tables.prologue(kernel(), jobs=[], max_norm=max_norm, multiplier=multiplier)
+    np.testing.assert_array_equal(tables.result, [norm, 0.0])
+    if max_norm != math.inf:
+        coefficient = max_norm / (norm + 1e-6)
+        multiplier *= 1.0 if coefficient > 1.0 else coefficient  # NaN stays
+    np.testing.assert_array_equal(multiplier_of(tables), multiplier)
+    assert not tables.header[SKIP]
+
+
+def test_a_loss_scale_on_the_device():
+    tables, scale = tables_with_squares(2.0), allow(np.array([3.0], np.float32))
+    tables.prologue(kernel(), jobs=[], scale=scale.ctypes.data, multiplier=7.0)
+    assert multiplier_of(tables) == 1 / 3
+    assert tables.result[0] == math.sqrt(2.0) * (1 / 3)
+
+
+BAD = [(dtype, value) for dtype in DTYPES for value in (math.inf, math.nan)] + [("float64", 1e200)]
+
+
+@pytest.mark.parametrize(("dtype", "value"), BAD)
+def test_gradients_that_are_not_finite(dtype, value):
+    """Their step is skipped: nothing is formed and no step counted; the one after is taken."""
+    rule, segments = RULES["momentum"], make_segments([40], [(dtype, dtype)], adapts=False)
+    segments[0].arrays[GRADIENT][37] = value
+    tables = Tables(segments)
+    put_cohort(tables, 0, rule, options_of(rule), steps=4)
+    for skipped in (True, False):
+        tables.prologue(kernel(rule.name), check=True, form=True, max_norm=1.0)
+        assert tables.result[1] == tables.header[SKIP] == skipped
+        assert math.isfinite(tables.result[0]) != skipped
+        assert tables.cohorts[0, STEPS] == (4 if skipped else 5)
+        assert tables.scalars["float64"].any() != skipped
+        assert not tables.counters.any()
+        segments[0].arrays[GRADIENT][37] = 1.0
+
+
+# --- scalars and trust ratios ----------------------------------------------------------------------------------------
+
+
+@functools.cache
+def options_of(rule):
+    """The numbers that the rule's case computes with."""
+    group = build(CASE[rule.name], [np.zeros(1)]).param_groups[0]
+    return {name: group[name] for name in rule.options}
+
+
+def put_cohort(tables, c, rule, options, *, number=0, steps=0, lr=None):
+    """Write a cohort into its table; an array `lr` is where the device finds that option."""
+    words = tables.cohorts[c]
+    words[STEPS], words[RULE] = steps, number
+    if lr is not None:
+        words[LR], words[LR_BYTES] = lr.ctypes.data, lr.itemsize
+    numbers = np.hstack([options[name] for name in rule.options])
+    tables.options[c, : len(numbers)] = numbers
+    if rule.carry:
+        carry = rule.carry(options)
+        words.view(np.float64)[CARRY : CARRY + len(carry)] = carry
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+def test_scalars_formed_on_the_device(rule):
+    """Four cohorts: one from its options, two whose lr lies on the device, one of another rule."""
+    options, count = options_of(rule), len(rule.Scalars._fields)
+    rates = [None, allow(np.array([0.1])), allow(np.array([0.1], np.float32))] if "lr" in options else [None] * 3
+    steps = [0, 5, 9]
+    carries = [rule.carry(options) if rule.carry else None for _ in steps]
+    tables = Tables(make_segments([3]), cohorts=4)
+    for c, (taken, lr) in enumerate(zip(steps, rates, strict=True)):
+        put_cohort(tables, c, rule, options, steps=taken, lr=lr)
+    put_cohort(tables, 3, rule, options, number=1)
+    for step in range(1, 4):
+        for lr in rates[1:] if rates[1] is not None else []:
+            lr /= step  # a schedule
+        tables.prologue(kernel(rule.name), jobs=[], decide=False, form=True)
+        for c, (taken, lr) in enumerate(zip(steps, rates, strict=True)):
+            t, given = taken + step, options if lr is None else {**options, "lr": float(lr[0])}
+            if rule.carry:
+                h, carries[c] = rule.scalars(t, given, carries[c])
+            else:
+                h = rule.scalars(t, given)
+            assert tables.cohorts[c, STEPS] == t
+            assert tables.scalars["float64"][c, :count].tolist() == list(h)
+            assert tables.scalars["float32"][c, :count].tolist() == np.array(h, np.float32).tolist()
+        assert tables.cohorts[3, STEPS] == 0
+        assert not tables.scalars["float64"][3].any()
+
+
+def ratio_on_cpu(rule, w_norm, g_norm, h):
+    kind = ctypes.CFUNCTYPE(ctypes.c_double, ctypes.c_double, ctypes.c_double, ctypes.c_void_p)
+    return kind(_backend.current().ratio_kernel(rule))(w_norm, g_norm, h.ctypes.data)
+
+
+def check_ratios(tables, rule, adapting, factor):
+    """The ratio of each layer has the bits of the CPU's; of others it is what it was, one."""
+    expected = np.ones(len(tables.segments))
+    for s in adapting:
+        w_norm, g_norm = np.sqrt(tables.squares[:, s]).tolist()
+        h = tables.scalars["float64"][tables.segments[s, COHORT]]
+        expected[s] = ratio_on_cpu(rule, w_norm, factor * g_norm, h)
+    assert tables.ratios["float64"].tolist() == expected.tolist()
+    assert tables.ratios["float32"].tolist() == expected.astype(np.float32).tolist()
+
+
+@pytest.mark.parametrize("rule", [rule for rule in RULES.values() if rule.ratio], ids=lambda rule: rule.name)
+@pytest.mark.parametrize("form", [False, True])
+def test_trust_ratios(rule, form):
+    # More arrays than threads; cohort 1 belongs to another rule.
+    segments = make_segments([1] * (THREADS + 20))
+    for k, segment in enumerate(segments):
+        segment.cohort = k % 5 == 0
+    tables = Tables(segments, cohorts=2)
+    tables.squares[:] = np.random.default_rng(1).exponential(size=tables.squares.shape)
+    tables.squares[PARAMETER, 4] = tables.squares[GRADIENT, 7] = 0.0  # of layers that adapt
+    put_cohort(tables, 0, rule, options_of(rule), number=2)
+    put_cohort(tables, 1, rule, options_of(rule), number=1)
+    if not form:
+        tables.scalars["float64"][0, : len(rule.Scalars._fields)] = rule.scalars(1, options_of(rule))
+    tables.prologue(kernel(rule.name), jobs=[], number=2, multiplier=-0.7, form=form)
+    check_ratios(tables, rule, [k for k, s in enumerate(segments) if s.adapts and not s.cohort], 0.7)
+
+
+def test_a_second_launch_for_another_rule():
+    """It takes the header as the first launch left it, and norms, too."""
+    rules, segments = (RULES["adam"], RULES["lars"]), make_segments([40, 50, 60])
+    for segment, cohort in zip(segments, (1, 0, 1), strict=True):
+        segment.cohort, segment.adapts = cohort, cohort == 1
+    tables = Tables(segments, cohorts=2)
+    for c, rule in enumerate(rules):
+        put_cohort(tables, c, rule, options_of(rule), number=c)
+    for skipped in (False, True):
+        tables.prologue(kernel("adam"), form=True, check=True, max_norm=0.5)
+        before = tables.header.tobytes(), tables.result.tobytes()
+        tables.prologue(kernel("lars"), number=1, jobs=[], decide=False, form=True, max_norm=0.1)
+        assert (tables.header.tobytes(), tables.result.tobytes()) == before
+        assert tables.header[SKIP] == skipped
+        assert tables.cohorts[:, STEPS].tolist() == [1, 1]
+        if not skipped:
+            check_ratios(tables, rules[1], [0, 2], abs(multiplier_of(tables)))
+        segments[1].arrays[GRADIENT][:] = np.nan
+
+
+# --- whole steps -----------------------------------------------------------------------------------------------------
+
+WHOLE = {
+    "momentum": PAIRS[5],
+    "amsgradw": PAIRS[1],
+    "nadam": PAIRS[2],
+    "asgd": PAIRS[3],
+    "lars": PAIRS[0],
+}
+
+
+@pytest.mark.parametrize(("rule", "pair"), WHOLE.items(), ids=WHOLE)
+def test_steps_are_those_of_the_optimizer(rule, pair):
+    """Prologue and update, clipped, unscaled and zeroed, against the optimizer's steps; the second is skipped."""
+    case, rule, shapes = CASE[rule], RULES[rule], {"a": (3, 11), "b": (1, 70)}
+    params, steps = problem(np.random.default_rng(2), shapes, DTYPES[pair[0]], 3, grad_dtype=DTYPES[pair[1]])
+    steps[1]["b"][0, 69] = np.inf
+    own, grads = ({name: allow(a.copy()) for name, a in arrays.items()} for arrays in (params, steps[0]))
+    opt = build(case, params)
+    sign = -1 if opt.param_groups[0].get("maximize") else 1
+    states = {name: {k: allow(opt.state[name][k].copy()) for k in rule.state} for name in shapes}
+    segments = [
+        Segment([own[name], grads[name], *states[name].values()], sign=sign, adapts=rule.ratio is not None)
+        for name in shapes
+    ]
+    tables = Tables(segments)
+    put_cohort(tables, 0, rule, options_of(rule))
+    for k, given in enumerate(steps):
+        for name, gradient in given.items():
+            grads[name][...] = gradient
+        info = opt.step(given, grad_scale=8.0, max_norm=2.0, skip_nonfinite=True, zero_grads=True)
+        tables.prologue(kernel(rule.name), form=True, check=True, max_norm=2.0, multiplier=1 / 8)
+        update, _ = kernel_of(cuda_update_symbol(rule.name, *pair))
+        tables.update(update, COMPUTE[pair[0]], zero=True)
+        assert tables.result.tolist() == [info.grad_norm, info.skipped]
+        assert info.skipped == (k == 1)
+        assert not any(gradient.any() for gradient in grads.values())
+        got = {name: {PARAMETER_KEY: own[name], "step": int(tables.cohorts[0, STEPS]), **states[name]} for name in own}
+        want = {n: {key: v for key, v in s.items() if key in got[n]} for n, s in snapshot(params, opt).items()}
+        assert_same_bits(got, want, rule.name)

@@ -1,0 +1,272 @@
+"""The updates for CUDA, in Numba's simulator: the bits of the CPU's, and nothing touched beyond them."""
+
+import dataclasses
+import functools
+import itertools
+from types import SimpleNamespace
+
+import cuda_simulator
+import numpy as np
+import pytest
+from cases import CASES, gradients, parameters
+from compare import DTYPES, PARAMETER, assert_same_bits, build
+from cuda_simulator import UPDATE_THREADS, BadAccess, Segment, Tables, allow, kernel_of
+from fastopt.kernels.cuda.toolchain import THREADS
+from fastopt.kernels.cuda.update import PARTS, update_loop
+from fastopt.kernels.dtypes import COMPUTE, PAIRS, cuda_update_symbol
+from fastopt.kernels.layout import CHUNK, GRADIENT, SIGN
+from fastopt.kernels.registry import RULES
+
+from fastopt import _backend
+from fastopt._table import Table
+
+CASE = {case.rule: case for case in CASES}  # of several the last, which has the most options
+ALIGNMENT = 16
+GUARD = 4 * ALIGNMENT  # bytes before and after every array
+UNTOUCHED = 0xA5
+
+# Around the vectors of 4 (float64: 2) elements, and 64 (32): two vectors of each of 8 threads.
+SIZES = (0, 1, 2, 3, 4, 5, 7, 8, 31, 33, 63, 64, 95, 131)
+SPECIAL = (np.nan, np.inf, -np.inf, 1e-40, -5e-324, 3e38, -1e308)  # subnormal or infinite in one dtype or another
+
+every_rule = pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+every_pair = pytest.mark.parametrize("pair", PAIRS, ids="-".join)
+
+
+# --- data ------------------------------------------------------------------------------------------------------------
+
+
+def place(values, shift=0):
+    """A copy that begins `shift` elements after a multiple of 16 bytes, between bytes that nobody may touch."""
+    memory = np.full(values.nbytes + 2 * GUARD + ALIGNMENT, UNTOUCHED, np.uint8)
+    start = GUARD + -(memory.ctypes.data + GUARD) % ALIGNMENT + shift * values.itemsize
+    array = memory[start : start + values.nbytes].view(values.dtype)
+    array[...] = values
+    return allow(array)
+
+
+def surroundings(array):
+    """The bytes before and after a placed array."""
+    start = array.ctypes.data - array.base.ctypes.data
+    return np.concatenate([array.base[:start], array.base[start + array.nbytes :]])
+
+
+@functools.cache
+def scalars(rule):
+    """What a rule computes with in each cohort: what its case does, and numbers of which none is 0 or 1 by chance."""
+    options = build(CASE[rule.name], [np.zeros(1)]).param_groups[0]
+    formed = rule.scalars(3, options, rule.carry(options))[0] if rule.carry else rule.scalars(3, options)
+    constants = {"zero": 0.0, "one": 1.0}
+    return np.array([formed, [constants.get(name, 0.3 + 0.05 * k) for k, name in enumerate(formed._fields)]])
+
+
+def make_values(rng, pair, n, states, *, special=True):
+    """Parameter, gradient and states of one array; states are not negative, since many of them are squares."""
+    (p,) = parameters(rng, {"": (n,)}, DTYPES[pair[0]]).values()
+    (g,) = gradients(rng, {"": (n,)}, DTYPES[pair[1]], tiny=1e-15).values()
+    if special and n > 30:
+        with np.errstate(over="ignore"):
+            p[n - 2 * len(SPECIAL) :: 2], g[n - 3 * len(SPECIAL) :: 3] = SPECIAL, SPECIAL
+    more = [abs(gradients(rng, {"": (n,)}, DTYPES[COMPUTE[pair[0]]])[""]) for _ in range(states)]
+    return [p, g, *more]
+
+
+def make_segments(rule, pair, sizes=SIZES, **options):
+    """One segment for each size, of changing cohort and sign, then some with an array that is not aligned."""
+    rng = np.random.default_rng(7)
+    kinds = [(n, None, 0) for n in sizes] + [(33, k, 1) for k in range(2 + len(rule.state))] + [(33, 0, 2), (33, 1, 2)]
+    treatments = itertools.cycle([(0, 1), (0, -1), (1, 1), (1, -1)])  # cohort and sign
+    segments = []
+    for (n, moved, shift), treatment in zip(kinds, treatments, strict=False):
+        values = make_values(rng, pair, n, len(rule.state), **options)
+        segments.append(Segment([place(v, shift * (k == moved)) for k, v in enumerate(values)], *treatment))
+    return segments
+
+
+def copied(segments):
+    """The same again elsewhere, aligned to nothing, for the CPU."""
+    return [dataclasses.replace(s, arrays=[a.copy() for a in s.arrays]) for s in segments]
+
+
+# --- the update on both ----------------------------------------------------------------------------------------------
+
+
+def ratios(rule, segments):
+    return np.linspace(0.3, 1.7, len(segments)) if rule.ratio else np.ones(len(segments))
+
+
+def update_on_cpu(rule, pair, segments, multiplier, zero):
+    backend, table = _backend.current(), Table([s.arrays[GRADIENT].size for s in segments])
+    kernel, h = backend.update_kernel(rule, *pair), scalars(rule)
+    for row, segment, ratio in zip(table.segments, segments, ratios(rule, segments), strict=True):
+        row["update"], row["scalars"] = kernel, h[segment.cohort].ctypes.data
+        row["arrays"][: len(segment.arrays)] = [a.ctypes.data for a in segment.arrays]
+        row["own"] = segment.sign * multiplier, ratio, zero
+    backend.update(table, 1)
+
+
+def update_on_cuda(
+    rule, pair, segments, multiplier, zero, *, kernel=None, threads=UPDATE_THREADS, skip=False, change=None
+):
+    tables = Tables(segments, len(scalars(rule)))
+    for dtype in ("float64", "float32"):
+        tables.scalars[dtype][:, : scalars(rule).shape[1]] = scalars(rule)
+        tables.ratios[dtype][:] = ratios(rule, segments)
+    tables.set_header(multiplier, skip=skip)
+    if change:
+        change(tables)
+    kernel = kernel or kernel_of(cuda_update_symbol(rule.name, *pair))[0]
+    tables.update(kernel, COMPUTE[pair[0]], zero=zero, threads=threads)
+
+
+def snapshot(rule, segments):
+    keys = (PARAMETER, "gradient", *rule.state)
+    return {f"segment {k}": dict(zip(keys, s.arrays, strict=True)) for k, s in enumerate(segments)}
+
+
+def assert_same(rule, segments, expected):
+    assert_same_bits(snapshot(rule, segments), snapshot(rule, expected), rule.name)
+    for array in itertools.chain.from_iterable(s.arrays for s in segments):
+        assert (surroundings(array) == UNTOUCHED).all()
+
+
+def check(rule, pair, segments, *, multiplier=1 / 3, zeros=(False, True), **options):
+    """Take one step for each of `zeros` on both, and compare everything."""
+    expected = copied(segments)
+    for zero in zeros:
+        update_on_cpu(rule, pair, expected, multiplier, zero)
+        update_on_cuda(rule, pair, segments, multiplier, zero, **options)
+        assert_same(rule, segments, expected)
+
+
+# --- tests -----------------------------------------------------------------------------------------------------------
+
+
+@every_rule
+@every_pair
+def test_every_rule_has_the_bits_of_the_cpu(rule, pair):
+    check(rule, pair, make_segments(rule, pair))
+
+
+@every_pair
+@pytest.mark.parametrize("rule", ["sgd", "amsgradw"])
+def test_parts_of_a_chunk(rule, pair):
+    part = CHUNK // PARTS
+    check(RULES[rule], pair, make_segments(RULES[rule], pair, [part - 1, part + 3]), zeros=(True,))
+
+
+@pytest.mark.parametrize("threads", [UPDATE_THREADS, THREADS])
+@pytest.mark.parametrize(("rule", "pair"), [("adamw", PAIRS[0]), ("sgd", PAIRS[-1]), ("lion", PAIRS[1])])
+def test_more_than_a_chunk(rule, pair, threads):
+    rule = RULES[rule]
+    kernel = update_loop(rule, *pair, cuda_simulator, threads=threads)
+    check(rule, pair, make_segments(rule, pair, [CHUNK + 5]), zeros=(True,), kernel=kernel, threads=threads)
+
+
+@pytest.mark.parametrize("multiplier", [np.nan, np.inf, 0.0, 1e-40, 1e30])
+@pytest.mark.parametrize("pair", PAIRS[:3], ids="-".join)
+def test_multipliers_that_are_not_ordinary(pair, multiplier):
+    rule = RULES["adam"]
+    check(rule, pair, make_segments(rule, pair, [5, 33], special=False), multiplier=multiplier, zeros=(False,))
+
+
+@every_pair
+@pytest.mark.parametrize("zero", [False, True])
+def test_a_skipped_step_only_zeroes_gradients(pair, zero):
+    rule = RULES["momentum"]
+    segments = make_segments(rule, pair)
+    expected = copied(segments)
+    for segment in expected if zero else []:
+        segment.arrays[GRADIENT][:] = 0
+    update_on_cuda(rule, pair, segments, 1.0, zero, skip=True)
+    assert_same(rule, segments, expected)
+
+
+# --- negative controls -----------------------------------------------------------------------------------------------
+
+
+def momentum_upwards(p, g, b, h):
+    b = h.mu * b + h.inner * (g + h.weight_decay * p)
+    return p + h.outer * b, b
+
+
+def momentum_in_another_order(p, g, b, h):
+    b = h.inner * (h.weight_decay * p + g) + h.mu * b
+    return p - b * h.outer, b
+
+
+def momentum_with_another_sum(p, g, b, h):
+    b = (h.mu * b + h.inner * g) + h.inner * (h.weight_decay * p)
+    return p - h.outer * b, b
+
+
+def check_momentum(step=RULES["momentum"].step, pair=PAIRS[0], sizes=SIZES, access=cuda_simulator, **options):
+    """The update of momentum with another step or access against the CPU's."""
+    rule = RULES["momentum"]
+    changed = update_loop(dataclasses.replace(rule, step=step), *pair, access, threads=UPDATE_THREADS)
+    check(rule, pair, make_segments(rule, pair, sizes), kernel=changed, **options)
+
+
+@pytest.mark.parametrize("step", [momentum_upwards, momentum_with_another_sum])
+@every_pair
+def test_a_wrong_rule_is_found(step, pair):
+    with pytest.raises(AssertionError, match="differs in"):
+        check_momentum(step, pair)
+
+
+def test_operands_may_be_swapped():
+    """It is the mistake, not the change, that the test before finds."""
+    check_momentum(momentum_in_another_order)
+
+
+def one_element_more(tables):
+    tables.chunks[:, 2] += 1
+
+
+def the_last_element_left_out(tables):
+    tables.chunks[:, 2] -= 1
+
+
+def the_neighbours_gradient(tables):
+    tables.gradients[:] = np.roll(tables.gradients, 1)
+
+
+def without_signs(tables):
+    tables.segments[:, SIGN] = 1
+
+
+@pytest.mark.parametrize("change", [the_last_element_left_out, the_neighbours_gradient, without_signs])
+def test_a_wrong_table_is_found(change):
+    with pytest.raises(AssertionError, match="differs in"):
+        check_momentum(sizes=[33, 33], change=change)
+
+
+class AlwaysAligned(cuda_simulator.Arrays):
+    def aligned(self, count):
+        return lambda pointers: True
+
+
+def test_a_vector_that_is_not_aligned_is_found():
+    with pytest.raises(BadAccess, match="are not aligned"):
+        check_momentum(access=SimpleNamespace(**{**vars(cuda_simulator), "Arrays": AlwaysAligned}))
+
+
+def test_an_access_beyond_the_end_is_found():
+    with pytest.raises(BadAccess, match="not inside one array"):
+        check_momentum(change=one_element_more)
+
+
+class CutsInsteadOfRounding(cuda_simulator.Arrays):
+    def store(self, count):
+        store = super().store(count)
+
+        def cut(parameter, *states):
+            return ((np.array(parameter).view(np.uint32) & 0xFFFF_0000).view(np.float32)[()], *states)
+
+        return lambda pointers, i, results: store(pointers, i, [cut(*r) for r in results])
+
+
+def test_a_wrong_rounding_is_found():
+    access = SimpleNamespace(**{**vars(cuda_simulator), "Arrays": CutsInsteadOfRounding})
+    with pytest.raises(AssertionError, match="differs in"):
+        check_momentum(pair=("bfloat16", "bfloat16"), access=access)
