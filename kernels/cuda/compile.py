@@ -24,8 +24,8 @@ def update_ptx(rule: Rule, p: str, g: str) -> str:
     text = ptx(update_loop(rule, p, g, access), UPDATE, cuda_update_symbol(rule.name, p, g))
     if COMPUTE[p] == "float32" and ".f64" in text:
         raise TypeError(
-            f"Rule {rule.name!r} computes in float64 for {p} parameters: a literal such as 0.5 promotes what it touches. "
-            "Put the number into the rule's Scalars."
+            f"Rule {rule.name!r} computes in float64 for {p} parameters: a literal such as 0.5 promotes what it "
+            "touches. Put the number into the rule's Scalars."
         )
     return text
 

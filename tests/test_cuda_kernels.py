@@ -1,0 +1,113 @@
+"""Where kernels for GPUs come from: the package, a cache, or Numba at first use. No GPU is needed to compile them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from fastopt.kernels.registry import RULES
+from refusal import refused
+
+from fastopt._cuda import kernels
+from fastopt._cuda.runtime import Runtime
+
+COMPILE = """
+import math, time
+from typing import NamedTuple
+import fastopt
+from fastopt._cuda import kernels
+from fastopt.kernels.dtypes import cuda_prologue_symbol, cuda_update_symbol
+from fastopt.kernels.registry import RULES
+
+kernels.prebuilt_folder = lambda: None
+class Scalars(NamedTuple):
+    lr: float
+def update(rule, *dtypes):
+    return kernels.ptx_file(rule, cuda_update_symbol(rule.name, *dtypes), dtypes)
+def prologue(rule):
+    return kernels.ptx_file(rule, cuda_prologue_symbol(rule.name), ())
+"""
+
+
+def run(program: str, cache: Path, **environment: str) -> str:
+    """What a process without the simulator prints."""
+    inherited = {name: value for name, value in os.environ.items() if name != "NUMBA_ENABLE_CUDASIM"}
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE + program],
+        env={**inherited, "FASTOPT_CACHE_DIR": str(cache), **environment},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_a_rule_of_the_package_is_compiled_once_for_all_processes(tmp_path: Path) -> None:
+    program = "print(update(RULES['sgd'], 'float32', 'float16')); print(prologue(RULES['sgd']))"
+    paths = [Path(line) for line in run(program, tmp_path).splitlines()]
+    assert [path.name for path in paths] == ["fastopt_cuda_sgd_float32_float16.ptx", "fastopt_cuda_prologue_sgd.ptx"]
+    for path in paths:
+        assert path.parent.parent == tmp_path
+        assert f".entry {path.stem}(" in path.read_text()
+    paths[0].write_text("as it was left")
+    assert run(program, tmp_path).splitlines() == [str(path) for path in paths]
+    assert paths[0].read_text() == "as it was left"
+    assert {path.suffix for path in paths[0].parent.iterdir()} == {".ptx"}  # nothing half-written
+
+
+def test_an_own_rule_is_compiled_by_each_process(tmp_path: Path) -> None:
+    program = """
+def sign(p, g, h):
+    return (p - math.copysign(h.lr, g),)
+mine = fastopt.Rule("sgd", sign, Scalars, lambda t, o: Scalars(o["lr"]), options={"lr": 1})
+path = update(mine, "float32", "float32")
+print(path, prologue(mine).is_file(), ".entry fastopt_cuda_sgd_float32_float32(" in path.read_text())
+"""
+    path, *found = run(program, tmp_path).split()
+    assert found == ["True", "True"]
+    assert not Path(path).exists()  # it went with the process
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_rule_that_computes_in_another_dtype_is_refused(tmp_path: Path) -> None:
+    program = """
+def half(p, g, h):
+    return (p - 0.5 * h.lr * g,)
+mine = fastopt.Rule("half", half, Scalars, lambda t, o: Scalars(o["lr"]))
+try:
+    update(mine, "float32", "float32")
+except TypeError as error:
+    print(error)
+"""
+    assert "Rule 'half' computes in float64 for float32 parameters" in run(program, tmp_path)
+
+
+def test_without_numbas_cuda_package_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(kernels, "prebuilt_folder", lambda: None)
+    monkeypatch.setattr(kernels, "cache_folder", lambda: tmp_path)
+    monkeypatch.setitem(sys.modules, "fastopt.kernels.cuda.compile", None)
+    with refused(ImportError, "fastopt_cuda_adam_float32_float32", 'pip install "fastopt[cuda12]"'):
+        kernels.ptx_file(RULES["adam"], "fastopt_cuda_adam_float32_float32", ("float32", "float32"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_driver_that_refuses_the_ptx_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    class DriverError(RuntimeError):
+        pass
+
+    def refuse(path: str) -> Any:
+        raise DriverError("CUDA_ERROR_UNSUPPORTED_PTX_VERSION")
+
+    fake: Any = SimpleNamespace(
+        RawModule=refuse, cuda=SimpleNamespace(driver=SimpleNamespace(CUDADriverError=DriverError))
+    )
+    monkeypatch.setattr("fastopt._cuda.runtime.cupy", lambda: fake)
+    runtime = Runtime(0, "cupy")
+    monkeypatch.setattr(runtime, "current", lambda: __import__("contextlib").nullcontext())
+    with refused(RuntimeError, "cuda:0", "UNSUPPORTED_PTX_VERSION", "compute capability 7.5", "driver for CUDA 11"):
+        runtime.function("adam.ptx", "adam", 256)
