@@ -12,6 +12,7 @@ from numba.core.extending import intrinsic
 
 from . import reductions
 from .dtypes import COMPUTE, ITEMSIZE
+from .layout import BLOCK as REDUCED
 from .layout import LANES
 from .reductions import take_sum
 from .rule import Rule
@@ -66,7 +67,7 @@ def cpu_loop(rule: Rule, p: str, g: str, features: Features) -> Callable[..., fl
             if sums:  # row by row in the order of reductions.py, while the parameters are in registers or nearly so
                 for i in range(start, start + BLOCK, LANES):
                     add_row(lanes, pointers[0], i)
-                if (start + BLOCK - lo) % reductions.BLOCK == 0:
+                if (start + BLOCK - lo) % REDUCED == 0:
                     total += take(lanes)
         for i in range(tail, hi):
             store(pointers, i, step(*load(pointers, i, multiplier, h)))

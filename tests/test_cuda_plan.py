@@ -141,6 +141,16 @@ def test_a_skipped_step_only_zeroes_gradients_and_only_where_asked_to(gpu: Any, 
         assert gpu.get(grads[name]).tobytes() == (np.zeros_like(array) if zero_grads else gradient[name]).tobytes()
 
 
+def test_a_step_without_any_gradient(gpu: Any) -> None:
+    w = gpu.put(np.ones(3, np.float32))
+    opt = fastopt.Adam([w])
+    assert opt.step([None]) == (False, None)
+    assert opt.step([None], max_norm=1.0, skip_nonfinite=True) == (False, 0.0)
+    assert opt.state["0"]["step"] == 0
+    opt.step([gpu.put(np.ones(3, np.float32))])
+    assert opt.state["0"]["step"] == 1
+
+
 def test_strided_gradients_are_copied(gpu: Any) -> None:
     params, (gradient,) = problem(shapes=FEW, steps=1)
     on_gpu = moved(gpu, params)

@@ -10,7 +10,7 @@ import numpy as np
 
 from .._arrays import Array, Space, check_dtype, is_array, on_gpu
 from ..kernels.dtypes import PAIRS
-from .runtime import Runtime, cupy, devices
+from .runtime import Runtime, address, cupy, devices
 
 
 @functools.cache
@@ -116,8 +116,8 @@ class Cuda(Space):
             and all([a.flags.c_contiguous and a.device.id == self.runtime.device for a in arrays])  # noqa: C419
         )
 
-    def address(self, array: Any) -> int:
-        return int(array.data.ptr)
+    def address(self, array: Array) -> int:
+        return address(array)
 
     def scalar(self, array: Any, where: str) -> int:
         if not on_gpu(array):

@@ -23,7 +23,7 @@ from ..kernels.layout import (
     WORD,
 )
 from ..kernels.rule import Options, Rule
-from .runtime import Runtime
+from .runtime import Runtime, address
 from .staging import Staging
 
 
@@ -41,7 +41,7 @@ class Numbers:
         self._numbers64 = numbers64.view(np.float64).reshape(cohorts, SCALARS)
         self._numbers32 = numbers32.view(np.float32).reshape(cohorts, SCALARS)
         self._device: Any = runtime.upload(self._content)
-        self.header = int(self._device.data.ptr)
+        self.header = address(self._device)
         self.scalars64, self.scalars32 = (self.header + int(end) for end in ends)
         self._staging = Staging(runtime, self.header, self._content.nbytes)
 
@@ -72,7 +72,7 @@ class DeviceProgress:
         self._options = np.zeros((len(cohorts), OPTIONS))
         self._device: Any = runtime.upload(self._words)
         self._device_options: Any = runtime.upload(self._options)
-        self.cohorts, self.options = int(self._device.data.ptr), int(self._device_options.data.ptr)
+        self.cohorts, self.options = address(self._device), address(self._device_options)
         self._words_staging = Staging(runtime, self.cohorts, self._words.nbytes)
         self._options_staging = Staging(runtime, self.options, self._options.nbytes)
 

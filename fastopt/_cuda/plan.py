@@ -98,7 +98,7 @@ class CudaPlan(Plan):
 
         for number, kernel, jobs in prologues:
             arguments = (
-                *(table.chunks, table.segments, table.gradients, jobs.address, jobs.count, jobs.arrays),
+                *(table.chunks, table.segments, table.gradients, jobs.address, jobs.chunks, jobs.arrays),
                 *(table.chunk_count, table.segment_count, len(self.cohorts)),
                 *(table.partials, table.squares, table.counters),
                 *(self._numbers.header, self._numbers.scalars64, self._numbers.scalars32),
@@ -107,7 +107,7 @@ class CudaPlan(Plan):
                 math.inf if request.max_norm is None else request.max_norm,
                 *(int(request.skip_nonfinite), int(counts_there), int(decides and number == 0), result),
             )
-            kernel(max(jobs.count, 1), arguments, stream)
+            kernel(max(jobs.chunks, 1), arguments, stream)
         if decides:
             self._numbers.forget()
         for update in table.launches:
@@ -134,6 +134,8 @@ class CudaPlan(Plan):
         """What the step returns, and where the prologue writes the norm and whether the step is skipped."""
         if not request.needs_norm:
             return _STEPPED, 0
+        if not self.parameters:  # nobody has a gradient
+            return StepInfo(False, 0.0), 0
         # A graph writes to one place for ever; otherwise every step has its own, so that it can be read much later.
         if self._result is None or not capturable:
             self._result = self._runtime.empty(2, np.dtype(np.float64), stream)

@@ -35,6 +35,21 @@ def devices() -> tuple[int, int]:
     return int(runtime.getDeviceCount()), int(runtime.getDevice())
 
 
+def address(array: Any) -> int:
+    """Where the data of a contiguous array begin."""
+    return int(array.data.ptr)
+
+
+class _TorchStream:
+    """PyTorch's current stream, by the protocol through which CuPy takes streams of others."""
+
+    def __init__(self, device: int) -> None:
+        self.pointer = int(sys.modules["torch"].cuda.current_stream(device).cuda_stream)
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self.pointer
+
+
 class Runtime:
     """CuPy on one device, with the current streams of one library: "cupy" or "torch"."""
 
@@ -51,8 +66,7 @@ class Runtime:
     def stream(self) -> Any:
         """The current stream of the library whose arrays these are."""
         if self.library == "torch":
-            pointer = sys.modules["torch"].cuda.current_stream(self.device).cuda_stream
-            return cupy().cuda.ExternalStream(pointer, self.device)
+            return cupy().cuda.Stream.from_external(_TorchStream(self.device))
         return cupy().cuda.get_current_stream(self.device)
 
     def capturing(self, stream: Any) -> bool:

@@ -24,7 +24,7 @@ from ..kernels.layout import (
     SIGN,
     WORD,
 )
-from .runtime import Function, Runtime
+from .runtime import Function, Runtime, address
 from .staging import Staging
 
 
@@ -41,7 +41,7 @@ class Jobs(NamedTuple):
     """A list of chunks whose squares are summed: where it lies, how long it is, how many arrays it completes."""
 
     address: int
-    count: int
+    chunks: int
     arrays: int
 
 
@@ -90,9 +90,9 @@ class CudaTable:
         self.ratios32 = self._address(np.ones(len(sizes), np.float32))
 
     def _address(self, array: NDArray[Any]) -> int:
-        on_device: Any = self._runtime.upload(np.ascontiguousarray(array))
+        on_device = self._runtime.upload(np.ascontiguousarray(array))
         self._kept.append(on_device)
-        return int(on_device.data.ptr)
+        return address(on_device)
 
     def point_at(self, gradients: NDArray[np.uint64], stream: Any) -> bool:
         """Have the gradients taken from these addresses; whether that had to be uploaded."""

@@ -33,7 +33,7 @@ def _loader(element: ir.Type, result: Any) -> Any:
     @intrinsic
     def load(typingctx: Any, address: Any, index: Any) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            return builder.load(_at(builder, *args, element))
+            return builder.load(_at(builder, args[0], args[1], element))
 
         return result(types.int64, types.int64), codegen
 
@@ -62,7 +62,7 @@ def count_up(typingctx: Any, address: Any, index: Any) -> Any:
     """Add one to a word, as one of many blocks; the value before."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        place = _at(builder, *args, I64)
+        place = _at(builder, args[0], args[1], I64)
         return builder.atomic_rmw("add", place, ir.Constant(I64, 1), "monotonic")
 
     return types.int64(types.int64, types.int64), codegen
@@ -75,7 +75,7 @@ def fresh_real(typingctx: Any, address: Any, index: Any) -> Any:
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         kind = ir.FunctionType(DOUBLE, [I64])  # NVVM knows no atomic or volatile loads
         load = ir.InlineAsm(kind, "ld.volatile.global.f64 $0, [$1];", "=d,l,~{memory}", side_effect=True)
-        return builder.call(load, [builder.ptrtoint(_at(builder, *args, DOUBLE), I64)])
+        return builder.call(load, [builder.ptrtoint(_at(builder, args[0], args[1], DOUBLE), I64)])
 
     return types.float64(types.int64, types.int64), codegen
 
