@@ -53,6 +53,9 @@ class StandIn(Runtime):
         self.graph: list[Any] | None = None  # what is captured
         self.room = 2**40
 
+    def selected(self) -> contextlib.AbstractContextManager[Any]:
+        return contextlib.nullcontext()
+
     @contextlib.contextmanager
     def current(self) -> Iterator[None]:
         yield

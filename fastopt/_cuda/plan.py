@@ -72,6 +72,10 @@ class CudaPlan(Plan):
         self._gradients = gradients
 
     def step(self, request: Request, options: Sequence[Options]) -> StepInfo:
+        with self._runtime.selected():
+            return self._step(request, options)
+
+    def _step(self, request: Request, options: Sequence[Options]) -> StepInfo:
         stream = self._runtime.stream()
         capturable = any(o.get("capturable") for o in options)
         if not capturable and self._runtime.capturing(stream):
@@ -118,7 +122,8 @@ class CudaPlan(Plan):
         return info
 
     def upload_options(self, options: Sequence[Options]) -> None:
-        self._progress.bring(options, self._runtime.stream())
+        with self._runtime.selected():
+            self._progress.bring(options, self._runtime.stream())
 
     def _prologues(
         self, table: CudaTable, request: Request, *, decides: bool, forms: bool

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import numpy as np
@@ -57,10 +57,14 @@ class Runtime:
         self.device = device
         self.library = library
 
+    def selected(self) -> AbstractContextManager[Any]:
+        """Makes this device CuPy's current one."""
+        return cupy().cuda.Device(self.device)  # type: ignore[no-any-return]
+
     @contextmanager
     def current(self) -> Iterator[None]:
         """Makes this device, and the stream that steps go to, CuPy's current ones."""
-        with cupy().cuda.Device(self.device), self.stream():
+        with self.selected(), self.stream():
             yield
 
     def stream(self) -> Any:
@@ -95,7 +99,7 @@ class Runtime:
 
     def empty(self, size: int, dtype: np.dtype[Any], stream: Any) -> Array:
         """A new array for a kernel on this stream to fill."""
-        with cupy().cuda.Device(self.device), stream:
+        with self.selected(), stream:
             return cupy().empty(size, dtype)  # type: ignore[no-any-return]
 
     def upload(self, array: NDArray[Any]) -> Array:
@@ -107,7 +111,7 @@ class Runtime:
     def download(self, array: Array, stream: Any = None) -> NDArray[Any]:
         """A copy in host memory; waits for the stream, by default the current one."""
         stream = self.stream() if stream is None else stream
-        with cupy().cuda.Device(self.device), stream:
+        with self.selected(), stream:
             return cupy().asnumpy(array)  # type: ignore[no-any-return]
 
     def assign(self, view: Any, values: Any) -> None:

@@ -79,13 +79,13 @@ class CudaTable:
         self.segments, self.chunks = self._address(words), self._address(chunks)
         self.gradients = self._address(np.zeros(len(sizes), np.uint64))
         self._staging = Staging(runtime, self.gradients, WORD * len(sizes))
-        # One launch for each kernel: nearly always there is one kernel, and its chunks are all there are.
+        # One launch for each kernel: nearly always there is one. Backwards, so that the update begins with what the
+        # prologue read last, which is still in the second-level cache.
         self.launches: list[Launch] = []
         for kernel, wide in dict.fromkeys(kernels):
-            mine = np.array([k is kernel for k, _ in kernels])[chunks[:, 0]]
-            if mine.any():
-                place = self.chunks if mine.all() else self._address(chunks[mine])
-                self.launches.append(Launch(kernel, wide, int(mine.sum()) << PARTS_BITS, place))
+            mine = chunks[np.array([k is kernel for k, _ in kernels])[chunks[:, 0]]]
+            if len(mine):
+                self.launches.append(Launch(kernel, wide, len(mine) << PARTS_BITS, self._address(mine[::-1])))
         self.ratios64 = self._address(np.ones(len(sizes)))
         self.ratios32 = self._address(np.ones(len(sizes), np.float32))
 
@@ -130,7 +130,8 @@ class CudaTable:
             chunk = np.flatnonzero(wanted[self._chunks[:, 0]])
             jobs.append(np.stack([np.full(len(chunk), which), chunk], axis=1))
             arrays += int((wanted & (self._words[:, CHUNKS] > 0)).sum())
-        table = np.concatenate(jobs).astype(np.int64)
+        table = np.concatenate(jobs)
+        table = table[np.argsort(table[:, 1], kind="stable")]  # chunk by chunk, for the cache's sake
         return Jobs(self._address(table), len(table), arrays)
 
 
