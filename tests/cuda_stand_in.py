@@ -1,4 +1,5 @@
-"""A GPU without one: arrays are CuPy's own, over host memory, and kernels run in Numba's simulator.
+"""A GPU without one: arrays are CuPy's own, over host memory, and kernels run in Numba's simulator, or, where that is
+off (NUMBA_ENABLE_CUDASIM=0), compiled for the CPU.
 
 Only what needs a driver is stood in for, which is what fastopt/_cuda/runtime.py asks of CuPy.
 """
@@ -12,12 +13,30 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import cuda_simulator
 import cupy
 import numpy as np
+from numba.cuda.core import config
 from numpy.typing import NDArray
 
 from fastopt._cuda.runtime import Function, Runtime
+
+if config.ENABLE_CUDASIM:
+    from cuda_simulator import allow, kernel_of, launch
+
+    def run(symbol: str, blocks: int, arguments: tuple[Any, ...]) -> None:
+        """Launch a kernel; it is done when this returns."""
+        kernel, threads = kernel_of(symbol)
+        launch(kernel, blocks, arguments, threads)
+else:
+    import cuda_compiled
+
+    def allow(array: NDArray[Any]) -> NDArray[Any]:
+        """Compiled code cannot be kept from reading anything."""
+        return array
+
+    def run(symbol: str, blocks: int, arguments: tuple[Any, ...]) -> None:
+        """Launch a kernel; it is done when this returns."""
+        cuda_compiled.kernel_of(symbol).launch(blocks, arguments)
 
 
 def on_device(array: Any, device: int = 0) -> Any:
@@ -26,7 +45,7 @@ def on_device(array: Any, device: int = 0) -> Any:
     memory = np.zeros(values.nbytes + 512, np.uint8)
     start = -memory.ctypes.data % 256
     memory[start : start + values.nbytes] = values.reshape(-1).view(np.uint8)
-    cuda_simulator.allow(memory)
+    allow(memory)
     block = cupy.cuda.UnownedMemory(memory.ctypes.data + start, max(values.nbytes, 1), memory, device)
     return cupy.ndarray(values.shape, values.dtype, cupy.cuda.MemoryPointer(block, 0))
 
@@ -103,16 +122,15 @@ class StandIn(Runtime):
 
     def function(self, path: str, symbol: str, threads: int) -> Function:
         assert Path(path).stem.startswith(symbol)
-        kernel, simulated_threads = cuda_simulator.kernel_of(symbol)
 
         def launch(blocks: int, arguments: tuple[Any, ...], stream: Any) -> None:
             assert all(type(x) in (int, float) for x in arguments), arguments
             self.launches.append(symbol)
             self.blocks.append(blocks)
             if self.graph is not None:
-                self.graph.append(lambda: cuda_simulator.launch(kernel, blocks, arguments, simulated_threads))
+                self.graph.append(lambda: run(symbol, blocks, arguments))
             else:
-                cuda_simulator.launch(kernel, blocks, arguments, simulated_threads)
+                run(symbol, blocks, arguments)
 
         return launch
 

@@ -1,0 +1,156 @@
+"""The LLVM IR of CUDA kernels, as NVVM is given it, compiled for the CPU instead, and run by real threads.
+
+The simulator runs the Python loops; this runs what the compiler makes of them: vector accesses, conversions, the
+rule's own functions compiled for the device. A block is as many POSIX threads as on a GPU, blocks follow one another.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import llvmlite.binding as llvm
+from fastopt.kernels.cuda import compile as compiler
+from fastopt.kernels.cuda.toolchain import THREADS
+from fastopt.kernels.dtypes import COMPUTE, cuda_prologue_symbol, cuda_update_symbol
+from fastopt.kernels.registry import RULES
+from numba.cuda.cudadrv import nvvm
+
+# What a GPU has in hardware or NVIDIA's library, and a CPU under other names.
+HOST = {
+    r'"llvm.nvvm.barrier0"\(\)': '"pthread_barrier_wait"(i8* @block)',
+    r'"__nv_pow"': '"pow"',
+    r'"__nv_sqrt"': '"llvm.sqrt.f64"',
+    r'"__nv_sqrtf"': '"llvm.sqrt.f32"',
+    r'"__nv_fabs"': '"llvm.fabs.f64"',
+    r'"__nv_fabsf"': '"llvm.fabs.f32"',
+    r'"__nv_fmax"': '"llvm.maxnum.f64"',
+}
+LIBRARIES = {"pthread_barrier_wait": ("i32 (i8*)", "libc.so.6"), "pow": ("double (double, double)", "libm.so.6")}
+LOAD = re.compile(r'%"(\S+)" = call double asm sideeffect "ld\.volatile\.global\.f64[^(]*\(i64 (%\S+)\)')
+FINITE = """
+define i32 @"__nv_isfinited"(double %x) {
+  %d = fsub double %x, %x
+  %f = fcmp ord double %d, %d
+  %i = zext i1 %f to i32
+  ret i32 %i
+}
+"""
+
+
+class _Captured(Exception):
+    """Carries the IR out of the compiler, which need not go on."""
+
+
+def _ir(symbol: str) -> list[str]:
+    """The modules that NVVM would get for a kernel."""
+
+    def capture(modules: Any, **options: Any) -> None:
+        assert options["fma"] == 0
+        raise _Captured([modules] if isinstance(modules, str) else modules)
+
+    original, nvvm.compile_ir = nvvm.compile_ir, capture
+    try:
+        for rule in RULES.values():
+            if symbol == cuda_prologue_symbol(rule.name):
+                compiler.prologue_ptx(rule)
+            for p in COMPUTE:
+                for g in COMPUTE:
+                    if symbol == cuda_update_symbol(rule.name, p, g):
+                        compiler.update_ptx(rule, p, g)
+    except _Captured as captured:
+        modules: list[str] = captured.args[0]
+        return modules
+    finally:
+        nvvm.compile_ir = original
+    raise LookupError(f"no kernel is called {symbol}")
+
+
+def _for_host(text: str) -> str:
+    text = re.sub(r"^(target|!nvvm|@\"llvm.used\").*$", "", text, flags=re.MULTILINE)
+    for name, place in (("tid", "%of_block"), ("ctaid", "%of_grid")):
+        text = re.sub(rf'call i32 @"llvm\.nvvm\.read\.ptx\.sreg\.{name}\.x"\(\)', f"add i32 0, {place}", text)
+        text = re.sub(rf'call i32 @"llvm\.nvvm\.read\.ptx\.sreg\.{name}\.[yz]"\(\)', "add i32 0, 0", text)
+    text = re.sub(r'^.*(call|declare) void @"llvm\.nvvm\.membar\.gl"\(\).*$', "", text, flags=re.MULTILINE)
+    text = re.sub(r"^declare .*(nvvm|__nv_isfinited).*$", "", text, flags=re.MULTILINE)
+    text = LOAD.sub(r'%"\1.at" = inttoptr i64 \2 to double*\n  %"\1" = load volatile double, double* %"\1.at"', text)
+    for pattern, replacement in HOST.items():
+        text = re.sub("@" + pattern, "@" + replacement, text)
+    for name, (kind, library) in LIBRARIES.items():  # by address: the JIT linker does not find them all by name
+        address = ctypes.cast(getattr(ctypes.CDLL(library), name), ctypes.c_void_p).value
+        text = re.sub(rf'call \w+ @"{name}"', f"call {kind} inttoptr (i64 {address} to {kind}*)", text)
+    return re.sub(r"addrspace\([13]\) ?", "", text.replace("addrspacecast", "bitcast"))
+
+
+def _with_entry(text: str) -> str:
+    """Adds the barrier, and a function of one pointer to words: the thread, its block, the arguments of the kernel."""
+    match = re.search(r'define void @("[^"]+")\(([^)]*)\)', text)
+    assert match
+    name, parameters = match[1], [p.split()[0] for p in match[2].split(",")]
+    text = text.replace(match[0], f"define void @{name}(i32 %of_block, i32 %of_grid, {match[2]})")
+    lines, passed = ["define i8* @entry(i8* %raw) {", "  %words = bitcast i8* %raw to i64*"], []
+    for k, kind in enumerate(["i32", "i32", *parameters]):
+        lines.append(f"  %at{k} = getelementptr i64, i64* %words, i64 {k}")
+        lines.append(f"  %word{k} = load i64, i64* %at{k}")
+        change = {"i64": "bitcast i64 %word{} to i64", "i32": "trunc i64 %word{} to i32"}.get(
+            kind, "bitcast i64 %word{} to double"
+        )
+        lines.append(f"  %value{k} = {change.format(k)}")
+        passed.append(f"{kind} %value{k}")
+    lines += [f"  call void @{name}({', '.join(passed)})", "  ret i8* null", "}"]
+    barrier = ["@block = global i8 0", FINITE]
+    return "\n".join([text.replace("@block", "bitcast ([64 x i8]* @block to i8*)"), *lines, *barrier]).replace(
+        "@block = global i8 0", "@block = global [64 x i8] zeroinitializer, align 16"
+    )
+
+
+class Kernel:
+    """A kernel compiled for this processor."""
+
+    def __init__(self, symbol: str) -> None:
+        llvm.initialize_native_target()
+        llvm.initialize_native_asmprinter()
+        kernel, *others = map(_for_host, _ir(symbol))
+        self._cooperates = "@block" in kernel
+        module = llvm.parse_assembly(_with_entry(kernel))
+        for text in others:
+            module.link_in(llvm.parse_assembly(text))
+        machine = llvm.Target.from_default_triple().create_target_machine(
+            cpu=llvm.get_host_cpu_name(), features=llvm.get_host_cpu_features().flatten(), opt=2
+        )
+        self._engine = llvm.create_mcjit_compiler(module, machine)
+        self._engine.finalize_object()
+        self._entry = self._engine.get_function_address("entry")
+        libc = self._libc = ctypes.CDLL(None)
+        barrier = self._engine.get_global_value_address("block")
+        assert libc.pthread_barrier_init(ctypes.c_void_p(barrier), None, THREADS) == 0
+
+    def launch(self, blocks: int, arguments: Sequence[float]) -> None:
+        """Run all blocks."""
+        words = [ctypes.c_double(x) if isinstance(x, float) else ctypes.c_int64(x) for x in arguments]
+        raw = b"".join(bytes(word) for word in words)
+        call = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)(self._entry)
+        for block in range(blocks):
+            passed = [
+                ctypes.create_string_buffer(bytes(ctypes.c_int64(thread)) + bytes(ctypes.c_int64(block)) + raw)
+                for thread in range(THREADS)
+            ]
+            if not self._cooperates:
+                for each in passed:
+                    call(ctypes.addressof(each))
+                continue
+            threads = (ctypes.c_uint64 * THREADS)()
+            for k, each in enumerate(passed):
+                at = ctypes.byref(threads, 8 * k)
+                assert self._libc.pthread_create(at, None, ctypes.c_void_p(self._entry), each) == 0
+            for thread in threads:
+                self._libc.pthread_join(ctypes.c_uint64(thread), None)
+
+
+@functools.cache
+def kernel_of(symbol: str) -> Kernel:
+    """The kernel of this name (kernels/dtypes.py)."""
+    return Kernel(symbol)
