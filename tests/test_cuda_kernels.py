@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import fastopt.kernels.cuda
 import pytest
 from fastopt.kernels.registry import RULES
 from refusal import refused
@@ -91,6 +92,7 @@ def test_without_numbas_cuda_package_the_error_names_the_extra(monkeypatch: pyte
     monkeypatch.setattr(kernels, "prebuilt_folder", lambda: None)
     monkeypatch.setattr(kernels, "cache_folder", lambda: tmp_path)
     monkeypatch.setitem(sys.modules, "fastopt.kernels.cuda.compile", None)
+    monkeypatch.delattr(fastopt.kernels.cuda, "compile", raising=False)  # another test may have imported it
     with refused(ImportError, "fastopt_cuda_adam_float32_float32", 'pip install "fastopt[cuda12]"'):
         kernels.ptx_file(RULES["adam"], "fastopt_cuda_adam_float32_float32", ("float32", "float32"))
     assert list(tmp_path.iterdir()) == []
