@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from .runtime import Runtime
 
-SLOTS = 4
+SLOTS = 16
+"""Uploads that may wait on the stream before the host waits for one: it may be as many steps ahead."""
 
 
 @dataclass
@@ -44,7 +45,8 @@ class Staging:
             return False
         self._runtime.refuse_capture(stream)
         if self._slots is None:
-            self._slots = itertools.cycle([_Slot(self._runtime.pinned(self._nbytes)) for _ in range(SLOTS)])
+            pinned = self._runtime.pinned(SLOTS * self._nbytes).reshape(SLOTS, self._nbytes)
+            self._slots = itertools.cycle([_Slot(memory) for memory in pinned])
         slot = next(self._slots)
         if slot.done is not None:
             slot.done.synchronize()
