@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from . import step, train
+from . import gpu, step, train
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -14,6 +14,7 @@ def main(argv: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     step.add_parser(commands)
     train.add_parser(commands)
+    gpu.add_parser(commands)
     args = parser.parse_args(argv)
     status: int = args.func(args)
     return status

@@ -1,0 +1,266 @@
+"""What is measured on a GPU, and the bars that the project sets itself there."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from .gpu_shapes import bert_large
+from .shapes import Shape, resnet50
+from .step import quartiles
+
+ROUNDS, QUICK_ROUNDS = 21, 5
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A limit on what a case measures.
+
+    Attributes:
+        contender: Whose number it is.
+        quantity: "fraction": bytes per second over those of ``against``, at least ``limit``. "ratio": time over that of
+            ``against``, at most. "microseconds": time, at most. "count": the fact that a case counts, at most.
+        limit: The limit.
+        against: The other contender.
+    """
+
+    contender: str
+    quantity: str
+    limit: float
+    against: str = ""
+
+    @property
+    def text(self) -> str:
+        """The bar in words."""
+        if self.quantity == "fraction":
+            return f"≥ {self.limit:g} of {self.against}"
+        return {
+            "ratio": f"≤ {self.limit:g} × {self.against}",
+            "microseconds": f"≤ {self.limit:g} µs on the host",
+            "count": f"≤ {self.limit:g} waits of the host",
+        }[self.quantity]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One optimizer on arrays of given shapes.
+
+    Attributes:
+        name: Name on the command line.
+        kind: "device": time on the GPU, by events. "wall": host clock over many steps and one wait. "host": host clock
+            around a step alone. "waits": how often the host waits in a step. "check": answers only.
+        optimizer: Class name, in fastopt and in torch.optim where torch has it.
+        hyper: Options of the constructor.
+        shapes: Shape of each array by name.
+        contenders: Names in gpu_contenders.py, in the order in which a round runs them.
+        dtype: dtype of parameters and gradients; states are float32.
+        flat: Whether fastopt's arrays lie in flat buffers.
+        step: Options of ``step``.
+        bars: Limits that the case is to meet.
+        quick: Whether ``--quick`` runs it.
+    """
+
+    name: str
+    kind: str
+    optimizer: str
+    hyper: dict[str, Any]
+    shapes: Mapping[str, Shape]
+    contenders: tuple[str, ...]
+    dtype: str = "float32"
+    flat: bool = False
+    step: dict[str, Any] = field(default_factory=dict)
+    bars: tuple[Bar, ...] = ()
+    quick: bool = False
+
+    @property
+    def elements(self) -> int:
+        """Number of parameters."""
+        return sum(math.prod(shape) for shape in self.shapes.values())
+
+
+class Optimizer(NamedTuple):
+    """An optimizer of the table."""
+
+    name: str
+    hyper: dict[str, Any]
+
+
+OPTIMIZERS = {
+    "adam": Optimizer("Adam", {"lr": 1e-3}),
+    "momentum": Optimizer("SGD", {"lr": 1e-2, "momentum": 0.9}),
+    "adamw": Optimizer("AdamW", {"lr": 1e-3, "weight_decay": 1e-2}),
+    "lars": Optimizer("LARS", {"lr": 1e-2, "weight_decay": 1e-4}),
+}
+STATES = {"Adam": 2, "AdamW": 2, "SGD": 1, "LARS": 1}
+
+ITEMSIZE = {"float32": 4, "bfloat16": 2}
+STATE_ITEMSIZE = 4
+
+
+def bytes_per_element(optimizer: str, hyper: Mapping[str, Any], dtype: str) -> int:
+    """What a step must move: parameter and states are read and written, the gradient is read."""
+    states = 0 if optimizer == "SGD" and not hyper.get("momentum") else STATES[optimizer]
+    return 3 * ITEMSIZE[dtype] + 2 * STATE_ITEMSIZE * states
+
+
+def _fraction(limit: float) -> Bar:
+    return Bar("fastopt", "fraction", limit, "copy")
+
+
+def _large(name: str, size: str, elements: int, quick: bool = False) -> Case:
+    return Case(
+        f"{name}-{size}",
+        "device",
+        *OPTIMIZERS[name],
+        {"w": (elements,)},
+        ("fastopt", "copy", "torch fused", "torch foreach"),
+        flat=True,
+        bars=(_fraction(0.92), Bar("fastopt", "ratio", 1.0, "torch fused")),
+        quick=quick,
+    )
+
+
+def _wall(name: str, shapes: Mapping[str, Shape], quick: bool = False) -> Case:
+    return Case(
+        f"adam-{name}",
+        "wall",
+        *OPTIMIZERS["adam"],
+        shapes,
+        ("fastopt", "fastopt flat", "torch fused", "torch foreach"),
+        bars=(Bar("fastopt", "ratio", 0.35, "torch fused"),),
+        quick=quick,
+    )
+
+
+def _lars(name: str, shapes: Mapping[str, Shape]) -> Case:
+    bars = (Bar("fastopt", "ratio", 1.3, "momentum"),)
+    return Case(f"lars-{name}", "device", *OPTIMIZERS["lars"], shapes, ("fastopt", "momentum", "copy"), bars=bars)
+
+
+ONE_G, HUNDRED_M = {"w": (1_000_000_000,)}, {"w": (100_000_000,)}
+THOUSAND = {str(i): (1000,) for i in range(1000)}
+GUARDED = {"grad_scale": 8.0, "max_norm": 1.0, "skip_nonfinite": True}
+"""Unscaling, clipping (the norm is above 1 after unscaling) and the finite check."""
+
+SUITE: dict[str, Case] = {
+    case.name: case
+    for case in (
+        Case("copy", "device", *OPTIMIZERS["adam"], HUNDRED_M, ("copy", "torch copy"), quick=True),
+        _large("adam", "100m", 100_000_000, quick=True),
+        _large("momentum", "100m", 100_000_000),
+        _large("adamw", "100m", 100_000_000),
+        Case(
+            "adam-bfloat16",
+            "device",
+            *OPTIMIZERS["adam"],
+            HUNDRED_M,
+            ("fastopt", "copy"),
+            dtype="bfloat16",
+            flat=True,
+            bars=(_fraction(0.88),),
+        ),
+        _wall("resnet50", resnet50(), quick=True),
+        _wall("1000x1000", THOUSAND, quick=True),
+        Case(
+            "host-resnet50",
+            "host",
+            *OPTIMIZERS["adam"],
+            resnet50(),
+            ("fastopt", "fastopt flat", "momentum", "torch fused"),
+            bars=(Bar("fastopt", "microseconds", 40.0),),
+            quick=True,
+        ),
+        _lars("resnet50", resnet50()),
+        _lars("bert-large", bert_large()),
+        Case(
+            "adam-clip",
+            "device",
+            *OPTIMIZERS["adam"],
+            HUNDRED_M,
+            ("fastopt", "plain", "copy"),
+            flat=True,
+            step=GUARDED,
+            bars=(Bar("fastopt", "ratio", 1.25, "plain"),),
+            quick=True,
+        ),
+        Case(
+            "adam-clip-waits",
+            "waits",
+            *OPTIMIZERS["adam"],
+            resnet50(),
+            ("fastopt", "plain"),
+            step=GUARDED,
+            bars=(Bar("fastopt", "count", 0),),
+            quick=True,
+        ),
+        Case(
+            "graph-resnet50",
+            "device",
+            *OPTIMIZERS["adam"],
+            resnet50(),
+            ("graph", "kernels"),
+            bars=(Bar("graph", "ratio", 1.05, "kernels"),),
+            quick=True,
+        ),
+        _large("adam", "1g", 1_000_000_000),
+        _large("momentum", "1g", 1_000_000_000),
+        _large("adamw", "1g", 1_000_000_000),
+        Case("bfloat16-beyond-2^31", "check", "SGD", {"lr": 0.5}, {"w": (2**31 + 17,)}, ("fastopt",), dtype="bfloat16"),
+    )
+}
+
+
+CHECKED = "right answers"
+"""What stands in the place of a bar for a case without one."""
+
+
+class Verdict(NamedTuple):
+    """A row of the table of bars: a bar, or a contender that failed."""
+
+    case: str
+    bar: str
+    verdict: str  # "reached", "MISSED", "not measured", or "error: ..."
+    measured: float | None = None
+    spread: tuple[float, float] | None = None
+
+
+def judge(case: Case, result: Mapping[str, Any] | None) -> list[Verdict]:
+    """What became of the bars of a case, and of what failed; None is a case that did not run."""
+    rows = [bar.text for bar in case.bars] or [CHECKED]
+    if result is None:
+        return [Verdict(case.name, row, "not measured") for row in rows]
+    if result["error"]:
+        return [Verdict(case.name, row, f"error: {result['error']}") for row in rows]
+    verdicts, problems = [], dict(result["problems"])
+    for bar in case.bars:
+        values = quantities(bar, result)
+        if values is not None:
+            middle = statistics.median(values)
+            reached = middle >= bar.limit if bar.quantity == "fraction" else middle <= bar.limit
+            verdict = "reached" if reached else "MISSED"
+            verdicts.append(Verdict(case.name, bar.text, verdict, middle, quartiles(values)))
+        else:
+            verdicts.append(Verdict(case.name, bar.text, "not measured"))
+    if not case.bars and not problems:
+        verdicts.append(Verdict(case.name, CHECKED, "reached"))
+    return [*verdicts, *(Verdict(case.name, name, f"error: {text}") for name, text in problems.items())]
+
+
+def quantities(bar: Bar, result: Mapping[str, Any]) -> list[float] | None:
+    """The bar's quantity in every round; None where a contender has a problem."""
+    contenders = result["contenders"]
+    if bar.contender not in contenders or (bar.against and bar.against not in contenders):
+        return None
+    mine = contenders[bar.contender]
+    if bar.quantity == "count":
+        return [mine["waits"]]
+    if bar.quantity == "microseconds":
+        return [1e6 * seconds for seconds in mine["samples"]]
+    other = contenders[bar.against]
+    ratios = [a / b for a, b in zip(mine["samples"], other["samples"], strict=True)]
+    if bar.quantity == "ratio":
+        return ratios
+    return [mine["bytes"] / other["bytes"] / ratio for ratio in ratios]
