@@ -20,6 +20,7 @@ import importlib.util
 if importlib.util.find_spec("torch") is None:
     raise ImportError('fastopt.torch needs PyTorch: pip install "fastopt[torch]"')
 
+from .amp import GradScaler
 from .further import LARS, Lion
 from .optimizer import TensorOptimizer
 from .optimizers import ASGD, SGD, Adadelta, Adagrad, Adam, Adamax, AdamW, NAdam, RAdam, RMSprop, Rprop
@@ -33,6 +34,7 @@ __all__ = [
     "Adam",
     "AdamW",
     "Adamax",
+    "GradScaler",
     "Lion",
     "NAdam",
     "RAdam",

@@ -35,6 +35,8 @@ def _taken(parameter: Any, state: Any) -> Any:
             value = tensor.clone() if tensor.dim() == 0 else tensor.to(parameter.device, copy=True)
         elif name == STEP and isinstance(value, Tensor):
             value = value.detach().clone()
+        elif name != STEP and isinstance(value, float):  # of an older checkpoint; torch would round it to float32
+            value = torch.tensor(value, dtype=torch.float64)
         taken[name] = value
     return taken
 

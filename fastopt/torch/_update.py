@@ -81,8 +81,9 @@ class Update:
             info = self.plan.step(request, options)
         finally:  # also after an interrupt: the plan counts a step before it is taken
             self._mirror.show()
-        if request.zero_grads:
-            torch._foreach_zero_(self._copied)
+        if request.zero_grads:  # the plan zeroed what it read, which for these were copies
+            for gradient in self._copied:
+                gradient.zero_()
         del alive
         if not info.skipped:
             torch.autograd.graph.increment_version(self._stepped)

@@ -54,6 +54,7 @@ class TensorOptimizer(Checkpoints):
     """Whether ``state`` has a step count, as in torch."""
 
     _step_supports_amp_scaling = True  # GradScaler then leaves unscaling and skipping to the step
+    _skip_nonfinite = False  # fastopt.torch.GradScaler leaves the check to the step, too
 
     def __init__(self, params: Any, *args: Any, **kwargs: Any) -> None:
         self._begin(**{name: kwargs.pop(name, default) for name, default in EXTRAS.items()})
@@ -169,7 +170,7 @@ class TensorOptimizer(Checkpoints):
                 self.zero_grad(set_to_none=False)
             return StepInfo(True)
         multiplier = 1.0 if scale is None else 1.0 / float(scale)
-        request = Request(multiplier, 0, self._max_norm, False, self._zero_grads)
+        request = Request(multiplier, 0, self._max_norm, self._skip_nonfinite, self._zero_grads)
         options = self._current_options()
         info = self._update().step(request, options)
         if info is None:  # something moved or was changed: once more, from what is there now
@@ -197,7 +198,7 @@ class TensorOptimizer(Checkpoints):
             {name: _plain(value) for name, value in group.items() if name != "params"} for group in self.param_groups
         ]
         if current != self._seen:
-            options = [{**self.rule_options, **self.complete(o, i)} for i, o in enumerate(current)]
+            options = [self.complete(o, i) for i, o in enumerate(current)]
             structure = [self.structure(o) for o in options]
             if structure != self._structure and isinstance(self.state, State):
                 self.state.watch.derived = None
@@ -205,13 +206,19 @@ class TensorOptimizer(Checkpoints):
         return self._options
 
     def complete(self, options: dict[str, Any], index: int) -> dict[str, Any]:
-        """Refuse options of a group that cannot be computed with."""
-        for name, value in options.items():
-            for number in value if isinstance(value, tuple) else (value,):
-                if name in self.defaults and isinstance(number, float) and math.isnan(number):
-                    raise ValueError(f"{type(self).__name__}: group {index}: {name} is {value!r}.")
+        """The options of a group with those that torch does not have; refuses what cannot be computed with."""
+        options = {**self.rule_options, **options}
+        where = f"{type(self).__name__}: group {index}: "
         if options.get("differentiable"):
-            raise NotImplementedError(f"{type(self).__name__}: group {index}: differentiable=True is not supported.")
+            raise NotImplementedError(f"{where}differentiable=True is not supported.")
+        rule = self.select_rule(options)
+        for name in {*rule.options, *rule.initial.values()} & {*options, *self.defaults}:
+            value = options.get(name)
+            for number in value if isinstance(value, tuple) else (value,):
+                if not isinstance(number, (int, float)):
+                    raise TypeError(f"{where}{name} must be a number, got {value!r}.")
+                if math.isnan(number):
+                    raise ValueError(f"{where}{name} must be a number, got {value!r}.")
         return options
 
 
