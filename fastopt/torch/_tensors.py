@@ -118,8 +118,11 @@ def parameter_memory(tensor: Tensor, where: str) -> Tensor:
     return memory
 
 
-def gradient_memory(gradient: Tensor, memory: Tensor, where: str, name: str) -> Tensor:
-    """A gradient as a real tensor in the layout of its parameter's memory: itself, or a copy where it must be."""
+def gradient_memory(gradient: Tensor, memory: Tensor, has_master: bool, where: str, name: str) -> Tensor:
+    """A gradient as a real tensor in the layout of its parameter's memory: itself, or a copy where it must be.
+
+    A parameter with a float32 master may have a gradient of float32, too.
+    """
     if gradient.layout is not torch.strided:
         hint = ", please consider SparseAdam instead" if where == "Adam" else ""
         raise RuntimeError(f"{where} does not support sparse gradients{hint}: that of {name} is one.")
@@ -131,7 +134,7 @@ def gradient_memory(gradient: Tensor, memory: Tensor, where: str, name: str) -> 
         raise ValueError(
             f"{where}: {name} has shape {tuple(memory.shape)}, but its gradient has shape {tuple(held.shape)}."
         )
-    if held.dtype not in GRADIENTS[memory.dtype]:
+    if held.dtype not in GRADIENTS[torch.float32 if has_master else memory.dtype]:
         held = held.to(memory.dtype)
     if same_layout(held, memory):
         return held

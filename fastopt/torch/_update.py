@@ -8,14 +8,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from .._arrays import HOST, first_hit, first_overlap
 from .._plan import Parameter, Plan, Progress, Treatment, initial_states
 from .._plans import plan_class
 from .._step import Request, StepInfo
+from ..kernels.dtypes import ITEMSIZE
 from ..kernels.rule import Options, Rule
 from ._guard import Guard
+from ._master import MASTER, Masters
 from ._state import STEP, Block, Mirror, ParameterState, Slot, State, number
 from ._tensors import COMPUTED, PLAIN, STORED, check_apart, gradient_memory, local, parameter_memory
 
@@ -30,6 +33,15 @@ class Entry(NamedTuple):
     state: ParameterState
 
 
+class Kind(NamedTuple):
+    """What kind of optimizer it is."""
+
+    name: str  # for errors
+    counts: bool  # whether ``state`` shows the step count
+    master: bool  # whether 16-bit parameters have float32 ones that are stepped in their place
+    flat: bool  # whether parameters and gradients were moved into flat memory, group by group
+
+
 class Update:
     """What was derived from param groups, state and the pattern of gradients: good while all these stay as they are.
 
@@ -37,35 +49,33 @@ class Update:
         groups: The param groups.
         state: The state, which parameters join with their first step.
         treat: What is done to a parameter.
-        counts: Whether ``state`` shows the step count.
-        where: Name of the optimizer, for errors.
+        kind: What kind of optimizer it is.
     """
 
-    def __init__(
-        self, groups: Sequence[Mapping[str, Any]], state: State, treat: Treat, counts: bool, where: str
-    ) -> None:
+    def __init__(self, groups: Sequence[Mapping[str, Any]], state: State, treat: Treat, kind: Kind) -> None:
         self._lists = [list(group["params"]) for group in groups]
         self._params: list[Tensor] = [p for params in self._lists for p in params]
         self._places = [(g, i) for g, params in enumerate(self._lists) for i in range(len(params))]
         self._everyone = list(range(len(self._params)))
-        self._state, self._treat, self._counts, self._where = state, treat, counts, where
+        self._state, self._treat, self._kind, self._where = state, treat, kind, kind.name
         self._entries: dict[int, Entry] = {}
         self._present: list[int] | None = None
         self._copied: list[Tensor] = []
         self._hidden: set[int] = set()
         self._guard: Guard | None = None
+        self._held: list[Tensor] | None = None  # gradients that stay where they are
 
     def describes(self, groups: Sequence[Mapping[str, Any]]) -> bool:
         """Whether the groups hold the same parameters."""
         return len(groups) == len(self._lists) and all(
-            len(seen) == len(group["params"]) and all(map(operator.is_, seen, group["params"]))
-            for seen, group in zip(self._lists, groups, strict=True)
+            _same(seen, group["params"]) for seen, group in zip(self._lists, groups, strict=True)
         )
 
     def step(self, request: Request, options: Sequence[Options]) -> StepInfo | None:
         """Take a step; None where parameters or states moved or were changed, so that all must be derived anew."""
         listed: list[Any] = [p.grad for p in self._params]
-        if self._present is self._everyone and self._guard is not None and self._guard.recognises(listed):
+        held = self._present is self._everyone and self._held is not None and _same(listed, self._held)
+        if held or (self._present is self._everyone and self._guard is not None and self._guard.recognises(listed)):
             present, grads, known = self._everyone, listed, True
         else:
             present, grads, known = self._with_gradient(listed), [g for g in listed if g is not None], False
@@ -73,7 +83,8 @@ class Update:
             self._choose(present, grads, options)
         elif self._is_stale():
             return None
-        alive = self._point(grads, known, options, request.zero_grads)
+        alive = grads if held else self._point(grads, known, options, request.zero_grads)
+        self._masters.take_over()
         try:
             info = self.plan.step(request, options)
         finally:  # also after an interrupt: the plan counts a step before it is taken
@@ -83,6 +94,7 @@ class Update:
         del alive
         if not info.skipped:
             torch.autograd.graph.increment_version(self._stepped)
+            self._masters.hand_out()
             self._show_new()
         return info
 
@@ -106,7 +118,11 @@ class Update:
         params = self._stepped if self._plain else [local(p.detach(), self._where) for p in self._stepped]
         return (
             [p.data_ptr() for p in params] != self._pointers
-            or not (self._parameter_guard.recognises(params) or [p.nbytes for p in params] == self._nbytes)
+            or not (
+                self._flat  # whose memory is kept by others
+                or self._parameter_guard.recognises(params)
+                or [p.nbytes for p in params] == self._nbytes
+            )
             or [x for block in self._blocks for x in block.extents()] != self._extents
             or not self._mirror.holds()
         )
@@ -121,11 +137,19 @@ class Update:
             memories = self._brought(grads)
             dtypes = [m.dtype for m in memories]
             if dtypes != self._dtypes:
-                self._make_plan(dtypes, options)
+                self._make_plan(dtypes, options, self._kind.flat)
             pointers = [m.data_ptr() for m in memories]
             self._copied = [g for g, p in zip(grads, pointers, strict=True) if g.data_ptr() != p]
         if pointers != self._last or write:
-            self._check_memory(pointers, write)
+            starts = self._checked(pointers, write)
+            if self._flat:
+                itemsizes = np.array([dtype.itemsize for dtype in self._dtypes])
+                placed = self._in_runs(starts, itemsizes)
+                if placed is None:
+                    self._make_plan(self._dtypes, options, False)
+                self._held = grads if placed is not None and memories is grads and not write else None
+                starts = starts if placed is None else placed
+            self.plan.point_at(starts)
             self._last = pointers
         return memories
 
@@ -152,12 +176,12 @@ class Update:
     def _brought(self, grads: Sequence[Tensor]) -> list[Tensor]:
         """The gradients as kernels can read them."""
         return [
-            gradient_memory(g, parameter_memory(p, name), self._where, name)
+            gradient_memory(g, parameter_memory(p, name), self._has_master(p), self._where, name)
             for p, g, name in zip(self._stepped, grads, self._names, strict=True)
         ]
 
-    def _check_memory(self, pointers: list[int], write: bool) -> None:
-        """Hand the addresses of the gradients to the plan, unless they lie where the step writes."""
+    def _checked(self, pointers: list[int], write: bool) -> NDArray[np.uint64]:
+        """The addresses of the gradients, unless they lie where the step writes."""
         starts = np.fromiter(pointers, np.uint64, len(pointers))
         hit = first_hit(starts, self._extent, *self._owned)
         if hit is not None:
@@ -172,7 +196,21 @@ class Update:
                 f"{self._where}: the gradients of {a} and {b} share memory, so zero_grads=True would zero one before "
                 "it is read. Set one to a copy."
             )
-        self.plan.point_at(starts)
+        return starts
+
+    def _in_runs(self, starts: NDArray[np.uint64], itemsizes: NDArray[np.int64]) -> NDArray[np.uint64] | None:
+        """Addresses by the layout of the blocks, or None if the arrays do not lie so. An empty tensor says nothing."""
+        bases = starts.astype(np.int64) - self._offsets * itemsizes
+        for members in self._members:
+            there = members[self._sizes[members] > 0]
+            if there.size:
+                if (bases[there] != bases[there[0]]).any() or (itemsizes[there] != itemsizes[there[0]]).any():
+                    return None
+                bases[members] = bases[there[0]]
+        return (bases + self._offsets * itemsizes).astype(np.uint64)
+
+    def _has_master(self, parameter: Tensor) -> bool:
+        return self._kind.master and parameter.dtype in (torch.float16, torch.bfloat16)
 
     def _name(self, i: int) -> str:
         group, index = self._places[i]
@@ -191,6 +229,13 @@ class Update:
         dtypes = [m.dtype for m in self._brought(held)]
         HOST.load_kernels()
         self._admit(present, memories, options)
+        self._masters = Masters(
+            [
+                (local(p.detach(), name), local(self._entries[i].slot.entries[MASTER], name))
+                for i, p, name in zip(present, self._stepped, self._names, strict=True)
+                if self._has_master(p)
+            ]
+        )
         self._plain = all(type(p) in PLAIN for p in self._stepped)
         self._entered = [self._entries[i] for i in present]
         self._blocks = list({id(e.slot.block): e.slot.block for e in self._entered}.values())
@@ -206,15 +251,26 @@ class Update:
         # The only contiguous tensors that autograd leaves negated: imaginary parts of one element.
         self._lazy = [k for k, p in enumerate(raw) if p.is_complex() or p.numel() == 1]
         self._complex = {k: p.dtype for k, p in enumerate(raw) if p.is_complex()}
-        self._make_plan(dtypes, options)
+        records = [e.record for e in self._entered]
+        self._offsets, self._sizes = np.array([(r.offset, r.size) for r in records], np.int64).reshape(-1, 2).T
+        blocks = np.array([self._blocks.index(e.slot.block) for e in self._entered])
+        self._members = [np.flatnonzero(blocks == b) for b in range(len(self._blocks))]
+        self._make_plan(dtypes, options, self._kind.flat)
         self._present = present
 
-    def _make_plan(self, dtypes: list[torch.dtype], options: Sequence[Options]) -> None:
+    def _make_plan(self, dtypes: list[torch.dtype], options: Sequence[Options], flat: bool) -> None:
         records = [e.record for e in self._entered]
+        if flat:
+            itemsizes = np.array([ITEMSIZE[r.dtype] for r in records])
+            placed = self._in_runs(np.array([r.address for r in records], np.uint64), itemsizes)
+            flat = placed is not None
+            for record, address in zip(records, () if placed is None else placed.tolist(), strict=False):
+                record.address = address
+        self._flat, self._held = flat, None
         treatments = [self._treat(options[r.group], p) for r, p in zip(records, self._stepped, strict=True)]
         signs = [-1.0 if o.get("maximize") else 1.0 for o in options]
         stored: Any = [STORED[dtype] for dtype in dtypes]
-        self.plan: Plan = plan_class(HOST)(records, stored, treatments, False, signs, HOST)
+        self.plan: Plan = plan_class(HOST)(records, stored, treatments, flat, signs, HOST)
         self._mirror = Mirror(records, [e.slot for e in self._entered])
         self._mirror.show()
         self._dtypes = dtypes
@@ -226,7 +282,7 @@ class Update:
 
     def _admit(self, present: Sequence[int], memories: Sequence[Tensor], options: Sequence[Options]) -> None:
         """Give every parameter a slot, with what its state holds already."""
-        new: dict[torch.dtype, list[tuple[int, Tensor]]] = {}
+        new: dict[tuple[torch.dtype, int], list[tuple[int, Tensor]]] = {}
         for i, memory in zip(present, memories, strict=True):
             if i in self._entries:
                 continue
@@ -235,7 +291,8 @@ class Update:
                 state.slot.block.refresh()
                 self._enter(i, memory, state, state.slot, options)
             else:
-                new.setdefault(COMPUTED[memory.dtype], []).append((i, memory))
+                group = self._places[i][0] if self._kind.flat else 0  # which was laid out by itself
+                new.setdefault((memory.dtype, group), []).append((i, memory))
         for members in new.values():
             block = Block([memory for _, memory in members])
             for index, (i, memory) in enumerate(members):
@@ -246,17 +303,22 @@ class Update:
         parameter, group = self._params[i], self._places[i][0]
         rule = self._treat(options[group], parameter).rule
         progress = self._progress(rule, state, options[group])
-        for name in [STEP] * self._counts + list(progress.carry or {}):
+        for name in [STEP] * self._kind.counts + list(progress.carry or {}):
             slot.add_number(name)
         for name, start in initial_states(rule, options[group]).items():
             if name not in slot.entries:
                 slot.add_state(name, parameter, state.get(name), start, f"{self._where}: {self._name(i)}")
+        if self._has_master(parameter):
+            if MASTER not in slot.entries:
+                saved = state.get(MASTER)
+                slot.add_state(MASTER, parameter, parameter if saved is None else saved, 0.0, self._where)
+            memory = local(slot.entries[MASTER], self._name(i))
         self._entries[i] = Entry(slot.block.record(slot.index, parameter, memory, group, progress), slot, state)
         self._hidden.add(i)
 
     def _progress(self, rule: Rule, state: ParameterState, options: Options) -> Progress:
         """How far the parameter has come, by what its state says."""
-        if self._counts:
+        if self._kind.counts:
             steps = int(number(state.get(STEP, 0)))
         else:  # only the first step differs from the others, and leaves a state
             steps = int(any(state.get(name) is not None for name in rule.state))
@@ -264,6 +326,10 @@ class Update:
             return Progress(steps)
         carried = rule.carry(options)._asdict()
         return Progress(steps, {name: number(state.get(name, start)) for name, start in carried.items()})
+
+
+def _same(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    return len(a) == len(b) and all(map(operator.is_, a, b))
 
 
 def _layout(memory: Tensor) -> tuple[Any, ...]:

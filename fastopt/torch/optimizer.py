@@ -16,11 +16,12 @@ from .._plan import Treatment
 from .._step import Request, StepInfo
 from ..kernels.rule import Options, Rule
 from ._checkpoints import Checkpoints
+from ._flat import FlatGroups
 from ._state import State
 from ._tensors import FLOATING, PLAIN, check_apart, parameter_memory
-from ._update import Update
+from ._update import Kind, Update
 
-EXTRAS = {"max_grad_norm": None, "zero_grads": False}
+EXTRAS = {"max_grad_norm": None, "zero_grads": False, "master_weights": False, "flatten": False}
 """What every constructor takes beside torch's arguments, and the defaults."""
 
 
@@ -36,6 +37,13 @@ class TensorOptimizer(Checkpoints):
             norm is the Euclidean norm of all gradients, after unscaling. ``.grad`` is not changed. inf only reports the
             norm, in ``last_info.grad_norm``.
         zero_grads: Set gradients to zero in the same pass, also in a skipped step.
+        master_weights: Keep float16 and bfloat16 parameters in float32, too, as the state ``master_param``. Steps are
+            taken on these, and the parameters are their roundings: small steps add up instead of being rounded away.
+            A parameter that somebody else writes in place (not through ``.data``) is taken over.
+        flatten: Move parameters and gradients into flat memory (``p.data`` and ``p.grad`` become views of it), for the
+            last bit of speed with many small parameters. ``zero_grad`` then zeroes gradients and never sets them to
+            None, so that a parameter without gradient is one with a gradient of zero: it decays, and its momentum goes
+            on. Make optimizers after ``model.to`` and before DDP; other references to the old memory go stale.
         **kwargs: The other arguments of torch's class. ``foreach`` and ``fused`` are accepted and make no difference.
 
     Attributes:
@@ -81,7 +89,10 @@ class TensorOptimizer(Checkpoints):
     def _begin(self, **extras: Any) -> None:
         norm, where = extras["max_grad_norm"], type(self).__name__
         self._max_norm = None if norm is None else NORM(norm, f"{where}: max_grad_norm")
-        self._zero_grads = boolean(extras["zero_grads"], f"{where}: zero_grads")
+        self._zero_grads, self._master, flatten = (
+            boolean(extras[name], f"{where}: {name}") for name in ("zero_grads", "master_weights", "flatten")
+        )
+        self._flat = FlatGroups() if flatten else None
         self._extras = extras
         self.last_info = StepInfo()
         self._lock = threading.Lock()
@@ -111,7 +122,9 @@ class TensorOptimizer(Checkpoints):
         super().add_param_group(param_group)
         try:
             self._check_parameters()
-        except (TypeError, ValueError):
+            if self._flat is not None:
+                self._flat.add(self.param_groups[-1]["params"], type(self).__name__)
+        except (NotImplementedError, TypeError, ValueError):
             self.param_groups.pop()
             raise
 
@@ -172,6 +185,8 @@ class TensorOptimizer(Checkpoints):
         multiplier = 1.0 if scale is None else 1.0 / float(scale)
         request = Request(multiplier, 0, self._max_norm, self._skip_nonfinite, self._zero_grads)
         options = self._current_options()
+        if self._flat is not None:
+            self._flat.gather()
         info = self._update().step(request, options)
         if info is None:  # something moved or was changed: once more, from what is there now
             self.state.watch.derived = None
@@ -186,9 +201,18 @@ class TensorOptimizer(Checkpoints):
         watch = self.state.watch
         if watch.derived is None or not watch.derived.describes(self.param_groups):
             where = type(self).__name__
-            watch.derived = Update(self.param_groups, self.state, self.treat, self.counts_steps, where)
+            kind = Kind(where, self.counts_steps, self._master, self._flat is not None)
+            watch.derived = Update(self.param_groups, self.state, self.treat, kind)
         derived: Update = watch.derived
         return derived
+
+    @torch._disable_dynamo  # type: ignore[misc]
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients, or set them to zero; with ``flatten=True`` always the latter."""
+        if self._flat is None:
+            super().zero_grad(set_to_none)
+        else:
+            self._flat.zero()
 
     # --- options -------------------------------------------------------------------------------------------------
 
