@@ -15,10 +15,12 @@ Example:
 
 from __future__ import annotations
 
-import importlib.util
-
-if importlib.util.find_spec("torch") is None:
-    raise ImportError('fastopt.torch needs PyTorch: pip install "fastopt[torch]"')
+try:
+    import torch  # noqa: F401 - to say what to install where it is missing
+except ModuleNotFoundError as error:
+    if error.name != "torch":
+        raise
+    raise ImportError('fastopt.torch needs PyTorch: pip install "fastopt[torch]"') from None
 
 from .amp import GradScaler
 from .further import LARS, Lion

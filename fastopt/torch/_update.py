@@ -17,6 +17,7 @@ from .._plans import plan_class
 from .._step import Request, StepInfo
 from ..kernels.dtypes import ITEMSIZE
 from ..kernels.rule import Options, Rule
+from ._flat import FlatGroups
 from ._guard import Guard
 from ._master import MASTER, Masters
 from ._state import STEP, Block, Mirror, ParameterState, Slot, State, number
@@ -39,7 +40,7 @@ class Kind(NamedTuple):
     name: str  # for errors
     counts: bool  # whether ``state`` shows the step count
     master: bool  # whether 16-bit parameters have float32 ones that are stepped in their place
-    flat: bool  # whether parameters and gradients were moved into flat memory, group by group
+    flat: FlatGroups | None  # parameters and gradients that were moved into flat memory, group by group
 
 
 class Update:
@@ -75,6 +76,9 @@ class Update:
         """Take a step; None where parameters or states moved or were changed, so that all must be derived anew."""
         listed: list[Any] = [p.grad for p in self._params]
         held = self._present is self._everyone and self._held is not None and _same(listed, self._held)
+        if not held and self._kind.flat is not None:
+            self._kind.flat.gather()
+            listed = [p.grad for p in self._params]
         if held or (self._present is self._everyone and self._guard is not None and self._guard.recognises(listed)):
             present, grads, known = self._everyone, listed, True
         else:
@@ -137,7 +141,7 @@ class Update:
             memories = self._brought(grads)
             dtypes = [m.dtype for m in memories]
             if dtypes != self._dtypes:
-                self._make_plan(dtypes, options, self._kind.flat)
+                self._make_plan(dtypes, options, self._kind.flat is not None)
             pointers = [m.data_ptr() for m in memories]
             self._copied = [g for g, p in zip(grads, pointers, strict=True) if g.data_ptr() != p]
         if pointers != self._last or write:
@@ -255,7 +259,7 @@ class Update:
         self._offsets, self._sizes = np.array([(r.offset, r.size) for r in records], np.int64).reshape(-1, 2).T
         blocks = np.array([self._blocks.index(e.slot.block) for e in self._entered])
         self._members = [np.flatnonzero(blocks == b) for b in range(len(self._blocks))]
-        self._make_plan(dtypes, options, self._kind.flat)
+        self._make_plan(dtypes, options, self._kind.flat is not None)
         self._present = present
 
     def _make_plan(self, dtypes: list[torch.dtype], options: Sequence[Options], flat: bool) -> None:
@@ -291,7 +295,7 @@ class Update:
                 state.slot.block.refresh()
                 self._enter(i, memory, state, state.slot, options)
             else:
-                group = self._places[i][0] if self._kind.flat else 0  # which was laid out by itself
+                group = 0 if self._kind.flat is None else self._places[i][0]  # which was laid out by itself
                 new.setdefault((memory.dtype, group), []).append((i, memory))
         for members in new.values():
             block = Block([memory for _, memory in members])

@@ -185,8 +185,6 @@ class TensorOptimizer(Checkpoints):
         multiplier = 1.0 if scale is None else 1.0 / float(scale)
         request = Request(multiplier, 0, self._max_norm, self._skip_nonfinite, self._zero_grads)
         options = self._current_options()
-        if self._flat is not None:
-            self._flat.gather()
         info = self._update().step(request, options)
         if info is None:  # something moved or was changed: once more, from what is there now
             self.state.watch.derived = None
@@ -201,7 +199,7 @@ class TensorOptimizer(Checkpoints):
         watch = self.state.watch
         if watch.derived is None or not watch.derived.describes(self.param_groups):
             where = type(self).__name__
-            kind = Kind(where, self.counts_steps, self._master, self._flat is not None)
+            kind = Kind(where, self.counts_steps, self._master, self._flat)
             watch.derived = Update(self.param_groups, self.state, self.treat, kind)
         derived: Update = watch.derived
         return derived
