@@ -18,8 +18,8 @@ from .._step import Request, StepInfo
 from ..kernels.dtypes import ITEMSIZE
 from ..kernels.rule import Options, Rule
 from ._flat import FlatGroups
-from ._guard import Guard
 from ._master import MASTER, Masters
+from ._probe import Probe
 from ._state import STEP, Block, Mirror, ParameterState, Slot, State, number
 from ._tensors import COMPUTED, PLAIN, STORED, check_apart, gradient_memory, local, parameter_memory
 
@@ -63,8 +63,8 @@ class Update:
         self._present: list[int] | None = None
         self._copied: list[Tensor] = []
         self._hidden: set[int] = set()
-        self._guard: Guard | None = None
-        self._held: list[Tensor] | None = None  # gradients that stay where they are
+        self._probe: Probe | None = None
+        self._served = 0  # steps that the plan has taken without it
 
     def describes(self, groups: Sequence[Mapping[str, Any]]) -> bool:
         """Whether the groups hold the same parameters."""
@@ -74,38 +74,55 @@ class Update:
 
     def step(self, request: Request, options: Sequence[Options]) -> StepInfo | None:
         """Take a step; None where parameters or states moved or were changed, so that all must be derived anew."""
-        listed: list[Any] = [p.grad for p in self._params]
-        held = self._present is self._everyone and self._held is not None and _same(listed, self._held)
-        if not held and self._kind.flat is not None:
+        if self._probe is not None and self._probe.hold():
+            try:
+                if self._undisturbed() and not self._is_negated([self._params[i].grad for i in self._scalars]):
+                    starts, stay = self._probe.pointers, np.array_equal(self._probe.pointers, self._starts)
+                    if stay or self._kind.flat is None:  # gradients outside flat memory must be gathered
+                        if not stay or request.zero_grads:
+                            self._aim(starts.copy(), options, request.zero_grads)
+                        return self._take(request, options)
+            finally:
+                self._probe.release()
+        return self._step_by_python(request, options)
+
+    def _step_by_python(self, request: Request, options: Sequence[Options]) -> StepInfo | None:
+        if self._kind.flat is not None:
             self._kind.flat.gather()
-            listed = [p.grad for p in self._params]
-        if held or (self._present is self._everyone and self._guard is not None and self._guard.recognises(listed)):
-            present, grads, known = self._everyone, listed, True
-        else:
-            present, grads, known = self._with_gradient(listed), [g for g in listed if g is not None], False
+        listed: list[Any] = [p.grad for p in self._params]
+        present, grads = [i for i, g in enumerate(listed) if g is not None], [g for g in listed if g is not None]
         if present != self._present:
             self._choose(present, grads, options)
         elif self._is_stale():
             return None
-        alive = grads if held else self._point(grads, known, options, request.zero_grads)
+        alive = self._point(grads, options, request.zero_grads)
+        info = self._take(request, options)
+        for gradient in self._copied if request.zero_grads else ():  # the plan zeroed the copies
+            gradient.zero_()
+        del alive
+        self._served += 1
+        if (
+            self._served >= 2 and self._probe is None and self._is_simple(grads) and Probe.available()
+        ):  # the pattern seems to last
+            dtypes = dict(zip(present, self._dtypes, strict=True))
+            self._probe = Probe(self._params, [dtypes.get(i) for i in self._everyone])
+        return info
+
+    def _is_simple(self, grads: Sequence[Tensor]) -> bool:
+        """Whether parameters and gradients are what kernels read and write, with nothing in between."""
+        return self._plain and not self._complex and not self._copied and set(map(type, grads)) <= PLAIN
+
+    def _take(self, request: Request, options: Sequence[Options]) -> StepInfo:
         self._masters.take_over()
         try:
             info = self.plan.step(request, options)
         finally:  # also after an interrupt: the plan counts a step before it is taken
             self._mirror.show()
-        for gradient in self._copied if request.zero_grads else ():  # the plan zeroed the copies
-            gradient.zero_()
-        del alive
         if not info.skipped:
             torch.autograd.graph.increment_version(self._stepped)
             self._masters.hand_out()
             self._show_new()
         return info
-
-    def _with_gradient(self, listed: list[Any]) -> list[int]:
-        """Indices of the parameters that have a gradient."""
-        present = [i for i, g in enumerate(listed) if g is not None]
-        return self._everyone if len(present) == len(listed) else present
 
     def _show_new(self) -> None:
         """Let ``state`` show the parameters that took their first step."""
@@ -118,75 +135,53 @@ class Update:
 
     # --- gradients -----------------------------------------------------------------------------------------------
 
+    def _undisturbed(self) -> bool:
+        """Whether the state is where it was, and says what the plan knows."""
+        return self._extents == [x for block in self._blocks for x in block.extents()] and self._mirror.holds()
+
     def _is_stale(self) -> bool:
         params = self._stepped if self._plain else [local(p.detach(), self._where) for p in self._stepped]
         return (
             [p.data_ptr() for p in params] != self._pointers
-            or not (
-                self._flat  # whose memory is kept by others
-                or self._parameter_guard.recognises(params)
-                or [p.nbytes for p in params] == self._nbytes
-            )
-            or [x for block in self._blocks for x in block.extents()] != self._extents
-            or not self._mirror.holds()
+            or [p.nbytes for p in params] != self._nbytes
+            or not self._undisturbed()
         )
 
-    def _point(self, grads: list[Tensor], known: bool, options: Sequence[Options], write: bool) -> Sequence[Tensor]:
+    @staticmethod
+    def _is_negated(grads: Sequence[Any]) -> bool:
+        """Whether some are lazily negated or conjugated: their memory holds something else."""
+        return any(g is not None and (g.is_neg() or g.is_conj()) for g in grads)
+
+    def _point(self, grads: list[Tensor], options: Sequence[Options], write: bool) -> Sequence[Tensor]:
         """Point the plan at the gradients; returns what it reads, which must live until the step is over."""
-        if not known and not (self._plain and set(map(type, grads)) <= PLAIN):
+        if not (self._plain and set(map(type, grads)) <= PLAIN):
             grads = [local(g, name) for g, name in zip(grads, self._names, strict=True)]
-        pointers, memories = self._read(grads, known), grads
-        self._copied = []
-        if pointers is None:
+        memories, self._copied = grads, []
+        if not self._are_plain(grads):
             memories = self._brought(grads)
             dtypes = [m.dtype for m in memories]
             if dtypes != self._dtypes:
                 self._make_plan(dtypes, options, self._kind.flat is not None)
-            pointers = [m.data_ptr() for m in memories]
-            self._copied = [g for g, p in zip(grads, pointers, strict=True) if g.data_ptr() != p]
-        if pointers != self._last or write:
-            starts = self._checked(pointers, write)
-            if self._flat:
-                itemsizes = np.array([dtype.itemsize for dtype in self._dtypes])
-                placed = self._in_runs(starts, itemsizes)
-                if placed is None:
-                    self._make_plan(self._dtypes, options, False)
-                self._held = grads if placed is not None and memories is grads and not write else None
-                starts = starts if placed is None else placed
-            self.plan.point_at(starts)
-            self._last = pointers
+            self._copied = [g for g, m in zip(grads, memories, strict=True) if g.data_ptr() != m.data_ptr()]
+        self._aim(np.array([m.data_ptr() for m in memories], np.uint64), options, write)
         return memories
 
-    def _read(self, grads: list[Tensor], known: bool) -> list[int] | None:
-        """Where the gradients begin, if nothing about any of them needs a closer look."""
-        if known or (self._guard is not None and self._guard.recognises(grads)):
-            return [g.data_ptr() for g in grads]
+    def _are_plain(self, grads: list[Tensor]) -> bool:
+        """Whether nothing about any gradient needs a closer look."""
         # List by list: a comprehension over a thousand tensors takes 80 µs, a function call for each 300.
         try:
-            if (
+            return (
                 [g.dtype for g in grads] == self._seen_dtypes
-                and [g.nbytes for g in grads] == self._seen_nbytes
+                and [g.nbytes for g in grads] == self._extent.tolist()
                 and [g.is_contiguous() for g in grads] == self._contiguous
                 and all((grads[k].shape, grads[k].stride()) == layout for k, layout in self._strided)
-                and not any(grads[k].is_neg() or grads[k].is_conj() for k in self._lazy)
-            ):
-                if self._guard is None:
-                    self._guard = Guard(grads)
-                return [g.data_ptr() for g in grads]
+                and not self._is_negated([grads[k] for k in self._lazy])
+            )
         except RuntimeError:  # sparse tensors have no such things
-            pass
-        return None
+            return False
 
-    def _brought(self, grads: Sequence[Tensor]) -> list[Tensor]:
-        """The gradients as kernels can read them."""
-        return [
-            gradient_memory(g, parameter_memory(p, name), self._has_master(p), self._where, name)
-            for p, g, name in zip(self._stepped, grads, self._names, strict=True)
-        ]
-
-    def _checked(self, pointers: list[int], write: bool) -> NDArray[np.uint64]:
-        """The addresses of the gradients, unless they lie where the step writes."""
-        starts = np.fromiter(pointers, np.uint64, len(pointers))
+    def _aim(self, starts: NDArray[np.uint64], options: Sequence[Options], write: bool) -> None:
+        """Hand the addresses of the gradients to the plan, unless they lie where the step writes."""
         hit = first_hit(starts, self._extent, *self._owned)
         if hit is not None:
             raise ValueError(
@@ -200,7 +195,20 @@ class Update:
                 f"{self._where}: the gradients of {a} and {b} share memory, so zero_grads=True would zero one before "
                 "it is read. Set one to a copy."
             )
-        return starts
+        placed = None
+        if self._flat:
+            placed = self._in_runs(starts, np.array([dtype.itemsize for dtype in self._dtypes]))
+            if placed is None:
+                self._make_plan(self._dtypes, options, False)
+        self.plan.point_at(starts if placed is None else placed)
+        self._starts = starts
+
+    def _brought(self, grads: Sequence[Tensor]) -> list[Tensor]:
+        """The gradients as kernels can read them."""
+        return [
+            gradient_memory(g, parameter_memory(p, name), self._has_master(p), self._where, name)
+            for p, g, name in zip(self._stepped, grads, self._names, strict=True)
+        ]
 
     def _in_runs(self, starts: NDArray[np.uint64], itemsizes: NDArray[np.int64]) -> NDArray[np.uint64] | None:
         """Addresses by the layout of the blocks, or None if the arrays do not lie so. An empty tensor says nothing."""
@@ -249,11 +257,11 @@ class Update:
         starts, nbytes = np.array(sorted(x for x in owned if x[1]), np.uint64).reshape(-1, 2).T
         self._owned = starts, nbytes.astype(np.int64)
         raw = [local(p.detach(), name) for p, name in zip(self._stepped, self._names, strict=True)]
-        self._parameter_guard = Guard(self._stepped if self._plain else raw)
         self._contiguous = [p.is_contiguous() for p in raw]
         self._strided = [(k, (p.shape, p.stride())) for k, p in enumerate(raw) if not p.is_contiguous()]
         # The only contiguous tensors that autograd leaves negated: imaginary parts of one element.
         self._lazy = [k for k, p in enumerate(raw) if p.is_complex() or p.numel() == 1]
+        self._scalars = [i for i, p in zip(present, raw, strict=True) if p.numel() == 1]
         self._complex = {k: p.dtype for k, p in enumerate(raw) if p.is_complex()}
         records = [e.record for e in self._entered]
         self._offsets, self._sizes = np.array([(r.offset, r.size) for r in records], np.int64).reshape(-1, 2).T
@@ -270,7 +278,7 @@ class Update:
             flat = placed is not None
             for record, address in zip(records, () if placed is None else placed.tolist(), strict=False):
                 record.address = address
-        self._flat, self._held = flat, None
+        self._flat = flat
         treatments = [self._treat(options[r.group], p) for r, p in zip(records, self._stepped, strict=True)]
         signs = [-1.0 if o.get("maximize") else 1.0 for o in options]
         stored: Any = [STORED[dtype] for dtype in dtypes]
@@ -279,10 +287,9 @@ class Update:
         self._mirror.show()
         self._dtypes = dtypes
         self._seen_dtypes = [self._complex.get(k, dtype) for k, dtype in enumerate(dtypes)]
-        self._seen_nbytes = [r.size * dtype.itemsize for r, dtype in zip(records, dtypes, strict=True)]
-        self._extent = np.array(self._seen_nbytes, np.int64)
-        self._last: list[int] | None = None
-        self._guard = None
+        self._extent = np.array([r.size * dtype.itemsize for r, dtype in zip(records, dtypes, strict=True)], np.int64)
+        self._starts: NDArray[np.uint64] = np.zeros(0, np.uint64)
+        self._probe, self._served = None, 0
 
     def _admit(self, present: Sequence[int], memories: Sequence[Tensor], options: Sequence[Options]) -> None:
         """Give every parameter a slot, with what its state holds already."""
