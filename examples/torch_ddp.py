@@ -29,7 +29,8 @@ def train(rank: int, store: str) -> None:
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(train, (f"{folder}/store",), nprocs=2)
+        # Spawned processes of torch 2.13 now and then abort while they end, with any optimizer; forked ones do not.
+        mp.start_processes(train, (f"{folder}/store",), nprocs=2, start_method="fork")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from ._state import STEP, State
 
@@ -44,7 +45,7 @@ def _taken(parameter: Any, state: Any) -> Any:
 class Checkpoints(torch.optim.Optimizer):
     """``state_dict``, ``load_state_dict``, ``copy.deepcopy`` and ``pickle``."""
 
-    @torch._disable_dynamo  # type: ignore[misc]
+    @_disable_dynamo
     def state_dict(self) -> dict[str, Any]:
         """A dict as torch.optim's class of the same name returns it, and loads it.
 
@@ -60,7 +61,7 @@ class Checkpoints(torch.optim.Optimizer):
         }
         return exported
 
-    @torch._disable_dynamo  # type: ignore[misc]
+    @_disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over a state dict of this class or of torch.optim's class of the same name.
 

@@ -47,7 +47,7 @@ class FlatGroups:
 
     def add(self, params: Sequence[Tensor], where: str) -> None:
         """Move the tensors of a new group."""
-        strange = [p for p in params if type(p) not in PLAIN or p.is_shared()]
+        strange = [p for p in params if type(p) not in PLAIN or p.untyped_storage().is_shared()]
         if strange:
             raise ValueError(
                 f"{where}: flatten=True moves parameters, which cannot be done to a {type(strange[0]).__name__} "

@@ -52,7 +52,7 @@ class _Library:
         folder = pathlib.Path(torch.__file__).parent / "lib"
         shim, c10 = (ctypes.CDLL(str(folder / name)) for name in ("libtorch_cpu.so", "libc10.so"))
         functions = [getattr(shim, f"aoti_torch_{name}") for name in SHIM] + [getattr(c10, GRAD)]
-        addresses = [ctypes.cast(function, ctypes.c_void_p).value for function in functions]
+        addresses = [ctypes.cast(function, ctypes.c_void_p).value or 0 for function in functions]
         self._functions = (ctypes.c_void_p * len(addresses))(*addresses)
         self.functions_at = ctypes.addressof(self._functions)
         self.gradients, self.release = own.fastopt_gradients, own.fastopt_release
@@ -66,7 +66,7 @@ class _Library:
         tensor, code = torch.empty(0, dtype=dtype), ctypes.c_int32()
         impl = ctypes.c_void_p(tensor._cdata)
         get_dtype = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p)(
-            self._functions[SHIM.index("get_dtype")]
+            self._functions[SHIM.index("get_dtype")] or 0
         )
         if get_dtype(ctypes.addressof(impl), ctypes.addressof(code)):
             raise OSError("torch's C interface does not answer")

@@ -74,7 +74,7 @@ class ParameterState(_Watched):
         for name, entry in slot.entries.items():
             dict.__setitem__(self, name, entry)
 
-    def __copy__(self) -> dict[str, Any]:
+    def __copy__(self) -> dict[str, Any]:  # type: ignore[override]
         return dict(self)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -106,7 +106,7 @@ class State(_Watched):
         dict.__setitem__(self, key, value)
         return value
 
-    def __copy__(self) -> dict[Any, Any]:
+    def __copy__(self) -> dict[Any, Any]:  # type: ignore[override]
         return dict(self)
 
     def __reduce__(self) -> tuple[Any, ...]:

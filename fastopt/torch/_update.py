@@ -65,6 +65,7 @@ class Update:
         self._hidden: set[int] = set()
         self._probe: Probe | None = None
         self._served = 0  # steps that the plan has taken without it
+        self._starts: NDArray[np.uint64] = np.zeros(0, np.uint64)
 
     def describes(self, groups: Sequence[Mapping[str, Any]]) -> bool:
         """Whether the groups hold the same parameters."""
@@ -219,7 +220,8 @@ class Update:
                 if (bases[there] != bases[there[0]]).any() or (itemsizes[there] != itemsizes[there[0]]).any():
                     return None
                 bases[members] = bases[there[0]]
-        return (bases + self._offsets * itemsizes).astype(np.uint64)
+        placed: NDArray[np.uint64] = (bases + self._offsets * itemsizes).astype(np.uint64)
+        return placed
 
     def _has_master(self, parameter: Tensor) -> bool:
         return self._kind.master and parameter.dtype in (torch.float16, torch.bfloat16)
@@ -288,7 +290,7 @@ class Update:
         self._dtypes = dtypes
         self._seen_dtypes = [self._complex.get(k, dtype) for k, dtype in enumerate(dtypes)]
         self._extent = np.array([r.size * dtype.itemsize for r, dtype in zip(records, dtypes, strict=True)], np.int64)
-        self._starts: NDArray[np.uint64] = np.zeros(0, np.uint64)
+        self._starts = np.zeros(0, np.uint64)
         self._probe, self._served = None, 0
 
     def _admit(self, present: Sequence[int], memories: Sequence[Tensor], options: Sequence[Options]) -> None:

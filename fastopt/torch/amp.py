@@ -34,12 +34,12 @@ class GradScaler(torch.amp.GradScaler):
     def __init__(self, device: str = "cpu", **kwargs: Any) -> None:
         super().__init__(device, **kwargs)
 
-    def _check_inf_per_device(self, optimizer: torch.optim.Optimizer) -> dict[torch.device, torch.Tensor]:
+    def _check_inf_per_device(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         """Called by torch's ``step`` where the user did not unscale before."""
         if not isinstance(optimizer, TensorOptimizer):
             return super()._check_inf_per_device(optimizer)
         scale, _ = self._check_scale_growth_tracker("_check_inf_per_device")
-        found = {scale.device: torch.zeros((), dtype=torch.float32, device=scale.device)}
+        found: dict[Any, torch.Tensor] = {scale.device: torch.zeros((), dtype=torch.float32, device=scale.device)}
         self._per_optimizer_states[id(optimizer)]["found_inf_per_device"] = found
         optimizer._skip_nonfinite = True
         return found

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, overload
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from .._options import NORM, boolean
 from .._plan import Treatment
@@ -61,6 +62,8 @@ class TensorOptimizer(Checkpoints):
     counts_steps: ClassVar[bool] = True
     """Whether ``state`` has a step count, as in torch."""
 
+    state: Any  # a State, until somebody puts another dict in its place
+
     _step_supports_amp_scaling = True  # GradScaler then leaves unscaling and skipping to the step
     _skip_nonfinite = False  # fastopt.torch.GradScaler leaves the check to the step, too
 
@@ -76,7 +79,7 @@ class TensorOptimizer(Checkpoints):
 
     def __init_subclass__(cls) -> None:
         """Show the signature of torch's class and what is added to it."""
-        inherited = inspect.signature(super().__init__)  # type: ignore[misc]
+        inherited = inspect.signature(super().__init__)
         own = inspect.signature(cls.__init__)
         if any(p.kind is p.VAR_KEYWORD for p in own.parameters.values()):
             keywords = [
@@ -112,7 +115,7 @@ class TensorOptimizer(Checkpoints):
         """The part of the options that decides on kernels and states."""
         return self.select_rule(options), bool(options.get("maximize"))
 
-    @torch._disable_dynamo  # type: ignore[misc]
+    @_disable_dynamo
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters, for example when layers are unfrozen.
 
@@ -148,7 +151,7 @@ class TensorOptimizer(Checkpoints):
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
 
-    @torch._disable_dynamo  # type: ignore[misc]
+    @_disable_dynamo
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Update all parameters that have a gradient.
 
@@ -204,7 +207,7 @@ class TensorOptimizer(Checkpoints):
         derived: Update = watch.derived
         return derived
 
-    @torch._disable_dynamo  # type: ignore[misc]
+    @_disable_dynamo
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients, or set them to zero; with ``flatten=True`` always the latter."""
         if self._flat is None:
