@@ -122,6 +122,53 @@ SUITE: dict[str, Case] = {
             for dtype, bar in (("float16", 0.90), ("bfloat16", 0.80))
         ),
         Case(
+            "torch-adamw",
+            "AdamW",
+            {"lr": 1e-3},
+            ONE,
+            ("fastopt.torch", "torch fused"),
+            bars=(Bar("fastopt.torch", 0.92, "torch fused"),),
+        ),
+        Case(
+            "torch-1000x1000",
+            "AdamW",
+            {"lr": 1e-3},
+            THOUSAND,
+            ("fastopt.torch moving", "fastopt.torch flat", "torch fused moving"),
+            bars=(
+                Bar("fastopt.torch moving", 0.20, "torch fused moving"),
+                Bar("fastopt.torch flat", 0.10, "torch fused moving"),
+            ),
+        ),
+        Case(
+            "torch-resnet50",
+            "AdamW",
+            {"lr": 1e-3},
+            resnet50(),
+            ("fastopt.torch", "torch fused", "torch loop"),
+            bars=(Bar("fastopt.torch", 0.85, "torch fused"), Bar("fastopt.torch", 0.2, "torch loop")),
+        ),
+        *(
+            Case(
+                f"torch-{name.lower()}",
+                name,
+                {"lr": 1e-3},
+                ONE,
+                ("fastopt.torch", "torch foreach", "torch loop"),
+                bars=tuple(Bar("fastopt.torch", 0.25, f"torch {best}") for best in ("foreach", "loop")),
+            )
+            for name in ("RMSprop", "NAdam", "RAdam", "Adamax")
+        ),
+        Case(
+            "torch-amp",
+            "AdamW",
+            {"lr": 1e-3},
+            ONE,
+            ("fastopt.torch amp", "torch fused amp"),
+            step={"grad_scale": 1024.0, "max_norm": 1.0, "skip_nonfinite": True},
+            bars=(Bar("fastopt.torch amp", 0.6, "torch fused amp"),),
+        ),
+        Case(
             "adam-1x1000", "Adam", {"lr": 1e-3}, {"w": (1000,)}, ("fastopt", "torch fused"), bars=(Bar("fastopt", 15),)
         ),
     )

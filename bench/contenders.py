@@ -137,7 +137,14 @@ class Torch(Contender):
         for name, parameter in self.params.items():
             parameter.grad = torch.from_numpy(grads[name])  # the same memory
         self.gradients = list(grads.values())
-        self.optimizer = getattr(torch.optim, case.optimizer)(self.params.values(), **case.hyper, **self.options)
+        self.optimizer = getattr(self.module, case.optimizer)(self.params.values(), **case.hyper, **self.options)
+
+    @property
+    def module(self) -> Any:
+        """Where the optimizers are."""
+        import torch
+
+        return torch.optim
 
     def step(self) -> None:  # noqa: D102
         self.optimizer.step()
@@ -156,6 +163,99 @@ class TorchLoop(Torch):
     """torch.optim's default on the CPU, one tensor operation after another."""
 
     options: ClassVar[dict[str, bool]] = {"foreach": False}
+
+
+class TorchForeach(Torch):
+    """torch.optim with foreach=True."""
+
+    options: ClassVar[dict[str, bool]] = {"foreach": True}
+
+
+class TorchFusedMoving(TorchFused):
+    """The same with other tensors in ``.grad`` at every step, as after ``zero_grad()`` and ``backward()``."""
+
+    def __init__(self, case: Case, params: Arrays, grads: Arrays, threads: int) -> None:
+        super().__init__(case, params, grads, threads)
+        self.both = [[p.grad for p in self.params.values()], [p.grad.clone() for p in self.params.values()]]
+        self.gradients = [tensor.numpy() for tensors in self.both for tensor in tensors]
+
+    def step(self) -> None:  # noqa: D102
+        self.both.reverse()
+        for parameter, gradient in zip(self.params.values(), self.both[0], strict=True):
+            parameter.grad = gradient
+        self.optimizer.step()
+
+
+class TorchFusedAmp(TorchFused):
+    """torch's GradScaler and clipping around its fused step.
+
+    They write the gradients, so a scale other than 1 would make them smaller from step to step; the work is the same.
+    """
+
+    def __init__(self, case: Case, params: Arrays, grads: Arrays, threads: int) -> None:
+        super().__init__(case, params, grads, threads)
+        import torch
+
+        self.clip = torch.nn.utils.clip_grad_norm_
+        self.max_norm = case.step["max_norm"]
+        self.scaler: Any = torch.amp.GradScaler("cpu", init_scale=1.0, growth_interval=2**30)
+        self.scaler.scale(torch.ones(()))  # as for the loss: makes the scale
+
+    def step(self) -> None:  # noqa: D102
+        self.scaler.unscale_(self.optimizer)
+        self.clip(self.params.values(), self.max_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+
+
+class Front(Torch):
+    """fastopt.torch in the place of torch.optim."""
+
+    options: ClassVar[dict[str, bool]] = {}
+
+    def __init__(self, case: Case, params: Arrays, grads: Arrays, threads: int) -> None:
+        import fastopt
+
+        fastopt.set_num_threads(threads)
+        super().__init__(case, params, grads, threads)
+
+    @property
+    def module(self) -> Any:  # noqa: D102
+        import fastopt.torch
+
+        return fastopt.torch
+
+
+class FrontMoving(Front, TorchFusedMoving):
+    """fastopt.torch with other tensors in ``.grad`` at every step."""
+
+
+class FrontFlat(Front):
+    """fastopt.torch with ``flatten=True``."""
+
+    options: ClassVar[dict[str, bool]] = {"flatten": True}
+
+    def __init__(self, case: Case, params: Arrays, grads: Arrays, threads: int) -> None:
+        super().__init__(case, params, grads, threads)
+        self.gradients = [parameter.grad.numpy() for parameter in self.params.values()]
+
+
+class FrontAmp(Front):
+    """fastopt.torch with its GradScaler, and clipping inside the step."""
+
+    def __init__(self, case: Case, params: Arrays, grads: Arrays, threads: int) -> None:
+        super().__init__(case, params, grads, threads)
+        import torch
+
+        self.optimizer = getattr(self.module, case.optimizer)(
+            self.params.values(), **case.hyper, max_grad_norm=case.step["max_norm"]
+        )
+        self.scaler = self.module.GradScaler("cpu", init_scale=case.step["grad_scale"], growth_interval=2**30)
+        self.scaler.scale(torch.ones(()))
+
+    def step(self) -> None:  # noqa: D102
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
 
 
 class NumpyAdam(Contender):
@@ -215,9 +315,16 @@ CONTENDERS: dict[str, type[Contender]] = {
     "momentum": FastoptMomentum,
     "torch fused": TorchFused,
     "torch loop": TorchLoop,
+    "torch foreach": TorchForeach,
+    "torch fused moving": TorchFusedMoving,
+    "torch fused amp": TorchFusedAmp,
+    "fastopt.torch": Front,
+    "fastopt.torch moving": FrontMoving,
+    "fastopt.torch flat": FrontFlat,
+    "fastopt.torch amp": FrontAmp,
     "numpy": NumpyAdam,
     "stream": Stream,
 }
 
-UNCHECKED = ("stream", "momentum", "fastopt plain")
+UNCHECKED = ("stream", "momentum", "fastopt plain", "torch fused amp")
 """Contenders that do not compute the case's optimizer, so that there is no answer to check."""

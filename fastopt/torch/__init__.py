@@ -1,0 +1,46 @@
+"""fastopt.torch: torch.optim's optimizers, in one pass over memory.
+
+``from fastopt.torch import AdamW`` in the place of ``from torch.optim import AdamW``; nothing else changes. Parameters
+and ``.grad`` stay where they are, and checkpoints go both ways.
+
+Example:
+    >>> import torch
+    >>> from fastopt.torch import AdamW
+    >>> model = torch.nn.Linear(2, 1)
+    >>> opt = AdamW(model.parameters(), lr=1e-3)
+    >>> model(torch.ones(1, 2)).sum().backward()
+    >>> opt.step()
+    >>> opt.zero_grad()
+"""
+
+from __future__ import annotations
+
+try:
+    import torch  # noqa: F401 - to say what to install where it is missing
+except ModuleNotFoundError as error:
+    if error.name != "torch":
+        raise
+    raise ImportError('fastopt.torch needs PyTorch: pip install "fastopt[torch]"') from None
+
+from .amp import GradScaler
+from .further import LARS, Lion
+from .optimizer import TensorOptimizer
+from .optimizers import ASGD, SGD, Adadelta, Adagrad, Adam, Adamax, AdamW, NAdam, RAdam, RMSprop, Rprop
+
+__all__ = [
+    "ASGD",
+    "LARS",
+    "SGD",
+    "Adadelta",
+    "Adagrad",
+    "Adam",
+    "AdamW",
+    "Adamax",
+    "GradScaler",
+    "Lion",
+    "NAdam",
+    "RAdam",
+    "RMSprop",
+    "Rprop",
+    "TensorOptimizer",
+]

@@ -1,0 +1,81 @@
+"""``flatten=True``: parameters and gradients of a group side by side in flat memory."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..flat import Layout
+from ._tensors import PLAIN, like, parameter_memory
+
+
+class FlatGroup:
+    """Tensors of one group and dtype, moved into one flat tensor, and their gradients into another.
+
+    Both are laid out as the states will be, so that a step walks all of it in one run.
+    """
+
+    def __init__(self, params: Sequence[Tensor], where: str) -> None:
+        self.params = list(params)
+        memories = [parameter_memory(p, where) for p in params]
+        layout = Layout.of({str(i): (m.numel(),) for i, m in enumerate(memories)})
+        dtype = memories[0].dtype
+        self._values, self._gradients = (torch.zeros(layout.total, dtype=dtype) for _ in range(2))
+        self.views = []
+        for p, offset in zip(params, layout.offsets, strict=True):
+            value, view = (like(p, flat, offset)[0] for flat in (self._values, self._gradients))
+            value.copy_(p.detach())
+            if p.grad is not None:
+                view.copy_(p.grad)
+            p.data = value
+            p.grad = view
+            self.views.append(view)
+
+    def zero(self) -> None:
+        """Set all gradients to zero."""
+        self._gradients.zero_()
+
+
+class FlatGroups:
+    """All that was flattened."""
+
+    def __init__(self) -> None:
+        self._groups: list[FlatGroup] = []
+
+    def add(self, params: Sequence[Tensor], where: str) -> None:
+        """Move the tensors of a new group."""
+        strange = [p for p in params if type(p) not in PLAIN or p.untyped_storage().is_shared()]
+        if strange:
+            raise ValueError(
+                f"{where}: flatten=True moves parameters, which cannot be done to a {type(strange[0]).__name__} "
+                "that is distributed or shared between processes."
+            )
+        by_dtype: dict[torch.dtype, list[Tensor]] = {}
+        for p in params:
+            by_dtype.setdefault(p.dtype, []).append(p)
+        self._groups += [FlatGroup(members, where) for members in by_dtype.values()]
+
+    def gather(self) -> None:
+        """Bring gradients that autograd put elsewhere back; without gradient there is zero."""
+        for group in self._groups:
+            grads = [p.grad for p in group.params]
+            if all(map(operator.is_, grads, group.views)):
+                continue
+            for p, grad, view in zip(group.params, grads, group.views, strict=True):
+                if grad is not view:
+                    if grad is None:
+                        view.zero_()
+                    else:
+                        view.copy_(grad)
+                    p.grad = view
+
+    def zero(self) -> None:
+        """Set all gradients to zero and keep them where they are."""
+        for group in self._groups:
+            group.zero()
+            for p, view in zip(group.params, group.views, strict=True):
+                if p.grad is not view:
+                    p.grad = view

@@ -1,0 +1,147 @@
+"""Asks torch's C interface where parameters and gradients are: kernels/tensors.c, one call for all of them."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.util
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ._tensors import STORED
+
+SHIM = (
+    "get_data_ptr",
+    "get_dim",
+    "get_sizes",
+    "get_strides",
+    "get_dtype",
+    "get_layout",
+    "get_device_type",
+    "is_defined",
+    "new_tensor_handle",
+    "delete_tensor_object",
+)
+GRAD = "_ZNK3c1010TensorImpl4gradEv"
+
+EXPECTED = np.dtype(
+    [
+        ("impl", np.uint64),
+        ("data", np.uint64),
+        ("sizes", np.uint64),
+        ("strides", np.uint64),
+        ("dim", np.int64),
+        ("dtype", np.int32),
+        ("gradient_dtype", np.int32),
+    ]
+)
+"""A parameter: the same bytes as ``expected`` in tensors.c."""
+
+
+class _Library:
+    """Functions of the compiled library and, for these, of torch."""
+
+    def __init__(self, path: str) -> None:
+        own = ctypes.PyDLL(path)  # which keeps Python's lock: no other thread may drop a gradient meanwhile
+        folder = pathlib.Path(torch.__file__).parent / "lib"
+        shim, c10 = (ctypes.CDLL(str(folder / name)) for name in ("libtorch_cpu.so", "libc10.so"))
+        functions = [getattr(shim, f"aoti_torch_{name}") for name in SHIM] + [getattr(c10, GRAD)]
+        addresses = [ctypes.cast(function, ctypes.c_void_p).value or 0 for function in functions]
+        self._functions = (ctypes.c_void_p * len(addresses))(*addresses)
+        self.functions_at = ctypes.addressof(self._functions)
+        self.gradients, self.release = own.fastopt_gradients, own.fastopt_release
+        self.gradients.restype, self.release.restype = ctypes.c_bool, None
+        self.gradients.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p]
+        self.release.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
+        self.codes = {dtype: self._code(dtype) for dtype in STORED}
+
+    def _code(self, dtype: torch.dtype) -> int:
+        """The number that torch's C interface has for a dtype."""
+        tensor, code = torch.empty(0, dtype=dtype), ctypes.c_int32()
+        impl = ctypes.c_void_p(tensor._cdata)
+        get_dtype = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p)(
+            self._functions[SHIM.index("get_dtype")] or 0
+        )
+        if get_dtype(ctypes.addressof(impl), ctypes.addressof(code)):
+            raise OSError("torch's C interface does not answer")
+        return code.value
+
+
+    def finds_gradients(self) -> bool:
+        """Whether what it takes for a parameter's gradient is that."""
+        parameter = torch.nn.Parameter(torch.zeros(2))
+        parameter.grad = torch.zeros(2)
+        grad = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)(self._functions[len(SHIM)] or 0)
+        at = grad(parameter._cdata)
+        return at is not None and ctypes.c_uint64.from_address(at).value == parameter.grad._cdata
+
+
+@functools.cache
+def _library() -> _Library | None:
+    """None where torch lacks a function, or fastopt was built without its library: then Python asks."""
+    spec = importlib.util.find_spec("fastopt._native")
+    if spec is None or spec.origin is None:
+        return None
+    try:
+        library = _Library(spec.origin)
+    except (AttributeError, OSError):
+        return None
+    return library if library.finds_gradients() else None
+
+
+class Probe:
+    """Knows plain parameters on the CPU, with or without gradient, as they are now.
+
+    Args:
+        params: All parameters.
+        gradient_dtypes: The dtype of the gradient that each of them has; None where it must have none.
+    """
+
+    def __init__(self, params: Sequence[Tensor], gradient_dtypes: Sequence[torch.dtype | None]) -> None:
+        library = _library()
+        assert library is not None
+        self._library, self._params = library, params  # their addresses hold while they live
+        self._expected = np.zeros(len(params), EXPECTED)
+        layouts: dict[Any, tuple[NDArray[np.int64], NDArray[np.int64]]] = {}
+        for entry, p, dtype in zip(self._expected, params, gradient_dtypes, strict=True):
+            entry["impl"] = p._cdata
+            if dtype is None:
+                entry["dim"] = -1
+                continue
+            layout = p.shape, p.stride()
+            if layout not in layouts:
+                layouts[layout] = np.array(p.shape, np.int64), np.array(p.stride(), np.int64)
+            entry["data"], entry["dim"] = p.data_ptr(), p.dim()
+            entry["sizes"], entry["strides"] = (x.ctypes.data for x in layouts[layout])
+            entry["dtype"], entry["gradient_dtype"] = library.codes[p.dtype], library.codes[dtype]
+        self._layouts = layouts
+        self._count = sum(dtype is not None for dtype in gradient_dtypes)
+        self.pointers: NDArray[np.uint64] = np.zeros(self._count, np.uint64)
+        self._held = np.zeros(self._count, np.uint64)
+
+    @staticmethod
+    def available() -> bool:
+        """Whether there is such a thing here."""
+        return _library() is not None
+
+    def hold(self) -> bool:
+        """Put the addresses of the gradients into ``pointers`` and keep them alive, if all is as it was."""
+        return bool(
+            self._library.gradients(
+                self._library.functions_at,
+                self._expected.ctypes.data,
+                len(self._expected),
+                self.pointers.ctypes.data,
+                self._held.ctypes.data,
+            )
+        )
+
+    def release(self) -> None:
+        """Let the gradients go."""
+        self._library.release(self._library.functions_at, self._held.ctypes.data, self._count)

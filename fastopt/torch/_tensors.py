@@ -1,0 +1,150 @@
+"""What plans need to know of tensors: storage dtype, whether elements lie densely, the real numbers in complex ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .._arrays import first_overlap
+from ..kernels.dtypes import COMPUTE, ITEMSIZE, PAIRS
+
+
+class Stored(NamedTuple):
+    """A storage dtype as plans know it: NumPy's bfloat16 would need another package."""
+
+    name: str
+    itemsize: int
+
+
+STORED = {getattr(torch, name): Stored(name, size) for name, size in ITEMSIZE.items()}
+"""The dtypes that kernels compute."""
+
+COMPUTED = {dtype: getattr(torch, COMPUTE[stored.name]) for dtype, stored in STORED.items()}
+"""Storage dtype to that of the states."""
+
+GRADIENTS = {p: {g for g in STORED if (STORED[p].name, STORED[g].name) in PAIRS} for p in STORED}
+"""Parameter dtype to the dtypes of gradients that its kernels read."""
+
+FLOATING = frozenset({*STORED, torch.complex64, torch.complex128})
+"""The dtypes of parameters."""
+
+PLAIN = frozenset({Tensor, torch.nn.Parameter})
+"""Types whose memory is what it seems."""
+
+
+def local(tensor: Tensor, where: str) -> Tensor:
+    """The tensor itself, or the part of a distributed one that this process holds."""
+    if type(tensor) in PLAIN:
+        return tensor
+    held = getattr(tensor, "_local_tensor", None)
+    if isinstance(held, Tensor):
+        wait = getattr(held, "wait", None)  # the result of a collective that may still be under way
+        return wait() if wait is not None else held
+    if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        raise TypeError(f"{where} is a {type(tensor).__name__}, whose memory fastopt does not know how to reach.")
+    return tensor
+
+
+def real(tensor: Tensor) -> Tensor:
+    """The tensor itself, or the real and imaginary parts of a complex one."""
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether the elements fill a run of memory, in whatever order of dimensions."""
+    expected = 1
+    for stride, size in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n != 1):
+        if stride != expected:
+            return tensor.numel() == 0
+        expected *= size
+    return True
+
+
+def same_layout(a: Tensor, b: Tensor) -> bool:
+    """Whether equal places in two tensors of one shape are equally far from where each begins."""
+    if a.is_contiguous() and b.is_contiguous():
+        return True
+    return all(n == 1 or s == t for n, s, t in zip(a.shape, a.stride(), b.stride(), strict=True))
+
+
+def like(parameter: Tensor, flat: Tensor, offset: int) -> tuple[Tensor, Tensor]:
+    """A part of a flat tensor, shaped and laid out like a parameter, and the same part as real numbers."""
+    held = local(parameter.detach(), "the parameter")
+    memory = real(held)
+    part = flat.as_strided(memory.shape, memory.stride(), offset)
+    view = torch.view_as_complex(part) if held.is_complex() else part
+    if held is parameter or type(parameter) in PLAIN:
+        return view, part
+    return distributed_like(parameter, view), part
+
+
+def distributed_like(parameter: Tensor, part: Tensor) -> Tensor:
+    """A distributed tensor with the placement of a parameter, of which this process holds ``part``."""
+    placed: Any = parameter
+    return cast(
+        Tensor,
+        type(parameter).from_local(  # type: ignore[attr-defined]
+            part,
+            placed.device_mesh,
+            placed.placements,
+            run_check=False,
+            shape=parameter.shape,
+            stride=parameter.stride(),
+        ),
+    )
+
+
+def parameter_memory(tensor: Tensor, where: str) -> Tensor:
+    """The real tensor that a step writes for a parameter, or an error."""
+    held = local(tensor.detach(), where)
+    if held.layout is not torch.strided:
+        raise TypeError(f"{where} has the layout {held.layout}; needed is a dense (strided) tensor.")
+    if held.device.type != "cpu":
+        raise NotImplementedError(f"{where} is on {held.device}; fastopt.torch steps tensors on the CPU only so far.")
+    if held.is_conj() or held.is_neg():
+        raise ValueError(f"{where} is a lazily conjugated or negated view; pass a copy made with .clone().")
+    memory = real(held) if held.dtype in FLOATING else held
+    if memory.dtype not in STORED:
+        raise TypeError(f"{where} is {held.dtype}; needed is float32, float64, float16, bfloat16 or a complex dtype.")
+    if not is_dense(memory):
+        raise ValueError(
+            f"{where} has strides {held.stride()} for shape {tuple(held.shape)}: elements overlap or leave gaps. "
+            "Pass a contiguous (or channels_last, or transposed) tensor."
+        )
+    return memory
+
+
+def gradient_memory(gradient: Tensor, memory: Tensor, has_master: bool, where: str, name: str) -> Tensor:
+    """A gradient as a real tensor in the layout of its parameter's memory: itself, or a copy where it must be.
+
+    A parameter with a float32 master may have a gradient of float32, too.
+    """
+    if gradient.layout is not torch.strided:
+        hint = ", please consider SparseAdam instead" if where == "Adam" else ""
+        raise RuntimeError(f"{where} does not support sparse gradients{hint}: that of {name} is one.")
+    held = gradient.detach()
+    if held.device != memory.device:
+        raise ValueError(f"{where}: {name} is on {memory.device}, but its gradient is on {held.device}.")
+    held = real(held.resolve_conj()).resolve_neg()
+    if held.shape != memory.shape:
+        raise ValueError(
+            f"{where}: {name} has shape {tuple(memory.shape)}, but its gradient has shape {tuple(held.shape)}."
+        )
+    if held.dtype not in GRADIENTS[torch.float32 if has_master else memory.dtype]:
+        held = held.to(memory.dtype)
+    if same_layout(held, memory):
+        return held
+    return torch.empty_strided(memory.shape, memory.stride(), dtype=held.dtype, device=held.device).copy_(held)
+
+
+def check_apart(memories: Sequence[Tensor], names: Sequence[str], where: str) -> None:
+    """Refuse tensors that share memory: each would be updated twice."""
+    starts = np.array([m.data_ptr() for m in memories], np.uint64)
+    clash = first_overlap(starts, np.array([m.nbytes for m in memories], np.int64))
+    if clash is not None:
+        a, b = (names[k] for k in clash)
+        raise ValueError(f"{where}: {a} and {b} share memory; they would be updated twice. Pass one of them.")

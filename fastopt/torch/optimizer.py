@@ -1,0 +1,256 @@
+"""The base of all optimizers for PyTorch: torch's constructor, groups and checkpoints; fastopt's step."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, overload
+
+import torch
+from torch import Tensor
+from torch._compile import _disable_dynamo
+
+from .._options import NORM, boolean
+from .._plan import Treatment
+from .._step import Request, StepInfo
+from ..kernels.rule import Options, Rule
+from ._checkpoints import Checkpoints
+from ._flat import FlatGroups
+from ._state import State
+from ._tensors import FLOATING, PLAIN, check_apart, parameter_memory
+from ._update import Kind, Update
+
+EXTRAS = {"max_grad_norm": None, "zero_grads": False, "master_weights": False, "flatten": False}
+"""What every constructor takes beside torch's arguments, and the defaults."""
+
+
+class TensorOptimizer(Checkpoints):
+    """What all optimizers of ``fastopt.torch`` share; torch's class of the same name supplies the rest.
+
+    Parameters and ``.grad`` stay where they are; a step is one pass over memory for all parameters of all groups. What
+    torch promises of its optimizers holds: param groups, schedulers, hooks, closures, checkpoints in both directions.
+
+    Args:
+        params: As for ``torch.optim``: an iterable of tensors, of (name, tensor) pairs, or of dicts with "params".
+        max_grad_norm: Clip: gradients are multiplied by min(1, max_grad_norm / (norm + 1e-6)) inside the step, where
+            norm is the Euclidean norm of all gradients, after unscaling. ``.grad`` is not changed. inf only reports the
+            norm, in ``last_info.grad_norm``.
+        zero_grads: Set gradients to zero in the same pass, also in a skipped step.
+        master_weights: Keep float16 and bfloat16 parameters in float32, too, as the state ``master_param``. Steps are
+            taken on these, and the parameters are their roundings: small steps add up instead of being rounded away.
+            A parameter that somebody else writes in place (not through ``.data``) is taken over.
+        flatten: Move parameters and gradients into flat memory (``p.data`` and ``p.grad`` become views of it), for the
+            last bit of speed with many small parameters. ``zero_grad`` then zeroes gradients and never sets them to
+            None, so that a parameter without gradient is one with a gradient of zero: it decays, and its momentum goes
+            on. Make optimizers after ``model.to`` and before DDP; other references to the old memory go stale.
+        **kwargs: The other arguments of torch's class. ``foreach`` and ``fused`` are accepted and make no difference.
+
+    Attributes:
+        last_info: What the last step did, a ``fastopt.StepInfo``: ``skipped`` and ``grad_norm``.
+
+    Raises:
+        TypeError, ValueError: As torch's class; and for parameters that share memory, that are not dense, or whose
+            dtype no kernel computes.
+        NotImplementedError: ``differentiable=True``.
+    """
+
+    rule_options: ClassVar[Mapping[str, Any]] = {}
+    """Options of the rules that torch's class does not have."""
+
+    counts_steps: ClassVar[bool] = True
+    """Whether ``state`` has a step count, as in torch."""
+
+    state: Any  # a State, until somebody puts another dict in its place
+
+    _step_supports_amp_scaling = True  # GradScaler then leaves unscaling and skipping to the step
+    _skip_nonfinite = False  # fastopt.torch.GradScaler leaves the check to the step, too
+
+    def __init__(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        self._begin(**{name: kwargs.pop(name, default) for name, default in EXTRAS.items()})
+        if kwargs.get("differentiable"):
+            raise NotImplementedError(
+                f"{type(self).__name__}: differentiable=True is not supported, because kernels have no gradient. "
+                "Use torch.optim."
+            )
+        super().__init__(params, *args, **kwargs)
+        self.state = State(self.state)
+
+    def __init_subclass__(cls) -> None:
+        """Show the signature of torch's class and what is added to it."""
+        inherited = inspect.signature(super().__init__)
+        own = inspect.signature(cls.__init__)
+        if any(p.kind is p.VAR_KEYWORD for p in own.parameters.values()):
+            keywords = [
+                inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default)
+                for name, default in EXTRAS.items()
+            ]
+            parameters = [*list(inherited.parameters.values())[1:], *keywords]
+            cls.__signature__ = inherited.replace(parameters=parameters)  # type: ignore[attr-defined]
+
+    def _begin(self, **extras: Any) -> None:
+        norm, where = extras["max_grad_norm"], type(self).__name__
+        self._max_norm = None if norm is None else NORM(norm, f"{where}: max_grad_norm")
+        self._zero_grads, self._master, flatten = (
+            boolean(extras[name], f"{where}: {name}") for name in ("zero_grads", "master_weights", "flatten")
+        )
+        self._flat = FlatGroups() if flatten else None
+        self._extras = extras
+        self.last_info = StepInfo()
+        self._lock = threading.Lock()
+        self._seen: list[dict[str, Any]] = []
+        self._options: list[dict[str, Any]] = []
+        self._structure: list[Any] = []
+
+    def select_rule(self, options: Options) -> Rule:
+        """The update rule for a param group with these options."""
+        raise NotImplementedError(f"{type(self).__name__} must override select_rule.")
+
+    def treat(self, options: Options, parameter: Tensor) -> Treatment:
+        """What is done to one parameter of a group; LARS leaves some out of the trust ratio."""
+        return Treatment(self.select_rule(options), True)
+
+    def structure(self, options: Options) -> tuple[Any, ...]:
+        """The part of the options that decides on kernels and states."""
+        return self.select_rule(options), bool(options.get("maximize"))
+
+    @_disable_dynamo
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters, for example when layers are unfrozen.
+
+        Raises:
+            TypeError, ValueError: As for the constructor; the optimizer is then unchanged.
+        """
+        super().add_param_group(param_group)
+        try:
+            self._check_parameters()
+            if self._flat is not None:
+                self._flat.add(self.param_groups[-1]["params"], type(self).__name__)
+        except (NotImplementedError, TypeError, ValueError):
+            self.param_groups.pop()
+            raise
+
+    def _check_parameters(self) -> None:
+        """Refuse early what a step would refuse. Other devices and layouts may still change before the first step."""
+        named = [
+            (f"parameter {i} of group {g}", p)
+            for g, group in enumerate(self.param_groups)
+            for i, p in enumerate(group["params"])
+            if type(p) in PLAIN and p.device.type == "cpu" and p.layout is torch.strided and p.dtype in FLOATING
+        ]
+        where = type(self).__name__
+        memories = [parameter_memory(p, f"{where}: {name}") for name, p in named]
+        check_apart(memories, [name for name, _ in named], where)
+
+    # --- the step ------------------------------------------------------------------------------------------------
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @_disable_dynamo
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Update all parameters that have a gradient.
+
+        Args:
+            closure: Computes the loss and its gradients, before the step.
+
+        Returns:
+            The loss, if there is a closure.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: Gradients, parameters or options that cannot be right: nothing was
+                written. RuntimeError also for sparse gradients, and while another thread steps this optimizer.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if not self._lock.acquire(blocking=False):
+            raise RuntimeError(f"{type(self).__name__}.step: another thread is using this optimizer.")
+        try:
+            with torch.no_grad():
+                self.last_info = self._step()
+        finally:
+            self._lock.release()
+        return loss
+
+    def _step(self) -> StepInfo:
+        found: Tensor | None = getattr(self, "found_inf", None)  # GradScaler sets both around a step
+        scale: Tensor | None = getattr(self, "grad_scale", None)
+        if found is not None and found.item():
+            if self._zero_grads:
+                self.zero_grad(set_to_none=False)
+            return StepInfo(True)
+        multiplier = 1.0 if scale is None else 1.0 / float(scale)
+        request = Request(multiplier, 0, self._max_norm, self._skip_nonfinite, self._zero_grads)
+        options = self._current_options()
+        info = self._update().step(request, options)
+        if info is None:  # something moved or was changed: once more, from what is there now
+            self.state.watch.derived = None
+            info = self._update().step(request, options)
+            assert info is not None
+        return info
+
+    def _update(self) -> Update:
+        """What is derived from groups and state, anew where they changed."""
+        if type(self.state) is not State:
+            self.state = State(self.state)
+        watch = self.state.watch
+        if watch.derived is None or not watch.derived.describes(self.param_groups):
+            where = type(self).__name__
+            kind = Kind(where, self.counts_steps, self._master, self._flat)
+            watch.derived = Update(self.param_groups, self.state, self.treat, kind)
+        derived: Update = watch.derived
+        return derived
+
+    @_disable_dynamo
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients, or set them to zero; with ``flatten=True`` always the latter."""
+        if self._flat is None:
+            super().zero_grad(set_to_none)
+        else:
+            self._flat.zero()
+
+    # --- options -------------------------------------------------------------------------------------------------
+
+    def _current_options(self) -> list[dict[str, Any]]:
+        """Options of every group as numbers."""
+        current = [
+            {name: _plain(value) for name, value in group.items() if name != "params"} for group in self.param_groups
+        ]
+        if current != self._seen:
+            options = [self.complete(o, i) for i, o in enumerate(current)]
+            structure = [self.structure(o) for o in options]
+            if structure != self._structure and isinstance(self.state, State):
+                self.state.watch.derived = None
+            self._options, self._structure, self._seen = options, structure, current
+        return self._options
+
+    def complete(self, options: dict[str, Any], index: int) -> dict[str, Any]:
+        """The options of a group with those that torch does not have; refuses what cannot be computed with."""
+        options = {**self.rule_options, **options}
+        where = f"{type(self).__name__}: group {index}: "
+        if options.get("differentiable"):
+            raise NotImplementedError(f"{where}differentiable=True is not supported.")
+        rule = self.select_rule(options)
+        for name in {*rule.options, *rule.initial.values()} & {*options, *self.defaults}:
+            value = options.get(name)
+            for number in value if isinstance(value, tuple) else (value,):
+                if not isinstance(number, (int, float)):
+                    raise TypeError(f"{where}{name} must be a number, got {value!r}.")
+                if math.isnan(number):
+                    raise ValueError(f"{where}{name} must be a number, got {value!r}.")
+        return options
+
+
+def _plain(value: Any) -> Any:
+    """A tensor as a number; a list as a tuple, since its items may change."""
+    if isinstance(value, Tensor):
+        return value.item()
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_plain, value))
+    return value

@@ -1,0 +1,139 @@
+"""fastopt.torch: GradScaler's protocol, clipping inside the step, and what a skipped step leaves alone."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+
+torch = pytest.importorskip("torch")
+import fastopt.torch as front  # noqa: E402 - needs torch
+
+CLASSES = [name for name in front.__all__ if name not in ("TensorOptimizer", "GradScaler")]
+SCALERS = {"torch": torch.amp.GradScaler, "fastopt": front.GradScaler}
+every_scaler = pytest.mark.parametrize("scaler", SCALERS)
+
+
+def make(name="AdamW", **options):
+    torch.manual_seed(0)
+    w = [torch.nn.Parameter(torch.randn(shape)) for shape in ((40, 30), (7,))]
+    return w, getattr(front, name)(w, lr=0.1, **options)
+
+
+def loss_of(w, t):
+    torch.manual_seed(t)
+    return (w[0] * torch.randn(40, 30)).square().sum() + (w[1] * torch.randn(7)).exp().sum()
+
+
+@every_scaler
+@pytest.mark.parametrize("name", CLASSES)
+def test_a_scale_that_is_a_power_of_two_changes_no_bit(name, scaler):
+    (w, opt), (v, plain) = make(name), make(name)
+    scale = SCALERS[scaler]("cpu", init_scale=1024.0)
+    for t in range(3):
+        opt.zero_grad()
+        scale.scale(loss_of(w, t)).backward()
+        kept = [p.grad.clone() for p in w]
+        scale.step(opt)
+        scale.update()
+        assert all(torch.equal(p.grad, g) for p, g in zip(w, kept, strict=True)), "gradients are only read"
+        plain.zero_grad()
+        loss_of(v, t).backward()
+        plain.step()
+    assert all(torch.equal(p, q) for p, q in zip(w, v, strict=True))
+    assert not opt.last_info.skipped
+    assert not hasattr(opt, "grad_scale")
+
+
+@every_scaler
+@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("bad", [0, 2], ids=["first step", "third step"])
+def test_an_overflow_skips_the_step_and_changes_nothing(name, scaler, bad):
+    (w, opt), (v, plain) = make(name, max_grad_norm=10.0), make(name, max_grad_norm=10.0)
+    scale = SCALERS[scaler]("cpu", init_scale=1024.0)
+    for t in range(5):
+        opt.zero_grad()
+        scale.scale(loss_of(w, t)).backward()
+        if t == bad:
+            w[1].grad[3] = torch.inf
+            before = [p.detach().clone() for p in w], copy.deepcopy(opt.state_dict())
+        scale.step(opt)
+        scale.update()
+        if t == bad:
+            assert opt.last_info.skipped
+            assert scale.get_scale() == 512.0
+            assert all(torch.equal(p, q) for p, q in zip(w, before[0], strict=True))
+            torch.testing.assert_close(opt.state_dict()["state"], before[1]["state"], rtol=0, atol=0)
+            continue
+        plain.zero_grad()
+        loss_of(v, t).backward()
+        plain.step()
+    assert all(torch.equal(p, q) for p, q in zip(w, v, strict=True))
+    assert opt.last_info.grad_norm == plain.last_info.grad_norm
+
+
+@every_scaler
+def test_unscaling_before_the_step(scaler):
+    (w, opt), (v, plain) = make(), make()
+    scale = SCALERS[scaler]("cpu", init_scale=1024.0)
+    for t in range(4):
+        opt.zero_grad()
+        scale.scale(loss_of(w, t)).backward()
+        if t == 1:
+            w[0].grad[2, 3] = torch.nan
+        scale.unscale_(opt)
+        torch.nn.utils.clip_grad_norm_(w, 5.0)
+        scale.step(opt)
+        scale.update()
+        if t != 1:
+            plain.zero_grad()
+            loss_of(v, t).backward()
+            torch.nn.utils.clip_grad_norm_(v, 5.0)
+            plain.step()
+    assert all(torch.equal(p, q) for p, q in zip(w, v, strict=True))
+    assert scale.get_scale() == 512.0
+
+
+@every_scaler
+def test_two_optimizers_and_one_scaler(scaler):
+    (w, opt), (v, other) = make("AdamW"), make("SGD")
+    theirs = torch.optim.SGD([x := torch.nn.Parameter(torch.ones(2))], lr=0.5)
+    scale = SCALERS[scaler]("cpu", init_scale=4.0)
+    scale.scale(loss_of(w, 0) + loss_of(v, 1) + x.sum()).backward()
+    v[0].grad[0, 0] = torch.inf
+    before = [p.detach().clone() for p in w]
+    for optimizer in (opt, other, theirs):
+        scale.step(optimizer)
+    scale.update()
+    assert not opt.last_info.skipped
+    assert other.last_info.skipped
+    assert scale.get_scale() == 2.0
+    assert not torch.equal(w[0], before[0])
+    assert x.tolist() == [0.5, 0.5]
+
+
+@pytest.mark.parametrize("max_norm", [0.5, 1e6, float("inf")])
+def test_clipping_is_that_of_torch(max_norm):
+    (w, opt), (v, plain) = make(max_grad_norm=max_norm), make()
+    for t in range(3):
+        opt.zero_grad()
+        loss_of(w, t).backward()
+        kept = [p.grad.clone() for p in w]
+        opt.step()
+        assert all(torch.equal(p.grad, g) for p, g in zip(w, kept, strict=True))
+        plain.zero_grad()
+        loss_of(v, t).backward()
+        norm = torch.nn.utils.clip_grad_norm_(v, max_norm)
+        plain.step()
+        assert opt.last_info.grad_norm == pytest.approx(norm.item(), rel=1e-6)
+    for p, q in zip(w, v, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+def test_without_scaler_infinities_pass_on_as_in_torch():
+    (w, opt) = make()
+    loss_of(w, 0).backward()
+    w[1].grad[0] = torch.nan
+    opt.step()
+    assert w[1].isnan().tolist() == [True] + [False] * 6
+    assert not w[0].isnan().any()

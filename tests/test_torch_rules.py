@@ -1,0 +1,157 @@
+"""fastopt.torch: every class and option has the bits of the NumPy optimizers, and stays beside torch's for-loop."""
+
+from __future__ import annotations
+
+import inspect
+
+import numpy as np
+import pytest
+from cases import CASES, torch_hyper
+from compare import DTYPES, PARAMETER, assert_close, assert_same_bits, build, case_problem, snapshot
+
+torch = pytest.importorskip("torch")
+import fastopt.torch as front  # noqa: E402 - needs torch
+
+ONLY_NUMPY = ("eps_hat", "eps_inside_sqrt", "fully_decoupled", "keep_weight_norms")
+FRONT_CASES = [
+    case
+    for case in CASES
+    if not any(case.hyper.get(name) for name in ONLY_NUMPY)
+    and not (case.optimizer == "SGD" and case.hyper.get("lr_in_momentum"))
+]
+CLASSES = [name for name in front.__all__ if name not in ("TensorOptimizer", "GradScaler")]
+IN_TORCH = [name for name in CLASSES if name not in ("Lion", "LARS")]
+every_case = pytest.mark.parametrize("case", FRONT_CASES, ids=lambda case: case.id)
+
+
+def tensor_of(array):
+    """A tensor with the values of an array, of the same dtype."""
+    if array.dtype == DTYPES["bfloat16"]:
+        return torch.from_numpy(array.view(np.int16).copy()).view(torch.bfloat16)
+    return torch.from_numpy(array.copy())
+
+
+def array_of(tensor):
+    """An array with the values of a tensor, of the same dtype."""
+    tensor = tensor.detach()
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(DTYPES["bfloat16"]).copy()
+    return tensor.numpy().copy()
+
+
+def make_tensors(params):
+    return {name: torch.nn.Parameter(tensor_of(p)) for name, p in params.items()}
+
+
+def front_snapshot(tensors, opt, t):
+    """As compare.snapshot; a class without step count has none in its state."""
+    shown = {}
+    for name, tensor in tensors.items():
+        state = {k: v.item() if v.ndim == 0 and k in NUMBERS else array_of(v) for k, v in opt.state[tensor].items()}
+        assert state.get("step", t) == t
+        shown[name] = {PARAMETER: array_of(tensor)} | state | {"step": t}
+    return shown
+
+
+NUMBERS = ("step", "eta", "mu", "mu_product")
+
+
+@every_case
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_bits_are_those_of_the_numpy_optimizers(case, dtype):
+    params, gradients = case_problem(case, dtype, 4)
+    tensors = make_tensors(params)
+    opt = getattr(front, case.optimizer)(list(tensors.values()), **case.hyper)
+    reference = build(case, params)
+    for t, grads in enumerate(gradients, 1):
+        reference.step(grads)
+        for name, tensor in tensors.items():
+            tensor.grad = tensor_of(grads[name])
+        opt.step()
+        assert_same_bits(front_snapshot(tensors, opt, t), snapshot(params, reference), f"{case.id}, step {t}")
+        for name, tensor in tensors.items():
+            assert array_of(tensor.grad).tobytes() == grads[name].tobytes(), "gradients are only read"
+
+
+@pytest.mark.parametrize("case", [c for c in FRONT_CASES if torch_hyper(c) is not None], ids=lambda case: case.id)
+@pytest.mark.parametrize(("dtype", "rtol", "atol"), [("float32", 1e-5, 1e-6), ("float64", 2e-14, 2e-15)])
+def test_twenty_steps_beside_the_loop_of_torch(case, dtype, rtol, atol):
+    # Tolerances of test_torch.py, which tells where they come from. torch keeps host scalars in its default dtype.
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        params, gradients = case_problem(case, dtype, 20, awkward=False)
+        ours, theirs = make_tensors(params), make_tensors(params)
+        opt = getattr(front, case.optimizer)(list(ours.values()), **case.hyper)
+        loop = getattr(torch.optim, case.optimizer)(list(theirs.values()), **torch_hyper(case))
+        for t, grads in enumerate(gradients, 1):
+            for group in (opt.param_groups[0], loop.param_groups[0]):
+                group["lr"] *= (0.5, 1.5, 1.0)[t % 3] if t > 1 else 1.0  # Rprop takes its lr in the first step
+            for tensors in (ours, theirs):
+                for name, tensor in tensors.items():
+                    tensor.grad = tensor_of(grads[name])
+            opt.step()
+            loop.step()
+            for ours_p, theirs_p in zip(ours.values(), theirs.values(), strict=True):
+                assert set(opt.state[ours_p]) == set(loop.state[theirs_p])
+            got, want = front_snapshot(ours, opt, t), front_snapshot(theirs, loop, t)
+            assert_close(got, want, rtol=rtol, atol=atol, where=f"{case.id}, step {t}")
+    finally:
+        torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize("name", IN_TORCH)
+def test_signature_defaults_and_groups_are_those_of_torch(name):
+    ours, theirs = getattr(front, name), getattr(torch.optim, name)
+    own, expected = inspect.signature(ours).parameters, inspect.signature(theirs).parameters
+    assert {k: v for k, v in own.items() if k in expected} == dict(expected)
+    assert set(own) - set(expected) == {"max_grad_norm", "zero_grads", "master_weights", "flatten"}
+    w = torch.nn.Parameter(torch.ones(2))
+    groups = [cls([w]).param_groups for cls in (ours, theirs)]
+    assert groups[0] == groups[1]
+    assert issubclass(ours, theirs)
+
+
+@pytest.mark.parametrize("name", IN_TORCH)
+@pytest.mark.parametrize("bad", [{"lr": -1.0}, {"weight_decay": -1.0}, {"eps": -1.0}, {"betas": (1.0, 0.9)}])
+def test_bad_options_have_the_error_of_torch(name, bad):
+    if not set(bad) <= set(inspect.signature(getattr(torch.optim, name)).parameters):
+        pytest.skip("not an option of this class")
+    w = torch.nn.Parameter(torch.ones(2))
+    with pytest.raises(ValueError, match=r".") as theirs:
+        getattr(torch.optim, name)([w], **bad)
+    with pytest.raises(ValueError, match=r".") as ours:
+        getattr(front, name)([w], **bad)
+    assert str(ours.value) == str(theirs.value)
+
+
+@pytest.mark.parametrize("case", [c for c in FRONT_CASES if "eps" in c.hyper and torch_hyper(c)], ids=lambda c: c.id)
+def test_eps_may_be_zero(case):
+    w, v = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
+    hyper = torch_hyper(case) | {"eps": 0.0}
+    opt, loop = getattr(front, case.optimizer)([w], **hyper), getattr(torch.optim, case.optimizer)([v], **hyper)
+    for _ in range(3):
+        w.grad, v.grad = torch.tensor([1.0, -2.0, 3.0]), torch.tensor([1.0, -2.0, 3.0])
+        opt.step()
+        loop.step()
+    torch.testing.assert_close(w, v)
+
+
+@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
+def test_complex_parameters_are_pairs_of_real_ones(name, dtype):
+    torch.manual_seed(0)
+    hyper = {"lr": 0.1}
+    z = torch.nn.Parameter(torch.randn(4, 3, dtype=dtype))
+    pair = torch.nn.Parameter(torch.view_as_real(z.detach()).clone())
+    a, b = getattr(front, name)([z], **hyper), getattr(front, name)([pair], **hyper)
+    for _ in range(3):
+        gradient = torch.randn(4, 3, dtype=dtype)
+        z.grad, pair.grad = gradient.conj(), torch.view_as_real(gradient.conj().resolve_conj()).clone()
+        a.step()
+        b.step()
+    assert torch.equal(torch.view_as_real(z.detach()), pair)
+    for key, value in a.state[z].items():
+        other = b.state[pair][key]
+        assert torch.equal(torch.view_as_real(value) if value.is_complex() else value, other)
+        assert value.is_complex() == (value.ndim > 0)

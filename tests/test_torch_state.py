@@ -1,0 +1,358 @@
+"""fastopt.torch: state, checkpoints in both directions, copies, and surgery on state and groups."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import pytest
+
+torch = pytest.importorskip("torch")
+import fastopt.torch as front  # noqa: E402 - needs torch
+
+CLASSES = {
+    "SGD": {"momentum": 0.9, "dampening": 0.5},
+    "Adagrad": {"lr_decay": 0.1},
+    "Adadelta": {},
+    "RMSprop": {"momentum": 0.9, "centered": True},
+    "Rprop": {},
+    "ASGD": {"t0": 1.0, "lambd": 0.1},
+    "Adam": {"amsgrad": True},
+    "AdamW": {},
+    "Adamax": {},
+    "NAdam": {},
+    "RAdam": {},
+    "Lion": {},
+    "LARS": {"lr": 0.1},
+}
+IN_TORCH = [name for name in CLASSES if name not in ("Lion", "LARS")]
+every_class = pytest.mark.parametrize("name", CLASSES)
+every_torch_class = pytest.mark.parametrize("name", IN_TORCH)
+
+
+def make(name, *, dtype=torch.float32, home=front, seed=0, **options):
+    torch.manual_seed(seed)
+    params = [torch.nn.Parameter(torch.randn(shape, dtype=dtype)) for shape in ((5, 7), (3,), (), (0, 2))]
+    return params, getattr(home, name)(params, **CLASSES[name], **options)
+
+
+def gradients(params, t):
+    torch.manual_seed(1000 + t)
+    return [torch.randn(p.shape).to(p.dtype) for p in params]
+
+
+def train(params, opt, steps, first=0):
+    for t in range(first, first + steps):
+        for p, g in zip(params, gradients(params, t), strict=True):
+            p.grad = g
+        opt.step()
+
+
+def copy_into(params, others):
+    with torch.no_grad():
+        for p, q in zip(params, others, strict=True):
+            p.copy_(q)
+
+
+def assert_equal(a, b):
+    """Parameters, states and groups of two pairs of parameters and optimizer have the same bits."""
+    for p, q in zip(a[0], b[0], strict=True):
+        assert torch.equal(p, q)
+        assert set(a[1].state[p]) == set(b[1].state[q])
+        for name, value in a[1].state[p].items():
+            other = b[1].state[q][name]
+            assert value.dtype == other.dtype, name
+            assert torch.equal(value, other), name
+
+
+@every_class
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_resume_is_bit_exact(name, dtype):
+    through = make(name, dtype=dtype)
+    train(*through, 6)
+    first = make(name, dtype=dtype)
+    train(*first, 3)
+    file = io.BytesIO()
+    torch.save(first[1].state_dict(), file)
+    file.seek(0)
+    second = make(name, dtype=dtype, seed=5)
+    copy_into(second[0], first[0])
+    second[1].load_state_dict(torch.load(file, weights_only=True))
+    assert_equal(second, first)
+    train(*second, 3, first=3)
+    assert_equal(second, through)
+
+
+@every_class
+def test_states_of_16_bit_parameters_are_float32_and_stay_so(name):
+    params, opt = make(name, dtype=torch.float16)
+    train(params, opt, 2)
+    saved = opt.state_dict()
+    again, other = make(name, dtype=torch.float16)
+    other.load_state_dict(saved)
+    for p, q in zip(params, again, strict=True):
+        for key, value in opt.state[p].items():
+            if key not in ("step", "eta", "mu", "mu_product"):
+                assert value.dtype == torch.float32
+                assert torch.equal(other.state[q][key], value)
+
+
+@every_torch_class
+@pytest.mark.parametrize("direction", ["from torch", "to torch"])
+def test_checkpoints_go_both_ways(name, direction):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)  # torch then keeps eta, mu and mu_product as exactly as fastopt does
+    try:
+        homes = (torch.optim, front) if direction == "from torch" else (front, torch.optim)
+        first, second = make(name, home=homes[0], dtype=torch.float64), make(name, home=homes[1], dtype=torch.float64)
+        train(*first, 4)
+        copy_into(second[0], first[0])
+        second[1].load_state_dict(first[1].state_dict())
+        train(*first, 4, first=4)
+        train(*second, 4, first=4)
+        for p, q in zip(first[0], second[0], strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-12)
+            assert set(first[1].state[p]) == set(second[1].state[q])
+            for key, value in first[1].state[p].items():
+                torch.testing.assert_close(value, second[1].state[q][key], rtol=1e-12, atol=1e-12, check_dtype=False)
+        assert first[1].state_dict()["param_groups"] == second[1].state_dict()["param_groups"]
+    finally:
+        torch.set_default_dtype(before)
+
+
+@every_class
+def test_saved_tensors_are_copies_of_their_own_size(name):
+    params, opt = make(name)
+    train(params, opt, 2)
+    saved = opt.state_dict()
+    before = copy.deepcopy(saved)
+    train(params, opt, 1, first=2)
+    for index, state in saved["state"].items():
+        for key, value in state.items():
+            assert value.untyped_storage().nbytes() == value.nbytes
+            assert torch.equal(value, before["state"][index][key])
+
+
+def test_checkpoint_is_of_ordinary_types():
+    params, opt = make("AdamW")
+    train(params, opt, 1)
+    saved = opt.state_dict()
+    assert type(saved["state"]) is dict
+    assert all(type(state) is dict for state in saved["state"].values())
+
+
+@every_torch_class
+def test_older_checkpoints_lack_keys_and_have_numbers_as_steps(name):
+    through, second = make(name), make(name, seed=3)
+    train(*through, 2)
+    saved = through[1].state_dict()
+    for group in saved["param_groups"]:
+        for key in ("maximize", "foreach", "capturable", "differentiable", "fused", "decoupled_weight_decay"):
+            group.pop(key, None)
+    for state in saved["state"].values():
+        if "step" in state:
+            state["step"] = int(state["step"])
+        for key in {"mu_product", "eta", "mu"} & set(state):
+            state[key] = state[key].item()
+    copy_into(second[0], through[0])
+    second[1].load_state_dict(saved)
+    train(*through, 2, first=2)
+    train(*second, 2, first=2)
+    assert_equal(through, second)
+
+
+@every_class
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
+def test_copies_go_on_by_themselves(name, how):
+    params, opt = first = make(name, max_grad_norm=0.5)
+    train(*first, 2)
+    second = how((params, opt))
+    assert type(second[1]) is type(opt)
+    train(*first, 2, first=2)
+    kept = copy.deepcopy(second[0])
+    assert all(torch.equal(p, q) for p, q in zip(kept, second[0], strict=True)), "the copy has memory of its own"
+    train(*second, 2, first=2)
+    assert_equal(first, second)
+    assert second[1].last_info.grad_norm == opt.last_info.grad_norm
+
+
+def test_a_state_of_another_shape_is_refused_and_nothing_changes():
+    params, opt = make("AdamW")
+    train(params, opt, 2)
+    saved = opt.state_dict()
+    before = copy.deepcopy(saved)
+    bad = copy.deepcopy(saved)
+    bad["state"][0]["exp_avg"] = torch.zeros(4)
+    with pytest.raises(
+        ValueError, match=r"exp_avg of parameter 0 has shape \(4,\), but the parameter has shape \(5, 7\)"
+    ):
+        opt.load_state_dict(bad)
+    with pytest.raises(ValueError, match="different number of parameter groups"):
+        opt.load_state_dict({"state": {}, "param_groups": []})
+    torch.testing.assert_close(opt.state_dict(), before, rtol=0, atol=0)
+
+
+def test_hooks_of_load_and_save_see_tensors():
+    params, opt = make("AdamW")
+    train(params, opt, 1)
+    seen = []
+    opt.register_state_dict_post_hook(lambda o, d: seen.append(d["state"][0]["exp_avg"].shape))
+    opt.register_load_state_dict_pre_hook(lambda o, d: seen.append(d["state"][0]["exp_avg"].shape))
+    opt.register_load_state_dict_post_hook(lambda o: seen.append(o.state[params[0]]["exp_avg"].shape))
+    opt.load_state_dict(opt.state_dict())
+    assert seen == [(5, 7)] * 3
+
+
+# --- surgery: what users do to the state of torch's optimizers -------------------------------------------------------
+
+
+def pair(name="AdamW"):
+    return make(name), make(name, home=torch.optim)
+
+
+def assert_close(ours, theirs):
+    for p, q in zip(ours[0], theirs[0], strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+        assert set(ours[1].state.get(p, {})) == set(theirs[1].state.get(q, {}))
+        for key, value in theirs[1].state.get(q, {}).items():
+            torch.testing.assert_close(ours[1].state[p][key], value, rtol=1e-5, atol=1e-6)
+
+
+def _clear(params, opt):
+    opt.state.clear()
+
+
+def _replace_state(params, opt):
+    from collections import defaultdict
+
+    opt.state = defaultdict(dict)
+
+
+def _delete_one(params, opt):
+    del opt.state[params[0]]
+
+
+def _zero_in_place(params, opt):
+    opt.state[params[0]]["exp_avg"].zero_()
+    opt.state[params[1]]["step"].zero_()
+
+
+def _set_entries(params, opt):
+    opt.state[params[0]]["exp_avg"] = torch.full((5, 7), 0.5)
+    opt.state[params[1]]["step"] = torch.tensor(7.0)
+
+
+def _step_back_one_by_one(params, opt):
+    for p in params:
+        opt.state[p]["step"] -= 1
+
+
+def _assign_state(params, opt):
+    opt.state[params[1]] = {
+        "step": torch.tensor(3.0),
+        "exp_avg": torch.ones(3),
+        "exp_avg_sq": torch.ones(3),
+    }
+
+
+def _share(params, opt):
+    opt.state[params[0]]["exp_avg"].share_memory_()
+
+
+def _grow(params, opt):
+    """What Gaussian splatting does: a parameter is replaced by a longer one, and its state with it."""
+    old = params[1]
+    state = opt.state.get(old)
+    for key in ("exp_avg", "exp_avg_sq"):
+        state[key] = torch.cat([state[key], torch.zeros(2)])
+    del opt.state[old]
+    new = torch.nn.Parameter(torch.cat([old.detach(), torch.ones(2)]))
+    opt.param_groups[0]["params"][1] = params[1] = new
+    opt.state[new] = state
+
+
+def _move_data(params, opt):
+    for p in params:
+        p.data = p.data.clone()
+
+
+def _append(params, opt):
+    params.append(torch.nn.Parameter(torch.ones(4)))
+    opt.param_groups[0]["params"].append(params[-1])
+
+
+def _remove(params, opt):
+    opt.param_groups[0]["params"].pop(0)
+
+
+def _switch_amsgrad(params, opt):
+    opt.param_groups[0]["maximize"] = True
+
+
+@pytest.mark.parametrize(
+    "surgery",
+    [
+        _clear,
+        _replace_state,
+        _delete_one,
+        _zero_in_place,
+        _set_entries,
+        _step_back_one_by_one,
+        _assign_state,
+        _share,
+        _grow,
+        _move_data,
+        _append,
+        _remove,
+        _switch_amsgrad,
+    ],
+)
+def test_surgery_has_the_effect_it_has_in_torch(surgery):
+    ours, theirs = pair()
+    for params, opt in (ours, theirs):
+        train(params, opt, 3)
+        surgery(params, opt)
+        train(params, opt, 3, first=3)
+    assert_close(ours, theirs)
+
+
+def test_reading_and_changing_states_through_the_dict_counts():
+    ours, theirs = pair()
+    for params, opt in (ours, theirs):
+        train(params, opt, 2)
+        for state in opt.state.values():
+            for key, value in state.items():
+                state[key] = value.to("cpu", copy=True)  # what offloading does
+            state.update(step=state["step"] + 1)
+        train(params, opt, 2, first=2)
+    assert_close(ours, theirs)
+
+
+@every_class
+def test_momentum_and_states_begin_with_the_first_gradient(name):
+    ours = make(name)
+    params, opt = ours
+    for t in range(4):
+        for p, g in zip(params, gradients(params, t), strict=True):
+            p.grad = g if p is params[0] or t >= 2 else None
+        opt.step()
+        if t < 2 and name != "Adagrad":
+            assert params[1] not in opt.state or not opt.state[params[1]]
+    alone, other = make(name)
+    for t in range(2, 4):
+        for p, g in zip(alone, gradients(alone, t), strict=True):
+            p.grad = g if p is not alone[0] else None
+        other.step()
+    for p, q in zip(params[1:], alone[1:], strict=True):
+        assert torch.equal(p, q)
+
+
+def test_sgd_damps_from_the_second_step_on_also_when_momentum_comes_later():
+    ours, theirs = make("SGD"), make("SGD", home=torch.optim)
+    for params, opt in (ours, theirs):
+        opt.param_groups[0]["momentum"] = 0.0
+        train(params, opt, 2)
+        opt.param_groups[0]["momentum"] = 0.9
+        train(params, opt, 3, first=2)
+    assert_close(ours, theirs)

@@ -1,0 +1,504 @@
+"""fastopt.torch: groups, freezing, hooks, closures, schedulers, layouts, and refusals before anything is written."""
+
+from __future__ import annotations
+
+import copy
+import threading
+import warnings
+
+import pytest
+
+torch = pytest.importorskip("torch")
+import fastopt.torch as front  # noqa: E402 - needs torch
+
+SHAPES = ((5, 7), (3,), (), (0, 2), (1,))
+
+
+def params_of(shapes=SHAPES, *, dtype=torch.float32, seed=0):
+    torch.manual_seed(seed)
+    return [torch.nn.Parameter(torch.randn(shape).to(dtype)) for shape in shapes]
+
+
+def set_gradients(params, t, scale=1.0):
+    torch.manual_seed(1000 + t)
+    for p in params:
+        p.grad = torch.randn(p.shape).to(p.dtype) * scale
+
+
+def both(make):
+    """The same made with fastopt.torch and with torch.optim."""
+    return make(front), make(torch.optim)
+
+
+def assert_close(a, b, **tolerance):
+    for p, q in zip(a, b, strict=True):
+        torch.testing.assert_close(p, q, **(tolerance or {"rtol": 1e-5, "atol": 1e-6}))
+
+
+# --- groups and gradients --------------------------------------------------------------------------------------------
+
+
+def test_groups_have_options_of_their_own():
+    def make(home):
+        p = params_of()
+        groups = [{"params": p[:2], "lr": 0.1, "betas": (0.5, 0.6)}, {"params": p[2:], "weight_decay": 0.5}]
+        return p, home.AdamW(groups, lr=0.01)
+
+    (p, ours), (q, theirs) = both(make)
+    for t in range(4):
+        set_gradients(p, t)
+        set_gradients(q, t)
+        for opt in (ours, theirs):
+            opt.param_groups[1]["lr"] *= 0.5
+            opt.step()
+    assert_close(p, q)
+
+
+def test_groups_may_have_rules_of_their_own():
+    def make(home):
+        p = params_of()
+        return p, home.SGD([{"params": p[:2], "momentum": 0.9}, {"params": p[2:], "maximize": True}], lr=0.1)
+
+    (p, ours), (q, theirs) = both(make)
+    for t in range(3):
+        set_gradients(p, t)
+        set_gradients(q, t)
+        ours.step()
+        theirs.step()
+    assert_close(p, q)
+
+
+def test_freezing_adding_and_unfreezing():
+    def run(home):
+        p = params_of()
+        opt = home.AdamW(p[:2], lr=0.1)
+        for t in range(8):
+            set_gradients(p, t)
+            if t in (2, 3):
+                p[0].requires_grad_(False)
+                p[0].grad = None
+            if t == 4:
+                p[0].requires_grad_(True)
+                opt.add_param_group({"params": p[2:], "lr": 0.01})
+            opt.step()
+        return p, opt
+
+    (p, ours), (q, theirs) = both(run)
+    assert_close(p, q)
+    assert [s["step"].item() for s in ours.state.values()] == [s["step"].item() for s in theirs.state.values()]
+
+
+def test_mixed_dtypes_are_one_step():
+    p = [params_of(((9,),), dtype=dtype)[0] for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16)]
+    alone = [copy.deepcopy(x) for x in p]
+    opt, others = front.AdamW(p, lr=0.1), [front.AdamW([x], lr=0.1) for x in alone]
+    for t in range(3):
+        for x, y in zip(p, alone, strict=True):
+            set_gradients([x], t)
+            set_gradients([y], t)
+        opt.step()
+        for other in others:
+            other.step()
+    assert all(torch.equal(x, y) for x, y in zip(p, alone, strict=True))
+
+
+def test_no_gradients_is_no_step():
+    p = params_of()
+    opt = front.AdamW(p)
+    opt.step()
+    assert not opt.state
+    assert not opt.last_info.skipped
+
+
+@pytest.mark.parametrize("fresh", [True, False])
+def test_accumulated_gradients(fresh):
+    def run(home):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(4, 2)
+        opt = home.AdamW(model.parameters(), lr=0.1)
+        for _ in range(3):
+            for _ in range(2):
+                model(torch.randn(5, 4)).square().mean().backward()
+            opt.step()
+            opt.zero_grad(set_to_none=fresh)
+        return list(model.parameters())
+
+    assert_close(*both(run))
+
+
+def test_zero_grads_in_the_same_pass():
+    p = params_of()
+    strided = torch.randn(7, 5).t()
+    opt = front.SGD(p, lr=0.1, zero_grads=True)
+    for t in range(2):
+        set_gradients(p, t)
+        p[0].grad = strided
+        strided.fill_(1.0)
+        before = p[0].detach().clone()
+        opt.step()
+        assert torch.equal(p[0], before - torch.tensor(0.1))
+        assert all(not x.grad.any() for x in p)
+    p[1].grad = torch.full((3,), torch.inf)
+    front.SGD(p, lr=0.1, zero_grads=True).step()
+    assert not p[1].grad.any()
+
+
+def test_tensor_lr_is_read_at_each_step():
+    def run(home):
+        p, lr = params_of(), torch.tensor(0.1)
+        opt = home.AdamW(p, lr=lr)
+        for t in range(3):
+            set_gradients(p, t)
+            lr.mul_(0.5)
+            opt.step()
+        return p
+
+    assert_close(*both(run))
+
+
+def test_version_counters_tell_autograd_of_the_step():
+    w = torch.nn.Parameter(torch.ones(2))
+    y = (w * w).sum()
+    w.grad = torch.ones(2)
+    front.SGD([w], lr=0.1).step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
+
+
+# --- the C interface -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_c_interface_and_python_take_the_same_steps(layout, dtype, monkeypatch):
+    def run():
+        shapes = [*SHAPES, (2, 3, 4, 5)]
+        p = [
+            torch.nn.Parameter(LAYOUTS[layout](x.detach()) if x.ndim == 4 else x)
+            for x in params_of(shapes, dtype=dtype)
+        ]
+        opt = front.AdamW(p, lr=0.1)
+        for t in range(12):
+            set_gradients(p, t)
+            p[-1].grad = LAYOUTS[layout](p[-1].grad)
+            if t == 5:
+                p[1].grad = None
+            if t == 6:
+                p[0].grad = p[0].grad.t().contiguous().t()
+            if t == 7:
+                p[1].data = p[1].data.clone()
+            opt.step()
+        return p, opt
+
+    (p, a) = run()
+    assert a.state.watch.derived._probe is not None
+    monkeypatch.setattr(front._update.Probe, "available", lambda: False)
+    (q, b) = run()
+    assert b.state.watch.derived._probe is None
+    assert all(torch.equal(x, y) for x, y in zip(p, q, strict=True))
+
+
+@pytest.mark.parametrize("change", ["gradient", "dtype", "shape", "parameter", "none", "negated"])
+def test_the_c_interface_notices_what_changed(change):
+    p = [torch.nn.Parameter(torch.ones(1)), torch.nn.Parameter(torch.ones(3))]
+    opt = front.SGD(p, lr=0.5)
+    for t in range(4):
+        set_gradients(p, t)
+        opt.step()
+    probe = opt.state.watch.derived._probe
+    set_gradients(p, 9)
+    assert probe.hold()
+    assert probe.pointers.tolist() == [x.grad.data_ptr() for x in p]
+    probe.release()
+    before, want = [x.detach().clone() for x in p], [x.grad.clone() for x in p]
+    if change == "gradient":
+        p[1].grad = torch.stack([want[1], want[1]], dim=1)[:, 0]
+    if change == "dtype":
+        p[1].grad.data = want[1].to(torch.bfloat16)
+        want[1] = want[1].to(torch.bfloat16).float()
+    if change == "shape":
+        p[1].grad.data = torch.ones(4)
+        with pytest.raises(ValueError, match="shape"):
+            opt.step()
+        return
+    if change == "parameter":
+        p[1].data = p[1].data.clone()
+    if change == "none":
+        p[1].grad = None
+        want[1] = torch.zeros(3)
+    if change == "negated":
+        p[0].grad = torch.complex(torch.zeros(1), want[0]).conj().imag
+        want[0] = -want[0]
+    opt.step()
+    for x, y, g in zip(p, before, want, strict=True):
+        assert torch.equal(x, y - 0.5 * g)
+
+
+def test_gradients_live_while_they_are_held_and_no_longer():
+    w = torch.nn.Parameter(torch.ones(3))
+    opt = front.SGD([w], lr=0.5)
+    for _ in range(4):
+        w.grad = torch.ones(3)
+        opt.step()
+    probe, kept = opt.state.watch.derived._probe, w.grad
+    count = kept._use_count()
+    assert probe.hold()
+    assert kept._use_count() == count + 1
+    probe.release()
+    assert kept._use_count() == count
+
+
+# --- what torch.optim.Optimizer promises -----------------------------------------------------------------------------
+
+
+def test_closure_and_hooks():
+    w = torch.nn.Parameter(torch.ones(2))
+    opt, seen = front.SGD([w], lr=0.1), []
+    opt.register_step_pre_hook(lambda o, args, kwargs: seen.append("before"))
+    opt.register_step_post_hook(lambda o, args, kwargs: seen.append("after"))
+
+    def closure():
+        opt.zero_grad()
+        loss = (w * w).sum()
+        loss.backward()
+        seen.append("closure")
+        return loss
+
+    assert opt.step(closure).item() == 2.0
+    assert opt.step(closure=closure).item() == pytest.approx(1.28)
+    assert seen == ["before", "closure", "after"] * 2
+
+
+SCHEDULERS = {
+    "OneCycleLR": lambda o: torch.optim.lr_scheduler.OneCycleLR(o, max_lr=0.1, total_steps=10),
+    "CosineAnnealingLR": lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 5),
+    "CosineAnnealingWarmRestarts": lambda o: torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(o, 3),
+    "LambdaLR": lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda t: 1 / (t + 1)),
+    "CyclicLR": lambda o: torch.optim.lr_scheduler.CyclicLR(o, 0.01, 0.1, step_size_up=2),
+    "ReduceLROnPlateau": lambda o: torch.optim.lr_scheduler.ReduceLROnPlateau(o, patience=1, factor=0.1),
+}
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize("name", ["AdamW", "SGD"])
+def test_schedulers(scheduler, name):
+    def run(home):
+        p = params_of()
+        opt = getattr(home, name)(p, lr=0.05, **({"momentum": 0.9} if name == "SGD" else {}))
+        schedule = SCHEDULERS[scheduler](opt)
+        for t in range(8):
+            set_gradients(p, t)
+            opt.step()
+            schedule.step(*([1.0] if scheduler == "ReduceLROnPlateau" else []))
+        return p, opt
+
+    (p, ours), (q, theirs) = both(run)
+    assert_close(p, q)
+    assert ours.param_groups[0]["lr"] == theirs.param_groups[0]["lr"]
+
+
+def test_swa_and_names_of_parameters():
+    model = torch.nn.Linear(3, 2)
+    opt = front.AdamW(model.named_parameters())
+    assert opt.param_groups[0]["param_names"] == ["weight", "bias"]
+    swa = torch.optim.swa_utils.SWALR(opt, swa_lr=0.5, anneal_epochs=1)
+    model(torch.ones(1, 3)).sum().backward()
+    opt.step()
+    swa.step()
+    assert opt.param_groups[0]["lr"] == 0.5
+    assert opt.state_dict()["param_groups"][0]["param_names"] == ["weight", "bias"]
+
+
+@pytest.mark.parametrize("keyword", [{"foreach": True}, {"fused": True}, {"capturable": True}, {"foreach": False}])
+def test_choices_of_implementation_make_no_difference(keyword):
+    p, q = params_of(), params_of()
+    a, b = front.AdamW(p), front.AdamW(q, **keyword)
+    for t in range(2):
+        set_gradients(p, t)
+        set_gradients(q, t)
+        a.step()
+        b.step()
+    assert all(torch.equal(x, y) for x, y in zip(p, q, strict=True))
+
+
+# --- layouts ---------------------------------------------------------------------------------------------------------
+
+LAYOUTS = {
+    "contiguous": lambda x: x,
+    "channels_last": lambda x: x.contiguous(memory_format=torch.channels_last),
+    "transposed": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+    "permuted": lambda x: x.permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0),
+}
+
+
+@pytest.mark.parametrize("gradient", [*LAYOUTS, "expanded", "sliced"])
+@pytest.mark.parametrize("parameter", LAYOUTS)
+def test_layouts(parameter, gradient):
+    torch.manual_seed(0)
+    start = torch.randn(4, 3, 2, 5)
+    w, plain = torch.nn.Parameter(LAYOUTS[parameter](start)), torch.nn.Parameter(start.clone())
+    assert w.stride() == LAYOUTS[parameter](start).stride()
+    a, b = front.AdamW([w], lr=0.1), front.AdamW([plain], lr=0.1)
+    for _ in range(3):
+        g = torch.randn(4, 3, 2, 5)
+        if gradient == "expanded":
+            g = torch.randn(3, 1, 5).expand(4, 3, 2, 5)
+        elif gradient == "sliced":
+            g = torch.randn(8, 3, 2, 10)[::2, :, :, 1::2]
+        plain.grad = g.clone(memory_format=torch.contiguous_format)
+        w.grad = LAYOUTS[gradient](g) if gradient in LAYOUTS else g
+        kept = w.grad.clone()
+        a.step()
+        b.step()
+        assert torch.equal(w.grad, kept)
+        assert torch.equal(w, plain)
+    for key in ("exp_avg", "exp_avg_sq"):
+        assert torch.equal(a.state[w][key], b.state[plain][key])
+        assert a.state[w][key].stride() == w.stride()
+
+
+def test_only_the_parameter_is_written():
+    base = torch.arange(40.0)
+    before = base.clone()
+    w = torch.nn.Parameter(base[7:33])
+    opt = front.AdamW([w], lr=0.5)
+    w.grad = torch.ones(26)
+    opt.step()
+    assert torch.equal(base[:7], before[:7])
+    assert torch.equal(base[33:], before[33:])
+    assert (base[7:33] != before[7:33]).all()
+
+
+def test_a_lazily_negated_gradient_of_one_element():
+    w = torch.nn.Parameter(torch.tensor([1.0]))
+    w.grad = torch.tensor([1.0 + 2.0j]).conj().imag
+    assert w.grad.is_neg()
+    front.SGD([w], lr=0.5).step()
+    assert w.item() == 2.0
+
+
+def test_gradients_of_other_dtypes():
+    w, v = (torch.nn.Parameter(torch.ones(9)) for _ in range(2))
+    g = torch.randn(9).to(torch.bfloat16)
+    w.grad, v.grad = torch.zeros(9), g.float()
+    w.grad.data = g
+    front.AdamW([w], lr=0.1).step()
+    front.AdamW([v], lr=0.1).step()
+    assert torch.equal(w, v)
+
+
+# --- refusals --------------------------------------------------------------------------------------------------------
+
+
+def refused(p, opt, error, match):
+    """The step is refused, and nothing was written."""
+    before, state = [x.detach().clone() for x in p], copy.deepcopy(opt.state_dict())
+    with pytest.raises(error, match=match):
+        opt.step()
+    assert all(torch.equal(x, y) for x, y in zip(p, before, strict=True))
+    torch.testing.assert_close(opt.state_dict()["state"], state["state"], rtol=0, atol=0)
+
+
+@pytest.fixture(params=["first step", "later step", "later step without torch's C interface"])
+def problem(request, monkeypatch):
+    if "without" in request.param:
+        monkeypatch.setattr(front._update.Probe, "available", lambda: False)
+    p = params_of()
+    opt = front.AdamW(p, lr=0.1, zero_grads=True)
+    for t in range(0 if request.param == "first step" else 4):
+        set_gradients(p, t)
+        opt.step()
+    set_gradients(p, 1)
+    return p, opt
+
+
+def test_sparse_gradients_are_refused(problem):
+    p, opt = problem
+    p[1].grad = torch.ones(3).to_sparse()
+    refused(p, opt, RuntimeError, "AdamW does not support sparse gradients")
+
+
+def test_gradients_of_another_shape_are_refused(problem):
+    p, opt = problem
+    p[1].grad.data = torch.ones(2)
+    refused(p, opt, ValueError, r"parameter 1 of group 0 has shape \(3,\), but its gradient has shape \(2,\)")
+
+
+def test_gradients_in_the_memory_of_parameters_are_refused(problem):
+    p, opt = problem
+    p[1].grad = p[0].detach()[0, :3]
+    refused(p, opt, ValueError, "gradient of parameter 1 of group 0 shares memory with a parameter or a state")
+
+
+def test_gradients_that_share_memory_are_refused_where_they_are_zeroed(problem):
+    p, opt = problem
+    p[1].grad = p[0].grad[0, :3]
+    refused(p, opt, ValueError, "gradients of parameter 0 of group 0 and parameter 1 of group 0 share memory")
+
+
+@pytest.mark.parametrize("lr", [float("nan"), "fast", None])
+def test_options_that_are_no_numbers_are_refused(problem, lr):
+    p, opt = problem
+    opt.param_groups[0]["lr"] = lr
+    refused(p, opt, (TypeError, ValueError), "lr")
+
+
+def test_parameters_that_share_memory_are_refused():
+    w = torch.nn.Parameter(torch.ones(4))
+    v = torch.nn.Parameter(w.detach()[2:])
+    with pytest.raises(ValueError, match="parameter 0 of group 0 and parameter 1 of group 0 share memory"):
+        front.AdamW([w, v])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(ValueError, match="share memory"):
+            front.AdamW([w, w])
+    opt = front.AdamW([w])
+    with pytest.raises(ValueError, match="share memory"):
+        opt.add_param_group({"params": [v]})
+    assert len(opt.param_groups) == 1
+
+
+@pytest.mark.parametrize("bad", [torch.ones(1).expand(3), torch.ones(6)[::2], torch.ones(4, 4)[:, :2]])
+def test_parameters_that_are_not_dense_are_refused(bad):
+    with pytest.raises(ValueError, match="elements overlap or leave gaps"):
+        front.AdamW([torch.nn.Parameter(bad)])
+
+
+def test_differentiable_is_refused():
+    w = torch.nn.Parameter(torch.ones(2))
+    with pytest.raises(NotImplementedError, match="differentiable=True is not supported"):
+        front.AdamW([w], differentiable=True)
+
+
+@pytest.mark.parametrize("extra", [{"max_grad_norm": -1.0}, {"max_grad_norm": "1"}, {"zero_grads": 1}])
+def test_own_arguments_are_checked(extra):
+    with pytest.raises((TypeError, ValueError), match=f"AdamW: {next(iter(extra))}"):
+        front.AdamW([torch.nn.Parameter(torch.ones(2))], **extra)
+
+
+def test_unknown_arguments_are_refused():
+    with pytest.raises(TypeError, match="unexpected keyword argument"):
+        front.AdamW([torch.nn.Parameter(torch.ones(2))], momentum=0.9)
+
+
+def test_two_threads_on_one_optimizer():
+    w = torch.nn.Parameter(torch.ones(2))
+    opt, entered, leave = front.SGD([w]), threading.Event(), threading.Event()
+    w.grad = torch.ones(2)
+    original = opt._step
+
+    def slow():
+        entered.set()
+        leave.wait()
+        return original()
+
+    opt._step = slow
+    thread = threading.Thread(target=opt.step)
+    thread.start()
+    entered.wait()
+    try:
+        with pytest.raises(RuntimeError, match="another thread"):
+            opt.step()
+    finally:
+        leave.set()
+        thread.join()

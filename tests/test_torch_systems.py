@@ -1,0 +1,197 @@
+"""fastopt.torch together with DDP, FSDP2, torch.compile and forks; and without torch."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+torch = pytest.importorskip("torch")
+import fastopt.torch as front  # noqa: E402 - needs torch
+
+
+def python(program, *, timeout=120, **variables):
+    """Run a program in a process of its own, outside the repository; its output."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", textwrap.dedent(program)],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        cwd=pathlib.Path(__file__).anchor,
+        env={**os.environ, **variables},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_importing_fastopt_does_not_import_torch():
+    assert python("import sys, fastopt; print('torch' in sys.modules)").strip() == "False"
+
+
+def test_without_torch_the_error_names_the_extra():
+    program = """
+    import sys
+    class Nothing:
+        def find_spec(self, name, path=None, target=None):
+            if name == "torch":
+                raise ModuleNotFoundError("No module named 'torch'", name="torch")
+    sys.meta_path.insert(0, Nothing())
+    try:
+        import fastopt.torch
+    except ImportError as error:
+        print(error)
+    """
+    assert 'pip install "fastopt[torch]"' in python(program)
+
+
+TWO_PROCESSES = """
+    import os, sys, tempfile
+    import torch, torch.distributed as dist, torch.multiprocessing as mp
+    import fastopt.torch as front
+
+    def main(rank, path):
+        torch.set_num_threads(1)
+        dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
+        run(rank)
+        dist.destroy_process_group()
+"""
+START = """
+    if __name__ == "__main__":
+        context = mp.get_context("fork")
+        with tempfile.TemporaryDirectory() as folder:
+            workers = [context.Process(target=main, args=(rank, folder + "/store")) for rank in range(2)]
+            [w.start() for w in workers]
+            [w.join() for w in workers]
+            assert [w.exitcode for w in workers] == [0, 0]
+        print("done")
+"""
+
+
+@pytest.mark.parametrize("options", ["", "max_grad_norm=1.0", "flatten=True"])
+def test_ddp_on_two_processes(options):
+    body = f"""
+    def run(rank):
+        def make():
+            torch.manual_seed(0)
+            return torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2))
+
+        torch.manual_seed(rank)
+        data = torch.randn(5, 6, 4)
+        everything = [torch.empty_like(data) for _ in range(2)]
+        dist.all_gather(everything, data)
+        alone = make()
+        whole = front.AdamW(alone.parameters(), lr=0.05, {options})
+        inner = make()
+        opt = front.AdamW(inner.parameters(), lr=0.05, {options})
+        model = torch.nn.parallel.DistributedDataParallel(inner)
+        for t in range(5):
+            opt.zero_grad()
+            model(data[t]).square().mean().backward()
+            opt.step()
+            whole.zero_grad()
+            alone(torch.cat([x[t] for x in everything])).square().mean().backward()
+            whole.step()
+        for p, q in zip(inner.parameters(), alone.parameters(), strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+            both = [torch.empty_like(p) for _ in range(2)]
+            dist.all_gather(both, p.detach())
+            assert torch.equal(*both)
+    """
+    assert "done" in python(TWO_PROCESSES + body + START)
+
+
+def test_fsdp2_shards():
+    body = """
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.device_mesh import init_device_mesh
+
+    def run(rank):
+        mesh = init_device_mesh("cpu", (2,))
+        def make():
+            torch.manual_seed(0)
+            return torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Tanh(), torch.nn.Linear(7, 3))
+
+        alone, model = make(), make()
+        fully_shard(model, mesh=mesh)
+        opts = [front.AdamW(m.parameters(), lr=0.05) for m in (alone, model)]
+        for t in range(4):
+            torch.manual_seed(t)
+            x = torch.randn(6, 5)
+            for m, opt in zip((alone, model), opts):
+                opt.zero_grad()
+                m(x).square().mean().backward()
+                opt.step()
+        for p, q in zip(alone.parameters(), model.parameters(), strict=True):
+            assert isinstance(q, DTensor)
+            torch.testing.assert_close(p, q.full_tensor(), rtol=1e-4, atol=1e-5)
+            state = opts[1].state[q]["exp_avg"]
+            assert isinstance(state, DTensor) and state.placements == q.placements
+            torch.testing.assert_close(opts[0].state[p]["exp_avg"], state.full_tensor(), rtol=1e-4, atol=1e-5)
+        saved = opts[1].state_dict()
+        other = front.AdamW(model.parameters(), lr=0.05)
+        other.load_state_dict(saved)
+        x = torch.ones(6, 5)
+        for opt in (opts[0], other):
+            m = alone if opt is opts[0] else model
+            opt.zero_grad()
+            m(x).square().mean().backward()
+            opt.step()
+        for p, q in zip(alone.parameters(), model.parameters(), strict=True):
+            torch.testing.assert_close(p, q.full_tensor(), rtol=1e-4, atol=1e-5)
+        lars = front.LARS(model.parameters(), lr=0.1)
+        try:
+            lars.step()
+        except NotImplementedError as error:
+            assert "DTensor" in str(error)
+        else:
+            raise AssertionError
+    """
+    assert "done" in python(TWO_PROCESSES + body + START)
+
+
+def test_a_compiled_step_falls_back_to_the_ordinary_one():
+    torch._dynamo.reset()
+    w, v = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(3))
+    a, b = front.AdamW([w], lr=0.1), front.AdamW([v], lr=0.1)
+
+    @torch.compile(backend="eager")
+    def train():
+        (w * torch.arange(3.0)).sum().backward()
+        a.step()
+        a.zero_grad()
+
+    for _ in range(3):
+        train()
+        v.grad = torch.arange(3.0)
+        b.step()
+    assert torch.equal(w, v)
+
+
+def test_a_compiled_model_trains():
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = torch.nn.Linear(4, 1)
+    compiled = torch.compile(model, backend="aot_eager")
+    opt = front.AdamW(model.parameters(), lr=0.05)
+    x, losses = torch.randn(16, 4), []
+    for _ in range(20):
+        opt.zero_grad()
+        loss = (compiled(x) - 1.0).square().mean()
+        loss.backward()
+        opt.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] / 2
+
+
+def test_tensors_on_a_gpu_are_refused_clearly():
+    w = torch.nn.Parameter(torch.ones(3, device="meta"))
+    opt = front.AdamW([w])
+    w.grad = torch.ones(3, device="meta")
+    with pytest.raises(NotImplementedError, match="parameter 0 of group 0 is on meta"):
+        opt.step()
