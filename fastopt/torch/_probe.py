@@ -72,7 +72,6 @@ class _Library:
             raise OSError("torch's C interface does not answer")
         return code.value
 
-
     def finds_gradients(self) -> bool:
         """Whether what it takes for a parameter's gradient is that."""
         parameter = torch.nn.Parameter(torch.zeros(2))
