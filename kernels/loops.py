@@ -68,7 +68,7 @@ def cpu_loop(rule: Rule, p: str, g: str, features: Features) -> Callable[..., fl
                 for i in range(start, start + BLOCK, LANES):
                     add_row(lanes, pointers[0], i)
                 if (start + BLOCK - lo) % REDUCED == 0:
-                    total += take(lanes)
+                    total += take(lanes)  # type: ignore[call-arg]
         for i in range(tail, hi):
             store(pointers, i, step(*load(pointers, i, multiplier, h)))
             if zero_gradient:
@@ -78,7 +78,7 @@ def cpu_loop(rule: Rule, p: str, g: str, features: Features) -> Callable[..., fl
                 add_row(lanes, pointers[0], tail)
                 tail += LANES
             add_rest(lanes, pointers[0], tail, hi)
-            total += take(lanes)
+            total += take(lanes)  # type: ignore[call-arg]
         return total
 
     return loop
