@@ -124,11 +124,8 @@ def check_parameter(array: object, where: str) -> Array:
     return array
 
 
-def check_gradient(array: object, parameter: Array, where: str, write: bool) -> Array:
-    """The gradient as a C-contiguous array that belongs to ``parameter``; a strided one is copied."""
-    if isinstance(array, np.generic) and not write:  # NumPy's arithmetic makes scalars of 0-d arrays
-        array = np.asarray(array)
-    array = check_array(array, where)
+def check_fits(array: Array, parameter: Array, where: str) -> None:
+    """Refuse a gradient of another shape, or of a dtype that does not go with the parameter's."""
     if array.shape != parameter.shape:
         raise ValueError(f"{where} has shape {array.shape}, but the parameter has shape {parameter.shape}.")
     if (parameter.dtype.name, array.dtype.name) not in PAIRS:
@@ -136,6 +133,14 @@ def check_gradient(array: object, parameter: Array, where: str, write: bool) -> 
             f"{where} is {array.dtype.name}, but the parameter is {parameter.dtype.name}. "
             f"Convert it with .astype({parameter.dtype.name!r})."
         )
+
+
+def check_gradient(array: object, parameter: Array, where: str, write: bool) -> Array:
+    """The gradient as a C-contiguous array that belongs to ``parameter``; a strided one is copied."""
+    if isinstance(array, np.generic) and not write:  # NumPy's arithmetic makes scalars of 0-d arrays
+        array = np.asarray(array)
+    array = check_array(array, where)
+    check_fits(array, parameter, where)
     check_dtype(array.dtype, where)
     if write and not (array.flags.writeable and array.flags.c_contiguous and array.flags.aligned):
         raise ValueError(f"{where} is read-only or strided, and zero_grads=True would have to write it in place.")

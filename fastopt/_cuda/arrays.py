@@ -8,8 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .._arrays import Array, Space, check_dtype, is_array, on_gpu
-from ..kernels.dtypes import PAIRS
+from .._arrays import Array, Space, check_dtype, check_fits, is_array, on_gpu
 from .runtime import Runtime, address, cupy, devices
 
 
@@ -95,13 +94,7 @@ class Cuda(Space):
 
     def gradient(self, array: object, parameter: Array, where: str, write: bool) -> Array:
         found = self.array(array, where)
-        if found.shape != parameter.shape:
-            raise ValueError(f"{where} has shape {found.shape}, but the parameter has shape {parameter.shape}.")
-        if (parameter.dtype.name, found.dtype.name) not in PAIRS:
-            raise TypeError(
-                f"{where} is {found.dtype.name}, but the parameter is {parameter.dtype.name}. "
-                f"Convert it with .astype({parameter.dtype.name!r})."
-            )
+        check_fits(found, parameter, where)
         if found.flags.c_contiguous:
             return found
         if write:
