@@ -86,7 +86,9 @@ must_pass benchmark
 
 # --- compute-sanitizer -----------------------------------------------------------------------------------------------
 
-sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null || true)
+found=$(command -v compute-sanitizer || ls "${CUDA_HOME:-}"/bin/compute-sanitizer /usr/local/cuda*/bin/compute-sanitizer \
+  2>/dev/null | head -n 1 || true)
+sanitizer=${COMPUTE_SANITIZER-$found}
 if [ -n "$sanitizer" ]; then
   for tool in memcheck racecheck; do
     options=(--tool "$tool" --error-exitcode 9 --launch-timeout 60)

@@ -222,7 +222,7 @@ class Verdict(NamedTuple):
 
     case: str
     bar: str
-    verdict: str  # "reached", "MISSED", "not measured", or "error: ..."
+    verdict: str  # "reached", "MISSED", "WRONG ANSWER", "not measured", or "error: ..."
     measured: float | None = None
     spread: tuple[float, float] | None = None
 
@@ -241,6 +241,8 @@ def judge(case: Case, result: Mapping[str, Any] | None) -> list[Verdict]:
             middle = statistics.median(values)
             reached = middle >= bar.limit if bar.quantity == "fraction" else middle <= bar.limit
             verdict = "reached" if reached else "MISSED"
+            if {bar.contender, bar.against} & set(problems):
+                verdict = "WRONG ANSWER"
             verdicts.append(Verdict(case.name, bar.text, verdict, middle, quartiles(values)))
         else:
             verdicts.append(Verdict(case.name, bar.text, "not measured"))

@@ -17,8 +17,9 @@ PERIOD = 2**24 - 3
 
 STEPS = 3
 WEIGHT_SCALE, GRADIENT_SCALE = 0.25, 0.01
-TOLERANCE = 2e-6
-"""Largest difference of torch's float32 parameters, which are below 2, after three steps: units in the last place."""
+TOLERANCE = 2e-5
+"""Largest difference of torch's float32 parameters after three steps: far above what rounding makes of numbers below 2,
+far below a step of another optimizer, which is 1e-3 or more."""
 
 WORKING_SETS = 8
 """Parameter sets of a contender take so many times the second-level cache, or more."""

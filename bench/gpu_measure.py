@@ -11,7 +11,7 @@ from typing import Any
 
 from .gpu_cases import Case
 from .gpu_contenders import CONTENDERS, Contender, Copy
-from .gpu_data import PERIOD, Problem
+from .gpu_data import PERIOD, Problem, WrongAnswer
 from .gpu_device import Gpu
 from .gpu_waits import Trace, count_waits, torch_trace
 from .step import quartiles
@@ -48,7 +48,10 @@ def _compete(problem: Problem, copy: Copy, rounds: int, trace: Trace, result: di
     for name in case.contenders:
         try:
             ready[name] = CONTENDERS[name](problem, copy)
-            ready[name].check()
+            try:
+                ready[name].check()
+            except WrongAnswer as error:  # how fast it is wrong may help to find out why; no bar counts it
+                result["problems"][name] = describe(error)
             repeats[name] = _warm_up(case, ready[name], copy)
         except Exception as error:  # whatever goes wrong in a contender is told, and the others go on
             result["problems"][name] = describe(error)

@@ -9,31 +9,9 @@ import warnings
 import pytest
 
 torch = pytest.importorskip("torch")
+from torch_problem import LAYOUTS, assert_close, both, params_of, set_gradients  # noqa: E402
+
 import fastopt.torch as front  # noqa: E402 - needs torch
-
-SHAPES = ((5, 7), (3,), (), (0, 2), (1,))
-
-
-def params_of(shapes=SHAPES, *, dtype=torch.float32, seed=0):
-    torch.manual_seed(seed)
-    return [torch.nn.Parameter(torch.randn(shape).to(dtype)) for shape in shapes]
-
-
-def set_gradients(params, t, scale=1.0):
-    torch.manual_seed(1000 + t)
-    for p in params:
-        p.grad = torch.randn(p.shape).to(p.dtype) * scale
-
-
-def both(make):
-    """The same made with fastopt.torch and with torch.optim."""
-    return make(front), make(torch.optim)
-
-
-def assert_close(a, b, **tolerance):
-    for p, q in zip(a, b, strict=True):
-        torch.testing.assert_close(p, q, **(tolerance or {"rtol": 1e-5, "atol": 1e-6}))
-
 
 # --- groups and gradients --------------------------------------------------------------------------------------------
 
@@ -165,89 +143,6 @@ def test_version_counters_tell_autograd_of_the_step():
         y.backward()
 
 
-# --- the C interface -------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_c_interface_and_python_take_the_same_steps(layout, dtype, monkeypatch):
-    def run():
-        shapes = [*SHAPES, (2, 3, 4, 5)]
-        p = [
-            torch.nn.Parameter(LAYOUTS[layout](x.detach()) if x.ndim == 4 else x)
-            for x in params_of(shapes, dtype=dtype)
-        ]
-        opt = front.AdamW(p, lr=0.1)
-        for t in range(12):
-            set_gradients(p, t)
-            p[-1].grad = LAYOUTS[layout](p[-1].grad)
-            if t == 5:
-                p[1].grad = None
-            if t == 6:
-                p[0].grad = p[0].grad.t().contiguous().t()
-            if t == 7:
-                p[1].data = p[1].data.clone()
-            opt.step()
-        return p, opt
-
-    (p, a) = run()
-    assert a.state.watch.derived._probe is not None
-    monkeypatch.setattr(front._update.Probe, "available", lambda: False)
-    (q, b) = run()
-    assert b.state.watch.derived._probe is None
-    assert all(torch.equal(x, y) for x, y in zip(p, q, strict=True))
-
-
-@pytest.mark.parametrize("change", ["gradient", "dtype", "shape", "parameter", "none", "negated"])
-def test_the_c_interface_notices_what_changed(change):
-    p = [torch.nn.Parameter(torch.ones(1)), torch.nn.Parameter(torch.ones(3))]
-    opt = front.SGD(p, lr=0.5)
-    for t in range(4):
-        set_gradients(p, t)
-        opt.step()
-    probe = opt.state.watch.derived._probe
-    set_gradients(p, 9)
-    assert probe.hold()
-    assert probe.pointers.tolist() == [x.grad.data_ptr() for x in p]
-    probe.release()
-    before, want = [x.detach().clone() for x in p], [x.grad.clone() for x in p]
-    if change == "gradient":
-        p[1].grad = torch.stack([want[1], want[1]], dim=1)[:, 0]
-    if change == "dtype":
-        p[1].grad.data = want[1].to(torch.bfloat16)
-        want[1] = want[1].to(torch.bfloat16).float()
-    if change == "shape":
-        p[1].grad.data = torch.ones(4)
-        with pytest.raises(ValueError, match="shape"):
-            opt.step()
-        return
-    if change == "parameter":
-        p[1].data = p[1].data.clone()
-    if change == "none":
-        p[1].grad = None
-        want[1] = torch.zeros(3)
-    if change == "negated":
-        p[0].grad = torch.complex(torch.zeros(1), want[0]).conj().imag
-        want[0] = -want[0]
-    opt.step()
-    for x, y, g in zip(p, before, want, strict=True):
-        assert torch.equal(x, y - 0.5 * g)
-
-
-def test_gradients_live_while_they_are_held_and_no_longer():
-    w = torch.nn.Parameter(torch.ones(3))
-    opt = front.SGD([w], lr=0.5)
-    for _ in range(4):
-        w.grad = torch.ones(3)
-        opt.step()
-    probe, kept = opt.state.watch.derived._probe, w.grad
-    count = kept._use_count()
-    assert probe.hold()
-    assert kept._use_count() == count + 1
-    probe.release()
-    assert kept._use_count() == count
-
-
 # --- what torch.optim.Optimizer promises -----------------------------------------------------------------------------
 
 
@@ -322,13 +217,6 @@ def test_choices_of_implementation_make_no_difference(keyword):
 
 
 # --- layouts ---------------------------------------------------------------------------------------------------------
-
-LAYOUTS = {
-    "contiguous": lambda x: x,
-    "channels_last": lambda x: x.contiguous(memory_format=torch.channels_last),
-    "transposed": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
-    "permuted": lambda x: x.permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0),
-}
 
 
 @pytest.mark.parametrize("gradient", [*LAYOUTS, "expanded", "sliced"])

@@ -129,7 +129,7 @@ class Runtime:
         return np.frombuffer(cupy().cuda.alloc_pinned_memory(nbytes), np.uint8, nbytes)
 
     def copy(self, address: int, source: NDArray[np.uint8], stream: Any) -> Any:
-        """Put a copy from pinned memory on a stream; the result can be waited for with ``synchronize``."""
+        """Put a copy from pinned memory on a stream; the result tells when it is ``done``, and can ``synchronize``."""
         library = cupy().cuda
         kind = library.runtime.memcpyHostToDevice
         library.runtime.memcpyAsync(address, source.ctypes.data, source.nbytes, kind, stream.ptr)

@@ -48,7 +48,7 @@ class Staging:
             pinned = self._runtime.pinned(SLOTS * self._nbytes).reshape(SLOTS, self._nbytes)
             self._slots = itertools.cycle([_Slot(memory) for memory in pinned])
         slot = next(self._slots)
-        if slot.done is not None:
+        if slot.done is not None and not slot.done.done:
             slot.done.synchronize()
         slot.memory[:] = content
         slot.done = self._runtime.copy(self._address, slot.memory, stream)

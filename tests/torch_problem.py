@@ -1,0 +1,39 @@
+"""What tests of fastopt.torch's step share."""
+
+from __future__ import annotations
+
+import pytest
+
+torch = pytest.importorskip("torch")
+import fastopt.torch as front  # noqa: E402 - needs torch
+
+SHAPES = ((5, 7), (3,), (), (0, 2), (1,))
+
+
+def params_of(shapes=SHAPES, *, dtype=torch.float32, seed=0):
+    torch.manual_seed(seed)
+    return [torch.nn.Parameter(torch.randn(shape).to(dtype)) for shape in shapes]
+
+
+def set_gradients(params, t, scale=1.0):
+    torch.manual_seed(1000 + t)
+    for p in params:
+        p.grad = torch.randn(p.shape).to(p.dtype) * scale
+
+
+def both(make):
+    """The same made with fastopt.torch and with torch.optim."""
+    return make(front), make(torch.optim)
+
+
+def assert_close(a, b, **tolerance):
+    for p, q in zip(a, b, strict=True):
+        torch.testing.assert_close(p, q, **(tolerance or {"rtol": 1e-5, "atol": 1e-6}))
+
+
+LAYOUTS = {
+    "contiguous": lambda x: x,
+    "channels_last": lambda x: x.contiguous(memory_format=torch.channels_last),
+    "transposed": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+    "permuted": lambda x: x.permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0),
+}
