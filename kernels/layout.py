@@ -60,3 +60,6 @@ PARTS_BITS = 2
 
 WORD = 8
 """Bytes of a word."""
+
+THREADS = 256
+"""Threads per block of every kernel; the prologue's order of addition is laid out for it."""

@@ -13,12 +13,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..kernels.dtypes import cuda_prologue_symbol, cuda_update_symbol
+from ..kernels.layout import THREADS
 from ..kernels.registry import RULES
 from ..kernels.rule import Rule
 from .runtime import Function, Runtime
-
-THREADS = 256
-"""Threads per block, as in kernels/cuda/toolchain.py, which cannot be imported without Numba."""
 
 
 @functools.cache

@@ -15,7 +15,9 @@ from numba.cuda import types
 from numba.cuda.cudadrv import nvvm
 from numba.cuda.extending import intrinsic
 
-__all__ = ["cuda", "intrinsic", "ptx", "types"]
+from ..layout import THREADS
+
+__all__ = ["THREADS", "cuda", "intrinsic", "ptx", "types"]
 
 BASELINE = (7, 5)
 """Compute capability that PTX is made for; drivers translate it for every newer one."""
@@ -23,9 +25,6 @@ BASELINE = (7, 5)
 PTX_VERSION = "7.0"
 """PTX version that is written into the text. NVVM writes its own, newer one, which drivers older than it refuse; but
 nothing in these kernels needs more than 7.0 (CUDA 11), and ptxas proves it in the tests."""
-
-THREADS = 256
-"""Threads per block of every kernel; the prologue's order of addition is laid out for it."""
 
 
 @contextlib.contextmanager
