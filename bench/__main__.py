@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 
-from . import gpu, step, train
+from . import step, train
+from .gpu import command as gpu
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -93,7 +93,7 @@ if [ -n "$sanitizer" ]; then
   for tool in memcheck racecheck; do
     options=(--tool "$tool" --error-exitcode 9 --launch-timeout 60)
     [ "$tool" = racecheck ] || options+=(--report-api-errors no) # libraries ask for what may not be there
-    stage "$tool" 60 sanitizer.log "$sanitizer" "${options[@]}" "$(command -v python3)" -m bench.gpu_sanitize
+    stage "$tool" 60 sanitizer.log "$sanitizer" "${options[@]}" "$(command -v python3)" -m bench.gpu.sanitize
     must_pass "$tool"
   done
 else

@@ -19,6 +19,7 @@ from rich.table import Table
 from . import startup
 from .cases import SUITE, Bar, Case
 from .contenders import CONTENDERS
+from .stats import quartiles
 from .worker import Worker
 
 PAUSE = 0.01
@@ -133,14 +134,6 @@ def show(
             middle, low, high = 1 / middle, 1 / high, 1 / low
         verdict = "reached" if statistics.median(ratios(samples, bar)) <= bar.limit else "MISSED"
         console.print(f"  {verdict}: {bar.text}: {middle:.3f} (quartiles {low:.3f} to {high:.3f})")
-
-
-def quartiles(values: list[float]) -> tuple[float, float]:
-    """First and third quartile."""
-    if len(values) < 2:
-        return values[0], values[0]
-    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
-    return low, high
 
 
 def size(count: int | None) -> str:

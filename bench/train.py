@@ -5,19 +5,18 @@ from __future__ import annotations
 import argparse
 import math
 import os
-import sys
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import fastopt
 from fastopt import schedules
 
-from .digits import CLASSES, PIXELS, TRAIN, load
-from .mlp import MLP, History, Recipe, fit
+from .cli import Refusal, number, refuse, writable
+from .training.digits import CLASSES, PIXELS, TRAIN, load
+from .training.mlp import MLP, History, Recipe, fit
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -56,10 +55,6 @@ SCHEDULES: dict[str, Callable[[float, int], Callable[[int], float]]] = {  # of t
 }
 
 EPOCHS, SWEEP_EPOCHS = 20, 60
-
-
-class Refusal(Exception):
-    """Bad input; the text is shown as one line."""
 
 
 @dataclass(frozen=True)
@@ -109,14 +104,14 @@ def run(args: argparse.Namespace) -> int:
         import rich  # noqa: F401
         import sklearn  # type: ignore[import-untyped]  # noqa: F401
     except ModuleNotFoundError as error:
-        return refuse(f'needs {error.name}, which is not installed; pip install "fastopt[bench]" brings it.')
+        return refuse("train", f'needs {error.name}, which is not installed; pip install "fastopt[bench]" brings it.')
     try:
         settings = check(args)
     except Refusal as refusal:
-        return refuse(str(refusal))
+        return refuse("train", refusal)
     with one_thread():
         if args.sweep:
-            from . import sweep
+            from .training import sweep
 
             sweep.run(settings.epochs, settings.seed, settings.widths, settings.out)
         else:
@@ -142,18 +137,12 @@ def one_thread() -> Iterator[None]:
         fastopt.set_num_threads(threads)
 
 
-def refuse(why: str) -> int:
-    """Print one line on stderr and return the exit status for bad input."""
-    print(f"bench train: {why}", file=sys.stderr)
-    return 2
-
-
 def train(settings: Settings) -> None:
     """Train each optimizer in turn, show progress, then the table and the figures."""
     from rich.console import Console
     from rich.table import Table
 
-    from . import figures
+    from .training import figures
 
     data = load(settings.seed)
     histories = []
@@ -247,25 +236,3 @@ def check(args: argparse.Namespace) -> Settings:
     if any(width < 1 for width in hidden):
         raise Refusal(f"--hidden must list widths of at least 1, got {args.hidden!r}.")
     return Settings(recipes, batch_size, epochs, schedule, seed, (PIXELS, *hidden, CLASSES), writable(Path(args.out)))
-
-
-Number = TypeVar("Number", int, float)
-
-
-def number(kind: type[Number], option: str, text: str | float) -> Number:
-    """Convert the text of an option, or raise Refusal."""
-    try:
-        return kind(text)
-    except ValueError:
-        what = "a whole number" if kind is int else "a number"
-        raise Refusal(f"{option} must be {what}, got {text!r}.") from None
-
-
-def writable(folder: Path) -> Path:
-    """Make the folder and try to write there: before the training, not after it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return folder
-    except OSError as error:
-        raise Refusal(f"--out {str(folder)!r} is not a folder that can be written: {error.strerror}.") from None

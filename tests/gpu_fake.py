@@ -14,8 +14,8 @@ import pytest
 pytest.importorskip("rich")
 pytest.importorskip("cupy")
 
-from bench import gpu_contenders
-from bench.gpu_device import Gpu
+from bench.gpu import contenders as gpu_contenders
+from bench.gpu.device import Gpu
 
 
 class FakeGpu(Gpu):

@@ -11,7 +11,8 @@ pytest.importorskip("rich")
 image = pytest.importorskip("matplotlib.image")
 
 import fastopt  # noqa: E402
-from bench import digits, figures, mlp, sweep, train  # noqa: E402
+from bench import train  # noqa: E402
+from bench.training import digits, figures, mlp, sweep  # noqa: E402
 
 SMALL = ["--hidden", "16", "--epochs", "1"]
 

@@ -1,6 +1,6 @@
 """The benchmark for GPUs without one: bars, numbers, answers and rows; and a whole run over the stand-in of the tests.
 
-What only a GPU can do is in `Gpu` (bench/gpu_device.py), and `FakeGpu` does it over host memory.
+What only a GPU can do is in `Gpu` (bench/gpu/device.py), and `FakeGpu` does it over host memory.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ pytest.importorskip("cupy")
 from gpu_fake import ADAM, SMALL, FakeGpu, Raises
 
 import fastopt
-from bench import gpu_contenders, gpu_measure
-from bench.gpu_cases import SUITE, Bar, Case, bytes_per_element, judge
-from bench.gpu_contenders import CONTENDERS, Copy
-from bench.gpu_data import Problem, Recipe, Values, pieces
-from bench.gpu_measure import measure
-from bench.gpu_shapes import bert_large
-from bench.gpu_waits import CONTROL, STEPS, tally
+from bench.gpu import contenders as gpu_contenders
+from bench.gpu import measure as gpu_measure
+from bench.gpu.cases import SUITE, Bar, Case, bytes_per_element, judge
+from bench.gpu.contenders import CONTENDERS, Copy
+from bench.gpu.data import Problem, Recipe, Values, pieces
+from bench.gpu.measure import measure
+from bench.gpu.shapes import bert_large
+from bench.gpu.waits import CONTROL, STEPS, tally
 
 ROOT = Path(__file__).parents[1]
 
@@ -181,7 +182,7 @@ def test_values_repeat_and_are_the_same_on_the_gpu(stand_in: Any, count: int, st
 
 
 def test_the_period_is_a_prime() -> None:
-    from bench.gpu_data import PERIOD
+    from bench.gpu.data import PERIOD
 
     assert all(PERIOD % k for k in range(2, math.isqrt(PERIOD) + 1))
 

@@ -18,12 +18,13 @@ pytest.importorskip("cupy")
 from gpu_fake import ADAM, SMALL, FakeGpu, Raises
 
 import fastopt
-from bench import gpu as bench_gpu
-from bench import gpu_contenders, gpu_measure
-from bench.gpu_cases import SUITE, Bar, Case
-from bench.gpu_contenders import CONTENDERS
-from bench.gpu_device import Gpu, NoGpu
-from bench.gpu_measure import measure
+from bench.gpu import command as bench_gpu
+from bench.gpu import contenders as gpu_contenders
+from bench.gpu import measure as gpu_measure
+from bench.gpu.cases import SUITE, Bar, Case
+from bench.gpu.contenders import CONTENDERS
+from bench.gpu.device import Gpu, NoGpu
+from bench.gpu.measure import measure
 
 ROOT = Path(__file__).parents[1]
 

@@ -124,10 +124,10 @@ def test_a_norm_of_many_elements_has_the_bits_of_the_cpu(cupy: Any, p: str) -> N
 
 
 def test_more_elements_than_32_bits_count(cupy: Any) -> None:
-    from bench.gpu_cases import SUITE
-    from bench.gpu_contenders import Fastopt
-    from bench.gpu_data import Problem
-    from bench.gpu_device import Gpu
+    from bench.gpu.cases import SUITE
+    from bench.gpu.contenders import Fastopt
+    from bench.gpu.data import Problem
+    from bench.gpu.device import Gpu
 
     case = SUITE["bfloat16-beyond-2^31"]
     assert case.elements == 2**31 + 17

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .gpu_cases import STATE_ITEMSIZE, STATES, Case
-from .gpu_device import Gpu, address
+from .cases import STATE_ITEMSIZE, STATES, Case
+from .device import Gpu, address
 
 PERIOD = 2**24 - 3
 """Numbers repeat after so many, which is a prime: an index that lost its upper bits meets other numbers."""

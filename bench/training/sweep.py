@@ -104,8 +104,8 @@ def run(epochs: int, seed: int, widths: Sequence[int], out: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from ..train import progress_bar, show_paths, status
     from . import figures
-    from .train import progress_bar, show_paths, status
 
     with progress_bar() as progress:
         task = progress.add_task("sweep", total=len(BATCH_SIZES) * len(RECIPES) * SEEDS, status="")

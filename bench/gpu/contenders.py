@@ -8,9 +8,9 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from .gpu_cases import bytes_per_element
-from .gpu_data import STEPS, Problem, Recipe, Values, WrongAnswer, check_bits, check_close
-from .gpu_device import Gpu, address
+from .cases import bytes_per_element
+from .data import STEPS, Problem, Recipe, Values, WrongAnswer, check_bits, check_close
+from .device import Gpu, address
 
 Step = Callable[[], object]
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from .gpu_contenders import Contender, Copy
+from .contenders import Contender, Copy
 
 STEPS, CONTROL = "bench: steps", "bench: control"
 TAKEN = 10

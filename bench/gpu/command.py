@@ -12,10 +12,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from .gpu_cases import QUICK_ROUNDS, ROUNDS, SUITE, Verdict, judge
-from .gpu_contenders import Copy
-from .gpu_device import Gpu, NoGpu, machine
-from .gpu_measure import describe, measure
+from ..cli import refuse
+from .cases import QUICK_ROUNDS, ROUNDS, SUITE, Verdict, judge
+from .contenders import Copy
+from .device import Gpu, NoGpu, machine
+from .measure import describe, measure
 
 WIDTH = 118  # of the tables where output goes into a file
 BROKEN = 3
@@ -50,14 +51,14 @@ def run(args: argparse.Namespace) -> int:
     elif args.show and not args.show.is_file():
         problem = f"there is no file {args.show}"
     if problem:
-        return _refuse(problem)
+        return refuse("gpu", problem)
     if args.show:
         record = json.loads(args.show.read_text())
     else:
         try:
             gpu = Gpu()
         except NoGpu as error:
-            return _refuse(str(error))
+            return refuse("gpu", error)
         chosen = args.cases or [name for name, case in SUITE.items() if case.quick or not args.quick]
         rounds = QUICK_ROUNDS if args.quick else ROUNDS
         record = {"machine": {}, "rounds": rounds, "chosen": chosen, "cases": {}}
@@ -69,11 +70,6 @@ def run(args: argparse.Namespace) -> int:
     verdicts = [verdict for name in record["chosen"] for verdict in judge(SUITE[name], record["cases"].get(name))]
     show(record, verdicts, Console(width=None if sys.stdout.isatty() else WIDTH))
     return int(any(verdict.verdict.startswith("error") for verdict in verdicts))
-
-
-def _refuse(problem: str) -> int:
-    print(f"bench gpu: {problem}", file=sys.stderr)
-    return 2
 
 
 def _measure(gpu: Gpu, record: dict[str, Any], limit: float | None, out: Path | None) -> bool:
@@ -137,7 +133,3 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__)
     add_arguments(parser)
     return run(parser.parse_args(argv))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from .gpu_shapes import bert_large
-from .shapes import Shape, resnet50
-from .step import quartiles
+from ..shapes import Shape, resnet50
+from ..stats import quartiles
+from .shapes import bert_large
 
 ROUNDS, QUICK_ROUNDS = 21, 5
 
@@ -55,7 +55,7 @@ class Case:
         optimizer: Class name, in fastopt and in torch.optim where torch has it.
         hyper: Options of the constructor.
         shapes: Shape of each array by name.
-        contenders: Names in gpu_contenders.py, in the order in which a round runs them.
+        contenders: Names in contenders.py, in the order in which a round runs them.
         dtype: dtype of parameters and gradients; states are float32.
         flat: Whether fastopt's arrays lie in flat buffers.
         step: Options of ``step``.

@@ -9,12 +9,12 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from .gpu_cases import Case
-from .gpu_contenders import CONTENDERS, Contender, Copy
-from .gpu_data import PERIOD, Problem, WrongAnswer
-from .gpu_device import Gpu
-from .gpu_waits import Trace, count_waits, torch_trace
-from .step import quartiles
+from ..stats import quartiles
+from .cases import Case
+from .contenders import CONTENDERS, Contender, Copy
+from .data import PERIOD, Problem, WrongAnswer
+from .device import Gpu
+from .waits import Trace, count_waits, torch_trace
 
 SAMPLE_SECONDS = {"device": 4e-3, "wall": 20e-3}
 MOST_STEPS = 1000

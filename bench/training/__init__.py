@@ -1,0 +1,1 @@
+"""Training runs: what they learn from, the models, and their figures."""
