@@ -26,7 +26,6 @@ from bench.gpu.cases import SUITE, Bar, Case, bytes_per_element, judge
 from bench.gpu.contenders import CONTENDERS, Copy
 from bench.gpu.data import Problem, Recipe, Values, pieces
 from bench.gpu.measure import measure
-from bench.gpu.shapes import bert_large
 from bench.gpu.waits import CONTROL, STEPS, tally
 
 ROOT = Path(__file__).parents[1]
@@ -155,17 +154,7 @@ def test_what_failed_or_did_not_run_is_a_row() -> None:
     assert [v.verdict for v in judge(case_with(), result(a=[1.0], b=[1.0]))] == ["reached"]
 
 
-# --- shapes and numbers ----------------------------------------------------------------------------------------------
-
-
-def test_bert_large_has_the_parameters_of_its_configuration() -> None:
-    shapes = bert_large()
-    hidden, inner = 1024, 4096
-    embeddings = (30522 + 512 + 2) * hidden + 2 * hidden
-    layer = 4 * (hidden + 1) * hidden + (hidden + 1) * inner + (inner + 1) * hidden + 4 * hidden
-    assert sum(map(math.prod, shapes.values())) == embeddings + 24 * layer + (hidden + 1) * hidden == 335_141_888
-    assert len(shapes) == 5 + 24 * 16 + 2
-    assert bert_large(hidden=4, layers=1)["layer0.up.weight"] == (4096, 4)
+# --- numbers ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("count", "start"), [(0, 0), (1, 6), (7, 0), (20, 5), (14, 21)])

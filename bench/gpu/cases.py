@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from ..shapes import Shape, resnet50
+from .. import models
+from ..models import Shape
 from ..stats import quartiles
-from .shapes import bert_large
 
 ROUNDS, QUICK_ROUNDS = 21, 5
 
@@ -162,19 +162,19 @@ SUITE: dict[str, Case] = {
             flat=True,
             bars=(_fraction(0.88),),
         ),
-        _wall("resnet50", resnet50(), quick=True),
+        _wall("resnet50", models.shapes("resnet50"), quick=True),
         _wall("1000x1000", THOUSAND, quick=True),
         Case(
             "host-resnet50",
             "host",
             *OPTIMIZERS["adam"],
-            resnet50(),
+            models.shapes("resnet50"),
             ("fastopt", "fastopt flat", "momentum", "torch fused"),
             bars=(Bar("fastopt", "microseconds", 40.0),),
             quick=True,
         ),
-        _lars("resnet50", resnet50()),
-        _lars("bert-large", bert_large()),
+        _lars("resnet50", models.shapes("resnet50")),
+        _lars("bert-large", models.shapes("bert-large")),
         Case(
             "adam-clip",
             "device",
@@ -190,7 +190,7 @@ SUITE: dict[str, Case] = {
             "adam-clip-waits",
             "waits",
             *OPTIMIZERS["adam"],
-            resnet50(),
+            models.shapes("resnet50"),
             ("fastopt", "plain"),
             step=GUARDED,
             bars=(Bar("fastopt", "count", 0),),
@@ -200,7 +200,7 @@ SUITE: dict[str, Case] = {
             "graph-resnet50",
             "device",
             *OPTIMIZERS["adam"],
-            resnet50(),
+            models.shapes("resnet50"),
             ("graph", "kernels"),
             bars=(Bar("graph", "ratio", 1.05, "kernels"),),
             quick=True,
