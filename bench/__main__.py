@@ -5,17 +5,24 @@ from __future__ import annotations
 import argparse
 import sys
 
-from . import step, train
-from .gpu import command as gpu
+from .cli import refuse
+
+EXTRA = 'which is not installed; pip install "fastopt[bench]" brings it.'
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run a subcommand; returns the exit status."""
+    try:
+        from . import compare, list, report, step, train
+        from .gpu import command as gpu
+    except ModuleNotFoundError as error:
+        if error.name and error.name.partition(".")[0] in ("bench", "fastopt", "tests"):
+            raise
+        return refuse("", f"needs {error.name}, {EXTRA}")
     parser = argparse.ArgumentParser(prog="python -m bench", description="Benchmarks and training runs of fastopt.")
     commands = parser.add_subparsers(dest="command", required=True)
-    step.add_parser(commands)
-    train.add_parser(commands)
-    gpu.add_parser(commands)
+    for module in (step, report, compare, list, train, gpu):
+        module.add_parser(commands)
     args = parser.parse_args(argv)
     status: int = args.func(args)
     return status

@@ -13,8 +13,8 @@ class Refusal(Exception):
 
 
 def refuse(command: str, why: object) -> int:
-    """Print one line on stderr and return the exit status for bad input."""
-    print(f"bench {command}: {why}", file=sys.stderr)
+    """Print one line on stderr; return the exit status for bad input."""
+    print(f"bench {command}".rstrip() + f": {why}", file=sys.stderr)
     return 2
 
 

@@ -1,44 +1,94 @@
-"""What a fresh process pays: the import beyond NumPy, and the first step."""
+"""What a fresh process pays: the import, and the first step."""
 
 from __future__ import annotations
 
-import statistics
+import importlib.util
 import subprocess
 import sys
-from typing import Any
 
-from rich.console import Console
+from .case import Bar
+from .results import Result, Timing
 
-PROGRAM = """
-import sys, time
-import numpy as np
-a = time.perf_counter()
+REPEATS = 7
+
+HEAD = "import sys, time\nimport numpy as np\nclock = time.perf_counter\nx = np.ones(1000, np.float32)\n"
+PROGRAMS = {
+    "fastopt": """
+a = clock()
 import fastopt
-b = time.perf_counter()
-params = fastopt.FlatBuffer.from_arrays({"w": np.ones(1000, np.float32)})
+b = clock()
+params = fastopt.FlatBuffer.from_arrays({"w": x})
 opt, grads = fastopt.Adam(params), params.zeros_like()
-c = time.perf_counter()
+c = clock()
 opt.step(grads)
-print(b - a, time.perf_counter() - c, "numba" in sys.modules)
-"""
-BARS_MS = {"import": 60.0, "first step": 5.0}
+d = clock()
+assert "numba" not in sys.modules
+""",
+    "fastopt.torch": """
+import torch
+a = clock()
+import fastopt.torch
+b = clock()
+p = torch.nn.Parameter(torch.from_numpy(x))
+p.grad = torch.ones_like(p)
+opt = fastopt.torch.Adam([p])
+c = clock()
+opt.step()
+d = clock()
+""",
+    "torch fused": """
+a = clock()
+import torch
+b = clock()
+p = torch.nn.Parameter(torch.from_numpy(x))
+p.grad = torch.ones_like(p)
+opt = torch.optim.Adam([p], fused=True)
+c = clock()
+opt.step()
+d = clock()
+""",
+    "numba": """
+from bench.case import Case
+a = clock()
+from bench.contenders.numba_loop import NumbaLoop
+import numba
+b = clock()
+opt = NumbaLoop(Case("x", "Adam", {"lr": 1e-3}, {"w": (1000,)}, ()), {"w": x}, {"w": np.ones_like(x)}, 1)
+c = clock()
+opt.step()
+d = clock()
+""",
+}
+TAIL = "print(b - a, d - c)\n"
+NEEDS = {"fastopt": "numpy", "fastopt.torch": "torch", "torch fused": "torch", "numba": "numba"}
+
+BARS = {"import": Bar("fastopt", 60, unit="ms"), "first step": Bar("fastopt", 5, unit="ms")}
 
 
-def measure(console: Console, repeats: int = 11) -> dict[str, Any]:
-    """Run fresh processes and print the medians."""
-    imports, steps, numba = [], [], set()
-    for _ in range(repeats):
-        run = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True)
-        first, second, third = run.stdout.split()
-        imports.append(float(first))
-        steps.append(float(second))
-        numba.add(third)
-    console.print(f"startup, {repeats} fresh processes")
-    for (what, limit), values in zip(BARS_MS.items(), (imports, steps), strict=True):
-        middle = 1e3 * statistics.median(values)
-        verdict = "reached" if middle <= limit else "MISSED"
-        console.print(
-            f"  {verdict}: {what} ≤ {limit:g} ms: {middle:.2f} ms ({1e3 * min(values):.2f} to {1e3 * max(values):.2f})"
-        )
-    console.print(f"  Numba imported: {', '.join(sorted(numba))}")
-    return {"import": imports, "first step": steps, "numba imported": sorted(numba)}
+def measure() -> list[Result]:
+    """Two results: seconds of the import (beyond NumPy, and torch for fastopt.torch), and of the first step."""
+    samples: dict[str, list[tuple[float, ...]]] = {}
+    problems = {}
+    for _ in range(REPEATS):
+        for name, program in PROGRAMS.items():
+            if name in problems:
+                continue
+            if importlib.util.find_spec(NEEDS[name]) is None:
+                problems[name] = f"not installed: pip install {NEEDS[name]}"
+                continue
+            run = subprocess.run(
+                [sys.executable, "-c", HEAD + program + TAIL], capture_output=True, text=True, check=False
+            )
+            if run.returncode:
+                problems[name] = run.stderr.strip().splitlines()[-1]
+                samples.pop(name, None)
+            else:
+                samples.setdefault(name, []).append(tuple(map(float, run.stdout.split())))
+    results = []
+    for k, (what, bar) in enumerate(BARS.items()):
+        result = Result(f"startup-{what}".replace(" ", "-"), "startup", what, "", 0, 0, 1, 0)
+        result.timings = {name: Timing([pair[k] for pair in pairs]) for name, pairs in samples.items()}
+        result.problems = dict(problems)
+        result.judge((bar,))
+        results.append(result)
+    return results

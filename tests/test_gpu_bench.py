@@ -22,7 +22,8 @@ from gpu_fake import ADAM, SMALL, FakeGpu, Raises
 import fastopt
 from bench.gpu import contenders as gpu_contenders
 from bench.gpu import measure as gpu_measure
-from bench.gpu.cases import SUITE, Bar, Case, bytes_per_element, judge
+from bench.gpu import others
+from bench.gpu.cases import OTHERS, SUITE, Bar, Case, bytes_per_element, judge
 from bench.gpu.contenders import CONTENDERS, Copy
 from bench.gpu.data import Problem, Recipe, Values, pieces
 from bench.gpu.measure import measure
@@ -238,6 +239,58 @@ def test_one_wrong_bit_in_a_state_is_found(fake: FakeGpu) -> None:
     fake.write(one, np.nextafter(fake.read(one, 1, np.float32), np.float32(9)))
     with pytest.raises(Exception, match=r"exp_avg of w is .* in 31; 1 of the 7 elements from 28 on differ"):
         contender.compare(model)
+
+
+# --- other libraries -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rule", [others.eager, others.functional])
+def test_adam_of_cupy_is_adam(rule: Callable[..., Any]) -> None:
+    # CuPy computes only on a GPU: the same lines compute on NumPy's arrays.
+    rng = np.random.default_rng(0)
+    p, m, v = rng.standard_normal(50, np.float32), np.zeros(50, np.float32), np.zeros(50, np.float32)
+    params = {"w": p.copy()}
+    adam = fastopt.Adam(params, lr=1e-3)
+    for t in range(1, 4):
+        g = rng.standard_normal(50, np.float32)
+        p, m, v = rule(np.sqrt, p, g, m, v, *others.scalars(t, 1e-3))
+        adam.step({"w": g})
+    assert p.dtype == m.dtype == v.dtype == np.float32
+    assert np.abs(p - params["w"]).max() < 1e-6
+
+
+def test_what_is_not_installed_is_told_and_is_no_error(fake: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torch")
+    monkeypatch.setattr(others.importlib.util, "find_spec", lambda package: None)
+    assert set(OTHERS) == set(others.OTHERS) <= set(CONTENDERS)
+    case = Case("x", "device", "Adam", ADAM, {"w": (50,)}, ("fastopt", *OTHERS))
+    found = measure(case, fake, Copy(fake), 2, period=7)
+    assert found["error"] is None
+    assert set(found["contenders"]) == {"fastopt", "torch loop"}
+    said = {verdict.bar: verdict.verdict for verdict in judge(case, found)}
+    assert said.keys() == set(OTHERS) - {"torch loop"}
+    assert all(verdict.startswith("not installed: ") and "pip install" in verdict for verdict in said.values())
+
+
+@pytest.mark.parametrize(("name", "right"), [("Adam", True), ("AdamW", False)])
+def test_a_library_beside_torch_is_checked(
+    fake: FakeGpu, monkeypatch: pytest.MonkeyPatch, name: str, right: bool
+) -> None:
+    torch = pytest.importorskip("torch")
+
+    class Stand(others.Library):
+        package, install = "torch", ""
+        options: ClassVar[dict[str, Any]] = {"weight_decay": 0.0 if right else 0.5}
+
+        def kind(self) -> Any:
+            return getattr(torch.optim, name)
+
+    monkeypatch.setitem(CONTENDERS, "stand", Stand)
+    case = Case("x", "device", "Adam", ADAM, SMALL, ("stand",))
+    problems = measure(case, fake, Copy(fake), 2, period=7)["problems"]
+    assert not problems if right else problems["stand"].startswith("WrongAnswer: ")
+    other = dataclasses.replace(case, optimizer="AdamW")
+    assert "Adam on float32 with an lr" in measure(other, fake, Copy(fake), 2, period=7)["problems"]["stand"]
 
 
 # --- waits -----------------------------------------------------------------------------------------------------------

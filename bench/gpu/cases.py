@@ -145,11 +145,16 @@ THOUSAND = {str(i): (1000,) for i in range(1000)}
 GUARDED = {"grad_scale": 8.0, "max_norm": 1.0, "skip_nonfinite": True}
 """Unscaling, clipping (the norm is above 1 after unscaling) and the finite check."""
 
+OTHERS = ("cupy", "cupy fuse", "torch loop", "apex", "transformer engine", "bitsandbytes")
+"""Contenders in others.py."""
+
 SUITE: dict[str, Case] = {
     case.name: case
     for case in (
         Case("copy", "device", *OPTIMIZERS["adam"], HUNDRED_M, ("copy", "torch copy"), quick=True),
         _large("adam", "100m", 100_000_000, quick=True),
+        # Apart from adam-100m, whose bars do not have to wait for libraries that may be missing.
+        Case("adam-others", "device", *OPTIMIZERS["adam"], HUNDRED_M, ("fastopt", "torch fused", *OTHERS), flat=True),
         _large("momentum", "100m", 100_000_000),
         _large("adamw", "100m", 100_000_000),
         Case(
@@ -222,7 +227,7 @@ class Verdict(NamedTuple):
 
     case: str
     bar: str
-    verdict: str  # "reached", "MISSED", "WRONG ANSWER", "not measured", or "error: ..."
+    verdict: str  # "reached", "MISSED", "WRONG ANSWER", "not measured", or "not installed: ...", "error: ..."
     measured: float | None = None
     spread: tuple[float, float] | None = None
 
@@ -248,7 +253,13 @@ def judge(case: Case, result: Mapping[str, Any] | None) -> list[Verdict]:
             verdicts.append(Verdict(case.name, bar.text, "not measured"))
     if not case.bars and not problems:
         verdicts.append(Verdict(case.name, CHECKED, "reached"))
-    return [*verdicts, *(Verdict(case.name, name, f"error: {text}") for name, text in problems.items())]
+    return [*verdicts, *(Verdict(case.name, name, _said(text)) for name, text in problems.items())]
+
+
+def _said(problem: str) -> str:
+    """The verdict on a contender that failed: one that is not installed is no error."""
+    kind, _, text = problem.partition(": ")
+    return f"not installed: {text}" if kind == "NotInstalled" else f"error: {problem}"
 
 
 def quantities(bar: Bar, result: Mapping[str, Any]) -> list[float] | None:

@@ -8,11 +8,15 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from .cases import bytes_per_element
+from .cases import OTHERS, bytes_per_element
 from .data import STEPS, Problem, Recipe, Values, WrongAnswer, check_bits, check_close
 from .device import Gpu, address
 
 Step = Callable[[], object]
+
+
+class NotInstalled(Exception):
+    """A contender that is not there; says what installs it."""
 
 
 class Copy:
@@ -187,7 +191,7 @@ class Graph(Kernels):
 class Torch(Contender):
     """torch.optim, one of its implementations."""
 
-    options: ClassVar[dict[str, bool]]
+    options: ClassVar[dict[str, Any]]
 
     def make(self) -> Model:  # noqa: D102
         import torch
@@ -202,10 +206,14 @@ class Torch(Contender):
         params, grads = tensors(), tensors()
         for name, tensor in params.items():
             tensor.grad = grads[name]
-        optimizer = getattr(torch.optim, self.recipe.optimizer)(
-            list(params.values()), **self.recipe.hyper, **self.options
-        )
+        optimizer = self.kind()(list(params.values()), **self.recipe.hyper, **self.options)
         return Model(params, grads, optimizer.step, optimizer)
+
+    def kind(self) -> Any:
+        """The optimizer's class."""
+        import torch
+
+        return getattr(torch.optim, self.recipe.optimizer)
 
     def compare(self, model: Model) -> None:  # noqa: D102
         check_close(self.problem, self.recipe, model.params)
@@ -214,13 +222,13 @@ class Torch(Contender):
 class TorchFused(Torch):
     """torch.optim with fused=True."""
 
-    options: ClassVar[dict[str, bool]] = {"fused": True}
+    options: ClassVar[dict[str, Any]] = {"fused": True}
 
 
 class TorchForeach(Torch):
     """torch.optim with foreach=True, its default on a GPU."""
 
-    options: ClassVar[dict[str, bool]] = {"foreach": True}
+    options: ClassVar[dict[str, Any]] = {"foreach": True}
 
 
 class DeviceCopy(Contender):
@@ -255,6 +263,17 @@ class TorchCopy(DeviceCopy):
         self.arrays[1].copy_(self.arrays[0])
 
 
+def _other(name: str) -> Callable[[Problem, Copy], Contender]:
+    """One of others.py, whose contenders are made of those here."""
+
+    def make(problem: Problem, copy: Copy) -> Contender:
+        from . import others
+
+        return others.OTHERS[name](problem, copy)
+
+    return make
+
+
 CONTENDERS: dict[str, Callable[[Problem, Copy], Contender]] = {
     "fastopt": Fastopt,
     "fastopt flat": FastoptFlat,
@@ -266,4 +285,5 @@ CONTENDERS: dict[str, Callable[[Problem, Copy], Contender]] = {
     "torch foreach": TorchForeach,
     "copy": DeviceCopy,
     "torch copy": TorchCopy,
+    **{name: _other(name) for name in OTHERS},
 }

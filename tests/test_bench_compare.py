@@ -1,0 +1,143 @@
+"""``python -m bench compare``, and the files that it reads."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("rich")
+pytest.importorskip("scipy")
+
+from bench.__main__ import main
+from bench.case import Bar
+from bench.cli import Refusal
+from bench.results import Record, Result, Timing
+
+
+def record(rng: np.random.Generator, **milliseconds: float) -> Record:
+    """A run of one case, with noise of two percent."""
+    result = Result("adam", "rules", "Adam", "float32", 1000, 1, 2, 28_000)
+    for name, middle in milliseconds.items():
+        samples = 1e-3 * middle * (1 + 0.02 * rng.standard_normal(15))
+        result.timings[name.replace("_", " ")] = Timing(samples.tolist(), 5)
+    return Record({"processor": "A", "threads": 2}, "quick", [result])
+
+
+def compared(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], before: Record, after: Record, *options: str
+) -> tuple[int, str]:
+    for name, run in (("a.json", before), ("b.json", after)):
+        run.write(tmp_path / name)
+    status = main(["compare", str(tmp_path / "a.json"), str(tmp_path / "b.json"), *options])
+    return status, capsys.readouterr().out
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_noise_is_no_news(seed: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rng = np.random.default_rng(seed)
+    runs = record(rng, fastopt=1.0, stream=1.0), record(rng, fastopt=1.01, stream=1.0)
+    status, shown = compared(tmp_path, capsys, *runs)
+    assert status == 0
+    assert "0 of 1 measurements of fastopt got slower" in shown
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_what_got_slower_is_named_and_the_status_is_1(
+    seed: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rng = np.random.default_rng(seed)
+    runs = record(rng, fastopt=1.0, stream=1.0), record(rng, fastopt=1.12, stream=1.0)
+    status, shown = compared(tmp_path, capsys, *runs)
+    assert status == 1
+    assert "slower" in shown
+    assert "1 of 1 measurements" in shown
+    assert compared(tmp_path, capsys, *runs[::-1])[0] == 0  # what got faster is no reproach
+    assert compared(tmp_path, capsys, *runs, "--threshold", "0.3")[0] == 0
+
+
+def test_a_busier_machine_is_no_news(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rng = np.random.default_rng(0)
+    runs = record(rng, fastopt=1.0, stream=1.0), record(rng, fastopt=1.5, stream=1.5)
+    assert compared(tmp_path, capsys, *runs)[0] == 0
+    alone = record(rng, fastopt=1.0), record(rng, fastopt=1.5)  # without a control it is all one can see
+    assert compared(tmp_path, capsys, *alone)[0] == 1
+
+
+def test_others_are_shown_when_asked_and_are_no_reproach(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rng = np.random.default_rng(0)
+    runs = record(rng, fastopt=1.0, numpy=1.0, stream=1.0), record(rng, fastopt=1.0, numpy=2.0, stream=1.0)
+    status, shown = compared(tmp_path, capsys, *runs)
+    assert status == 0
+    assert "numpy" not in shown
+    assert "numpy" in compared(tmp_path, capsys, *runs, "--all")[1]
+
+
+def test_another_machine_is_mentioned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before, after = (record(np.random.default_rng(0), fastopt=1.0) for _ in range(2))
+    after.machine["processor"] = "B"
+    assert "processor differs: A, B" in compared(tmp_path, capsys, before, after)[1]
+
+
+def test_a_record_comes_back_as_it_was_written(tmp_path: Path) -> None:
+    run = record(np.random.default_rng(0), fastopt=1.0, stream=1.0)
+    (result,) = run.results
+    result.judge((Bar("fastopt", 1.0, "stream"), Bar("fastopt", 1, unit="ms"), Bar("fastopt", 1, "torch")))
+    result.problems = {"torch": "not installed: pip install torch"}
+    for timing in result.timings.values():
+        timing.samples = [round(sample, 9) for sample in timing.samples]
+    run.write(tmp_path / "a.json")
+    assert Record.read(tmp_path / "a.json") == run
+
+
+def test_bars_are_judged_by_the_median_of_rounds() -> None:
+    result = Result("x", "rules", "Adam", "float32", 1000, 1, 2, 28_000)
+    result.timings = {"a": Timing([1.0, 2.0, 9.0]), "stream": Timing([1.0, 1.0, 3.0])}
+    result.judge((Bar("a", 2.0, "stream"), Bar("a", 1.9, "stream"), Bar("a", 2e3, unit="ms"), Bar("b", 1.0)))
+    speed, missed, absolute, absent = result.verdicts
+    assert (speed.measured, speed.reached, speed.text) == (0.5, True, "a ≥ 0.50 of stream's speed")
+    assert missed.reached is False
+    assert (absolute.measured, absolute.reached) == (2000.0, True)
+    assert (absent.measured, absent.reached) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "cannot be read: No such file or directory"),
+        ("{", "is not valid JSON: "),
+        ("[]", "was not written by bench: TypeError"),
+        ("{}", "was not written by bench: KeyError: 'format'"),
+        ('{"format": 99}', "has format 99; this version of bench reads 1"),
+        ('{"format": 1, "results": [{"timings": 3}]}', "was not written by bench: "),
+        ('{"format": 1, "results": [], "machine": {}, "suite": "x", "seconds": 1}', "have no case and contender"),
+    ],
+)
+def test_files_that_are_something_else_are_one_line_and_status_2(
+    content: str | None, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good, bad = tmp_path / "good.json", tmp_path / "bad.json"
+    record(np.random.default_rng(0), fastopt=1.0).write(good)
+    if content is not None:
+        bad.write_text(content)
+    assert main(["compare", str(good), str(bad)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("bench compare: ")
+    assert message in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("threshold", ["-1", "nan", "many"])
+def test_a_bad_threshold_is_refused(threshold: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compare", str(tmp_path), str(tmp_path), f"--threshold={threshold}"]) == 2
+    assert "--threshold must be" in capsys.readouterr().err
+
+
+def test_refusals_are_exceptions_of_their_own(tmp_path: Path) -> None:
+    with pytest.raises(Refusal):
+        Record.read(tmp_path)
+    (tmp_path / "x.json").write_text(json.dumps({"format": 1}))
+    with pytest.raises(Refusal):
+        Record.read(tmp_path / "x.json")

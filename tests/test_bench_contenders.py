@@ -1,0 +1,217 @@
+"""What the benchmark compares with computes what the case says: by the worker's own check, in processes of their own.
+
+``PYTHONPATH=. python tests/test_bench_contenders.py NAME`` is such a process: it writes what was wrong as JSON.
+``FASTOPT_ALL_CONTENDERS=1`` also compiles every optimizer of torch, which takes minutes.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench import worker
+from bench.case import Case
+from bench.contenders.base import Contender
+from bench.contenders.limited import Limited
+from bench.contenders.plain import Plain
+
+ROOT = Path(__file__).parents[1]
+
+CLASSES = {
+    "numba": ("numba_loop", "NumbaLoop"),
+    "torch compile": ("torch_compile", "TorchCompile"),
+    "optax": ("optax_jit", "Optax"),
+    "deepspeed": ("deepspeed_cpu", "DeepSpeed"),
+    "optimi": ("optimi_torch", "Optimi"),
+    "bitsandbytes": ("bitsandbytes_cpu", "BitsAndBytes"),
+}
+SHAPES = {"one": (1,), "seven": (7,), "matrix": (5, 7), "thousand": (1000,)}
+LR = {"SGD": 1.0, "Adadelta": 1.0}
+RATE = 3e-3
+
+EXTRA: dict[str, Any] = {
+    **{"momentum": 0.8, "nesterov": True, "weight_decay": 0.1, "betas": (0.8, 0.95), "alpha": 0.9, "rho": 0.8},
+    "eps": 1e-4,
+}
+"""Options that are no defaults: eps so large that it shows where it stands."""
+
+
+def kind_of(name: str) -> type[Contender]:
+    module, kind = CLASSES[name]
+    found: type[Contender] = getattr(importlib.import_module(f"bench.contenders.{module}"), kind)
+    return found
+
+
+def cases_of(name: str) -> Iterator[Case]:
+    """Each optimizer that it claims, with the defaults of torch and without them."""
+    kind = kind_of(name)
+    if not issubclass(kind, Limited):
+        every = "FASTOPT_ALL_CONTENDERS" in os.environ
+        for optimizer in kind.optimizers or ():
+            if every or optimizer in ("SGD", "AdamW"):
+                hyper = {"lr": LR.get(optimizer, RATE)} | ({"momentum": 0.9} if optimizer == "SGD" else {})
+                yield Case(optimizer, optimizer, hyper, SHAPES, ())
+        return
+    for optimizer, known in kind.known.items():
+        plain = {"lr": LR.get(optimizer, RATE)}
+        full = plain | {option: EXTRA[option] for option in known if option != "lr"}
+        for hyper in (plain, full):
+            case = Case(f"{optimizer} {hyper}", optimizer, hyper, SHAPES, ())
+            if kind.refusal(case) is None:
+                yield case
+            else:
+                assert (name, optimizer) == ("bitsandbytes", "SGD")  # which needs momentum
+
+
+def problem_of(kind: type[Contender], case: Case, threads: int = 2) -> str | None:
+    """What the worker would say of a contender."""
+    params, grads = worker.data(case)
+    expected = worker.expectation(case, params, grads)
+    contender = kind(case, params, grads, threads)
+    try:
+        worker.check(contender, case, expected)
+    except worker.WrongAnswer as error:
+        return str(error)
+    # The gradients are again what they were, as the timed steps want them; and steps do not compile any more.
+    graphs = getattr(contender, "graphs", lambda: 0)
+    before = graphs()
+    for _ in range(3):
+        contender.step()
+    return "a later step compiled" if graphs() != before else None
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_each_optimizer_of_a_contender_is_the_reference(name: str) -> None:
+    missing = kind_of(name).missing()
+    if missing:
+        pytest.skip(missing)
+    run = subprocess.run(
+        [sys.executable, __file__, name],
+        capture_output=True,
+        text=True,
+        timeout=1800 if "FASTOPT_ALL_CONTENDERS" in os.environ else 600,
+        check=False,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "2", "PYTHONPATH": str(ROOT)},
+    )
+    assert run.returncode == 0, run.stderr
+    problems = json.loads(run.stdout.splitlines()[-1])
+    assert len(problems) >= 2
+    assert not any(problems.values()), problems
+
+
+# --- controls --------------------------------------------------------------------------------------------------------
+
+ADAM = Case("x", "Adam", {"lr": RATE}, SHAPES, ())
+
+
+class OtherBetas(Plain):
+    def __init__(self, case: Case, *rest: Any) -> None:
+        super().__init__(case, *rest)
+        self.hyper = {**case.hyper, "betas": (0.9, 0.99)}
+
+
+class OldGradients(Plain):
+    def scale_gradients(self, factor: float) -> None:
+        pass
+
+
+class Still(Plain):
+    def step(self) -> None:
+        pass
+
+
+class LastElement(Plain):
+    def step(self) -> None:
+        before = {name: array.flat[-1] for name, array in self.params.items()}
+        super().step()
+        self.params["thousand"].flat[-1] = before["thousand"]
+
+
+@pytest.mark.parametrize("kind", [OtherBetas, OldGradients, Still, LastElement])
+def test_a_wrong_contender_is_found(kind: type[Contender]) -> None:
+    assert problem_of(Plain, ADAM) is None
+    assert "is off by" in str(problem_of(kind, ADAM))
+
+
+# --- what is said ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "command"),
+    [
+        ("numba", "pip install numba"),
+        ("torch compile", "pip install torch"),
+        ("optax", "pip install optax"),
+        ("deepspeed", "pip install deepspeed ninja"),
+        ("optimi", "pip install torch-optimi"),
+        ("bitsandbytes", "pip install bitsandbytes"),
+    ],
+)
+def test_what_is_missing_is_told_with_the_command(name: str, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    kind = kind_of(name)
+    monkeypatch.setattr("shutil.which", lambda program: program)
+    monkeypatch.setattr("importlib.util.find_spec", lambda package: None)
+    assert kind.missing() == f"not installed: {command}"
+    monkeypatch.setattr("importlib.util.find_spec", lambda package: object())
+    assert kind.missing() is None
+
+
+@pytest.mark.parametrize("name", ["torch compile", "deepspeed"])
+def test_a_missing_compiler_is_told(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr("importlib.util.find_spec", lambda package: object())
+    monkeypatch.setattr("shutil.which", lambda program: None)
+    assert kind_of(name).missing() == "not installed: a C++ compiler, g++"
+
+
+@pytest.mark.parametrize(
+    ("name", "optimizer", "hyper", "refusal"),
+    [
+        ("numba", "LARS", {}, "has no LARS"),
+        ("numba", "Adam", {"amsgrad": True}, "its Adam has no amsgrad as torch's"),
+        ("numba", "Adam", {"amsgrad": False}, None),
+        ("torch compile", "Lion", {}, "has no Lion"),
+        ("optax", "Adagrad", {}, "has no Adagrad"),
+        ("optax", "RMSprop", {"centered": True}, "its RMSprop has no centered as torch's"),
+        ("deepspeed", "SGD", {}, "has no SGD"),
+        ("deepspeed", "Adagrad", {}, "its Adagrad overwrites gradients"),
+        ("optimi", "Adam", {"weight_decay": 0.1}, "its Adam has no weight_decay as torch's"),
+        ("optimi", "AdamW", {"weight_decay": 0.1}, None),
+        ("bitsandbytes", "SGD", {"momentum": 0.9, "nesterov": True}, "its SGD has no nesterov as torch's"),
+        ("bitsandbytes", "SGD", {}, "its SGD needs momentum"),
+    ],
+)
+def test_what_it_cannot_do_is_refused(name: str, optimizer: str, hyper: dict[str, Any], refusal: str | None) -> None:
+    assert kind_of(name).refusal(Case("x", optimizer, {"lr": 1e-3, **hyper}, SHAPES, ())) == refusal
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_other_dtypes_and_options_of_the_step_are_refused(name: str) -> None:
+    kind = kind_of(name)
+    half = Case("x", "AdamW", {"lr": 1e-3}, SHAPES, (), dtype="float16")
+    assert kind.refusal(half) == "does not compute float16"
+    clipped = Case("x", "AdamW", {"lr": 1e-3}, SHAPES, (), step={"max_norm": 1.0})
+    assert kind.refusal(clipped) == "its step has no max_norm"
+
+
+def main(name: str) -> None:
+    kind, problems = kind_of(name), dict[str, str | None]()
+    for case in cases_of(name):
+        try:
+            problems[case.name] = problem_of(kind, case)
+        except Exception as error:
+            problems[case.name] = f"{type(error).__name__}: {error}"
+    print(f"\n{json.dumps(problems)}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,253 @@
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from pathlib import Path
+
+import bench_records
+import pytest
+
+from bench.page import explanations, figures, readme_block, summary, tables, words, write_page, write_pictures
+from bench.page.losses import compare
+from bench.page.palette import COLOURS, Palette
+from bench.results import Record, Result, Timing
+
+
+def single(times: dict[str, list[float]], **more: object) -> Record:
+    fields: dict[str, object] = {
+        "optimizer": "Adam",
+        "dtype": "float32",
+        "elements": 1000,
+        "arrays": 1,
+        "threads": 1,
+        "bytes": 28000,
+    }
+    result = Result("case", "sizes", **{**fields, **more})  # type: ignore[arg-type]
+    result.timings = {name: Timing(samples) for name, samples in times.items()}
+    return Record({}, "quick", [result])
+
+
+def test_a_loss_is_told_with_its_ratio_by_rounds():
+    rounds = {"fastopt": [3.0, 2.0, 6.0], "numba": [1.0, 1.0, 2.0], "stream": [0.1] * 3}
+    found = compare(single(rounds))
+    (loss,) = found.losses
+    assert (loss.ours, loss.other, loss.rounds) == ("fastopt", "numba", 3)
+    assert loss.ratio == words.Ratio(3.0, 2.5, 3.0)
+    assert (found.cases, found.lost, found.close, found.variants) == (1, 1, [], [])
+
+
+def test_the_stream_and_yardsticks_do_not_win():
+    rounds = {"fastopt": [2.0] * 3, "fastopt plain": [1.0] * 3, "stream": [0.5] * 3, "torch fused": [1.5] * 3}
+    (loss,) = compare(single(rounds)).losses
+    assert (loss.ours, loss.other) == ("fastopt", "torch fused")
+    without = compare(single({name: rounds[name] for name in ("fastopt", "fastopt plain", "stream")}))
+    assert (without.cases, without.losses) == (0, [])
+
+
+def test_what_is_within_noise_is_no_loss():
+    found = compare(single({"fastopt": [1.0, 1.1, 0.8, 1.2, 1.05], "numba": [1.0] * 5}))
+    assert found.losses == []
+    assert [loss.other for loss in found.close] == ["numba"]
+
+
+def test_a_slower_way_to_call_fastopt_is_told_apart():
+    found = compare(single({"fastopt": [1.0] * 3, "fastopt arrays": [3.0] * 3, "torch fused": [2.0] * 3}))
+    assert found.losses == []
+    assert [(loss.ours, loss.other, loss.ratio.median) for loss in found.variants] == [
+        ("fastopt arrays", "torch fused", 1.5)
+    ]
+
+
+def test_rounds_that_cannot_be_paired_are_compared_by_quartiles():
+    (loss,) = compare(single({"fastopt": [2.0, 2.0, 4.0], "numba": [1.0, 1.0]})).losses
+    assert loss.ratio == words.Ratio(2.0, 2.0, 3.0)
+
+
+def test_losses_are_sorted_by_how_much():
+    found = compare(bench_records.plausible())
+    ratios = [loss.ratio.median for loss in found.losses]
+    assert ratios == sorted(ratios, reverse=True)
+    assert {(loss.result.name, loss.other) for loss in found.losses} >= {
+        ("adamw-mobilenet-v3-large", "torch compile"),
+        ("adam-1000", "numba"),
+    }
+
+
+@pytest.mark.parametrize("key", ["case: numba", "sizes: numba", "case", "sizes"])
+def test_an_explanation_is_found(monkeypatch, key):
+    monkeypatch.setitem(explanations.EXPLANATIONS, key, "because")
+    (loss,) = compare(single({"fastopt": [2.0], "numba": [1.0]})).losses
+    assert loss.explanation == "because"
+
+
+def test_the_summary_tells_what_was_measured():
+    record = words.measured(bench_records.plausible())
+    text = " ".join(summary.sentences(record, compare(record)))
+    assert "Imaginary Xeon 6000, 2 cores" in text
+    assert "Adam, 64 M float32 in one array" in text
+    assert "On the shapes of 5 real models" in text
+    assert "1 of 3 reached, 1 missed, 1 not measured" in text
+    ratio = statistics.median(record["adam"].ratios("fastopt", "torch fused"))
+    largest = summary.largest(record)
+    assert largest is not None
+    assert f"takes {largest.ratio('fastopt', 'torch fused'):.2f} of the time of torch's fused step" in text
+    assert ratio == pytest.approx(0.83, abs=0.03)
+
+
+def test_the_summary_says_nothing_of_what_was_not_measured():
+    record = words.measured(bench_records.awkward())
+    text = " ".join(summary.sentences(record, compare(record)))
+    assert "unknown processor" in text
+    assert "real model" not in text
+    assert "1 contender gave a wrong answer" in text
+    assert "1 case had to be skipped" in text
+    empty = Record({}, "quick")
+    assert "nothing is said of who is faster" in " ".join(summary.sentences(empty, compare(empty)))
+
+
+def test_the_summary_says_so_if_nothing_is_lost():
+    record = single({"fastopt": [1.0] * 3, "numba": [2.0] * 3})
+    assert "In none of the 1 case" in " ".join(summary.sentences(record, compare(record)))
+
+
+def test_the_block_of_the_readme():
+    record = bench_records.plausible()
+    lines = readme_block(record).splitlines()
+    assert lines[0].startswith("Imaginary Xeon 6000, 2 cores, x86-64-v4, 25.0 GB of memory")
+    assert "medians of 21 interleaved rounds" in lines[0]
+    table = [line for line in lines if line.startswith("|")]
+    assert {line.count("|") for line in table} == {6}
+    (model,) = (line for line in table if "resnet50" in line)
+    found = record["adamw-resnet50"]
+    figures = [f"{found.ratio('fastopt.torch', f'torch {name}'):.2f}" for name in ("fused", "foreach", "loop")]
+    assert [cell.strip() for cell in model.split("|")[2:-1]] == ["not measured", *figures]
+    assert any("8 cases" in line and "3 of 8 cases" in line for line in table)
+
+
+def test_the_block_of_the_readme_without_figures():
+    block = readme_block(bench_records.awkward())
+    assert "<script" not in block
+    assert block.count("not measured") == 12
+    assert "not measured" not in readme_block(Record({}, "quick")).splitlines()[0]
+
+
+def test_colours_are_those_of_the_contender():
+    record = single({name: [1.0] for name in ("fastopt.torch moving", "torch fused moving", "new", "newer", *COLOURS)})
+    palette = Palette(record)
+    assert palette["fastopt.torch moving"].colour == COLOURS["fastopt.torch"]
+    assert palette["torch fused moving"].colour == COLOURS["torch fused"]
+    assert palette["torch fused moving"].shape != palette["torch fused"].shape
+    known = {palette[name].colour for name in COLOURS}
+    assert len({*known, palette["new"].colour, palette["newer"].colour}) == len(COLOURS) + 2
+
+
+def test_every_family_has_its_figure():
+    record = words.measured(bench_records.plausible())
+    made = {figure.name: len(figure.charts) for figure in figures.figures(record, Palette(record))}
+    assert made == {
+        "models": 5,
+        "sizes": 1,
+        "arrays": 1,
+        "threads": 2,
+        "rules": 1,
+        "dtypes": 1,
+        "options": 3,
+        "startup": 2,
+    }
+
+
+def test_what_cannot_be_drawn_is_told():
+    record = words.measured(bench_records.awkward())
+    made = {figure.name: figure for figure in figures.figures(record, Palette(record))}
+    assert (made["models"].charts, made["rules"].charts) == ([], [])
+    assert "no contender of fastopt" in made["models"].notes[0]
+    assert made["rules"].notes == ["rule-adam is not drawn: its stream was not measured."]
+
+
+def test_bars_begin_at_zero_and_share_a_scale():
+    record = words.measured(bench_records.plausible())
+    for figure in figures.figures(record, Palette(record)):
+        domains = [
+            encoding["x"]["scale"]["domain"]
+            for chart in figure.charts
+            for layer in chart.to_dict()["layer"]
+            if layer["mark"]["type"] == "bar" and (encoding := layer["encoding"])
+        ]
+        assert all(domain[0] == 0 for domain in domains)
+        assert len({tuple(domain) for domain in domains}) <= 1
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "ticks"), [(0.5, 900, [0.1, 1, 10, 100, 1000]), (60, 90, [10, 20, 50, 100, 200, 500])]
+)
+def test_ticks_of_a_logarithmic_axis(low, high, ticks):
+    from bench.page.charts import decades
+
+    assert decades(low, high) == ticks
+
+
+def test_tables_tell_what_is_missing():
+    found = tables.Tables(words.measured(bench_records.awkward()))
+    assert found.missing == [("torch fused", "pip install torch", 1), ("torch loop", "pip install torch", 1)]
+    assert [(result.name, name, why) for result, name, why in found.wrong] == [("adam", "numba", "w is off by 0.25")]
+    assert [(name, cases) for name, cases, _ in found.refused] == [("stream", ["adam"]), ("numpy", ["adam-empty"])]
+    assert [result.name for result in found.skipped] == ["adam-1g"]
+
+
+def test_missed_bars_come_first():
+    found = tables.Tables(bench_records.plausible()).bars
+    assert [verdict.reached for _, verdict in found] == [False, None, True]
+
+
+@pytest.mark.parametrize("make", [bench_records.plausible, bench_records.awkward, lambda: Record({}, "quick")])
+def test_the_page_is_one_file_of_moderate_size(tmp_path, make):
+    path = tmp_path / "bench.html"
+    write_page(make(), path)
+    page = path.read_text(encoding="utf-8")
+    assert path.stat().st_size < 4_000_000
+    without_scripts = re.sub(r"<script>.*?</script>", "", page, flags=re.DOTALL)
+    assert re.findall(r'(?:src|href)="(?!#)|url\(|@import', without_scripts) == []
+    assert "<script>throw" not in page
+    data = re.search(r'<script type="application/json" id="data">(.*?)</script>', page)
+    assert data
+    assert set(json.loads(data[1])) == {"specs", "light", "dark"}
+
+
+def test_text_of_a_record_is_escaped(tmp_path):
+    path = tmp_path / "bench.html"
+    write_page(bench_records.awkward(), path)
+    assert "&lt;script&gt;throw Error(" in path.read_text(encoding="utf-8")
+
+
+def test_pictures_are_drawn_on_white(tmp_path: Path):
+    written = write_pictures(bench_records.plausible(), tmp_path)
+    assert [path.name for path in written] == ["bench-models.png", "bench-bandwidth.png", "bench-arrays.png"]
+    assert all(path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 20_000 for path in written)
+
+
+def test_pictures_without_data_are_not_drawn(tmp_path):
+    assert write_pictures(Record({}, "quick"), tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (2.5, "2.50 s"),
+        (0.0123, "12.3 ms"),
+        (9.9999e-4, "1.00 ms"),
+        (4.5e-7, "450 ns"),
+        (120.0, "120 s"),
+        (0.0, "0.00 ns"),
+    ],
+)
+def test_times(value, text):
+    assert words.seconds(value) == text
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(1, "1"), (1000, "1,000"), (1 << 20, "1 Mi"), (64_000_000, "64 M"), (25_557_032, "25.6 M"), (10**9, "1 G")],
+)
+def test_elements(count, text):
+    assert words.elements(count) == text

@@ -1,0 +1,196 @@
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import bench_records
+import pytest
+
+from bench.page import write_page
+from bench.results import Record
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+QUIET = (
+    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
+    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+)
+WIDTHS = (1280, 360)
+CHARTS = {"models": 5, "sizes": 1, "arrays": 1, "threads": 2, "rules": 1, "dtypes": 1, "options": 3, "startup": 2}
+
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(BROWSER is None, reason="no chromium is installed: apt-get install chromium"),
+]
+
+# What is drawn in each chart: its size, its marks, and the smallest text as the reader sees it.
+MEASURE = """() => Object.fromEntries([...document.querySelectorAll(".chart")].map((chart) => {
+  const svg = chart.querySelector("svg");
+  const box = svg.getBoundingClientRect();
+  const view = svg.viewBox.baseVal;
+  const scale = view && view.width ? box.width / view.width : 1;
+  const visible = (text) => text.textContent && text.getBoundingClientRect().width;
+  const texts = [...svg.querySelectorAll("text")].filter(visible);
+  const inside = texts.every((text) => {
+    const at = text.getBoundingClientRect();
+    return at.left >= box.left - 1 && at.right <= box.right + 1 && at.top >= box.top - 1 && at.bottom <= box.bottom + 1;
+  });
+  return [chart.id, {
+    width: box.width,
+    height: box.height,
+    right: box.right,
+    marks: svg.querySelectorAll("[class*=mark-symbol] path, [class*=mark-rect] path").length,
+    font: Math.min(...texts.map((text) => scale * parseFloat(getComputedStyle(text).fontSize))),
+    inside,
+    label: chart.querySelector("[aria-label]")?.getAttribute("aria-label") ?? "",
+  }];
+}))"""
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    playwright = pytest.importorskip("playwright.sync_api", reason="no playwright is installed: pip install playwright")
+    with playwright.sync_playwright() as started:
+        chromium = started.chromium.launch(executable_path=BROWSER, args=list(QUIET))
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("page")
+    records = {"plausible": bench_records.plausible(), "awkward": bench_records.awkward(), "empty": Record({}, "quick")}
+    for name, record in records.items():
+        write_page(record, folder / f"{name}.html")
+    return {name: folder / f"{name}.html" for name in records}
+
+
+@pytest.fixture
+def visit(browser: Any, paths: dict[str, Path]) -> Iterator[Callable[..., Any]]:
+    """Opens a page, and fails at the end if it complained or asked the network for anything."""
+    complaints: list[str] = []
+    opened = []
+
+    def open_page(name: str, width: int = 1280, **options: Any) -> Any:
+        page = browser.new_page(viewport={"width": width, "height": 800}, **options)
+        opened.append(page)
+        url = paths[name].as_uri()
+        page.on("console", lambda message: complaints.append(f"{message.type}: {message.text}"))
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("request", lambda request: complaints.extend({f"request: {request.url}"} - {f"request: {url}"}))
+        page.goto(url)
+        page.wait_for_selector("html[data-drawn]", state="attached", timeout=60_000)
+        return page
+
+    yield open_page
+    for page in opened:
+        page.close()
+    assert complaints == []
+
+
+def assert_fits(page: Any, width: int) -> None:
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    for name, chart in page.evaluate(MEASURE).items():
+        assert chart["width"] > 200, name
+        assert chart["height"] > 50, name
+        assert chart["right"] <= width, name
+        assert chart["marks"] > 0, name
+        assert chart["font"] >= 10, name
+        assert chart["inside"], f"{name}: text is cut off"
+        assert len(chart["label"]) > 20, f"{name}: nothing is said to those who do not see it"
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_every_chart_is_drawn_and_fits(visit, width, scheme):
+    page = visit("plausible", width, color_scheme=scheme)
+    expected = {f"{name}-{k}" for name, number in CHARTS.items() for k in range(number)}
+    assert set(page.evaluate(MEASURE)) == expected
+    assert_fits(page, width)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_a_page_with_little_in_it(visit, width):
+    page = visit("awkward", width)
+    assert set(page.evaluate(MEASURE)) == {"sizes-0", "threads-0", "options-0"}
+    assert_fits(page, width)
+    assert page.locator("main script").count() == 0
+    text = page.locator("#left-out").inner_text()
+    for part in ("w is off by 0.25", "pip install torch", "adam-1g needs about", bench_records.HOSTILE):
+        assert part in text
+
+
+def test_a_page_with_nothing_in_it(visit):
+    page = visit("empty", 360)
+    assert page.locator(".chart").count() == 0
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360
+
+
+def test_charts_follow_the_width_of_the_window(visit):
+    page = visit("plausible", 1280)
+    wide = page.evaluate(MEASURE)["arrays-0"]
+    page.set_viewport_size({"width": 360, "height": 800})
+    page.wait_for_function("document.getElementById('arrays-0').dataset.columns === '2'")
+    page.wait_for_function("document.querySelector('#arrays-0 svg')?.getBoundingClientRect().width < 340")
+    page.wait_for_timeout(500)
+    assert page.evaluate(MEASURE)["arrays-0"]["width"] < wide["width"]
+    assert_fits(page, 360)
+
+
+def test_the_same_contender_has_the_same_colour_everywhere(visit):
+    page = visit("plausible")
+    colours = """(id) => {
+      const labels = document.querySelectorAll(`#${id} .role-legend-label text`);
+      const symbols = document.querySelectorAll(`#${id} .role-legend-symbol path`);
+      return Object.fromEntries([...symbols].map((mark, k) => [labels[k].textContent, mark.getAttribute("fill")]));
+    }"""
+    found = [page.evaluate(colours, f"{name}-0") for name in ("sizes", "arrays", "threads", "rules")]
+    assert all("fastopt" in legend and "torch fused" in legend for legend in found)
+    for name in ("fastopt", "torch fused"):
+        assert len({legend[name] for legend in found}) == 1
+
+
+def test_tooltips_tell_numbers(visit):
+    page = visit("plausible")
+    page.locator("#sizes-0 [class*=mark-symbol][class*=layer] path").first.hover()
+    page.wait_for_selector("#vg-tooltip-element.visible")
+    assert "GB/s" in page.locator("#vg-tooltip-element").inner_text()
+
+
+def test_losses_come_first_and_tables_sort(visit):
+    page = visit("plausible")
+    headings = page.locator("h2").all_inner_texts()
+    assert headings[:3] == ["Where fastopt loses", "Bars: reached, missed, not measured", "Real models"]
+    rows = page.locator("#losses > .scroll tbody tr")
+    ratio = "(rows) => rows.map((row) => Number(row.cells[3].dataset.value))"
+    before = rows.evaluate_all(ratio)
+    assert before == sorted(before, reverse=True)
+    button = page.locator("#losses > .scroll").get_by_role("button", name="ours ÷ faster")
+    button.click()
+    assert rows.evaluate_all(ratio) == sorted(before)
+    assert page.locator("#losses > .scroll th[aria-sort]").get_attribute("aria-sort") == "ascending"
+    button.click()
+    assert rows.evaluate_all(ratio) == before
+
+
+def test_the_table_of_all_figures(visit):
+    page = visit("plausible", 360)
+    page.locator("#all summary").click()
+    table = page.locator("#all table")
+    record = bench_records.plausible()
+    assert table.locator("tbody tr").count() == sum(len(result.timings) for result in record.results)
+    table.get_by_role("button", name="of stream").click()
+    values = table.locator("tbody tr").evaluate_all("(rows) => rows.map((row) => row.cells[6].dataset.value)")
+    known = [float(value) for value in values if value]
+    assert known == sorted(known)
+    assert all(not value for value in values[len(known) :])
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360  # the table scrolls in its own box
+    assert table.locator(".badge.spread").count() >= 1
+
+
+def test_tables_are_described(visit):
+    page = visit("plausible")
+    for table in page.locator("table").all():
+        assert table.locator("caption").count() == 1
+    assert page.locator("h1").count() == 1
