@@ -1,8 +1,9 @@
-"""``python -m bench train``: train a NumPy multilayer perceptron on scikit-learn's handwritten digits."""
+"""``python -m bench train``: train a NumPy network on handwritten digits, or a language model in PyTorch on text."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -14,7 +15,8 @@ from typing import TYPE_CHECKING
 import fastopt
 from fastopt import schedules
 
-from .cli import Refusal, number, refuse, writable
+from .cli import Refusal, number, one_of, refuse, writable
+from .training import text
 from .training.digits import CLASSES, PIXELS, TRAIN, load
 from .training.mlp import MLP, History, Recipe, fit
 
@@ -55,6 +57,10 @@ SCHEDULES: dict[str, Callable[[float, int], Callable[[int], float]]] = {  # of t
 }
 
 EPOCHS, SWEEP_EPOCHS = 20, 60
+HIDDEN = "256,128"
+
+NEEDS = {"digits": ("matplotlib", "rich", "sklearn"), "text": ("matplotlib", "psutil", "rich", "torch")}
+EXTRAS = {"digits": "bench", "text": "bench,torch"}
 
 
 @dataclass(frozen=True)
@@ -74,38 +80,54 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     """Register the command ``train``; its arguments stay text here and are checked by `run`, with one line if bad."""
     parser = subparsers.add_parser(
         "train",
-        help="train a NumPy multilayer perceptron on handwritten digits",
-        description=f"Train a NumPy multilayer perceptron on {TRAIN} of scikit-learn's handwritten digits, test it on "
-        "the rest, print a table and write figures (PNG).",
+        help="train a network on handwritten digits, or a language model on text",
+        description=f"Digits: train a NumPy multilayer perceptron on {TRAIN} of scikit-learn's handwritten digits, "
+        "test it on the rest. Text: train a small transformer in PyTorch on the sources of Python's standard library "
+        "with fastopt.torch and with torch.optim, in turns: are the losses the same, and who is faster. Both print a "
+        "table and write figures (PNG).",
         epilog=f"Optimizers: {', '.join(recipe.name for recipe in RECIPES)} (Momentum and Nesterov are SGD with "
-        f"momentum 0.9). Schedules: {', '.join(SCHEDULES)}.",
+        f"momentum 0.9); for text {', '.join(text.RECIPES)}. Schedules: {', '.join(SCHEDULES)}.",
     )
-    parser.add_argument("--optimizer", metavar="NAME", help="an optimizer below, or all of them: all (default: AdamW)")
+    parser.add_argument("--task", metavar="NAME", default="digits", help="digits or text (default: %(default)s)")
+    parser.add_argument("--optimizer", metavar="NAME", help="see below; for digits also all (default: AdamW)")
     parser.add_argument("--lr", metavar="X", help="largest learning rate (default: one that suits the optimizer)")
-    parser.add_argument("--batch-size", metavar="N", help=f"images per step, 1 to {TRAIN} (default: 64)")
-    parser.add_argument("--epochs", metavar="N", help=f"default: {EPOCHS}, with --sweep {SWEEP_EPOCHS}")
-    parser.add_argument("--schedule", metavar="NAME", help="of the learning rate, see below (default: cosine)")
-    parser.add_argument("--hidden", metavar="N,N", default="256,128", help="hidden widths (default: %(default)s)")
+    parser.add_argument(
+        "--batch-size",
+        metavar="N",
+        help=f"images per step, 1 to {TRAIN}, or sequences (default: 64, for text {text.DEFAULTS['batch_size']})",
+    )
     parser.add_argument("--seed", metavar="N", default="0", help="of split, weights and order (default: %(default)s)")
     parser.add_argument("--out", metavar="DIR", default="bench/out", help="folder of figures (default: %(default)s)")
-    parser.add_argument(
-        "--sweep",
-        action="store_true",
-        help="large batches: SGD with momentum, LARS and Adam with batch sizes from 32 to the whole set, the learning "
-        "rate in proportion, warm-up, polynomial decay (arXiv:1708.03888)",
-    )
-    parser.set_defaults(func=run)
+    group = parser.add_argument_group("only with --task digits")
+    own = [
+        group.add_argument("--epochs", metavar="N", help=f"default: {EPOCHS}, with --sweep {SWEEP_EPOCHS}"),
+        group.add_argument("--schedule", metavar="NAME", help="of the learning rate, see below (default: cosine)"),
+        group.add_argument("--hidden", metavar="N,N", help=f"hidden widths (default: {HIDDEN})"),
+        group.add_argument(
+            "--sweep",
+            action="store_true",
+            help="large batches: SGD with momentum, LARS and Adam with batch sizes from 32 to the whole set, the "
+            "learning rate in proportion, warm-up, polynomial decay (arXiv:1708.03888)",
+        ),
+    ]
+    belongs = {"digits": tuple(action.dest for action in own), "text": text.add_options(parser)}
+    parser.set_defaults(func=run, belongs=belongs)
 
 
 def run(args: argparse.Namespace) -> int:
     """Do what the command line says; return the exit status, 2 for bad input."""
     try:
-        import matplotlib  # noqa: F401
-        import rich  # noqa: F401
-        import sklearn  # type: ignore[import-untyped]  # noqa: F401
-    except ModuleNotFoundError as error:
-        return refuse("train", f'needs {error.name}, which is not installed; pip install "fastopt[bench]" brings it.')
-    try:
+        one_of("task", args.task, NEEDS)
+        for task, options in args.belongs.items():
+            for option in options if task != args.task else ():
+                if getattr(args, option) not in (None, False):
+                    raise Refusal(f"--{option} belongs to --task {task}, not to {args.task}.")
+        missing = [package for package in NEEDS[args.task] if not _installed(package)]
+        if missing:
+            command = f'pip install "fastopt[{EXTRAS[args.task]}]"'
+            raise Refusal(f"needs {missing[0]}, which is not installed; {command} brings it.")
+        if args.task == "text":
+            return text.run(text.check(args))
         settings = check(args)
     except Refusal as refusal:
         return refuse("train", refusal)
@@ -117,6 +139,14 @@ def run(args: argparse.Namespace) -> int:
         else:
             train(settings)
     return 0
+
+
+def _installed(package: str) -> bool:
+    try:
+        importlib.import_module(package)
+    except ModuleNotFoundError:
+        return False
+    return True
 
 
 @contextmanager
@@ -232,7 +262,8 @@ def check(args: argparse.Namespace) -> Settings:
     seed = number(int, "--seed", args.seed)
     if seed < 0:
         raise Refusal(f"--seed must be at least 0, got {seed}.")
-    hidden = tuple(number(int, "--hidden", width) for width in args.hidden.split(",")) if args.hidden else ()
+    listed = HIDDEN if args.hidden is None else args.hidden
+    hidden = tuple(number(int, "--hidden", width) for width in listed.split(",")) if listed else ()
     if any(width < 1 for width in hidden):
-        raise Refusal(f"--hidden must list widths of at least 1, got {args.hidden!r}.")
+        raise Refusal(f"--hidden must list widths of at least 1, got {listed!r}.")
     return Settings(recipes, batch_size, epochs, schedule, seed, (PIXELS, *hidden, CLASSES), writable(Path(args.out)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import pathlib
 import re
 import subprocess
@@ -11,10 +12,17 @@ import pytest
 
 pytest.importorskip("torch")
 EXAMPLES = sorted((pathlib.Path(__file__).parents[1] / "examples").glob("torch_*.py"))
+NEEDS = {"torch_huggingface": ("transformers", "accelerate"), "torch_lightning": ("lightning",)}
 
 
-@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "example",
+    [pytest.param(x, marks=pytest.mark.integrations if x.stem in NEEDS else (), id=x.stem) for x in EXAMPLES],
+)
 def test_example(example):
+    for package in NEEDS.get(example.stem, ()):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f'needs {package}: pip install "fastopt[integrations]"')
     done = subprocess.run(
         [sys.executable, "-W", "ignore", str(example)],
         capture_output=True,

@@ -1,0 +1,282 @@
+"""The language model of ``bench train --task text``: its text, its causality, and that a wrong optimizer is noticed."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import sys
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("psutil")
+pytest.importorskip("rich")
+image = pytest.importorskip("matplotlib.image")
+
+import fastopt  # noqa: E402
+from bench import train  # noqa: E402
+from bench.training import text, text_data, text_model, text_race  # noqa: E402
+
+SMALL = ["--task", "text", "--width", "32", "--layers", "1", "--context", "16", "--batch-size", "4", "--steps", "8"]
+SHAPE = text_race.Shape(width=32, layers=1, context=16, batch_size=4, steps=8, seed=0)
+
+
+def command(*arguments):
+    parser = argparse.ArgumentParser(prog="bench")
+    train.add_parser(parser.add_subparsers(required=True))
+    args = parser.parse_args(["train", *map(str, arguments)])
+    return args.func(args)
+
+
+@pytest.fixture(scope="module")
+def sources():
+    return text_data.load()
+
+
+@pytest.fixture
+def settings(tmp_path):
+    return text.Settings("AdamW", 1e-2, None, 1, SHAPE, tmp_path, None)
+
+
+def race(settings, sources, **replaced):
+    """The runs of all contenders, some of them replaced."""
+    with text.threads(settings.threads):
+        *_, runs = text_race.race(text.contenders(settings) | replaced, sources, settings.shape)
+    return runs
+
+
+def agreement(runs):
+    return text_race.agreement(*(run.losses for run in runs.values()))
+
+
+# --- text ----------------------------------------------------------------------------------------------------------
+
+
+def test_text_is_the_same_each_time_and_split_by_files(sources):
+    again = text_data.load()
+    assert all(np.array_equal(a, b) for a, b in zip(sources, again, strict=True))
+    assert not set(sources.train_files) & set(sources.validation_files)
+    assert len(sources.validation_files) == (len(sources.train_files) + len(sources.validation_files)) // 10
+    assert "argparse.py" in sources.train_files + sources.validation_files
+    assert len(sources.train) > 5 * len(sources.validation) > 100_000
+
+
+def test_text_is_read_in_the_order_of_names_and_without_what_a_build_wrote(tmp_path):
+    for k in reversed(range(20)):
+        (tmp_path / f"m{k:02}.py").write_bytes(bytes([65 + k]) * 10_000)
+    (tmp_path / "_sysconfigdata__linux.py").write_text("x" * 1000)
+    data = text_data.load(tmp_path)
+    assert data.validation_files == ("m09.py", "m19.py")
+    assert data.train_files[8:10] == ("m08.py", "m10.py")
+    assert data.validation.tobytes() == b"J" * 10_000 + b"\0" + b"T" * 10_000
+    assert len(data.train) == 18 * 10_000 + 17
+
+
+def test_windows_reach_from_the_first_byte_to_the_last():
+    data = np.arange(50, dtype=np.uint8)
+    spread = text_data.spread_windows(data, 4, 9)
+    assert spread.shape == (4, 10)
+    assert (spread[0, 0], spread[-1, -1]) == (0, 49)
+    drawn = text_data.random_windows(data, np.random.default_rng(0), 2000, 9)
+    assert (drawn.min(), drawn.max()) == (0, 49)
+    assert (np.diff(drawn) == 1).all()
+
+
+def test_no_sources_are_refused_in_one_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(text_data.sysconfig, "get_path", lambda name: str(tmp_path))
+    assert command(*SMALL, "--out", tmp_path) == 2
+    assert capsys.readouterr().err == (
+        f"bench train: the sources of Python's standard library are not in {tmp_path}.\n"
+    )
+
+
+# --- model ---------------------------------------------------------------------------------------------------------
+
+
+def test_model_does_not_see_later_bytes():
+    model = text_model.Transformer(64, 2, 16, seed=0)
+    first = torch.arange(32).view(2, 16)
+    second = first.clone()
+    second[:, 9] += 100
+    with torch.no_grad():
+        a, b = model(first), model(second)
+    assert torch.equal(a[:, :9], b[:, :9])
+    assert not torch.isclose(a[:, 9:], b[:, 9:]).all(dim=2).any()
+
+
+def test_model_starts_undecided_and_by_the_seed(sources):
+    a, b, c = (text_model.Transformer(64, 2, 16, seed) for seed in (1, 1, 2))
+    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+    assert not torch.equal(a.head.weight, c.head.weight)
+    batch = torch.from_numpy(text_data.spread_windows(sources.train, 16, 16))
+    assert text_model.loss_of(a, batch).item() == pytest.approx(math.log(256), abs=0.1)
+
+
+# --- race ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_short_run_learns_and_both_curves_are_one(settings, sources):
+    settings = dataclasses.replace(settings, shape=dataclasses.replace(SHAPE, steps=60, batch_size=16))
+    runs = race(settings, sources)
+    ours, theirs, again = runs.values()
+    assert ours.losses[0] == theirs.losses[0] == again.losses[0]
+    assert text.final_loss(ours) < ours.losses[0] - 1.5
+    assert ours.validation == pytest.approx(theirs.validation, abs=1e-3)
+    assert ours.validation < 4.5
+    assert agreement(runs).first_wrong is None
+    assert len(ours.timed("total")) == 60 - text_race.WARM
+    np.testing.assert_allclose(ours.timed("rest") + ours.timed("step"), ours.timed("total"))
+    assert (ours.timed("rest") > 0).all()
+
+
+@pytest.mark.parametrize("name", text.RECIPES)
+def test_every_optimizer_agrees_with_torch(name, settings, sources):
+    lr, _ = text.RECIPES[name]
+    runs = race(dataclasses.replace(settings, optimizer=name, lr=lr), sources)
+    assert list(runs)[1] == ("torch fused" if name in text.FUSED else "torch foreach")
+    assert agreement(runs).first_wrong is None
+    assert runs[text.OURS].losses != runs[text.OURS].losses[:1] * 8
+
+
+def test_clipping_in_the_step_is_torchs(settings, sources):
+    free, clipped = race(settings, sources), race(dataclasses.replace(settings, clip=0.1), sources)
+    assert agreement(clipped).first_wrong is None
+    assert clipped[text.OURS].losses != free[text.OURS].losses
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"lr": 1.01e-2}, {"eps": 1e-6}, {"betas": (0.9, 0.9985)}, {"weight_decay": 0.02}, {"amsgrad": True}],
+    ids=str,
+)
+def test_a_wrong_optimizer_is_noticed(wrong, settings, sources):
+    options = {"lr": 1e-2} | wrong
+    planted = text_race.Contender(lambda params: fastopt.torch.AdamW(params, **options))
+    settings = dataclasses.replace(settings, shape=dataclasses.replace(SHAPE, steps=30))
+    same = agreement(race(settings, sources, **{text.OURS: planted}))
+    assert same.first_wrong is not None
+    assert text.curves_line(same, ["ours", "theirs", "again"]).startswith("WRONG: the loss of ours differs")
+
+
+def test_agreement_knows_divergence():
+    nan = math.nan
+    assert text_race.agreement([5, nan], [5, nan], [5, nan]).first_wrong is None
+    assert text_race.agreement([5, nan], [5, 5], [5, 5]).first_wrong == 2
+    assert text_race.agreement([5, 5], [5, nan], [5, nan]).first_wrong == 2
+    assert text_race.agreement([5, 5.1], [5, 5], [5, 5.02]).first_wrong is None  # torch's two are as far apart
+    assert text_race.agreement([5.1, 5], [5, 5], [5, 5.02]).first_wrong == 1  # before they were
+
+
+def test_rate_warms_up_and_decays():
+    rates = [text_race.rate(k, 100) for k in range(101)]
+    np.testing.assert_allclose(rates[:10], np.arange(1, 11) / 10)
+    assert (np.diff(rates[10:]) < 0).all()
+    assert rates[100] == pytest.approx(0.1)
+    assert text_race.rate(0, 1) == 1.0
+
+
+def test_ratio_compares_medians_and_says_when_it_is_noise():
+    def run(*steps):
+        return text_race.Run([], list(steps), [s + 1 for s in steps])
+
+    runs = {"ours": run(*[0.5] * 20), "theirs": run(*[1.0] * 20)}
+    assert text.ratio(runs, list(runs), "step") == (0.5, (0.5, 0.5), (0.5, 0.5))
+    assert text.speed_line(runs, list(runs), "total").startswith("reached: a whole training step takes 0.750 ")
+    slow = {"ours": runs["theirs"], "theirs": runs["ours"]}
+    assert text.speed_line(slow, list(slow), "step").startswith("MISSED: the optimizer's step alone takes 2.000 ")
+    noisy = {"ours": run(*range(1, 41)), "theirs": run(*reversed(range(1, 41)))}
+    assert "1 lies within the noise." in text.speed_line(noisy, list(noisy), "step")
+
+
+# --- command -------------------------------------------------------------------------------------------------------
+
+
+def test_command_prints_a_table_and_writes_figure_and_samples(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = torch.get_num_threads(), fastopt.get_num_threads()
+    assert command(*SMALL, "--clip", "1", "--threads", "1", "--json", "deep/samples.json", "--out", "figures") == 0
+    assert (torch.get_num_threads(), fastopt.get_num_threads()) == before
+    printed = capsys.readouterr().out
+    for part in ("bytes of", "torch fused", "same loss curve: ", "a whole training step takes", "figures/text.png\n"):
+        assert part in printed
+    assert (tmp_path / "figures" / "text.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    pixels = image.imread(tmp_path / "figures" / "text.png")
+    assert min(pixels.shape[:2]) > 600
+    assert pixels[..., :3].std() > 0.02
+    record = json.loads((tmp_path / "deep" / "samples.json").read_text())
+    assert (record["task"], record["settings"]["clip"], record["settings"]["steps"]) == ("text", 1.0, 8)
+    assert list(record["runs"]) == ["fastopt.torch", "torch fused", "torch default"]
+    for run in record["runs"].values():
+        assert len(run["losses"]) == len(run["step_seconds"]) == len(run["total_seconds"]) == 8
+    assert record["machine"]["torch"] == torch.__version__
+
+
+def test_command_fails_if_the_curves_differ(tmp_path, capsys, monkeypatch):
+    class Wrong(fastopt.torch.AdamW):
+        def step(self, closure=None):
+            for group in self.param_groups:
+                group["eps"] = 1e-5
+            return super().step(closure)
+
+    monkeypatch.setattr(fastopt.torch, "AdamW", Wrong)
+    assert command(*SMALL, "--out", tmp_path) == 1
+    assert "WRONG: the loss of fastopt.torch differs from that of torch fused by" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--task", "chess"], "there is no task 'chess'; there are digits, text."),
+        (["--steps", "5"], "--steps belongs to --task text, not to digits."),
+        (["--json", "x"], "--json belongs to --task text, not to digits."),
+        ([*SMALL, "--epochs", "1"], "--epochs belongs to --task digits, not to text."),
+        ([*SMALL, "--hidden", "8"], "--hidden belongs to --task digits, not to text."),
+        ([*SMALL, "--schedule", "step"], "--schedule belongs to --task digits, not to text."),
+        ([*SMALL, "--sweep"], "--sweep belongs to --task digits, not to text."),
+        ([*SMALL, "--optimizer", "all"], "--optimizer must be one of AdamW, Adam,"),
+        ([*SMALL, "--optimizer", "lars"], "--optimizer must be one of AdamW, Adam,"),
+        ([*SMALL, "--steps", "1"], "--steps must be at least 2: the first one is not counted in times."),
+        ([*SMALL, "--steps", "few"], "--steps must be a whole number, got 'few'."),
+        ([*SMALL, "--width", "33"], "--width must be a multiple of 32, the width of a head, got 33."),
+        ([*SMALL, "--layers", "0"], "--layers must be at least 1, got 0."),
+        ([*SMALL, "--batch-size", "0"], "--batch-size must be at least 1, got 0."),
+        ([*SMALL, "--threads", "0"], "--threads must be at least 1, got 0."),
+        ([*SMALL, "--lr", "nan"], "--lr must be in (0, inf), got nan."),
+        ([*SMALL, "--clip", "0"], "--clip must be in (0, inf), got 0."),
+        ([*SMALL, "--seed=-1"], "--seed must be at least 0, got -1."),
+        ([*SMALL, "--json", "."], "--json must name a file, got the folder '.'."),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_input_is_refused_in_one_line(arguments, line, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert command(*arguments, "--out", tmp_path / "out") == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith(f"bench train: {line}")
+    assert printed.err.count("\n") == 1
+
+
+def test_without_torch_the_command_to_install_it_is_named(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    assert command(*SMALL, "--out", tmp_path) == 2
+    assert capsys.readouterr().err == (
+        'bench train: needs torch, which is not installed; pip install "fastopt[bench,torch]" brings it.\n'
+    )
+
+
+def test_recipes_are_all_that_both_have_and_fused_is_all_that_torch_has():
+    both = {name for name in fastopt.torch.__all__ if hasattr(torch.optim, name)}
+    assert set(text.RECIPES) == both
+    for name in text.RECIPES:
+        parameter = torch.nn.Parameter(torch.ones(2))
+        parameter.grad = torch.ones(2)
+        try:
+            getattr(torch.optim, name)([parameter], lr=0.1, fused=True).step()
+            fused = True
+        except (RuntimeError, TypeError):
+            fused = False
+        assert fused == (name in text.FUSED)
