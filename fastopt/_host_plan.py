@@ -76,18 +76,17 @@ class HostPlan(Plan):
         if not request.needs_norm:
             self._launch(request, request.multiplier, options)
             return _STEPPED
-        self.backend.squares(self.layers, GRADIENT, _threads(self.layers))
-        multiplier = request.multiplier
-        norm = math.sqrt(self.layers.total_squares(GRADIENT)) * multiplier
+        norm = self.norm() * request.multiplier
         if request.skip_nonfinite and not math.isfinite(norm):
             if request.zero_grads:
                 self._zero_gradients()
             return StepInfo(True, norm)
-        if request.max_norm is not None and request.max_norm != math.inf:
-            coefficient = request.max_norm / (norm + 1e-6)
-            multiplier *= 1.0 if coefficient > 1.0 else coefficient  # NaN stays
-        self._launch(request, multiplier, options)
+        self._launch(request, request.clipped(norm), options)
         return StepInfo(False, norm)
+
+    def norm(self) -> float:
+        self.backend.squares(self.layers, GRADIENT, _threads(self.layers))
+        return math.sqrt(self.layers.total_squares(GRADIENT))
 
     def _zero_gradients(self) -> None:
         for p, dtype, start in zip(self.parameters, self.dtypes, self._gradients.tolist(), strict=True):

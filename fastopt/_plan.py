@@ -29,7 +29,9 @@ class Progress:
 
     def _settle(self) -> None:
         if self.fetch is not None:
-            self._steps, self._carry = self.fetch()
+            self._steps, carry = self.fetch()
+            if carry is not None:  # None before the first step: the rule's start, or what was loaded
+                self._carry = carry
             self.fetch = None
 
     @property
@@ -124,6 +126,9 @@ class Plan(ABC):
         space: Where all of it lives.
     """
 
+    result: Any = None
+    """On a GPU: the norm of the last step that needed one, and whether that step is skipped."""
+
     def __init__(
         self,
         parameters: Sequence[Parameter],
@@ -213,6 +218,13 @@ class Plan(ABC):
     @abstractmethod
     def step(self, request: Request, options: Sequence[Options]) -> StepInfo:
         """Take a step with the options of each group."""
+
+    @abstractmethod
+    def norm(self) -> float:
+        """Euclidean norm of the gradients as they are; waits for a GPU."""
+
+    def recount(self) -> None:  # noqa: B027 - only for what a device keeps
+        """Steps may have been taken without the host: have the counts fetched when somebody wants to know."""
 
     def upload_options(self, options: Sequence[Options]) -> None:  # noqa: B027 - only for what a device keeps
         """Bring options to where captured steps find them."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -21,6 +22,13 @@ class Request:
     def needs_norm(self) -> bool:
         """Whether something is asked that depends on the norm of all gradients."""
         return self.max_norm is not None or self.skip_nonfinite
+
+    def clipped(self, norm: float) -> float:
+        """The multiplier of the gradients, whose norm after unscaling is this."""
+        if self.max_norm is None or self.max_norm == math.inf:
+            return self.multiplier
+        coefficient = self.max_norm / (norm + 1e-6)
+        return self.multiplier * (1.0 if coefficient > 1.0 else coefficient)  # NaN stays
 
 
 class StepInfo:

@@ -22,6 +22,8 @@ typedef struct {
     int32_t (*new_tensor_handle)(void *tensor, void **handle);
     int32_t (*delete_tensor_object)(void *handle);
     void *(*grad)(const void *impl); /* the address of an at::Tensor */
+    int32_t (*get_device_index)(void *tensor, int32_t *index);
+    int64_t device_type, device_index; /* where all must be; the CPU has no index */
 } torch_functions;
 
 /* A parameter as it was when the plan was made, and the gradient that it must have: the same bytes as in _probe.py. */
@@ -36,7 +38,8 @@ static bool is_as(const torch_functions *t, void *tensor, const expected *e, int
     int32_t layout, device, found;
     int64_t dim, *sizes, *strides, elements = 1;
     if (t->get_layout(tensor, &layout) || layout != STRIDED) return false; /* others have no data pointer */
-    if (t->get_device_type(tensor, &device) || device != CPU) return false;
+    if (t->get_device_type(tensor, &device) || device != t->device_type) return false;
+    if (device != CPU && (t->get_device_index(tensor, &device) || device != t->device_index)) return false;
     if (t->get_dtype(tensor, &found) || found != dtype) return false;
     if (t->get_dim(tensor, &dim) || dim != e->dim) return false;
     if (t->get_sizes(tensor, &sizes) || t->get_strides(tensor, &strides)) return false;

@@ -120,6 +120,10 @@ class StandIn(Runtime):
         ctypes.memmove(address, source.ctypes.data, source.nbytes)
         return SimpleNamespace(done=True)
 
+    def copy_in_graph(self, address: int, source: NDArray[np.uint8], stream: Any) -> None:
+        assert self.graph is not None
+        self.graph.append(lambda: ctypes.memmove(address, source.ctypes.data, source.nbytes))
+
     def function(self, path: str, symbol: str, threads: int) -> Function:
         assert Path(path).stem.startswith(symbol)
 

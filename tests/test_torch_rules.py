@@ -105,7 +105,7 @@ def test_signature_defaults_and_groups_are_those_of_torch(name):
     ours, theirs = getattr(front, name), getattr(torch.optim, name)
     own, expected = inspect.signature(ours).parameters, inspect.signature(theirs).parameters
     assert {k: v for k, v in own.items() if k in expected} == dict(expected)
-    assert set(own) - set(expected) == {"max_grad_norm", "zero_grads", "master_weights", "flatten"}
+    assert set(own) - set(expected) - {"capturable"} == {"max_grad_norm", "zero_grads", "master_weights", "flatten"}
     w = torch.nn.Parameter(torch.ones(2))
     groups = [cls([w]).param_groups for cls in (ours, theirs)]
     assert groups[0] == groups[1]

@@ -14,6 +14,8 @@ from ..kernels.layout import (
     CARRY,
     COHORT_WORDS,
     HEADER_WORDS,
+    LR,
+    LR_BYTES,
     MULTIPLIER32,
     MULTIPLIER64,
     OPTIONS,
@@ -62,13 +64,17 @@ class Numbers:
 
 
 class DeviceProgress:
-    """Step counts that the device keeps, and the options from which it forms scalars."""
+    """Step counts that the device keeps, and the options from which it forms scalars.
+
+    An lr may live on the device itself: the option "lr_at" is then its address and its itemsize.
+    """
 
     def __init__(self, runtime: Runtime, cohorts: Sequence[Cohort], rules: Sequence[Rule]) -> None:
         self._runtime = runtime
         self._cohorts, self._rules = cohorts, rules
         self.there = False
         self._words = np.zeros((len(cohorts), COHORT_WORDS), np.int64)
+        self._words[:, RULE] = [rules.index(cohort.treatment.rule) for cohort in cohorts]
         self._options = np.zeros((len(cohorts), OPTIONS))
         self._device: Any = runtime.upload(self._words)
         self._device_options: Any = runtime.upload(self._options)
@@ -84,12 +90,15 @@ class DeviceProgress:
                     f"fastopt: skip_nonfinite and capturable on a GPU need to know what the scalars of rule "
                     f"{rule.name!r} read: give fastopt.Rule its options."
                 )
+        lrs = [options[cohort.group].get("lr_at", (0, 0)) for cohort in self._cohorts]
+        if self.there and self._words[:, [LR, LR_BYTES]].tolist() != list(map(list, lrs)):
+            self._take_back(stream)
         for c, cohort in enumerate(self._cohorts):
             rule, mine = cohort.treatment.rule, cohort.complete(options[cohort.group])
             numbers = [x for name in rule.options for x in np.ravel(mine.get(name) or 0.0)]
             self._options[c, : len(numbers)] = numbers
             if not self.there:
-                self._words[c, [STEPS, RULE]] = cohort.progress.steps, self._rules.index(rule)
+                self._words[c, [STEPS, LR, LR_BYTES]] = cohort.progress.steps, *lrs[c]
                 if rule.carry is not None:
                     carried = cohort.carried(mine)
                     self._words[c, CARRY : CARRY + len(carried)].view(np.float64)[:] = carried
@@ -97,6 +106,13 @@ class DeviceProgress:
         if not self.there:
             self._words_staging.send(self._words.reshape(-1).view(np.uint8), stream)
         self.there = True
+
+    def _take_back(self, stream: Any) -> None:
+        """Fetch the counts, to bring them anew."""
+        self._runtime.refuse_capture(stream)
+        self.advance(stream)
+        self._words_staging.forget()
+        self.there = False
 
     def advance(self, stream: Any) -> None:
         """A step was put on the stream: who wants to know the counts has to fetch them."""

@@ -15,7 +15,7 @@ from ..kernels.dtypes import COMPUTE
 from ..kernels.rule import Options, Rule
 from .kernels import kernels_of
 from .numbers import DeviceProgress, Numbers
-from .runtime import Function, Runtime
+from .runtime import Function, Runtime, address
 from .table import NO_JOBS, CudaTable, Jobs, segment_words
 
 _STEPPED = StepInfo()
@@ -39,7 +39,6 @@ class CudaPlan(Plan):
         self._layers: CudaTable | None = None
         self._merged: CudaTable | None = None
         self._table(norms=self._has_ratio)  # a kernel that cannot be had is an error before anything is written
-        self._result: Any = None
 
     def _table(self, *, norms: bool) -> CudaTable:
         """One segment per parameter where norms are taken, else one per run."""
@@ -84,7 +83,9 @@ class CudaPlan(Plan):
             raise ValueError("fastopt: capturable=True must be set for all param groups or for none.")
         counts_there = self._progress.there or request.skip_nonfinite or capturable
         decides = counts_there or request.needs_norm or request.scale_at != 0
-        table = self._table(norms=request.needs_norm or self._has_ratio)
+        # A merged run updates padding too, which is zero times the multiplier: no longer zero if that is NaN.
+        layers = request.needs_norm or self._has_ratio or not math.isfinite(request.multiplier)
+        table = self._table(norms=layers)
         prologues = self._prologues(table, request, decides=decides, forms=counts_there)
         info, result = self._new_info(request, stream, capturable)
 
@@ -101,17 +102,8 @@ class CudaPlan(Plan):
                 cohort.advance()
 
         for number, kernel, jobs in prologues:
-            arguments = (
-                *(table.chunks, table.segments, table.gradients, jobs.address, jobs.chunks, jobs.arrays),
-                *(table.chunk_count, table.segment_count, len(self.cohorts)),
-                *(table.partials, table.squares, table.counters),
-                *(self._numbers.header, self._numbers.scalars64, self._numbers.scalars32),
-                *(table.ratios64, table.ratios32, self._progress.cohorts, self._progress.options, number),
-                *(request.multiplier, request.scale_at),
-                math.inf if request.max_norm is None else request.max_norm,
-                *(int(request.skip_nonfinite), int(counts_there), int(decides and number == 0), result),
-            )
-            kernel(max(jobs.chunks, 1), arguments, stream)
+            what = int(request.skip_nonfinite), int(counts_there), int(decides and number == 0), result
+            self._find_out(table, number, kernel, jobs, request, what, stream)
         if decides:
             self._numbers.forget()
         for update in table.launches:
@@ -120,6 +112,46 @@ class CudaPlan(Plan):
             places = update.chunks, table.segments, table.gradients, self._numbers.header, scalars, ratios
             update.kernel(update.blocks, (*places, int(request.zero_grads)), stream)
         return info
+
+    def _find_out(
+        self,
+        table: CudaTable,
+        number: int,
+        kernel: Function,
+        jobs: Jobs,
+        request: Request,
+        what: tuple[int, int, int, int],
+        stream: Any,
+    ) -> None:
+        """Launch a prologue; ``what`` are its last arguments."""
+        arguments = (
+            *(table.chunks, table.segments, table.gradients, jobs.address, jobs.chunks, jobs.arrays),
+            *(table.chunk_count, table.segment_count, len(self.cohorts)),
+            *(table.partials, table.squares, table.counters),
+            *(self._numbers.header, self._numbers.scalars64, self._numbers.scalars32),
+            *(table.ratios64, table.ratios32, self._progress.cohorts, self._progress.options, number),
+            *(request.multiplier, request.scale_at),
+            math.inf if request.max_norm is None else request.max_norm,
+            *what,
+        )
+        kernel(max(jobs.chunks, 1), arguments, stream)
+
+    def norm(self) -> float:
+        if not self.parameters:
+            return 0.0
+        with self._runtime.selected():
+            stream, table = self._runtime.stream(), self._table(norms=True)
+            table.point_at(self._gradients, stream)
+            result = self._runtime.empty(2, np.dtype(np.float64), stream)
+            kernel, what = self._kernels.prologue(self._rules[0]), (0, 0, 1, address(result))
+            self._find_out(table, 0, kernel, table.norm_jobs, Request(), what, stream)
+            self._numbers.forget()
+            return float(self._runtime.download(result, stream)[0])
+
+    def recount(self) -> None:
+        if self._progress.there:
+            with self._runtime.selected():
+                self._progress.advance(self._runtime.stream())
 
     def upload_options(self, options: Sequence[Options]) -> None:
         with self._runtime.selected():
@@ -142,12 +174,12 @@ class CudaPlan(Plan):
         if not self.parameters:  # nobody has a gradient
             return StepInfo(False, 0.0), 0
         # A graph writes to one place for ever; otherwise every step has its own, so that it can be read much later.
-        if self._result is None or not capturable:
-            self._result = self._runtime.empty(2, np.dtype(np.float64), stream)
-        result, runtime = self._result, self._runtime
+        if self.result is None or not capturable:
+            self.result = self._runtime.empty(2, np.dtype(np.float64), stream)
+        result, runtime = self.result, self._runtime
 
         def fetch() -> tuple[bool, float]:
             norm, skipped = runtime.download(result, stream).tolist()
             return bool(skipped), norm
 
-        return StepInfo(fetch=fetch), self._space.address(result)
+        return StepInfo(fetch=fetch), address(result)

@@ -137,6 +137,11 @@ class Runtime:
         done.record(stream)
         return done
 
+    def copy_in_graph(self, address: int, source: NDArray[np.uint8], stream: Any) -> None:
+        """Let the graph that is being captured copy from pinned memory, which must stay as it is from then on."""
+        runtime = cupy().cuda.runtime
+        runtime.memcpyAsync(address, source.ctypes.data, source.nbytes, runtime.memcpyHostToDevice, stream.ptr)
+
     def function(self, path: str, symbol: str, threads: int) -> Function:
         """The kernel in a PTX file, which the driver translates for this device."""
         library = cupy()

@@ -16,6 +16,10 @@ SLOTS = 16
 """Uploads that may wait on the stream before the host waits for one: it may be as many steps ahead."""
 
 
+CAPTURES = 8
+"""Uploads that graphs may hold: each keeps a pinned copy, which cannot be allocated during a capture, for ever."""
+
+
 @dataclass
 class _Slot:
     memory: NDArray[np.uint8]
@@ -36,17 +40,32 @@ class Staging:
         self._address = address
         self._nbytes = nbytes
         self._slots: Iterator[_Slot] | None = None
+        self._spare: list[NDArray[np.uint8]] = []
         self._sent: bytes | None = None
+        self._in_graphs = False
 
-    def send(self, content: NDArray[np.uint8], stream: Any) -> bool:
-        """Put an upload on the stream, unless the device has this content already; whether it was needed."""
+    def send(self, content: NDArray[np.uint8], stream: Any, *, to_graphs: bool = False) -> bool:
+        """Put an upload on the stream, unless the device has this content already; whether it was needed.
+
+        With ``to_graphs`` a graph that is being captured uploads this content in each replay; otherwise an upload is
+        refused then.
+        """
         sent = content.tobytes()
-        if sent == self._sent or not sent:
+        if not sent:
+            return False
+        if to_graphs and self._spare and self._runtime.capturing(stream):
+            memory = self._spare.pop()
+            memory[:] = content
+            self._runtime.copy_in_graph(self._address, memory, stream)
+            self._in_graphs = True
+            return True
+        if sent == self._sent and not self._in_graphs:  # replays upload without the host
             return False
         self._runtime.refuse_capture(stream)
         if self._slots is None:
-            pinned = self._runtime.pinned(SLOTS * self._nbytes).reshape(SLOTS, self._nbytes)
-            self._slots = itertools.cycle([_Slot(memory) for memory in pinned])
+            pinned = self._runtime.pinned((SLOTS + CAPTURES) * self._nbytes).reshape(-1, self._nbytes)
+            self._slots = itertools.cycle([_Slot(memory) for memory in pinned[:SLOTS]])
+            self._spare = list(pinned[SLOTS:])
         slot = next(self._slots)
         if slot.done is not None and not slot.done.done:
             slot.done.synchronize()

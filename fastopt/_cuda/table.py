@@ -96,7 +96,7 @@ class CudaTable:
 
     def point_at(self, gradients: NDArray[np.uint64], stream: Any) -> bool:
         """Have the gradients taken from these addresses; whether that had to be uploaded."""
-        return self._staging.send(gradients[self._first].view(np.uint8), stream)
+        return self._staging.send(gradients[self._first].view(np.uint8), stream, to_graphs=True)
 
     @functools.cached_property
     def partials(self) -> int:

@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from ..flat import Layout
+from . import _devices
+from ._devices import Home
 from ._tensors import PLAIN, like, parameter_memory
 
 
 class FlatGroup:
-    """Tensors of one group and dtype, moved into one flat tensor, and their gradients into another.
+    """Tensors of one group, dtype and device, moved into one flat tensor, and their gradients into another.
 
     Both are laid out as the states will be, so that a step walks all of it in one run.
     """
@@ -22,8 +24,8 @@ class FlatGroup:
         self.params = list(params)
         memories = [parameter_memory(p, where) for p in params]
         layout = Layout.of({str(i): (m.numel(),) for i, m in enumerate(memories)})
-        dtype = memories[0].dtype
-        self._values, self._gradients = (torch.zeros(layout.total, dtype=dtype) for _ in range(2))
+        dtype, device = memories[0].dtype, memories[0].device
+        self._values, self._gradients = (torch.zeros(layout.total, dtype=dtype, device=device) for _ in range(2))
         self.views = []
         for p, offset in zip(params, layout.offsets, strict=True):
             value, view = (like(p, flat, offset)[0] for flat in (self._values, self._gradients))
@@ -53,10 +55,10 @@ class FlatGroups:
                 f"{where}: flatten=True moves parameters, which cannot be done to a {type(strange[0]).__name__} "
                 "that is distributed or shared between processes."
             )
-        by_dtype: dict[torch.dtype, list[Tensor]] = {}
+        alike: dict[tuple[torch.dtype, Home], list[Tensor]] = {}
         for p in params:
-            by_dtype.setdefault(p.dtype, []).append(p)
-        self._groups += [FlatGroup(members, where) for members in by_dtype.values()]
+            alike.setdefault((p.dtype, _devices.home_of(p)), []).append(p)
+        self._groups += [FlatGroup(members, where) for members in alike.values()]
 
     def gather(self) -> None:
         """Bring gradients that autograd put elsewhere back; without gradient there is zero."""

@@ -29,6 +29,7 @@ SHIM = (
     "delete_tensor_object",
 )
 GRAD = "_ZNK3c1010TensorImpl4gradEv"
+DEVICE_TYPES = {"cpu": 0, "cuda": 1}  # c10::DeviceType
 
 EXPECTED = np.dtype(
     [
@@ -52,21 +53,24 @@ class _Library:
         folder = pathlib.Path(torch.__file__).parent / "lib"
         shim, c10 = (ctypes.CDLL(str(folder / name)) for name in ("libtorch_cpu.so", "libc10.so"))
         functions = [getattr(shim, f"aoti_torch_{name}") for name in SHIM] + [getattr(c10, GRAD)]
-        addresses = [ctypes.cast(function, ctypes.c_void_p).value or 0 for function in functions]
-        self._functions = (ctypes.c_void_p * len(addresses))(*addresses)
-        self.functions_at = ctypes.addressof(self._functions)
+        functions.append(shim.aoti_torch_get_device_index)
+        self._functions = [ctypes.cast(function, ctypes.c_void_p).value or 0 for function in functions]
         self.gradients, self.release = own.fastopt_gradients, own.fastopt_release
         self.gradients.restype, self.release.restype = ctypes.c_bool, None
         self.gradients.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p]
         self.release.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
         self.codes = {dtype: self._code(dtype) for dtype in STORED}
 
+    def table(self, device: torch.device) -> NDArray[np.uint64]:
+        """What the library is told: torch's functions, and on which device tensors must be."""
+        return np.array([*self._functions, DEVICE_TYPES[device.type], device.index or 0], np.uint64)
+
     def _code(self, dtype: torch.dtype) -> int:
         """The number that torch's C interface has for a dtype."""
         tensor, code = torch.empty(0, dtype=dtype), ctypes.c_int32()
         impl = ctypes.c_void_p(tensor._cdata)
         get_dtype = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p)(
-            self._functions[SHIM.index("get_dtype")] or 0
+            self._functions[SHIM.index("get_dtype")]
         )
         if get_dtype(ctypes.addressof(impl), ctypes.addressof(code)):
             raise OSError("torch's C interface does not answer")
@@ -76,7 +80,7 @@ class _Library:
         """Whether what it takes for a parameter's gradient is that."""
         parameter = torch.nn.Parameter(torch.zeros(2))
         parameter.grad = torch.zeros(2)
-        grad = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)(self._functions[len(SHIM)] or 0)
+        grad = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)(self._functions[len(SHIM)])
         at = grad(parameter._cdata)
         return at is not None and ctypes.c_uint64.from_address(at).value == parameter.grad._cdata
 
@@ -95,17 +99,22 @@ def _library() -> _Library | None:
 
 
 class Probe:
-    """Knows plain parameters on the CPU, with or without gradient, as they are now.
+    """Knows plain parameters on one device, with or without gradient, as they are now.
 
     Args:
         params: All parameters.
         gradient_dtypes: The dtype of the gradient that each of them has; None where it must have none.
+        device: Where they and their gradients are.
     """
 
-    def __init__(self, params: Sequence[Tensor], gradient_dtypes: Sequence[torch.dtype | None]) -> None:
+    def __init__(
+        self, params: Sequence[Tensor], gradient_dtypes: Sequence[torch.dtype | None], device: torch.device
+    ) -> None:
         library = _library()
         assert library is not None
         self._library, self._params = library, params  # their addresses hold while they live
+        self._table = library.table(device)
+        self._table_at = self._table.ctypes.data
         self._expected = np.zeros(len(params), EXPECTED)
         layouts: dict[Any, tuple[NDArray[np.int64], NDArray[np.int64]]] = {}
         for entry, p, dtype in zip(self._expected, params, gradient_dtypes, strict=True):
@@ -133,7 +142,7 @@ class Probe:
         """Put the addresses of the gradients into ``pointers`` and keep them alive, if all is as it was."""
         return bool(
             self._library.gradients(
-                self._library.functions_at,
+                self._table_at,
                 self._expected.ctypes.data,
                 len(self._expected),
                 self.pointers.ctypes.data,
@@ -143,4 +152,4 @@ class Probe:
 
     def release(self) -> None:
         """Let the gradients go."""
-        self._library.release(self._library.functions_at, self._held.ctypes.data, self._count)
+        self._library.release(self._table_at, self._held.ctypes.data, self._count)

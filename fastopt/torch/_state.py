@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .._plan import Parameter, Progress
 from ..flat import Layout
+from ._devices import CPU, Home
 from ._tensors import COMPUTED, STORED, like
 
 STEP = "step"
@@ -28,23 +29,45 @@ class Watch:
     def __init__(self) -> None:
         self.derived: Any = None
 
+    def settle(self) -> None:
+        """Somebody reads the state: let it show what until now only a GPU knows."""
+        if self.derived is not None:
+            self.derived.settle()
 
-def _watched(name: str) -> Callable[..., Any]:
+    def drop(self) -> None:
+        """Forget what was derived, with the state up to date."""
+        self.settle()
+        self.derived = None
+
+
+def _watched(name: str, tell: Callable[[Watch], None] = Watch.drop) -> Callable[..., Any]:
     method = getattr(defaultdict, name)
 
     @functools.wraps(method)
     def watched(self: Any, *args: Any, **kwargs: Any) -> Any:
-        self.watch.derived = None
+        tell(self.watch)
         return method(self, *args, **kwargs)
 
     return watched
 
 
 class _Watched(defaultdict[Any, Any]):
-    """A dict that tells its ``Watch`` of every change to its entries. Saved and copied, it is an ordinary dict."""
+    """A dict that tells its ``Watch`` when it is read, and of every change to its entries.
+
+    Saved and copied, it is an ordinary dict.
+    """
 
     watch: Watch
 
+    __getitem__ = _watched("__getitem__", Watch.settle)
+    __contains__ = _watched("__contains__", Watch.settle)
+    __iter__ = _watched("__iter__", Watch.settle)
+    __len__ = _watched("__len__", Watch.settle)
+    __repr__ = _watched("__repr__", Watch.settle)
+    get = _watched("get", Watch.settle)
+    keys = _watched("keys", Watch.settle)
+    values = _watched("values", Watch.settle)
+    items = _watched("items", Watch.settle)
     __setitem__ = _watched("__setitem__")
     __delitem__ = _watched("__delitem__")
     __ior__ = _watched("__ior__")
@@ -66,7 +89,7 @@ class ParameterState(_Watched):
     @property
     def in_place(self) -> bool:
         """Whether the entries are still those that were made for the slot."""
-        return self.slot is not None and all(self.get(name) is entry for name, entry in self.slot.entries.items())
+        return self.slot is not None and all(dict.get(self, name) is entry for name, entry in self.slot.entries.items())
 
     def show(self, slot: Slot) -> None:
         """Take the entries of the slot."""
@@ -92,7 +115,7 @@ class State(_Watched):
 
     def of(self, parameter: Tensor) -> ParameterState:
         """The state of a parameter, watched from now on."""
-        found = self.get(parameter, {})
+        found = dict.get(self, parameter, {})
         if type(found) is not ParameterState or found.watch is not self.watch:
             found = ParameterState(self.watch, found)
         return found
@@ -116,29 +139,35 @@ class State(_Watched):
 class Block:
     """States of parameters that got their first gradient together: one flat tensor per name, and their numbers.
 
+    The flat tensors are on the parameters' device. The numbers are on the CPU, where torch has step counts, too.
+
     Args:
         memories: The real tensors of the parameters, of one compute dtype.
+        home: Where they live.
     """
 
-    def __init__(self, memories: Sequence[Tensor]) -> None:
+    def __init__(self, memories: Sequence[Tensor], home: Home) -> None:
+        self.home = home
         self.layout = Layout.of({str(i): (m.numel(),) for i, m in enumerate(memories)})
         self.size = len(memories)
-        self.arrays: dict[str, NDArray[Any]] = {}
+        self.arrays: dict[str, Any] = {}
         self._dtype: torch.dtype = COMPUTED[memories[0].dtype]
         self._tensors: dict[str, Tensor] = {}
+        self._homes: dict[str, Home] = {}
 
     def state(self, name: str) -> Tensor:
         """The flat tensor of a state."""
-        return self._tensor(name, self.layout.total, self._dtype)
+        return self._tensor(name, self.layout.total, self._dtype, self.home)
 
     def numbers(self, name: str) -> Tensor:
         """A number per parameter. Step counts are float32, as in torch; what a rule carries is exact."""
-        return self._tensor(name, self.size, torch.float32 if name == STEP else torch.float64)
+        return self._tensor(name, self.size, torch.float32 if name == STEP else torch.float64, CPU)
 
-    def _tensor(self, name: str, size: int, dtype: torch.dtype) -> Tensor:
+    def _tensor(self, name: str, size: int, dtype: torch.dtype, home: Home) -> Tensor:
         if name not in self._tensors:
-            self._tensors[name] = torch.zeros(size, dtype=dtype)
-            self.arrays[name] = self._tensors[name].numpy()
+            self._tensors[name] = home.zeros(size, dtype)
+            self._homes[name] = home
+            self.arrays[name] = home.array(self._tensors[name])
         return self._tensors[name]
 
     def extents(self) -> Iterator[tuple[int, int]]:
@@ -148,7 +177,7 @@ class Block:
     def refresh(self) -> None:
         """Find the memory again, which ``Tensor.share_memory_`` moves."""
         for name, tensor in self._tensors.items():
-            self.arrays[name] = tensor.numpy()
+            self.arrays[name] = self._homes[name].array(tensor)
 
     def record(self, index: int, parameter: Tensor, memory: Tensor, group: int, progress: Progress) -> Parameter:
         """The plan's record of a parameter."""
@@ -209,25 +238,37 @@ class Mirror:
         for k, (record, slot) in enumerate(zip(records, slots, strict=True)):
             places.setdefault((id(record.progress), id(slot.block)), []).append(k)
         self._shown: list[tuple[NDArray[Any], Any, Progress, str]] = []
+        self._values: list[Any] = []
         for members in places.values():
             slot, progress = slots[members[0]], records[members[0]].progress
             indices = [slots[k].index for k in members]
             where: Any = slice(None) if indices == list(range(slot.block.size)) else np.array(indices)
             names = [name for name in (STEP, *(progress.carry or {})) if name in slot.entries]
             self._shown += [(slot.block.arrays[name], where, progress, name) for name in names]
+        for array, where, progress, name in self._shown:
+            self._values.append(self._value(array, progress, name))
+            array[where] = self._values[-1]
 
     @staticmethod
-    def _value(progress: Progress, name: str) -> float:
-        return progress.steps if name == STEP else (progress.carry or {})[name]
+    def _value(array: NDArray[Any], progress: Progress, name: str) -> Any:
+        return array.dtype.type(progress.steps if name == STEP else (progress.carry or {})[name])
 
     def holds(self) -> bool:
-        """Whether the tensors say what the cohorts know."""
+        """Whether the tensors say what was shown last."""
         return all(
-            bool((array[where] == array.dtype.type(self._value(progress, name))).all())
-            for array, where, progress, name in self._shown
+            bool((array[where] == value).all())
+            for (array, where, _, _), value in zip(self._shown, self._values, strict=True)
         )
 
     def show(self) -> None:
-        """Write what the cohorts know."""
-        for array, where, progress, name in self._shown:
-            array[where] = self._value(progress, name)
+        """Write what the cohorts know; what only a GPU knows is left to ``settle``."""
+        for k, (array, where, progress, name) in enumerate(self._shown):
+            if progress.fetch is None:
+                self._values[k] = array[where] = self._value(array, progress, name)
+
+    def settle(self) -> None:
+        """Write what the GPU knows, but where somebody else wrote meanwhile; waits for it."""
+        for k, (array, where, progress, name) in enumerate(self._shown):
+            value = self._value(array, progress, name)
+            array[where] = np.where(array[where] == self._values[k], value, array[where])
+            self._values[k] = value

@@ -103,8 +103,10 @@ def parameter_memory(tensor: Tensor, where: str) -> Tensor:
     held = local(tensor.detach(), where)
     if held.layout is not torch.strided:
         raise TypeError(f"{where} has the layout {held.layout}; needed is a dense (strided) tensor.")
-    if held.device.type != "cpu":
-        raise NotImplementedError(f"{where} is on {held.device}; fastopt.torch steps tensors on the CPU only so far.")
+    if held.device.type not in ("cpu", "cuda"):
+        raise NotImplementedError(
+            f"{where} is on {held.device}; fastopt.torch steps tensors on the CPU and on NVIDIA's GPUs."
+        )
     if held.is_conj() or held.is_neg():
         raise ValueError(f"{where} is a lazily conjugated or negated view; pass a copy made with .clone().")
     memory = real(held) if held.dtype in FLOATING else held

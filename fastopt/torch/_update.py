@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .._arrays import HOST, first_hit, first_overlap
+from .._arrays import first_hit, first_overlap
 from .._plan import Parameter, Plan, Progress, Treatment, initial_states
-from .._plans import plan_class
 from .._step import Request, StepInfo
 from ..kernels.dtypes import ITEMSIZE
 from ..kernels.rule import Options, Rule
+from . import _devices
+from ._devices import Gpu, Home
 from ._flat import FlatGroups
 from ._master import MASTER, Masters
 from ._probe import Probe
@@ -51,12 +52,20 @@ class Update:
         state: The state, which parameters join with their first step.
         treat: What is done to a parameter.
         kind: What kind of optimizer it is.
+        home: The device whose parameters these are; others are left alone.
     """
 
-    def __init__(self, groups: Sequence[Mapping[str, Any]], state: State, treat: Treat, kind: Kind) -> None:
+    def __init__(self, groups: Sequence[Mapping[str, Any]], state: State, treat: Treat, kind: Kind, home: Home) -> None:
         self._lists = [list(group["params"]) for group in groups]
-        self._params: list[Tensor] = [p for params in self._lists for p in params]
-        self._places = [(g, i) for g, params in enumerate(self._lists) for i in range(len(params))]
+        mine = [
+            (p, (g, i))
+            for g, params in enumerate(self._lists)
+            for i, p in enumerate(params)
+            if _devices.home_of(p) is home
+        ]
+        self._params: list[Tensor] = [p for p, _ in mine]
+        self._places = [place for _, place in mine]
+        self.home = home
         self._everyone = list(range(len(self._params)))
         self._state, self._treat, self._kind, self._where = state, treat, kind, kind.name
         self._entries: dict[int, Entry] = {}
@@ -66,6 +75,10 @@ class Update:
         self._probe: Probe | None = None
         self._served = 0  # steps that the plan has taken without it
         self._starts: NDArray[np.uint64] = np.zeros(0, np.uint64)
+        self._alive: Sequence[Tensor] = ()  # what the plan reads
+        self._held: Probe | None = None  # what keeps it alive in their place
+        self._unsettled = False  # whether a GPU knows more than the state shows
+        self._replayable = False  # whether steps may be taken by a CUDA graph
 
     def describes(self, groups: Sequence[Mapping[str, Any]]) -> bool:
         """Whether the groups hold the same parameters."""
@@ -75,64 +88,122 @@ class Update:
 
     def step(self, request: Request, options: Sequence[Options]) -> StepInfo | None:
         """Take a step; None where parameters or states moved or were changed, so that all must be derived anew."""
-        if self._probe is not None and self._probe.hold():
-            try:
-                if self._undisturbed() and not self._is_negated([self._params[i].grad for i in self._scalars]):
-                    starts, stay = self._probe.pointers, np.array_equal(self._probe.pointers, self._starts)
-                    if stay or self._kind.flat is None:  # gradients outside flat memory must be gathered
-                        if not stay or request.zero_grads:
-                            self._aim(starts.copy(), options, request.zero_grads)
-                        return self._take(request, options)
-            finally:
-                self._probe.release()
-        return self._step_by_python(request, options)
+        try:
+            return self.take(request, options) if self.prepare(options, request.zero_grads) else None
+        finally:
+            self.release()
 
-    def _step_by_python(self, request: Request, options: Sequence[Options]) -> StepInfo | None:
+    def prepare(self, options: Sequence[Options], write: bool) -> bool:
+        """Find the gradients, have the plan read them and refuse what must be; False where ``step`` returns None.
+
+        Gradients are kept alive until ``release``.
+        """
+        if self._probe is not None and self._probe.hold():
+            self._held = self._probe
+            if self._undisturbed() and not self._is_negated([self._params[i].grad for i in self._scalars]):
+                starts, stay = self._probe.pointers, np.array_equal(self._probe.pointers, self._starts)
+                if stay or self._kind.flat is None:  # gradients outside flat memory must be gathered
+                    if not stay or write:
+                        self._aim(starts.copy(), options, write)
+                    return True
+            self.release()
+        return self._prepare_by_python(options, write)
+
+    def _prepare_by_python(self, options: Sequence[Options], write: bool) -> bool:
         if self._kind.flat is not None:
             self._kind.flat.gather()
         listed: list[Any] = [p.grad for p in self._params]
         present, grads = [i for i, g in enumerate(listed) if g is not None], [g for g in listed if g is not None]
         if present != self._present:
+            if any(_devices.home_of(self._params[i]) is not self.home for i in present):
+                return False
             self._choose(present, grads, options)
         elif self._is_stale():
-            return None
-        alive = self._point(grads, options, request.zero_grads)
-        info = self._take(request, options)
-        for gradient in self._copied if request.zero_grads else ():  # the plan zeroed the copies
-            gradient.zero_()
-        del alive
+            return False
+        self._alive = self._point(grads, options, write)
         self._served += 1
-        if (
-            self._served >= 2 and self._probe is None and self._is_simple(grads) and Probe.available()
-        ):  # the pattern seems to last
+        if self._served >= 2 and self._probe is None and self._is_simple(grads):  # the pattern seems to last
             dtypes = dict(zip(present, self._dtypes, strict=True))
-            self._probe = Probe(self._params, [dtypes.get(i) for i in self._everyone])
-        return info
+            self._probe = Probe(self._params, [dtypes.get(i) for i in self._everyone], self.home.device)
+        return True
+
+    def release(self) -> None:
+        """Let the gradients go."""
+        self._alive = ()
+        if self._held is not None:
+            self._held.release()
+            self._held = None
 
     def _is_simple(self, grads: Sequence[Tensor]) -> bool:
         """Whether parameters and gradients are what kernels read and write, with nothing in between."""
-        return self._plain and not self._complex and not self._copied and set(map(type, grads)) <= PLAIN
+        simple = self._plain and not self._complex and not self._copied and set(map(type, grads)) <= PLAIN
+        return simple and Probe.available()
 
-    def _take(self, request: Request, options: Sequence[Options]) -> StepInfo:
+    def take(self, request: Request, options: Sequence[Options]) -> StepInfo:
+        """Take the step that was prepared."""
         self._masters.take_over()
         try:
             info = self.plan.step(request, options)
         finally:  # also after an interrupt: the plan counts a step before it is taken
             self._mirror.show()
-        if not info.skipped:
+        # Whether a GPU skipped the step is not asked, because the answer would have to be waited for.
+        if self.home.on_gpu:
+            self._unsettled = any(c.progress.fetch is not None for c in self.plan.cohorts)
+            self._replayable = any(o.get("capturable") for o in options)
+        if self.home.on_gpu or not info.skipped:
             torch.autograd.graph.increment_version(self._stepped)
             self._masters.hand_out()
-            self._show_new()
+            if self._hidden and not self._unsettled:
+                self._show_new(self._hidden.intersection(self._present or ()))
+        for gradient in self._copied if request.zero_grads else ():  # the plan zeroed the copies
+            gradient.zero_()
         return info
 
-    def _show_new(self) -> None:
-        """Let ``state`` show the parameters that took their first step."""
-        if self._hidden:
-            for i in self._hidden.intersection(self._present or ()):
-                entry = self._entries[i]
-                entry.state.show(entry.slot)
-                self._state.keep(self._params[i], entry.state)
-            self._hidden.difference_update(self._present or ())
+    def _show_new(self, these: Collection[int]) -> None:
+        """Let ``state`` show parameters that took their first step."""
+        for i in these:
+            entry = self._entries[i]
+            entry.state.show(entry.slot)
+            self._state.keep(self._params[i], entry.state)
+        self._hidden.difference_update(these)
+
+    def settle(self) -> None:
+        """Let ``state`` show what only the GPU knows; waits for it."""
+        if self._unsettled:
+            if self._replayable:
+                self.plan.recount()
+            self._mirror.settle()
+            self._unsettled = self._replayable
+            present = self._hidden.intersection(self._present or ())
+            self._show_new([i for i in present if self._entries[i].record.progress.steps > 0])
+
+    def norm(self) -> float:
+        """Norm of the gradients that were prepared, as they are; waits for a GPU."""
+        return self.plan.norm()
+
+    def zero_gradients(self) -> None:
+        """Set the gradients to zero, in a step that is skipped."""
+        for p in self._stepped:
+            cast(Tensor, p.grad).zero_()
+
+    def upload_options(self, options: Sequence[Options]) -> None:
+        """Bring options to where captured steps find them."""
+        self.plan.upload_options(options)
+
+    @property
+    def is_capturable(self) -> bool:
+        """Whether the last step was one that a CUDA graph may hold."""
+        return self._replayable
+
+    @property
+    def has_gradients(self) -> bool:
+        """Whether there is anything to step."""
+        return bool(self._present)
+
+    def verdict(self) -> Tensor | None:
+        """1 if the last step was skipped, else 0, where only a GPU knows; not waited for."""
+        result = self.plan.result
+        return None if result is None else cast(Gpu, self.home).tensor(result)[1]
 
     # --- gradients -----------------------------------------------------------------------------------------------
 
@@ -234,6 +305,8 @@ class Update:
 
     def _choose(self, present: list[int], grads: Sequence[Tensor], options: Sequence[Options]) -> None:
         """Make the plan for the parameters that have a gradient now."""
+        self.home.refuse_capture()
+        self.settle()
         self._present = None  # until all of it is there
         self._names = [self._name(i) for i in present]
         self._stepped = [self._params[i] for i in present]
@@ -241,7 +314,7 @@ class Update:
         check_apart(memories, self._names, self._where)
         held = [local(g, name) for g, name in zip(grads, self._names, strict=True)]
         dtypes = [m.dtype for m in self._brought(held)]
-        HOST.load_kernels()
+        self.home.require()
         self._admit(present, memories, options)
         self._masters = Masters(
             [
@@ -273,6 +346,8 @@ class Update:
         self._present = present
 
     def _make_plan(self, dtypes: list[torch.dtype], options: Sequence[Options], flat: bool) -> None:
+        self.home.refuse_capture()
+        self.settle()
         records = [e.record for e in self._entered]
         if flat:
             itemsizes = np.array([ITEMSIZE[r.dtype] for r in records])
@@ -284,9 +359,8 @@ class Update:
         treatments = [self._treat(options[r.group], p) for r, p in zip(records, self._stepped, strict=True)]
         signs = [-1.0 if o.get("maximize") else 1.0 for o in options]
         stored: Any = [STORED[dtype] for dtype in dtypes]
-        self.plan: Plan = plan_class(HOST)(records, stored, treatments, flat, signs, HOST)
+        self.plan: Plan = self.home.plan(records, stored, treatments, flat, signs)
         self._mirror = Mirror(records, [e.slot for e in self._entered])
-        self._mirror.show()
         self._dtypes = dtypes
         self._seen_dtypes = [self._complex.get(k, dtype) for k, dtype in enumerate(dtypes)]
         self._extent = np.array([r.size * dtype.itemsize for r, dtype in zip(records, dtypes, strict=True)], np.int64)
@@ -300,14 +374,20 @@ class Update:
             if i in self._entries:
                 continue
             state = self._state.of(self._params[i])
-            if state.slot is not None and state.in_place and state.slot.layout == _layout(memory):
-                state.slot.block.refresh()
-                self._enter(i, memory, state, state.slot, options)
+            slot = state.slot
+            if (
+                slot is not None
+                and state.in_place
+                and slot.layout == _layout(memory)
+                and slot.block.home is self.home  # parameters may have moved
+            ):
+                slot.block.refresh()
+                self._enter(i, memory, state, slot, options)
             else:
                 group = 0 if self._kind.flat is None else self._places[i][0]  # which was laid out by itself
                 new.setdefault((memory.dtype, group), []).append((i, memory))
         for members in new.values():
-            block = Block([memory for _, memory in members])
+            block = Block([memory for _, memory in members], self.home)
             for index, (i, memory) in enumerate(members):
                 state = self._state.of(self._params[i])
                 self._enter(i, memory, state, Slot(block, index, _layout(memory)), options)

@@ -14,7 +14,8 @@ class GradScaler(torch.amp.GradScaler):
 
     torch's own scaler works too; but before a step it reads and writes all gradients to see whether they are finite.
     With this one that is found while the step reads them for the norm, and gradients are not written. A step with
-    gradients that are not finite changes nothing, also the first. Other optimizers are treated as by torch.
+    gradients that are not finite changes nothing, also the first. On a GPU nothing is waited for. Other optimizers are
+    treated as by torch.
 
     Args:
         device: "cpu" or "cuda", as for torch's.
@@ -50,7 +51,7 @@ class GradScaler(torch.amp.GradScaler):
             result = super().step(optimizer, *args, **kwargs)
             if isinstance(optimizer, TensorOptimizer) and optimizer._skip_nonfinite:
                 for found in self._per_optimizer_states[id(optimizer)]["found_inf_per_device"].values():
-                    found.fill_(optimizer.last_info.skipped)
+                    optimizer._tell_skipped(found)
         finally:
             if isinstance(optimizer, TensorOptimizer):
                 optimizer._skip_nonfinite = False

@@ -16,8 +16,12 @@ from .._options import NORM, boolean
 from .._plan import Treatment
 from .._step import Request, StepInfo
 from ..kernels.rule import Options, Rule
+from . import _devices
 from ._checkpoints import Checkpoints
 from ._flat import FlatGroups
+from ._lr import DeviceRates
+from ._scale import request_for
+from ._several import Several, derive
 from ._state import State
 from ._tensors import FLOATING, PLAIN, check_apart, parameter_memory
 from ._update import Kind, Update
@@ -46,14 +50,18 @@ class TensorOptimizer(Checkpoints):
             None, so that a parameter without gradient is one with a gradient of zero: it decays, and its momentum goes
             on. Make optimizers after ``model.to`` and before DDP; other references to the old memory go stale.
         **kwargs: The other arguments of torch's class. ``foreach`` and ``fused`` are accepted and make no difference.
+            ``capturable=True``, which all classes take, lets steps on a GPU be captured into CUDA graphs; it makes no
+            difference on the CPU.
 
     Attributes:
-        last_info: What the last step did, a ``fastopt.StepInfo``: ``skipped`` and ``grad_norm``.
+        last_info: What the last step did, a ``fastopt.StepInfo``: ``skipped`` and ``grad_norm``. On a GPU reading a
+            field waits for the step.
 
     Raises:
         TypeError, ValueError: As torch's class; and for parameters that share memory, that are not dense, or whose
             dtype no kernel computes.
         NotImplementedError: ``differentiable=True``.
+        ImportError: A parameter is on a GPU, and CuPy is not installed.
     """
 
     rule_options: ClassVar[Mapping[str, Any]] = {}
@@ -65,6 +73,7 @@ class TensorOptimizer(Checkpoints):
     state: Any  # a State, until somebody puts another dict in its place
 
     _step_supports_amp_scaling = True  # GradScaler then leaves unscaling and skipping to the step
+    _adds_capturable = False  # SGD and Adagrad of torch need no such argument
     _skip_nonfinite = False  # fastopt.torch.GradScaler leaves the check to the step, too
 
     def __init__(self, params: Any, *args: Any, **kwargs: Any) -> None:
@@ -74,17 +83,24 @@ class TensorOptimizer(Checkpoints):
                 f"{type(self).__name__}: differentiable=True is not supported, because kernels have no gradient. "
                 "Use torch.optim."
             )
+        capturable = self._adds_capturable and kwargs.pop("capturable", False)
         super().__init__(params, *args, **kwargs)
         self.state = State(self.state)
+        if boolean(capturable, f"{type(self).__name__}: capturable"):
+            self.defaults["capturable"] = True
+            for group in self.param_groups:
+                group.setdefault("capturable", True)
 
     def __init_subclass__(cls) -> None:
         """Show the signature of torch's class and what is added to it."""
         inherited = inspect.signature(super().__init__)
         own = inspect.signature(cls.__init__)
+        cls._adds_capturable = "capturable" not in inherited.parameters
         if any(p.kind is p.VAR_KEYWORD for p in own.parameters.values()):
+            added = {"capturable": False, **EXTRAS} if cls._adds_capturable else EXTRAS
             keywords = [
                 inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default)
-                for name, default in EXTRAS.items()
+                for name, default in added.items()
             ]
             parameters = [*list(inherited.parameters.values())[1:], *keywords]
             cls.__signature__ = inherited.replace(parameters=parameters)  # type: ignore[attr-defined]
@@ -102,6 +118,7 @@ class TensorOptimizer(Checkpoints):
         self._seen: list[dict[str, Any]] = []
         self._options: list[dict[str, Any]] = []
         self._structure: list[Any] = []
+        self._rates = DeviceRates()
 
     def select_rule(self, options: Options) -> Rule:
         """The update rule for a param group with these options."""
@@ -127,7 +144,7 @@ class TensorOptimizer(Checkpoints):
             self._check_parameters()
             if self._flat is not None:
                 self._flat.add(self.param_groups[-1]["params"], type(self).__name__)
-        except (NotImplementedError, TypeError, ValueError):
+        except (ImportError, RuntimeError, TypeError, ValueError):
             self.param_groups.pop()
             raise
 
@@ -137,9 +154,15 @@ class TensorOptimizer(Checkpoints):
             (f"parameter {i} of group {g}", p)
             for g, group in enumerate(self.param_groups)
             for i, p in enumerate(group["params"])
-            if type(p) in PLAIN and p.device.type == "cpu" and p.layout is torch.strided and p.dtype in FLOATING
+            if type(p) in PLAIN
+            and p.device.type in ("cpu", "cuda")
+            and p.layout is torch.strided
+            and p.dtype in FLOATING
         ]
         where = type(self).__name__
+        for home in {_devices.home_of(p) for _, p in named}:
+            if home.on_gpu:
+                home.require()
         memories = [parameter_memory(p, f"{where}: {name}") for name, p in named]
         check_apart(memories, [name for name, _ in named], where)
 
@@ -155,6 +178,8 @@ class TensorOptimizer(Checkpoints):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Update all parameters that have a gradient.
 
+        On a GPU the step is put on torch's current stream and not waited for; a norm over several devices is.
+
         Args:
             closure: Computes the loss and its gradients, before the step.
 
@@ -163,7 +188,8 @@ class TensorOptimizer(Checkpoints):
 
         Raises:
             TypeError, ValueError, RuntimeError: Gradients, parameters or options that cannot be right: nothing was
-                written. RuntimeError also for sparse gradients, and while another thread steps this optimizer.
+                written. RuntimeError also for sparse gradients, while another thread steps this optimizer, and in the
+                capture of a CUDA graph without ``capturable``, or before a step of the same kind was taken.
         """
         loss = None
         if closure is not None:
@@ -179,23 +205,29 @@ class TensorOptimizer(Checkpoints):
         return loss
 
     def _step(self) -> StepInfo:
-        found: Tensor | None = getattr(self, "found_inf", None)  # GradScaler sets both around a step
-        scale: Tensor | None = getattr(self, "grad_scale", None)
-        if found is not None and found.item():
-            if self._zero_grads:
-                self.zero_grad(set_to_none=False)
-            return StepInfo(True)
-        multiplier = 1.0 if scale is None else 1.0 / float(scale)
-        request = Request(multiplier, 0, self._max_norm, self._skip_nonfinite, self._zero_grads)
+        scale: Any = getattr(self, "grad_scale", None)  # GradScaler sets both around a step
+        found: Any = getattr(self, "found_inf", None)
+        asked = Request(1.0, 0, self._max_norm, self._skip_nonfinite, self._zero_grads)
         options = self._current_options()
-        info = self._update().step(request, options)
-        if info is None:  # something moved or was changed: once more, from what is there now
-            self.state.watch.derived = None
-            info = self._update().step(request, options)
-            assert info is not None
-        return info
+        for _ in range(2):
+            update = self._update()
+            self._rates.check(update.home, type(self).__name__)
+            request: Request | None = asked
+            alive: Tensor | None = None  # what the step reads
+            if scale is not None or found is not None:
+                request, alive = request_for(asked, scale, found, update.home)
+            if request is None:
+                if self._zero_grads:
+                    self.zero_grad(set_to_none=False)
+                return StepInfo(True)
+            info = update.step(request, options)
+            del alive
+            if info is not None:
+                return info
+            self.state.watch.drop()  # something moved or was changed: once more, from what is there now
+        raise AssertionError("what was just derived cannot be stale")
 
-    def _update(self) -> Update:
+    def _update(self) -> Update | Several:
         """What is derived from groups and state, anew where they changed."""
         if type(self.state) is not State:
             self.state = State(self.state)
@@ -203,9 +235,34 @@ class TensorOptimizer(Checkpoints):
         if watch.derived is None or not watch.derived.describes(self.param_groups):
             where = type(self).__name__
             kind = Kind(where, self.counts_steps, self._master, self._flat)
-            watch.derived = Update(self.param_groups, self.state, self.treat, kind)
-        derived: Update = watch.derived
+            watch.drop()
+            watch.derived = derive(self.param_groups, self.state, self.treat, kind)
+        derived: Update | Several = watch.derived
         return derived
+
+    @_disable_dynamo
+    def upload_options(self) -> None:
+        """Write the options of ``param_groups`` to device memory, where a CUDA graph's next replay finds them.
+
+        Needed only between replays of a graph; ``step`` does it itself. The upload goes to the current stream.
+
+        Raises:
+            TypeError, ValueError: Options that are wrong; nothing was uploaded.
+            RuntimeError: No step was taken yet with ``capturable=True``, or not with options of this kind.
+        """
+        options = self._current_options()
+        derived = self.state.watch.derived if isinstance(self.state, State) else None
+        if derived is None or not derived.is_capturable:
+            raise RuntimeError(f"{type(self).__name__}.upload_options: no step was taken yet with capturable=True.")
+        derived.upload_options(options)
+
+    def _tell_skipped(self, found: Tensor) -> None:
+        """Write 1 where the last step was skipped, else 0; not waited for."""
+        verdict = self._update().verdict()
+        if verdict is None:
+            found.fill_(self.last_info.skipped)
+        else:
+            found.copy_(verdict)
 
     @_disable_dynamo
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -220,13 +277,14 @@ class TensorOptimizer(Checkpoints):
     def _current_options(self) -> list[dict[str, Any]]:
         """Options of every group as numbers."""
         current = [
-            {name: _plain(value) for name, value in group.items() if name != "params"} for group in self.param_groups
+            {name: _plain(value) for name, value in group.items() if name != "params"}
+            for group in self._rates.placed(self.param_groups)
         ]
         if current != self._seen:
             options = [self.complete(o, i) for i, o in enumerate(current)]
             structure = [self.structure(o) for o in options]
             if structure != self._structure and isinstance(self.state, State):
-                self.state.watch.derived = None
+                self.state.watch.drop()
             self._options, self._structure, self._seen = options, structure, current
         return self._options
 

@@ -1,0 +1,102 @@
+"""The devices that parameters live on: which memory and plans serve them, and what torch does there for a step."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._arrays import HOST, Space
+from .._cuda.arrays import Cuda, space
+from .._cuda.runtime import cupy
+from .._plan import Plan
+from .._plans import plan_class
+
+
+class Home:
+    """A device that parameters live on: here the CPU."""
+
+    on_gpu = False
+
+    def __init__(self, device: torch.device, space: Space) -> None:
+        self.device = device
+        self._space = space
+
+    def require(self) -> None:
+        """Find what runs kernels here: what is missing is said before anything is built on it."""
+        self._space.load_kernels()
+
+    def plan(self, *args: Any) -> Plan:
+        """A plan for arrays that live here; ``args`` are all arguments but the space."""
+        make: Callable[..., Plan] = plan_class(self._space)
+        return make(*args, self._space)
+
+    def zeros(self, size: int, dtype: torch.dtype) -> Tensor:
+        """A flat tensor."""
+        return torch.zeros(size, dtype=dtype, device=self.device)
+
+    def array(self, tensor: Tensor) -> Any:
+        """A flat tensor as plans take it."""
+        return tensor.numpy()
+
+    def capturing(self) -> bool:
+        """Whether a step would go into a CUDA graph."""
+        return False
+
+    def refuse_capture(self) -> None:
+        """Raise where a step would go into a CUDA graph."""
+
+
+class Gpu(Home):
+    """A GPU. Steps go to torch's current stream there."""
+
+    on_gpu = True
+
+    def __init__(self, device: torch.device, space: Cuda) -> None:
+        super().__init__(device, space)
+        self._runtime = space.runtime
+
+    def require(self) -> None:
+        cupy()
+
+    def array(self, tensor: Tensor) -> Any:
+        return tensor
+
+    def capturing(self) -> bool:
+        with self._runtime.selected():
+            return self._runtime.capturing(self._runtime.stream())
+
+    def refuse_capture(self) -> None:
+        with self._runtime.selected():
+            self._runtime.refuse_capture(self._runtime.stream())
+
+    def tensor(self, array: Any) -> Tensor:
+        """An array of CuPy as a tensor on the same memory."""
+        return torch.as_tensor(array, device=self.device)
+
+
+class _TorchCuda(Cuda):
+    """The memory of one GPU, for plans whose arrays are torch's."""
+
+    def address(self, array: Any) -> int:
+        return array.data_ptr() if isinstance(array, Tensor) else super().address(array)
+
+
+CPU = Home(torch.device("cpu"), HOST)
+
+
+@functools.cache
+def gpu(index: int) -> Gpu:
+    """The GPU of this number."""
+    if torch.version.hip is not None:
+        raise NotImplementedError("fastopt.torch: GPUs other than NVIDIA's are not supported.")
+    return Gpu(torch.device("cuda", index), _TorchCuda(space(index, "torch").runtime))
+
+
+def home_of(tensor: Tensor) -> Home:
+    """Where a tensor lives. Those of devices that fastopt does not know are refused later, if they have a gradient."""
+    device = tensor.device
+    return gpu(device.index) if device.type == "cuda" else CPU

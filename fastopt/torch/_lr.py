@@ -1,0 +1,46 @@
+"""Learning rates that are tensors on a GPU: with ``capturable`` the step reads them there, as in torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _devices
+from ._devices import Home
+
+
+class DeviceRates:
+    """Knows the rates that are read on a device, and what they were when they were first seen."""
+
+    def __init__(self) -> None:
+        self._seen: dict[int, tuple[Tensor, float]] = {}
+        self._homes: set[Home] = set()
+
+    def placed(self, groups: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+        """The groups with such an lr as a number, for which the first time is waited, and the place to read it."""
+        self._homes.clear()
+        return [self._placed(k, group) if group.get("capturable") else group for k, group in enumerate(groups)]
+
+    def _placed(self, k: int, group: Mapping[str, Any]) -> Mapping[str, Any]:
+        lr = group.get("lr")
+        if not isinstance(lr, Tensor) or lr.numel() != 1 or lr.dtype not in (torch.float32, torch.float64):
+            return group
+        home = _devices.home_of(lr)
+        if not home.on_gpu:
+            return group
+        self._homes.add(home)
+        if k not in self._seen or self._seen[k][0] is not lr:
+            self._seen[k] = lr, lr.item()
+        return {**group, "lr": self._seen[k][1], "lr_at": (lr.data_ptr(), lr.itemsize)}
+
+    def check(self, home: Home | None, where: str) -> None:
+        """Refuse a rate on another device than the parameters."""
+        if self._homes and self._homes != {home}:
+            devices = ", ".join(sorted(str(h.device) for h in self._homes))
+            raise ValueError(
+                f"{where}: with capturable=True an lr on {devices} must be on the one device of all parameters. "
+                "Use a number, or an lr on the CPU."
+            )

@@ -1,0 +1,82 @@
+"""Parameters on several devices: an update for each, which are one step."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from .._step import Request, StepInfo
+from ..kernels.rule import Options
+from . import _devices
+from ._state import State
+from ._update import Kind, Treat, Update
+
+
+def derive(groups: Sequence[Mapping[str, Any]], state: State, treat: Treat, kind: Kind) -> Update | Several:
+    """What a step needs to know of param groups and state."""
+    homes = dict.fromkeys(_devices.home_of(p) for group in groups for p in group["params"]) or {_devices.CPU: None}
+    # GPUs first: what a launch may fail of shows before the CPU has written anything.
+    updates = [Update(groups, state, treat, kind, home) for home in sorted(homes, key=lambda home: not home.on_gpu)]
+    return updates[0] if len(updates) == 1 else Several(updates)
+
+
+class Several:
+    """The updates of several devices. Norms are those of all gradients, so they are combined on the host."""
+
+    home = None
+    is_capturable = False
+
+    def __init__(self, updates: Sequence[Update]) -> None:
+        self._updates = updates
+
+    def describes(self, groups: Sequence[Mapping[str, Any]]) -> bool:
+        """Whether the groups hold the same parameters."""
+        return self._updates[0].describes(groups)
+
+    def step(self, request: Request, options: Sequence[Options]) -> StepInfo | None:
+        """Take a step on all devices or on none; None where all must be derived anew. A norm is waited for."""
+        self._check_capture(options)
+        try:
+            if not all([update.prepare(options, request.zero_grads) for update in self._updates]):  # noqa: C419
+                return None
+            return self._take(request, options)
+        finally:
+            for update in self._updates:
+                update.release()
+
+    def _check_capture(self, options: Sequence[Options]) -> None:
+        if any(update.home.capturing() for update in self._updates):
+            raise RuntimeError(
+                "fastopt.torch: a CUDA graph can hold only steps of parameters that are all on one GPU, but these are "
+                f"on {', '.join(str(update.home.device) for update in self._updates)}. Make an optimizer for each."
+            )
+        if len({bool(o.get("capturable")) for o in options}) > 1:
+            raise ValueError("fastopt.torch: capturable=True must be set for all param groups or for none.")
+
+    def _take(self, request: Request, options: Sequence[Options]) -> StepInfo:
+        active = [update for update in self._updates if update.has_gradients]
+        norm = None
+        if request.needs_norm:
+            norm = math.hypot(*(update.norm() for update in active)) * request.multiplier
+            if request.skip_nonfinite and not math.isfinite(norm):
+                for update in active if request.zero_grads else ():
+                    update.zero_gradients()
+                return StepInfo(True, norm)
+            multiplier = request.clipped(norm)
+            request = dataclasses.replace(request, multiplier=multiplier, max_norm=None, skip_nonfinite=False)
+        for update in active:
+            update.take(request, options)
+        return StepInfo(False, norm)
+
+    def settle(self) -> None:
+        """Let ``state`` show what only GPUs know; waits for them."""
+        for update in self._updates:
+            update.settle()
+
+    def verdict(self) -> Tensor | None:
+        """None: the host knows whether the last step was skipped."""
+        return None

@@ -1,0 +1,243 @@
+"""fastopt.torch on a GPU: the bits of the CPU, launches, and what is waited for. Without a GPU: torch_stand_in.py."""
+
+from __future__ import annotations
+
+import pytest
+
+torch = pytest.importorskip("torch")
+from torch_problem import LAYOUTS, set_gradients  # noqa: E402
+
+import fastopt.torch as front  # noqa: E402 - needs torch
+
+SHAPES = ((5, 7), (3,), (), (0, 2))
+CLASSES = {
+    "SGD": [{}, {"momentum": 0.9, "dampening": 0.5}, {"momentum": 0.9, "nesterov": True}],
+    "Adagrad": [{"lr_decay": 0.1, "initial_accumulator_value": 0.5}],
+    "Adadelta": [{}],
+    "RMSprop": [{"momentum": 0.9, "centered": True}, {}],
+    "Rprop": [{}],
+    "ASGD": [{"t0": 1.0, "lambd": 0.1}],
+    "Adam": [{"amsgrad": True}, {"weight_decay": 0.1}],
+    "AdamW": [{}, {"maximize": True}],
+    "Adamax": [{}],
+    "NAdam": [{}],
+    "RAdam": [{}],
+    "Lion": [{}],
+    "LARS": [{}],
+}
+EVERY = [pytest.param(name, kw, id=f"{name}{k or ''}") for name, many in CLASSES.items() for k, kw in enumerate(many)]
+every_class = pytest.mark.parametrize(("name", "options"), EVERY)
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    import torch_stand_in
+
+    yield from torch_stand_in.torch_gpus(monkeypatch)
+
+
+def params_of(shapes=SHAPES, dtype=torch.float32):
+    torch.manual_seed(0)
+    return [torch.nn.Parameter(torch.randn(shape).to(dtype)) for shape in shapes]
+
+
+def assert_same(p, q, a, b):
+    """Parameters, states and what optimizers say of the last step have the same bits."""
+    assert a.last_info == b.last_info
+    for x, y in zip(p, q, strict=True):
+        assert torch.equal(x, y)
+        assert set(a.state[x]) == set(b.state[y])
+        for key, value in a.state[x].items():
+            assert value.dtype == b.state[y][key].dtype, key
+            assert torch.equal(value, b.state[y][key]), key
+
+
+def run_both(gpus, name, options, *, dtype=torch.float32, shapes=SHAPES, steps=3, change=lambda p, t: None):
+    """The same steps on the GPU and on the CPU."""
+    there, here = gpus.put(params_of(shapes, dtype)), params_of(shapes, dtype)
+    a, b = (getattr(front, name)(p, lr=0.05, **options) for p in (there, here))
+    for t in range(steps):
+        for p, opt in ((there, a), (here, b)):
+            set_gradients(p, t)
+            change(p, t)
+            opt.step()
+    assert gpus.runtime().launches, "nothing ran on the GPU"
+    return there, here, a, b
+
+
+@every_class
+def test_every_class_has_the_bits_of_the_cpu(gpus, name, options):
+    there, here, a, b = run_both(gpus, name, options)
+    assert gpus.runtime().downloads == 0
+    assert_same(there, here, a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16, torch.complex64], ids=str)
+@pytest.mark.parametrize("name", ["AdamW", "LARS"])
+def test_every_dtype_has_the_bits_of_the_cpu(gpus, name, dtype):
+    assert_same(*run_both(gpus, name, {}, dtype=dtype, shapes=SHAPES[:2], steps=2))
+
+
+@pytest.mark.parametrize("name", ["AdamW", "SGD", "LARS"])
+@pytest.mark.parametrize("extra", [{"max_grad_norm": 0.5}, {"zero_grads": True}, {"flatten": True}], ids=str)
+def test_further_arguments(gpus, name, extra):
+    there, here, a, b = run_both(gpus, name, extra)
+    assert gpus.runtime().downloads == 0
+    assert_same(there, here, a, b)
+    assert all(torch.equal(p.grad, q.grad) for p, q in zip(there, here, strict=True))
+    if "zero_grads" in extra:
+        assert not any(p.grad.any() for p in there)
+
+
+@pytest.mark.parametrize("flatten", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_master_weights(gpus, dtype, flatten):
+    options = {"master_weights": True, "flatten": flatten}
+    there, here, a, b = run_both(gpus, "AdamW", options, dtype=dtype)
+    assert_same(there, here, a, b)
+    assert torch.equal(there[0], a.state[there[0]]["master_param"].to(dtype))
+
+
+def test_flat_is_one_segment_on_a_gpu(gpus):
+    there, _, a, _ = run_both(gpus, "AdamW", {"flatten": True})
+    assert a.state.watch.derived.plan._merged.segment_count == 1
+    assert there[0].grad.untyped_storage().data_ptr() == there[1].grad.untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize("gradient", [*LAYOUTS, "expanded"])
+@pytest.mark.parametrize("parameter", ["channels_last", "permuted"])
+def test_layouts(gpus, parameter, gradient):
+    def lay_out(p, t):
+        g = torch.randn(4, 3, 2, 5, generator=torch.Generator().manual_seed(t))
+        p[0].grad = g[:1].expand(4, 3, 2, 5) if gradient == "expanded" else LAYOUTS[gradient](g)
+
+    start = torch.randn(4, 3, 2, 5, generator=torch.Generator().manual_seed(9))
+    there, here = (torch.nn.Parameter(LAYOUTS[parameter](start.clone())) for _ in range(2))
+    gpus.put([there])
+    a, b = front.AdamW([there], lr=0.1), front.AdamW([here], lr=0.1)
+    for t in range(2):
+        for p, opt in ((there, a), (here, b)):
+            lay_out([p], t)
+            opt.step()
+    assert_same([there], [here], a, b)
+    assert a.state[there]["exp_avg"].stride() == there.stride()
+
+
+def test_groups_late_gradients_and_none(gpus):
+    def change(p, t):
+        if t < 2:
+            p[1].grad = None
+        if t == 3:
+            p[0].grad = None
+
+    def groups(p):
+        return [{"params": p[:1], "lr": 0.1}, {"params": p[1:], "maximize": True}]
+
+    there, here = gpus.put(params_of()), params_of()
+    a, b = front.NAdam(groups(there), lr=0.05), front.NAdam(groups(here), lr=0.05)
+    for t in range(5):
+        for p, opt in ((there, a), (here, b)):
+            set_gradients(p, t)
+            change(p, t)
+            opt.param_groups[1]["lr"] *= 0.5
+            opt.step()
+        assert [there[k] in a.state for k in range(4)] == [here[k] in b.state for k in range(4)]
+    assert_same(there, here, a, b)
+    assert a.state[there[1]]["step"].item() == 3
+
+
+# --- what a step asks of the device ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("extra", [{}, {"max_grad_norm": 1.0}, {"zero_grads": True}, {"flatten": True}], ids=str)
+def test_a_step_waits_for_nothing(gpus, extra):
+    p, device = gpus.put(params_of()), gpus.runtime()
+    opt = front.AdamW(p, **extra)
+    for t in range(4):
+        set_gradients(p, t)
+        device.launches.clear()
+        opt.step()
+        prologue = ["fastopt_cuda_prologue_adamw"] if "max_grad_norm" in extra else []
+        assert device.launches == [*prologue, "fastopt_cuda_adamw_float32_float32"]
+    assert opt.state[p[0]]["step"].item() == 4
+    assert device.downloads == 0
+    if "max_grad_norm" in extra:
+        norm = torch.linalg.vector_norm(torch.cat([x.grad.flatten() for x in p]))
+        assert opt.last_info.grad_norm == pytest.approx(norm.item(), rel=1e-6)
+        assert device.downloads == 1
+
+
+def test_only_what_changed_is_uploaded(gpus):
+    p, device = gpus.put(params_of(SHAPES[:2])), gpus.runtime()
+    opt = front.SGD(p, lr=0.1, momentum=0.9)
+    for t in range(3):
+        if t < 2:
+            set_gradients(p, 0)
+        device.uploads.clear()
+        opt.step()
+    assert device.uploads == []
+    opt.param_groups[0]["lr"] = 0.2
+    opt.step()
+    assert len(device.uploads) == 1
+
+
+def test_a_launch_for_each_pair_of_dtypes(gpus):
+    p, device = gpus.put([*params_of(SHAPES[:2]), *params_of(SHAPES[:2], torch.float64)]), gpus.runtime()
+    opt = front.SGD(p, lr=0.1)
+    set_gradients(p, 0)
+    opt.step()
+    assert sorted(device.launches) == ["fastopt_cuda_sgd_float32_float32", "fastopt_cuda_sgd_float64_float64"]
+
+
+# --- errors ----------------------------------------------------------------------------------------------------------
+
+
+def test_without_cupy_the_error_names_the_extra(gpus, monkeypatch):
+    from fastopt._cuda import runtime
+
+    monkeypatch.setitem(__import__("sys").modules, "cupy", None)
+    runtime.cupy.cache_clear()
+    try:
+        p = gpus.put(params_of())
+        with pytest.raises(ImportError, match=r'pip install "fastopt\[cuda12\]", or "fastopt\[cuda13\]"'):
+            front.AdamW(p)
+        late = params_of()
+        opt = front.AdamW(late)
+        gpus.put(late)
+        set_gradients(late, 0)
+        before = [x.detach().clone() for x in late]
+        with pytest.raises(ImportError, match=r'pip install "fastopt\[cuda12\]"'):
+            opt.step()
+        assert all(torch.equal(x, y) for x, y in zip(late, before, strict=True))
+        assert not opt.state
+    finally:
+        runtime.cupy.cache_clear()
+
+
+def test_other_devices_are_refused():
+    w = torch.nn.Parameter(torch.ones(3, device="meta"))
+    opt = front.AdamW([w, v := torch.nn.Parameter(torch.ones(2))])
+    v.grad = torch.ones(2)
+    opt.step()  # a parameter without gradient may be anywhere
+    w.grad, before = torch.ones(3, device="meta"), v.detach().clone()
+    with pytest.raises(NotImplementedError, match=r"parameter 0 of group 0 is on meta; .* CPU and on NVIDIA's GPUs"):
+        opt.step()
+    assert torch.equal(v, before)
+
+
+def test_gradients_that_cannot_be_right_are_refused(gpus):
+    p = gpus.put(params_of())
+    opt = front.AdamW(p, lr=0.1)
+    for t in range(4):
+        set_gradients(p, t)
+        opt.step()
+    kept, device = [x.detach().clone() for x in p], gpus.runtime()
+    device.launches.clear()
+    p[1].grad = p[0].detach()[0, :3]
+    with pytest.raises(ValueError, match="shares memory with a parameter or a state"):
+        opt.step()
+    p[1].grad = torch.ones(3).to_sparse()
+    with pytest.raises(RuntimeError, match="sparse"):
+        opt.step()
+    assert device.launches == []
+    assert all(torch.equal(x, y) for x, y in zip(p, kept, strict=True))

@@ -1,0 +1,241 @@
+"""fastopt.torch with parameters on several devices, and states that move between them. See torch_stand_in.py."""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+
+import pytest
+
+torch = pytest.importorskip("torch")
+from torch_problem import set_gradients  # noqa: E402
+
+import fastopt.torch as front  # noqa: E402 - needs torch
+
+CLASSES = {
+    "SGD": {"momentum": 0.9, "dampening": 0.5},
+    "Adagrad": {"lr_decay": 0.1},
+    "Adadelta": {},
+    "RMSprop": {"momentum": 0.9, "centered": True},
+    "Rprop": {},
+    "ASGD": {"t0": 1.0, "lambd": 0.1},
+    "Adam": {"amsgrad": True},
+    "AdamW": {},
+    "Adamax": {},
+    "NAdam": {},
+    "RAdam": {},
+    "Lion": {},
+    "LARS": {"lr": 0.1},
+}
+SHAPES = ((5, 7), (3,), (2, 2), (4,))
+every_class = pytest.mark.parametrize("name", CLASSES)
+EXTRAS = [{}, {"max_grad_norm": 0.5}, {"zero_grads": True}, {"flatten": True, "max_grad_norm": 0.5}]
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    import torch_stand_in
+
+    yield from torch_stand_in.torch_gpus(monkeypatch)
+
+
+def params_of(dtype=torch.float32):
+    torch.manual_seed(0)
+    return [torch.nn.Parameter(torch.randn(shape).to(dtype)) for shape in SHAPES]
+
+
+def spread(gpus, params):
+    """Two parameters on the CPU, one on each GPU."""
+    gpus.put(params[1:2])
+    gpus.put(params[3:], device=1)
+    return params
+
+
+def train(params, opt, steps, first=0):
+    for t in range(first, first + steps):
+        set_gradients(params, t)
+        opt.step()
+
+
+def assert_same(p, q, a, b):
+    for x, y in zip(p, q, strict=True):
+        assert torch.equal(x, y)
+        assert set(a.state[x]) == set(b.state[y])
+        for key, value in a.state[x].items():
+            assert torch.equal(value, b.state[y][key]), key
+
+
+# --- several devices -------------------------------------------------------------------------------------------------
+
+
+@every_class
+def test_an_optimizer_may_have_parameters_on_several_devices(gpus, name):
+    there, here = spread(gpus, params_of()), params_of()
+    a, b = (getattr(front, name)(p, **CLASSES[name]) for p in (there, here))
+    train(there, a, 3)
+    train(here, b, 3)
+    for device in (0, 1):
+        assert gpus.runtime(device).downloads == 0
+        assert sum("prologue" not in symbol for symbol in gpus.runtime(device).launches) == 3
+    assert_same(there, here, a, b)
+
+
+@pytest.mark.parametrize("extra", EXTRAS, ids=str)
+@pytest.mark.parametrize("name", ["AdamW", "LARS"])
+def test_norms_are_those_of_all_gradients(gpus, name, extra):
+    there, here = spread(gpus, params_of()), params_of()
+    groups = [[{"params": p[:2], "lr": 0.1}, {"params": p[2:], "lr": 0.01}] for p in (there, here)]
+    a, b = (getattr(front, name)(group, lr=0.1, **extra) for group in groups)
+    for t in range(3):
+        set_gradients(there, t)
+        set_gradients(here, t)
+        there[t].grad = here[t].grad = None
+        a.step()
+        b.step()
+        for p, q in zip(there, here, strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)  # a sum has an order
+        assert a.last_info.skipped is False
+        if "max_grad_norm" in extra:
+            assert a.last_info.grad_norm == pytest.approx(b.last_info.grad_norm, rel=1e-12)
+    if "zero_grads" in extra:
+        assert not any(p.grad is not None and p.grad.any() for p in there)
+
+
+@pytest.mark.parametrize("scaler", [torch.amp.GradScaler, front.GradScaler], ids=["torch", "fastopt"])
+@pytest.mark.parametrize("place", [0, 1, 3])
+@pytest.mark.parametrize("zero", [False, True])
+def test_an_overflow_anywhere_skips_the_step_everywhere(gpus, scaler, place, zero):
+    there, here = spread(gpus, params_of()), params_of()
+    a, b = (front.AdamW(p, lr=0.1, zero_grads=zero) for p in (there, here))
+    scale = scaler("cpu", init_scale=8.0)
+    scale.scale(torch.ones(()))
+    for t in range(3):
+        set_gradients(there, t, 8.0)
+        if t != 1:
+            set_gradients(here, t)
+            b.step()
+        else:
+            there[place].grad.view(-1)[0] = math.inf
+        scale.step(a)
+        scale.update()
+        assert a.last_info.skipped is (t == 1)
+        if zero:
+            assert not any(p.grad.any() for p in there)
+        if t == 1:
+            assert scale.get_scale() == 4.0
+            scale._scale.fill_(8.0)
+    assert_same(there, here, a, b)
+
+
+def test_a_norm_that_is_not_finite_stays_so_without_scaler(gpus):
+    there, here = spread(gpus, params_of()), params_of()
+    a, b = (front.SGD(p, lr=0.1, max_grad_norm=1.0, flatten=True) for p in (there, here))
+    for p, opt in ((there, a), (here, b)):
+        set_gradients(p, 0)
+        p[3].grad[0] = math.nan
+        opt.step()
+        assert all(x.isnan().all() for x in p)
+        assert not any(group._values[-1].isnan() for group in opt._flat._groups if group._values[-1] is not None)
+
+
+def test_a_refusal_on_one_device_writes_on_none(gpus):
+    p = spread(gpus, params_of())
+    opt = front.AdamW(p, lr=0.1)
+    train(p, opt, 3)
+    for bad in range(4):
+        set_gradients(p, 3)
+        p[bad].grad = torch.ones(SHAPES[bad]).to_sparse()
+        before, state = [x.detach().clone() for x in p], copy.deepcopy(opt.state_dict())
+        with pytest.raises(RuntimeError, match=f"sparse gradients: that of parameter {bad} of group 0"):
+            opt.step()
+        assert all(torch.equal(x, y) for x, y in zip(p, before, strict=True))
+        torch.testing.assert_close(opt.state_dict()["state"], state["state"], rtol=0, atol=0)
+
+
+def test_a_graph_of_several_devices_is_refused(gpus):
+    p = spread(gpus, params_of())
+    opt = front.AdamW(p, lr=0.1, capturable=True)
+    train(p, opt, 2)
+    before = [x.detach().clone() for x in p]
+    with gpus.runtime().capture(), pytest.raises(RuntimeError, match="parameters that are all on one GPU"):
+        opt.step()
+    assert all(torch.equal(x, y) for x, y in zip(p, before, strict=True))
+
+
+# --- moving ----------------------------------------------------------------------------------------------------------
+
+
+@every_class
+def test_parameters_that_move_take_their_state_along(gpus, name):
+    p, q = params_of()[:2], params_of()[:2]
+    a, b = (getattr(front, name)(x, **CLASSES[name]) for x in (p, q))
+    train(p, a, 2)
+    for x in gpus.put(p):  # model.cuda()
+        x.data = x.data.clone()
+    train(p, a, 2, first=2)
+    assert gpus.runtime().launches
+    for x in gpus.take_back(p[:1]):
+        x.data = x.data.clone()
+    train(p, a, 1, first=4)
+    train(q, b, 5)
+    assert_same(p, q, a, b)
+
+
+@every_class
+@pytest.mark.parametrize("way", ["to a GPU", "from a GPU"])
+def test_checkpoints_move_between_devices(gpus, name, way):
+    first, second, through = (params_of()[:2] for _ in range(3))
+    gpus.put(second if way == "to a GPU" else first)
+    a, b, c = (getattr(front, name)(p, **CLASSES[name]) for p in (first, second, through))
+    train(first, a, 2)
+    file = io.BytesIO()
+    torch.save(a.state_dict(), file)
+    file.seek(0)
+    b.load_state_dict(torch.load(file, weights_only=True))
+    with torch.no_grad():
+        for p, q in zip(second, first, strict=True):
+            p.copy_(q)
+    train(second, b, 2, first=2)
+    train(through, c, 4)
+    assert_same(second, through, b, c)
+
+
+@pytest.mark.parametrize("name", [name for name in CLASSES if name not in ("Lion", "LARS")])
+@pytest.mark.parametrize("way", ["from torch", "to torch"])
+def test_checkpoints_of_torch(gpus, name, way):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)  # torch then keeps eta, mu and mu_product as exactly as fastopt does
+    try:
+        p, q = params_of(torch.float64)[:2], params_of(torch.float64)[:2]
+        a, b = getattr(front, name)(gpus.put(p), **CLASSES[name]), getattr(torch.optim, name)(q, **CLASSES[name])
+        one, other = ((q, b), (p, a)) if way == "from torch" else ((p, a), (q, b))
+        train(*one, 2)
+        other[1].load_state_dict(one[1].state_dict())
+        with torch.no_grad():
+            for x, y in zip(other[0], one[0], strict=True):
+                x.copy_(y)
+        train(p, a, 2, first=2)
+        train(q, b, 2, first=2)
+        for x, y in zip(p, q, strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-12)
+            assert set(a.state[x]) == set(b.state[y])
+    finally:
+        torch.set_default_dtype(before)
+
+
+def test_a_graphs_counts_are_saved(gpus):
+    p = gpus.put(params_of())
+    opt = front.AdamW(p, lr=0.1, capturable=True)
+    train(p, opt, 1)
+    with gpus.runtime().capture() as graph:
+        opt.step()
+    for _ in range(3):
+        for launch in graph:
+            launch()
+    saved = opt.state_dict()
+    assert [state["step"].item() for state in saved["state"].values()] == [4.0] * 4
+    q = params_of()
+    other = torch.optim.AdamW(q)
+    other.load_state_dict(saved)
+    assert other.state[q[0]]["step"].item() == 4.0
