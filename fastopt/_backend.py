@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from ._table import Table
-from .kernels.dtypes import norm_symbol, ratio_symbol, update_symbol
+from .kernels.dtypes import norm_symbol, ratio_symbol, round_symbol, update_symbol
 from .kernels.layout import SEGMENT
 from .kernels.registry import RULES
 from .kernels.rule import Rule
@@ -29,6 +29,9 @@ class Backend(Protocol):
 
     def update_kernel(self, rule: Rule, p: str, g: str) -> int:
         """Address of the update of a rule for parameters stored as p and gradients stored as g."""
+
+    def round_kernel(self, dtype: str) -> int:
+        """Address of the rounding of float32 parameters to a 16-bit dtype."""
 
     def norm_kernel(self, dtype: str) -> int:
         """Address of the sum of squares of a storage dtype."""
@@ -112,6 +115,9 @@ class Native:
         found = self._address(update_symbol(rule.name, p, g, self.isa)) if prebuilt else None
         return found or JIT.address("update", rule, p, g)
 
+    def round_kernel(self, dtype: str) -> int:
+        return self._address(round_symbol(dtype, self.isa)) or JIT.address("round", dtype)
+
     def norm_kernel(self, dtype: str) -> int:
         return self._address(norm_symbol(dtype, self.isa)) or JIT.address("norm", dtype)
 
@@ -146,6 +152,9 @@ class Numba:
 
     def update_kernel(self, rule: Rule, p: str, g: str) -> int:
         return JIT.address("update", rule, p, g)
+
+    def round_kernel(self, dtype: str) -> int:
+        return JIT.address("round", dtype)
 
     def norm_kernel(self, dtype: str) -> int:
         return JIT.address("norm", dtype)

@@ -46,21 +46,24 @@ class HostPlan(Plan):
 
     def _build(self, runs: list[tuple[int, int]], *, norms: bool) -> Table:
         table = Table([size for _, size in runs])
-        kernels: dict[tuple[Any, ...], tuple[int, tuple[int, int], int]] = {}  # by kind of segment
+        kernels: dict[tuple[Any, ...], tuple[int, tuple[int, int], int, int]] = {}  # by kind of segment
         for segment, (k, _), arrays in zip(table.segments, runs, self._addresses(runs), strict=True):
             p, cohort = self.parameters[k], self.cohorts[self._member[k]]
             rule = cohort.treatment.rule
-            kind = (rule, p.dtype, self.dtypes[k], self._adapts(k))
+            copied = p.copy.dtype if p.copy else None
+            kind = (rule, p.dtype, self.dtypes[k], self._adapts(k), copied)
             if kind not in kernels:
                 stored = p.dtype, self.dtypes[k].name
                 kernels[kind] = (
                     self.backend.update_kernel(rule, *stored),
                     (self.backend.norm_kernel(stored[0]), self.backend.norm_kernel(stored[1])) if norms else (0, 0),
                     self.backend.ratio_kernel(rule) if self._adapts(k) else 0,
+                    self.backend.round_kernel(copied) if copied else 0,
                 )
-            segment["update"], segment["norm"], segment["ratio"] = kernels[kind]
+            segment["update"], segment["norm"], segment["ratio"], segment["round"] = kernels[kind]
             segment["scalars"] = cohort.scalars.ctypes.data
             segment["arrays"][: len(arrays)] = arrays
+            segment["copy"] = p.copy.address if p.copy else 0
         table.first = np.array([k for k, _ in runs], np.int64)
         table.signs = np.array([self._signs[self.parameters[k].group] for k, _ in runs])
         table.arrays[:, GRADIENT] = self._gradients[table.first]

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from ._arrays import Array, Space
 from ._step import Request, StepInfo
+from .kernels.dtypes import ITEMSIZE
 from .kernels.rule import Options, Rule
 
 
@@ -51,6 +52,13 @@ class Progress:
         self._steps, self._carry = following._steps, following._carry
 
 
+class Copy(NamedTuple):
+    """A 16-bit array that holds the rounding of a float32 parameter after each step."""
+
+    dtype: str
+    address: int
+
+
 @dataclass(eq=False)
 class Parameter:
     """One array, where its state lies, and how far it has come."""
@@ -65,6 +73,7 @@ class Parameter:
     address: int
     states: dict[str, Array] = field(default_factory=dict)  # the flat state arrays, shared with neighbours
     progress: Progress = field(default_factory=Progress)
+    copy: Copy | None = None
     guard: Any = None  # a weak reference to the array, which makes NumPy refuse to resize it
 
 
@@ -177,6 +186,7 @@ class Plan(ABC):
                 and p.offset == previous.offset + previous.extent
                 and not self._adapts(k)
                 and all(p.states[name] is previous.states[name] for name in self._rule(k).state)
+                and self._copy_follows(k, runs[-1][0])
             ):
                 first, _ = runs[-1]
                 runs[-1] = first, p.offset - self.parameters[first].offset + p.size
@@ -184,6 +194,15 @@ class Plan(ABC):
                 runs.append((k, p.size))
             previous = p
         return runs
+
+    def _copy_follows(self, k: int, first: int) -> bool:
+        """Whether a parameter's copy lies as far behind that of the first in its run as the parameter itself."""
+        p, before = self.parameters[k], self.parameters[first]
+        if p.copy is None or before.copy is None:
+            return p.copy is before.copy
+        distance = (p.offset - before.offset) * ITEMSIZE[p.copy.dtype]
+        # An empty array may be said to lie anywhere.
+        return p.copy.dtype == before.copy.dtype and (not p.size or p.copy.address == before.copy.address + distance)
 
     def _rule(self, k: int) -> Rule:
         return self.cohorts[self._member[k]].treatment.rule

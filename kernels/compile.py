@@ -22,7 +22,7 @@ import llvmlite.binding as llvm
 from numba import cfunc
 
 from . import loops, reductions
-from .dtypes import COMPUTE, PAIRS, norm_symbol, ratio_symbol, update_symbol
+from .dtypes import COMPUTE, COPIES, PAIRS, norm_symbol, ratio_symbol, round_symbol, update_symbol
 from .registry import RULES
 from .rule import Rule
 from .storage import Features
@@ -39,6 +39,11 @@ class Kernel(NamedTuple):
 def update_kernel(rule: Rule, p: str, g: str, isa: str, features: Features) -> Kernel:
     """The update of ``rule`` for parameters stored as ``p`` and gradients stored as ``g``."""
     return Kernel(update_symbol(rule.name, p, g, isa), loops.cpu_loop(rule, p, g, features), loops.SIGNATURE)
+
+
+def round_kernel(dtype: str, isa: str, features: Features) -> Kernel:
+    """Rounds float32 parameters to a copy stored as ``dtype``."""
+    return Kernel(round_symbol(dtype, isa), loops.rounding_loop(dtype, features), loops.ROUND_SIGNATURE)
 
 
 def norm_kernel(dtype: str, isa: str, features: Features) -> Kernel:
@@ -98,6 +103,8 @@ def _kernels(p: str, g: str, features: Features) -> Iterator[tuple[Kernel, bool]
             yield ratio_kernel(rule, "", features), False
     if p == g:
         yield norm_kernel(p, "", features), True
+        if p in COPIES:
+            yield round_kernel(p, "", features), p == "float16"
 
 
 def _translate(kernel: Kernel) -> tuple[str, str]:

@@ -11,6 +11,9 @@ CODES = {dtype: code for code, dtype in enumerate(COMPUTE)}
 ITEMSIZE = {"float32": 4, "float64": 8, "float16": 2, "bfloat16": 2}
 """Bytes of one element."""
 
+COPIES = ("float16", "bfloat16")
+"""Storage dtypes that a step may round float32 parameters to, in the pass that writes them."""
+
 PAIRS = (
     ("float32", "float32"),
     ("float64", "float64"),
@@ -25,6 +28,11 @@ PAIRS = (
 def update_symbol(rule: str, p: str, g: str, isa: str) -> str:
     """Name of an update kernel in the compiled library."""
     return f"fastopt_{rule}_{p}_{g}_{_identifier(isa)}"
+
+
+def round_symbol(dtype: str, isa: str) -> str:
+    """Name of the kernel that rounds float32 parameters to a copy of a 16-bit dtype."""
+    return f"fastopt_round_{dtype}_{_identifier(isa)}"
 
 
 def norm_symbol(dtype: str, isa: str) -> str:

@@ -17,12 +17,15 @@ SEGMENT = np.dtype(
         ("norm", np.uint64, 2),
         ("ratio", np.uint64),
         ("scalars", np.uint64),
+        ("round", np.uint64),
+        ("copy", np.uint64),
         ("arrays", np.uint64, 8),
         ("own", np.float64, 3),
         ("squares", np.float64, 2),
     ]
 )
-"""A run of elements that share kernel and scalars: the same bytes as ``segment`` in parallel.c."""
+"""A run of elements that share kernel and scalars: the same bytes as ``segment`` in parallel.c. "copy" is the address
+of a 16-bit copy of the parameters, and "round" the kernel that writes it; both are 0 where there is none."""
 
 PARAMETER, GRADIENT = 0, 1
 """Places in "norm" and "squares", and the first two in "arrays"; states follow."""
@@ -35,9 +38,10 @@ KNOW_W, KNOW_G = 1, 2
 
 # --- on a GPU: tables of 64-bit words --------------------------------------------------------------------------------
 
-COHORT, SIGN, ADAPTS, P_CODE, G_CODE, FIRST_CHUNK, CHUNKS = range(8, 15)
-SEGMENT_WORDS = 16
-"""A segment there: its addresses as in "arrays" (that of the gradient is in a list of its own), then these words."""
+COHORT, SIGN, ADAPTS, P_CODE, G_CODE, FIRST_CHUNK, CHUNKS, COPY, COPY_CODE = range(8, 17)
+SEGMENT_WORDS = 17
+"""A segment there: its addresses as in "arrays" (that of the gradient is in a list of its own), then these words. COPY
+is as "copy" above, COPY_CODE the number of its dtype."""
 
 STEPS, RULE, LR, LR_BYTES, CARRY = range(5)
 COHORT_WORDS = 8

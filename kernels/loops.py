@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numba
@@ -27,6 +27,9 @@ SIGNATURE = types.float64(
 )
 """C signature of an update kernel. For rules with a trust ratio it returns the sum of squares of the new parameters,
 from which the next step has its weight norms; for others 0."""
+
+ROUND_SIGNATURE = types.void(types.int64, types.int64, types.voidptr, types.voidptr)
+"""C signature of a rounding kernel: elements lo to hi - 1 of a float32 array into a 16-bit one."""
 
 BLOCK = 64  # elements per block: a few cache lines of each array
 AHEAD = 512  # elements between the block that is computed and the block that is prefetched
@@ -80,6 +83,24 @@ def cpu_loop(rule: Rule, p: str, g: str, features: Features) -> Callable[..., fl
             add_rest(lanes, pointers[0], tail, hi)
             total += take(lanes)  # type: ignore[call-arg]
         return total
+
+    return loop
+
+
+def rounding_loop(dtype: str, features: Features) -> Callable[..., None]:
+    """The loop that rounds float32 parameters to a copy stored as ``dtype``, to be compiled."""
+    access = _Access([Storage("float32"), Storage(dtype, features.half)], types.float32)
+    ahead, round_one = access.ahead([1]), access.round_one()  # the parameters were just written
+
+    def loop(lo: Any, hi: Any, parameter: Any, copy: Any) -> None:
+        pointers = parameter, copy
+        tail = hi - (hi - lo) % BLOCK
+        for start in range(lo, tail, BLOCK):
+            ahead(pointers, start + AHEAD)
+            for i in range(start, start + BLOCK):
+                round_one(pointers, i)
+        for i in range(tail, hi):
+            round_one(pointers, i)
 
     return loop
 
@@ -206,14 +227,30 @@ class _Access:
 
         return clear
 
-    def ahead(self) -> Any:
-        """Intrinsic ``(pointers, i)``: ask for the cache lines of the block that begins at element i of every array."""
+    def round_one(self) -> Any:
+        """Intrinsic ``(pointers, i)``: element i of the first array, rounded to the second."""
+
+        @intrinsic
+        def round_one(typingctx: Any, pointers: Any, i: Any) -> Any:
+            def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+                number = self._mark(builder, builder.load(self._element(builder, args[0], 0, args[1])), 0)
+                value = self.storages[1].encode(builder, number)
+                self._mark(builder, builder.store(value, self._element(builder, args[0], 1, args[1])), 1)
+                return context.get_dummy_value()
+
+            return types.void(self.pointers, types.int64), codegen
+
+        return round_one
+
+    def ahead(self, arrays: Iterable[int] | None = None) -> Any:
+        """Intrinsic ``(pointers, i)``: ask for the cache lines of the block that begins at element i of some arrays."""
+        wanted = range(len(self.storages)) if arrays is None else arrays
 
         @intrinsic
         def ahead(typingctx: Any, pointers: Any, i: Any) -> Any:
             def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-                for k, storage in enumerate(self.storages):
-                    for offset in range(0, BLOCK, LINE // ITEMSIZE[storage.dtype]):
+                for k in wanted:
+                    for offset in range(0, BLOCK, LINE // ITEMSIZE[self.storages[k].dtype]):
                         at = builder.add(args[1], ir.Constant(I64, offset))
                         prefetch(builder, self._element(builder, args[0], k, at), level=3)
                 return context.get_dummy_value()

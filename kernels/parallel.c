@@ -9,19 +9,22 @@
 #include <stdint.h>
 
 typedef double (*update_kernel)(int64_t lo, int64_t hi, void **arrays, const double *scalars, const double *own);
+typedef void (*round_kernel)(int64_t lo, int64_t hi, const void *parameter, void *copy);
 typedef double (*norm_kernel)(int64_t lo, int64_t hi, void *x);
 typedef double (*ratio_kernel)(double w_norm, double g_norm, const double *scalars);
 
 enum { PARAMETER, GRADIENT };      /* places in arrays, norm and squares */
 enum { MULTIPLIER, RATIO, ZERO };  /* places in own */
 enum { KNOW_W = 1, KNOW_G = 2 };
-enum { LANES = 32 };
+enum { LANES = 32, BLOCK = 2048 };
 
 typedef struct {
     update_kernel update;
     norm_kernel norm[2];
     ratio_kernel ratio; /* NULL where the segment has no trust ratio */
     const double *scalars;
+    round_kernel round; /* NULL where the parameters have no 16-bit copy */
+    void *copy;
     void *arrays[8]; /* parameter, gradient, states */
     double own[3];
     double squares[2]; /* sums of squares of parameter and gradient as stored */
@@ -63,9 +66,18 @@ const char *fastopt_isa(void) {
 #endif
 }
 
+/* A 16-bit copy is written block by block, while the parameters are in the first-level cache. The sums of squares of the
+ * blocks are added in the order in which the kernel would add them. */
 static double update_chunk(const segment *segments, const chunk *c) {
     const segment *s = segments + c->segment;
-    return s->update(c->lo, c->hi, (void **)s->arrays, s->scalars, s->own);
+    if (!s->round) return s->update(c->lo, c->hi, (void **)s->arrays, s->scalars, s->own);
+    double squares = 0;
+    for (int64_t lo = c->lo, hi; lo < c->hi; lo = hi) {
+        hi = lo + BLOCK < c->hi ? lo + BLOCK : c->hi;
+        squares += s->update(lo, hi, (void **)s->arrays, s->scalars, s->own);
+        s->round(lo, hi, s->arrays[PARAMETER], s->copy);
+    }
+    return squares;
 }
 
 static double chunk_squares(const segment *segments, const chunk *c, int which) {

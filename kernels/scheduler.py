@@ -15,45 +15,41 @@ import numba
 import numpy as np
 from llvmlite import ir
 from numba import njit, prange, types
+from numba.core import cgutils
 from numba.core.extending import intrinsic
 
 from . import loops, reductions
-from .layout import GRADIENT, KNOW_G, KNOW_W, LANES, MULTIPLIER, PARAMETER, RATIO, SEGMENT
+from .layout import BLOCK, GRADIENT, KNOW_G, KNOW_W, LANES, MULTIPLIER, PARAMETER, RATIO, SEGMENT
 
 WORD = np.dtype(np.uint64).itemsize
 
 
 def _caller(signature: Any) -> Any:
-    """Intrinsic that calls the C function of a signature at an address; pointers are passed as integers."""
-    arguments = [types.int64 if isinstance(a, (types.CPointer, types.RawPointer)) else a for a in signature.args]
+    """Intrinsic ``(address, arguments)`` that calls the C function of a signature; pointers are passed as integers."""
+    passed = types.Tuple(
+        [types.int64 if isinstance(a, (types.CPointer, types.RawPointer)) else a for a in signature.args]
+    )
 
     def codegen(context: Any, builder: Any, _: Any, args: Any) -> Any:
         kinds = [context.get_value_type(a) for a in signature.args]
         result = ir.VoidType() if signature.return_type == types.void else ir.DoubleType()
         function = builder.inttoptr(args[0], ir.FunctionType(result, kinds).as_pointer())
-        passed = [
+        arguments = [
             builder.inttoptr(x, kind) if isinstance(kind, ir.PointerType) else x
-            for x, kind in zip(args[1:], kinds, strict=True)
+            for x, kind in zip(cgutils.unpack_tuple(builder, args[1]), kinds, strict=True)
         ]
-        value = builder.call(function, passed)
+        value = builder.call(function, arguments)
         return context.get_dummy_value() if signature.return_type == types.void else value
 
-    if len(arguments) == 5:
-
-        @intrinsic
-        def call5(typingctx: Any, address: Any, a: Any, b: Any, c: Any, d: Any, e: Any) -> Any:
-            return signature.return_type(types.int64, *arguments), codegen
-
-        return call5
-
     @intrinsic
-    def call3(typingctx: Any, address: Any, a: Any, b: Any, c: Any) -> Any:
-        return signature.return_type(types.int64, *arguments), codegen
+    def call(typingctx: Any, address: Any, arguments: Any) -> Any:
+        return signature.return_type(types.int64, passed), codegen
 
-    return call3
+    return call
 
 
 _update = _caller(loops.SIGNATURE)
+_round = _caller(loops.ROUND_SIGNATURE)
 _norm = _caller(reductions.SIGNATURE)
 _ratio = _caller(reductions.RATIO_SIGNATURE)
 
@@ -67,25 +63,32 @@ class Scheduler:
         words = SEGMENT.itemsize // WORD
         update_at, norm_at, scalars_at = places["update"], places["norm"], places["scalars"]
         arrays_at, own_at, ratio_at = places["arrays"], places["own"], places["ratio"]
+        round_at, copy_at = places["round"], places["copy"]
 
         # A table arrives as words: two views of the same bytes, as integers and as float64.
         @njit(nogil=True)
-        def update_chunk(table: Any, at: int, chunk: Any) -> float:
-            s = chunk[0] * words
+        def update_part(table: Any, at: int, s: int, lo: int, hi: int) -> float:
             base = at + s * WORD
-            return _update(  # type: ignore[no-any-return]
-                table[s + update_at],
-                chunk[1],
-                chunk[2],
-                base + arrays_at * WORD,
-                table[s + scalars_at],
-                base + own_at * WORD,
-            )
+            arrays, own = base + arrays_at * WORD, base + own_at * WORD
+            return _update(table[s + update_at], (lo, hi, arrays, table[s + scalars_at], own))  # type: ignore[no-any-return]
+
+        @njit(nogil=True)
+        def update_chunk(table: Any, at: int, chunk: Any) -> float:
+            s, lo, end = chunk[0] * words, chunk[1], chunk[2]
+            if table[s + round_at] == 0:
+                return update_part(table, at, s, lo, end)  # type: ignore[no-any-return]
+            squares = 0.0
+            while lo < end:
+                hi = min(lo + BLOCK, end)
+                squares += update_part(table, at, s, lo, hi)
+                _round(table[s + round_at], (lo, hi, table[s + arrays_at + PARAMETER], table[s + copy_at]))
+                lo = hi
+            return squares
 
         @njit(nogil=True)
         def chunk_squares(table: Any, chunk: Any, which: int) -> float:
             s = chunk[0] * words
-            return _norm(table[s + norm_at + which], chunk[1], chunk[2], table[s + arrays_at + which])  # type: ignore[no-any-return]
+            return _norm(table[s + norm_at + which], (chunk[1], chunk[2], table[s + arrays_at + which]))  # type: ignore[no-any-return]
 
         def update_all(table: Any, at: int, chunks: Any, w_partials: Any) -> None:
             for i in prange(len(chunks)):
@@ -100,7 +103,7 @@ class Scheduler:
 
         self._update = _Both(update_all)
         self._squares = _Both(all_squares)
-        self._call_ratio = njit(lambda address, w, g, scalars: _ratio(address, w, g, scalars))
+        self._call_ratio = njit(lambda address, w, g, scalars: _ratio(address, (w, g, scalars)))
 
     def update(self, segments: Any, at: int, chunks: Any, threads: int) -> None:
         """Update every chunk."""

@@ -39,7 +39,8 @@ def backend(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
 
     def choose(isa: str) -> None:
         chosen = _load(isa)
-        monkeypatch.setattr(_backend, "current", lambda: chosen)
+        for module in (_backend, _host_plan):
+            monkeypatch.setattr(module, "current", lambda: chosen)
 
     return choose
 

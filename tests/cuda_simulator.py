@@ -34,6 +34,8 @@ from fastopt.kernels.layout import (
     CHUNKS,
     COHORT,
     COHORT_WORDS,
+    COPY,
+    COPY_CODE,
     FIRST_CHUNK,
     G_CODE,
     GRADIENT,
@@ -216,19 +218,22 @@ class Arrays:
         self.dtypes = [DTYPES[p], DTYPES[g]] + [self.compute] * len(rule.state)
         self.written = [0, *range(2, len(self.dtypes))]
         self.step = in_numpy(rule.step)
+        self.copies = p == "float32"
 
     def _elements(self, pointers: Sequence[int], k: int, i: int, count: int) -> Array:
         return _at(pointers[k] + self.dtypes[k].itemsize * i, self.dtypes[k], count)
 
     def pointers_of(self) -> Any:
         def pointers_of(segment: int, gradient: int) -> tuple[int, ...]:
-            return tuple(gradient if k == GRADIENT else word(segment, k) for k in range(len(self.dtypes)))
+            places = [*range(len(self.dtypes)), *((COPY, COPY_CODE) if self.copies else ())]
+            return tuple(gradient if k == GRADIENT else word(segment, k) for k in places)
 
         return pointers_of
 
     def aligned(self, count: int) -> Any:
         def aligned(pointers: Sequence[int]) -> bool:
-            return not any(x % (count * dtype.itemsize) for x, dtype in zip(pointers, self.dtypes, strict=True))
+            itemsizes = [dtype.itemsize for dtype in self.dtypes] + [2] * self.copies
+            return not any(x % (count * itemsize) for x, itemsize in zip(pointers, itemsizes, strict=False))
 
         return aligned
 
@@ -248,6 +253,9 @@ class Arrays:
             for k, values in zip(self.written, zip(*results, strict=True), strict=True):
                 assert {type(value) for value in values} == {self.compute.type}
                 self._elements(pointers, k, i, count)[...] = np.array(values)
+            if self.copies and pointers[-2]:
+                (dtype,) = (DTYPES[name] for name, code in CODES.items() if code == pointers[-1])
+                _at(pointers[-2] + 2 * i, dtype, count)[...] = np.array([result[0] for result in results])
 
         return store
 
@@ -310,6 +318,7 @@ class Segment:
     cohort: int = 0
     sign: int = 1
     adapts: bool = False
+    copy: Array | None = None  # of the parameter, in 16 bits
 
 
 class Tables:
@@ -336,6 +345,8 @@ class Tables:
             words[GRADIENT] = 0  # its address is in a list of its own
             words[COHORT], words[SIGN], words[ADAPTS] = segment.cohort, segment.sign, segment.adapts
             words[P_CODE], words[G_CODE] = (CODES[a.dtype.name] for a in segment.arrays[:2])
+            if segment.copy is not None:
+                words[COPY], words[COPY_CODE] = segment.copy.ctypes.data, CODES[segment.copy.dtype.name]
             words[FIRST_CHUNK], words[CHUNKS] = chunks[:k].sum(), chunks[k]
         self.jobs = [(GRADIENT, c) for c in range(table.count)]
         self.jobs += [(PARAMETER, c) for c, (s, _, _) in enumerate(table.chunks.tolist()) if segments[s].adapts]

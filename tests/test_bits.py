@@ -131,6 +131,15 @@ def test_one_array_and_its_pieces(rule, pair, isa):
     assert_same_bits(got, want, rule)
 
 
+def test_optimizers_take_the_kernels_that_are_chosen(backend):
+    """Or else all tests here would compare kernels of one instruction set with themselves."""
+    for isa in [*native_isas(), "numba"]:
+        backend(isa)
+        opt = fastopt.SGD([np.zeros(1)])
+        opt.step([np.zeros(1)])
+        assert opt._plan.backend.isa == isa
+
+
 # --- norms -----------------------------------------------------------------------------------------------------------
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fastopt.kernels.dtypes import COMPUTE, PAIRS, norm_symbol, ratio_symbol, update_symbol
+from fastopt.kernels.dtypes import COMPUTE, COPIES, PAIRS, norm_symbol, ratio_symbol, round_symbol, update_symbol
 from fastopt.kernels.registry import RULES
 from fastopt.kernels.rule import Rule
 
@@ -139,6 +139,7 @@ needs_x86 = pytest.mark.skipif(_backend.load().isa == "native", reason="the libr
 def test_every_kernel_is_in_the_library() -> None:
     wanted = {update_symbol(*update) for update in UPDATES}
     wanted |= {norm_symbol(dtype, isa) for dtype in COMPUTE for isa in _backend.ISAS}
+    wanted |= {round_symbol(dtype, isa) for dtype in COPIES for isa in _backend.ISAS}
     wanted |= {ratio_symbol(name, isa) for name in RULE_NAMES if RULES[name].ratio for isa in _backend.ISAS}
     parts = ("update", "squares", "layers", "isa", "segment_size", "default_threads")
     scheduler = {f"fastopt_{part}" for part in (*parts, "gradients", "release")}
@@ -199,9 +200,23 @@ def test_kernels_call_nothing() -> None:
     for isa in _backend.ISAS:
         for dtype in COMPUTE:
             assert calls(norm_symbol(dtype, isa)) <= {"memcpy"}, (dtype, isa)
+        for dtype in COPIES:
+            assert calls(round_symbol(dtype, isa)) == set(), (dtype, isa)
         for name in RULE_NAMES:
             if RULES[name].ratio:
                 assert calls(ratio_symbol(name, isa)) == set(), (name, isa)
+
+
+@needs_x86
+@pytest.mark.parametrize("isa", _backend.ISAS)
+@pytest.mark.parametrize("dtype", COPIES)
+def test_rounding_is_packed(isa: str, dtype: str) -> None:
+    wide = {"x86-64-v2": "%xmm", "x86-64-v3": "%ymm", "x86-64-v4": "%zmm"}[isa]
+    symbol = round_symbol(dtype, isa)
+    conversions = [operands for name, operands in instructions()[symbol] if name == "vcvtps2ph"]
+    shifts = [operands for name, operands in instructions()[symbol] if "psrld" in name]
+    native = dtype == "float16" and isa != "x86-64-v2"
+    assert any(wide in operands for operands in (conversions if native else shifts)), symbol
 
 
 @needs_x86

@@ -30,7 +30,7 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=600)
 
 
-@pytest.mark.parametrize("name", ["test_cuda_plan.py", "test_cuda_launch.py"])
+@pytest.mark.parametrize("name", ["test_cuda_plan.py", "test_cuda_launch.py", "test_cuda_copy.py"])
 def test_compiled_kernels_have_the_bits_of_the_cpu(name: str) -> None:
     done = run("-m", "pytest", "-q", "-p", "no:cacheprovider", str(TESTS / name))
     assert done.returncode == 0, done.stdout[-5000:]

@@ -9,11 +9,11 @@ import cuda_simulator
 import numpy as np
 import pytest
 from cases import CASES, gradients, parameters
-from compare import DTYPES, PARAMETER, assert_same_bits, build
+from compare import DTYPES, PARAMETER, assert_same_bits, bits, build
 from cuda_simulator import UPDATE_THREADS, BadAccess, Segment, Tables, allow, kernel_of
 from fastopt.kernels.cuda.toolchain import THREADS
 from fastopt.kernels.cuda.update import PARTS, update_loop
-from fastopt.kernels.dtypes import COMPUTE, PAIRS, cuda_update_symbol
+from fastopt.kernels.dtypes import COMPUTE, COPIES, PAIRS, cuda_update_symbol
 from fastopt.kernels.layout import CHUNK, GRADIENT, SIGN
 from fastopt.kernels.registry import RULES
 
@@ -180,6 +180,45 @@ def test_a_skipped_step_only_zeroes_gradients(pair, zero):
         segment.arrays[GRADIENT][:] = 0
     update_on_cuda(rule, pair, segments, 1.0, zero, skip=True)
     assert_same(rule, segments, expected)
+
+
+# --- 16-bit copies of float32 parameters -----------------------------------------------------------------------------
+
+
+def give_copies(segments):
+    """Copies of both dtypes, some of which are not aligned to vectors, for two segments in three."""
+    for k, segment in enumerate(segments):
+        if k % 3:
+            values = np.full(segment.arrays[0].size, 7, DTYPES[COPIES[k % 2]])
+            segment.copy = place(values, shift=(0, 4, 1, 2)[k // 3 % 4])
+    return segments
+
+
+def assert_copies(segments, *, written=True):
+    for segment in segments:
+        if segment.copy is not None:
+            with np.errstate(over="ignore"):
+                expected = segment.arrays[0] if written else np.full(segment.copy.size, 7)
+                assert (bits(segment.copy) == bits(expected.astype(segment.copy.dtype))).all()
+            assert (surroundings(segment.copy) == UNTOUCHED).all()
+
+
+@pytest.mark.parametrize("pair", [pair for pair in PAIRS if pair[0] == "float32"], ids="-".join)
+@pytest.mark.parametrize("rule", ["sgd", "adamw", "lars"])
+def test_copies_are_rounded_and_change_nothing_else(rule, pair):
+    rule = RULES[rule]
+    segments = give_copies(make_segments(rule, pair, [*SIZES, CHUNK // PARTS + 3]))
+    check(rule, pair, segments, zeros=(True,))
+    assert_copies(segments)
+
+
+def test_a_skipped_step_writes_no_copy():
+    rule, pair = RULES["momentum"], PAIRS[0]
+    segments = give_copies(make_segments(rule, pair))
+    expected = copied(segments)
+    update_on_cuda(rule, pair, segments, 1.0, False, skip=True)
+    assert_same(rule, segments, expected)
+    assert_copies(segments, written=False)
 
 
 # --- negative controls -----------------------------------------------------------------------------------------------

@@ -47,6 +47,62 @@ def test_masters_are_the_float32_run_and_parameters_their_rounding(name, dtype):
             assert torch.equal(p, q.to(dtype))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("options", [{}, {"flatten": True}, {"zero_grads": True, "max_grad_norm": 0.5}], ids=str)
+def test_parameters_are_written_in_the_pass_itself(dtype, options, monkeypatch):
+    p = [torch.nn.Parameter(torch.randn(n, generator=torch.Generator().manual_seed(n)).to(dtype)) for n in (5, 70_000)]
+    opt = front.AdamW(p, lr=0.1, master_weights=True, **options)
+    for t in range(3):
+        if t == 1:  # the masters are there
+            for home, name in ((torch, "_foreach_copy_"), (torch, "where"), (torch.Tensor, "copy_")):
+                monkeypatch.setattr(home, name, None, raising=False)
+        for x in p:
+            x.grad.fill_(t + 1) if options.get("flatten") else setattr(x, "grad", torch.full_like(x, t + 1))
+        before = [x._version for x in p]
+        opt.step()
+        assert all(x._version > version for x, version in zip(p, before, strict=True))  # autograd must know
+        assert all(torch.equal(x, opt.state[x]["master_param"].to(dtype)) for x in p)
+
+
+def test_masters_of_other_layouts():
+    p = torch.nn.Parameter(torch.randn(4, 3, 5, 5).to(torch.bfloat16, memory_format=torch.channels_last))
+    q = torch.nn.Parameter(torch.randn(7, 9).bfloat16().t())
+    part = torch.zeros(101, dtype=torch.bfloat16)[1:]  # begins at an odd multiple of two bytes
+    opt = front.SGD([p, q, r := torch.nn.Parameter(part)], lr=0.5, master_weights=True)
+    for _ in range(2):
+        for x in (p, q, r):
+            x.grad = torch.randn(x.shape).bfloat16()
+        wanted = [x.detach().float() if not opt.state[x] else opt.state[x]["master_param"].clone() for x in (p, q, r)]
+        opt.step()
+        for x, master in zip((p, q, r), wanted, strict=True):
+            assert torch.equal(x, (master - 0.5 * x.grad.float()).bfloat16())
+
+
+def test_a_skipped_step_writes_neither_parameters_nor_masters():
+    p = params_of(torch.bfloat16)
+    opt, scaler = front.AdamW(p, master_weights=True), front.GradScaler("cpu", init_scale=1.0)
+
+    def step(number):
+        set_gradients(p, 0)
+        p[0].grad[0, 0] = number
+        scaler.scale(torch.ones(()))
+        scaler.step(opt)
+        scaler.update()
+        return [x.detach().clone() for x in p], [opt.state[x]["master_param"].clone() for x in p]
+
+    before, after = step(1.0), step(float("inf"))
+    assert opt.last_info.skipped
+    assert all(torch.equal(x, y) for x, y in zip(before[0] + before[1], after[0] + after[1], strict=True))
+
+
+def test_flat_masters_are_one_segment():
+    p = params_of(torch.bfloat16)
+    opt = front.AdamW(p, master_weights=True, flatten=True)
+    set_gradients(p, 0)
+    opt.step()
+    assert len(opt.state.watch.derived.plan.updates.sizes) == 1
+
+
 def test_weights_move_where_those_of_torch_stay_stuck():
     w, v = (torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16)) for _ in range(2))
     a, b = front.SGD([w], lr=1e-4, master_weights=True), torch.optim.SGD([v], lr=1e-4)

@@ -8,12 +8,15 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from .._plan import Copy
 from .._table import chunks_of
 from ..kernels.dtypes import CODES
 from ..kernels.layout import (
     ADAPTS,
     CHUNKS,
     COHORT,
+    COPY,
+    COPY_CODE,
     FIRST_CHUNK,
     G_CODE,
     GRADIENT,
@@ -142,11 +145,14 @@ def segment_words(
     signs: list[float],
     adapts: list[bool],
     stored: list[tuple[str, str]],
+    copies: list[Copy | None],
 ) -> NDArray[np.int64]:
     """What segments are, for ``CudaTable``; ``stored`` are the dtypes of parameter and gradient."""
     words = np.zeros((len(addresses), SEGMENT_WORDS), np.int64)
     for row, arrays in zip(words, addresses, strict=True):
         row[: len(arrays)] = arrays
     words[:, COHORT], words[:, SIGN], words[:, ADAPTS] = cohorts, signs, adapts
+    words[:, COPY] = [copy.address if copy else 0 for copy in copies]
+    words[:, COPY_CODE] = [CODES[copy.dtype] if copy else 0 for copy in copies]
     words[:, P_CODE], words[:, G_CODE] = [CODES[p] for p, _ in stored], [CODES[g] for _, g in stored]
     return words

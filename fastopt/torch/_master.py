@@ -25,8 +25,6 @@ class Masters:
             for p, master in zip(self._params, self._masters, strict=True):
                 torch.where(p == master.to(p.dtype), master, p.to(master.dtype), out=master)
 
-    def hand_out(self) -> None:
-        """Round the masters to the parameters."""
-        if self._params:
-            torch._foreach_copy_(self._params, self._masters)
-            self._versions = [p._version for p in self._params]
+    def wrote(self) -> None:
+        """The step rounded the masters to the parameters."""
+        self._versions = [p._version for p in self._params]

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .._arrays import first_hit, first_overlap
-from .._plan import Parameter, Plan, Progress, Treatment, initial_states
+from .._plan import Copy, Parameter, Plan, Progress, Treatment, initial_states
 from .._step import Request, StepInfo
 from ..kernels.dtypes import ITEMSIZE
 from ..kernels.rule import Options, Rule
@@ -152,7 +152,7 @@ class Update:
             self._replayable = any(o.get("capturable") for o in options)
         if self.home.on_gpu or not info.skipped:
             torch.autograd.graph.increment_version(self._stepped)
-            self._masters.hand_out()
+            self._masters.wrote()
             if self._hidden and not self._unsettled:
                 self._show_new(self._hidden.intersection(self._present or ()))
         for gradient in self._copied if request.zero_grads else ():  # the plan zeroed the copies
@@ -401,12 +401,16 @@ class Update:
         for name, start in initial_states(rule, options[group]).items():
             if name not in slot.entries:
                 slot.add_state(name, parameter, state.get(name), start, f"{self._where}: {self._name(i)}")
+        copy = None
         if self._has_master(parameter):
+            copy = Copy(STORED[memory.dtype].name, memory.data_ptr())
             if MASTER not in slot.entries:
                 saved = state.get(MASTER)
                 slot.add_state(MASTER, parameter, parameter if saved is None else saved, 0.0, self._where)
             memory = local(slot.entries[MASTER], self._name(i))
-        self._entries[i] = Entry(slot.block.record(slot.index, parameter, memory, group, progress), slot, state)
+        record = slot.block.record(slot.index, parameter, memory, group, progress)
+        record.copy = copy
+        self._entries[i] = Entry(record, slot, state)
         self._hidden.add(i)
 
     def _progress(self, rule: Rule, state: ParameterState, options: Options) -> Progress:

@@ -11,11 +11,14 @@ from typing import Any
 from llvmlite import ir
 from numba.core import cgutils
 
-from ..dtypes import COMPUTE, ITEMSIZE
-from ..layout import CARRY, LANES
+from ..dtypes import CODES, COMPUTE, COPIES, ITEMSIZE
+from ..layout import CARRY, COPY, COPY_CODE, LANES
 from ..rule import Rule
 from ..storage import DOUBLE, FLOAT, I32, I64, Storage
 from .toolchain import intrinsic, types
+
+COPY_BYTES = 2
+"""Bytes of an element of a 16-bit copy."""
 
 GLOBAL = 1
 """Address space of device memory: said in the pointer's type, a load needs no check of where it points."""
@@ -206,6 +209,9 @@ def ratio_caller(rule: Rule) -> Any:
 class Arrays:
     """Loads and stores of neighbouring elements of every array of a rule.
 
+    Of float32 parameters there may be a 16-bit copy. Whether there is one is asked at every store, which costs a branch
+    that all threads take alike: kernels of their own would be half as many again.
+
     Args:
         rule: The rule.
         p: Storage dtype of the parameter.
@@ -217,7 +223,8 @@ class Arrays:
         self.compute = getattr(types, COMPUTE[p])
         self.step = rule.step
         self.written = [0, *range(2, len(self.storages))]  # everything but the gradient
-        self.pointers = types.UniTuple(types.int64, len(self.storages))
+        self.copies = p == "float32"
+        self.pointers = types.UniTuple(types.int64, len(self.storages) + 2 * self.copies)
 
     def _place(self, builder: Any, pointers: Any, k: int, index: Any) -> Any:
         return _at(builder, builder.extract_value(pointers, k), index, self.storages[k].memory)
@@ -237,14 +244,17 @@ class Arrays:
         return [builder.trunc(builder.lshr(x, shift), memory) for x in words for shift in shifts]
 
     def pointers_of(self) -> Any:
-        """Intrinsic ``(segment, gradient) -> pointers``: addresses of parameter, gradient and states."""
+        """Intrinsic ``(segment, gradient) -> pointers``: addresses of parameter, gradient and states.
+
+        With float32 parameters the address of their copy, or 0, and the number of its dtype follow.
+        """
+        places = [*range(len(self.storages)), *((COPY, COPY_CODE) if self.copies else ())]
 
         @intrinsic
         def pointers_of(typingctx: Any, segment: Any, gradient: Any) -> Any:
             def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
                 words = [
-                    args[1] if k == 1 else builder.load(_at(builder, args[0], ir.Constant(I64, k), I64))
-                    for k in range(len(self.storages))
+                    args[1] if k == 1 else builder.load(_at(builder, args[0], ir.Constant(I64, k), I64)) for k in places
                 ]
                 return context.make_tuple(builder, signature.return_type, words)
 
@@ -259,8 +269,9 @@ class Arrays:
         def aligned(typingctx: Any, pointers: Any) -> Any:
             def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
                 rests = ir.Constant(I64, 0)
-                for k, storage in enumerate(self.storages):
-                    mask = ir.Constant(I64, count * ITEMSIZE[storage.dtype] - 1)
+                sizes = [ITEMSIZE[storage.dtype] for storage in self.storages] + [COPY_BYTES] * self.copies
+                for k, itemsize in enumerate(sizes):
+                    mask = ir.Constant(I64, count * itemsize - 1)
                     rests = builder.or_(rests, builder.and_(builder.extract_value(args[0], k), mask))
                 return builder.icmp_unsigned("==", rests, ir.Constant(I64, 0))
 
@@ -319,6 +330,8 @@ class Arrays:
                     storage = self.storages[k]
                     values = [storage.encode(builder, builder.extract_value(t, position)) for t in tuples]
                     self._put(builder, args[0], k, args[1], values)
+                if self.copies:
+                    self._put_copy(builder, args[0], args[1], [builder.extract_value(t, 0) for t in tuples])
                 return context.get_dummy_value()
 
             expected = types.UniTuple(types.UniTuple(self.compute, len(self.written)), count)
@@ -341,16 +354,29 @@ class Arrays:
 
     def _put(self, builder: Any, pointers: Any, k: int, index: Any, values: list[Any]) -> None:
         """Elements of array k from ``index`` on, by one store."""
-        place, count = self._place(builder, pointers, k, index), len(values)
-        if count == 1:
-            builder.store(values[0], place)
-            return
-        kind = ir.VectorType(self.storages[k].memory, count)
-        vector = ir.Constant(kind, ir.Undefined)
-        for j, value in enumerate(values):
-            vector = builder.insert_element(vector, value, ir.Constant(I32, j))
-        place = builder.bitcast(place, ir.PointerType(kind, GLOBAL))
-        builder.store(vector, place, align=count * self._itemsize(k))
+        _put_all(builder, self._place(builder, pointers, k, index), values, self._itemsize(k))
+
+    def _put_copy(self, builder: Any, pointers: Any, index: Any, numbers: list[Any]) -> None:
+        """Parameters from ``index`` on, rounded to their copy, where there is one."""
+        address, code = (builder.extract_value(pointers, len(self.storages) + j) for j in range(2))
+        first, second = map(Storage, COPIES)
+        with builder.if_then(builder.icmp_unsigned("!=", address, ir.Constant(I64, 0))):
+            is_first = builder.icmp_unsigned("==", code, ir.Constant(I64, CODES[first.dtype]))
+            values = [builder.select(is_first, first.encode(builder, x), second.encode(builder, x)) for x in numbers]
+            _put_all(builder, _at(builder, address, index, first.memory), values, COPY_BYTES)
 
     def _itemsize(self, k: int) -> int:
         return ITEMSIZE[self.storages[k].dtype]
+
+
+def _put_all(builder: Any, place: Any, values: list[Any], itemsize: int) -> None:
+    """Neighbouring elements, by one store."""
+    if len(values) == 1:
+        builder.store(values[0], place)
+        return
+    kind = ir.VectorType(values[0].type, len(values))
+    vector = ir.Constant(kind, ir.Undefined)
+    for j, value in enumerate(values):
+        vector = builder.insert_element(vector, value, ir.Constant(I32, j))
+    place = builder.bitcast(place, ir.PointerType(kind, GLOBAL))
+    builder.store(vector, place, align=len(values) * itemsize)
