@@ -31,8 +31,28 @@ typedef struct {
     void *impl, *data;
     const int64_t *sizes, *strides; /* of both */
     int64_t dim;                    /* -1 for a parameter that must have no gradient */
+    int64_t nbytes;                 /* of the gradient */
     int32_t dtype, gradient_dtype;
 } expected;
+
+/* Runs of memory that a step writes, sorted and apart: where each begins, and the byte after its last. */
+typedef struct {
+    const uintptr_t *begin, *end;
+    int64_t count;
+} runs;
+
+/* Whether some of these bytes are in one of the runs: if so, in the last that begins before their end. */
+static bool hits(const runs *owned, uintptr_t begin, int64_t nbytes) {
+    int64_t lo = 0, hi = owned->count; /* runs before lo begin before the end, those from hi on do not */
+    while (lo < hi) {
+        int64_t middle = lo + (hi - lo) / 2;
+        if (owned->begin[middle] < begin + nbytes)
+            lo = middle + 1;
+        else
+            hi = middle;
+    }
+    return nbytes && lo && owned->end[lo - 1] > begin;
+}
 
 static bool is_as(const torch_functions *t, void *tensor, const expected *e, int32_t dtype, void **data) {
     int32_t layout, device, found;
@@ -56,8 +76,10 @@ void fastopt_release(const torch_functions *t, void **held, int64_t count) {
 }
 
 /* The addresses of all gradients, which are kept alive until they are released. False, and nothing is held, where a
- * parameter or a gradient is not as expected. The caller holds Python's lock, so that none goes away meanwhile. */
-bool fastopt_gradients(const torch_functions *t, expected *parameters, int64_t count, void **pointers, void **held) {
+ * parameter or a gradient is not as expected, or a gradient lies where the step writes. The caller holds Python's lock,
+ * so that none goes away meanwhile. */
+bool fastopt_gradients(
+    const torch_functions *t, expected *parameters, int64_t count, const runs *owned, void **pointers, void **held) {
     int64_t found = 0, i = 0;
     for (; i < count; i++) {
         expected *e = parameters + i;
@@ -67,6 +89,7 @@ bool fastopt_gradients(const torch_functions *t, expected *parameters, int64_t c
         if (!defined) continue;
         if (!is_as(t, &e->impl, e, e->dtype, &data) || data != e->data) break;
         if (!is_as(t, gradient, e, e->gradient_dtype, pointers + found)) break;
+        if (hits(owned, (uintptr_t)pointers[found], e->nbytes)) break;
         if (t->new_tensor_handle(gradient, held + found)) break;
         found++;
     }

@@ -38,6 +38,7 @@ EXPECTED = np.dtype(
         ("sizes", np.uint64),
         ("strides", np.uint64),
         ("dim", np.int64),
+        ("nbytes", np.int64),
         ("dtype", np.int32),
         ("gradient_dtype", np.int32),
     ]
@@ -57,7 +58,7 @@ class _Library:
         self._functions = [ctypes.cast(function, ctypes.c_void_p).value or 0 for function in functions]
         self.gradients, self.release = own.fastopt_gradients, own.fastopt_release
         self.gradients.restype, self.release.restype = ctypes.c_bool, None
-        self.gradients.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p]
+        self.gradients.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, *[ctypes.c_void_p] * 3]
         self.release.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
         self.codes = {dtype: self._code(dtype) for dtype in STORED}
 
@@ -105,16 +106,20 @@ class Probe:
         params: All parameters.
         gradient_dtypes: The dtype of the gradient that each of them has; None where it must have none.
         device: Where they and their gradients are.
+        owned: Addresses and bytes of what a step writes, sorted and apart: no gradient may lie there.
     """
 
     def __init__(
-        self, params: Sequence[Tensor], gradient_dtypes: Sequence[torch.dtype | None], device: torch.device
+        self,
+        params: Sequence[Tensor],
+        gradient_dtypes: Sequence[torch.dtype | None],
+        device: torch.device,
+        owned: tuple[NDArray[np.uint64], NDArray[np.int64]],
     ) -> None:
         library = _library()
         assert library is not None
         self._library, self._params = library, params  # their addresses hold while they live
         self._table = library.table(device)
-        self._table_at = self._table.ctypes.data
         self._expected = np.zeros(len(params), EXPECTED)
         layouts: dict[Any, tuple[NDArray[np.int64], NDArray[np.int64]]] = {}
         for entry, p, dtype in zip(self._expected, params, gradient_dtypes, strict=True):
@@ -125,13 +130,26 @@ class Probe:
             layout = p.shape, p.stride()
             if layout not in layouts:
                 layouts[layout] = np.array(p.shape, np.int64), np.array(p.stride(), np.int64)
-            entry["data"], entry["dim"] = p.data_ptr(), p.dim()
+            entry["data"], entry["dim"], entry["nbytes"] = p.data_ptr(), p.dim(), p.numel() * dtype.itemsize
             entry["sizes"], entry["strides"] = (x.ctypes.data for x in layouts[layout])
             entry["dtype"], entry["gradient_dtype"] = library.codes[p.dtype], library.codes[dtype]
         self._layouts = layouts
         self._count = sum(dtype is not None for dtype in gradient_dtypes)
         self.pointers: NDArray[np.uint64] = np.zeros(self._count, np.uint64)
         self._held = np.zeros(self._count, np.uint64)
+        self._owned = np.array([owned[0], owned[0] + owned[1].astype(np.uint64)])  # where each begins and ends
+        begin, end = (row.ctypes.data for row in self._owned)
+        self._runs = np.array([begin, end, len(owned[0])], np.int64)  # tensors.c's ``runs``
+        # Reading an array's address takes as long as asking for a gradient.
+        self._held_at = self._held.ctypes.data
+        self._arguments = (
+            self._table.ctypes.data,
+            self._expected.ctypes.data,
+            len(self._expected),
+            self._runs.ctypes.data,
+            self.pointers.ctypes.data,
+            self._held_at,
+        )
 
     @staticmethod
     def available() -> bool:
@@ -139,17 +157,13 @@ class Probe:
         return _library() is not None
 
     def hold(self) -> bool:
-        """Put the addresses of the gradients into ``pointers`` and keep them alive, if all is as it was."""
-        return bool(
-            self._library.gradients(
-                self._table_at,
-                self._expected.ctypes.data,
-                len(self._expected),
-                self.pointers.ctypes.data,
-                self._held.ctypes.data,
-            )
-        )
+        """Put the addresses of the gradients into ``pointers`` and keep them alive.
+
+        Returns:
+            False, and nothing is kept alive, if something is not as it was, or a gradient lies where the step writes.
+        """
+        return bool(self._library.gradients(*self._arguments))
 
     def release(self) -> None:
         """Let the gradients go."""
-        self._library.release(self._table_at, self._held.ctypes.data, self._count)
+        self._library.release(self._arguments[0], self._held_at, self._count)

@@ -74,7 +74,7 @@ class Update:
         self._hidden: set[int] = set()
         self._probe: Probe | None = None
         self._served = 0  # steps that the plan has taken without it
-        self._starts: NDArray[np.uint64] = np.zeros(0, np.uint64)
+        self._starts = b""  # where the plan finds the gradients, as the bytes of an array
         self._alive: Sequence[Tensor] = ()  # what the plan reads
         self._held: Probe | None = None  # what keeps it alive in their place
         self._unsettled = False  # whether a GPU knows more than the state shows
@@ -101,10 +101,10 @@ class Update:
         if self._probe is not None and self._probe.hold():
             self._held = self._probe
             if self._undisturbed() and not self._is_negated([self._params[i].grad for i in self._scalars]):
-                starts, stay = self._probe.pointers, np.array_equal(self._probe.pointers, self._starts)
+                stay = self._probe.pointers.tobytes() == self._starts
                 if stay or self._kind.flat is None:  # gradients outside flat memory must be gathered
                     if not stay or write:
-                        self._aim(starts.copy(), options, write)
+                        self._aim(self._probe.pointers.copy(), options, write)
                     return True
             self.release()
         return self._prepare_by_python(options, write)
@@ -124,7 +124,7 @@ class Update:
         self._served += 1
         if self._served >= 2 and self._probe is None and self._is_simple(grads):  # the pattern seems to last
             dtypes = dict(zip(present, self._dtypes, strict=True))
-            self._probe = Probe(self._params, [dtypes.get(i) for i in self._everyone], self.home.device)
+            self._probe = Probe(self._params, [dtypes.get(i) for i in self._everyone], self.home.device, self._owned)
         return True
 
     def release(self) -> None:
@@ -209,7 +209,7 @@ class Update:
 
     def _undisturbed(self) -> bool:
         """Whether the state is where it was, and says what the plan knows."""
-        return self._extents == [x for block in self._blocks for x in block.extents()] and self._mirror.holds()
+        return [tensor.data_ptr() for tensor in self._flat_states] == self._states_at and self._mirror.holds()
 
     def _is_stale(self) -> bool:
         params = self._stepped if self._plain else [local(p.detach(), self._where) for p in self._stepped]
@@ -235,7 +235,14 @@ class Update:
             if dtypes != self._dtypes:
                 self._make_plan(dtypes, options, self._kind.flat is not None)
             self._copied = [g for g, m in zip(grads, memories, strict=True) if g.data_ptr() != m.data_ptr()]
-        self._aim(np.array([m.data_ptr() for m in memories], np.uint64), options, write)
+        starts = np.array([m.data_ptr() for m in memories], np.uint64)
+        hit = first_hit(starts, self._extent, *self._owned)
+        if hit is not None:
+            raise ValueError(
+                f"{self._where}: the gradient of {self._names[hit]} shares memory with a parameter or a state, which "
+                "the step writes. Set .grad to a copy."
+            )
+        self._aim(starts, options, write)
         return memories
 
     def _are_plain(self, grads: list[Tensor]) -> bool:
@@ -253,13 +260,7 @@ class Update:
             return False
 
     def _aim(self, starts: NDArray[np.uint64], options: Sequence[Options], write: bool) -> None:
-        """Hand the addresses of the gradients to the plan, unless they lie where the step writes."""
-        hit = first_hit(starts, self._extent, *self._owned)
-        if hit is not None:
-            raise ValueError(
-                f"{self._where}: the gradient of {self._names[hit]} shares memory with a parameter or a state, which "
-                "the step writes. Set .grad to a copy."
-            )
+        """Hand the addresses of the gradients to the plan."""
         clash = first_overlap(starts, self._extent) if write else None
         if clash is not None:
             a, b = (self._names[k] for k in clash)
@@ -273,7 +274,7 @@ class Update:
             if placed is None:
                 self._make_plan(self._dtypes, options, False)
         self.plan.point_at(starts if placed is None else placed)
-        self._starts = starts
+        self._starts = starts.tobytes()
 
     def _brought(self, grads: Sequence[Tensor]) -> list[Tensor]:
         """The gradients as kernels can read them."""
@@ -327,8 +328,10 @@ class Update:
         self._entered = [self._entries[i] for i in present]
         self._blocks = list({id(e.slot.block): e.slot.block for e in self._entered}.values())
         self._pointers, self._nbytes = [m.data_ptr() for m in memories], [m.nbytes for m in memories]
-        self._extents = [x for block in self._blocks for x in block.extents()]
-        owned = [*zip(self._pointers, self._nbytes, strict=True), *self._extents]
+        self._flat_states = [tensor for block in self._blocks for tensor in block.tensors()]
+        self._states_at = [tensor.data_ptr() for tensor in self._flat_states]
+        extents = zip(self._states_at, [tensor.nbytes for tensor in self._flat_states], strict=True)
+        owned = [*zip(self._pointers, self._nbytes, strict=True), *extents]
         starts, nbytes = np.array(sorted(x for x in owned if x[1]), np.uint64).reshape(-1, 2).T
         self._owned = starts, nbytes.astype(np.int64)
         raw = [local(p.detach(), name) for p, name in zip(self._stepped, self._names, strict=True)]
@@ -364,7 +367,7 @@ class Update:
         self._dtypes = dtypes
         self._seen_dtypes = [self._complex.get(k, dtype) for k, dtype in enumerate(dtypes)]
         self._extent = np.array([r.size * dtype.itemsize for r, dtype in zip(records, dtypes, strict=True)], np.int64)
-        self._starts = np.zeros(0, np.uint64)
+        self._starts = b""
         self._probe, self._served = None, 0
 
     def _admit(self, present: Sequence[int], memories: Sequence[Tensor], options: Sequence[Options]) -> None:

@@ -6,11 +6,13 @@ import inspect
 import math
 import threading
 from collections.abc import Callable, Mapping
+from operator import is_
 from typing import Any, ClassVar, overload
 
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
+from torch.optim.optimizer import Optimizer, _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from .._options import NORM, boolean
 from .._plan import Treatment
@@ -25,6 +27,9 @@ from ._several import Several, derive
 from ._state import State
 from ._tensors import FLOATING, PLAIN, check_apart, parameter_memory
 from ._update import Kind, Update
+
+FIXED = (bool, int, float, str)
+"""Types whose objects never change."""
 
 EXTRAS = {"max_grad_norm": None, "zero_grads": False, "master_weights": False, "flatten": False}
 """What every constructor takes beside torch's arguments, and the defaults."""
@@ -116,6 +121,7 @@ class TensorOptimizer(Checkpoints):
         self.last_info = StepInfo()
         self._lock = threading.Lock()
         self._seen: list[dict[str, Any]] = []
+        self._objects: list[Any] | None = None  # what is in the groups, where nothing but an exchange can change it
         self._options: list[dict[str, Any]] = []
         self._structure: list[Any] = []
         self._rates = DeviceRates()
@@ -191,6 +197,14 @@ class TensorOptimizer(Checkpoints):
                 written. RuntimeError also for sparse gradients, while another thread steps this optimizer, and in the
                 capture of a CUDA graph without ``capturable``, or before a step of the same kind was taken.
         """
+        given = () if closure is None else (closure,)
+        # A class that overrides step has it wrapped by torch, which then calls the hooks.
+        if type(self).step is TensorOptimizer.step and self._is_watched():
+            return self._watched_step(*given)
+        self._optimizer_step_code()
+        return self._plain_step(*given)
+
+    def _plain_step(self, closure: Callable[[], float] | None = None) -> float | None:
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -203,6 +217,18 @@ class TensorOptimizer(Checkpoints):
         finally:
             self._lock.release()
         return loss
+
+    _watched_step = Optimizer.profile_hook_step(_plain_step)
+
+    def _is_watched(self) -> bool:
+        """Whether there are hooks to call, or a profiler to tell. Torch wraps each step in both, which takes 10 µs."""
+        return bool(
+            torch.autograd._profiler_enabled()
+            or self._optimizer_step_pre_hooks
+            or self._optimizer_step_post_hooks
+            or _global_optimizer_pre_hooks
+            or _global_optimizer_post_hooks
+        )
 
     def _step(self) -> StepInfo:
         scale: Any = getattr(self, "grad_scale", None)  # GradScaler sets both around a step
@@ -276,6 +302,10 @@ class TensorOptimizer(Checkpoints):
 
     def _current_options(self) -> list[dict[str, Any]]:
         """Options of every group as numbers."""
+        objects = [value for group in self.param_groups for value in group.values()]
+        # Reading every option takes as long as a small step; but the same objects say the same, unless they can change.
+        if self._objects is not None and len(objects) == len(self._objects) and all(map(is_, objects, self._objects)):
+            return self._options
         current = [
             {name: _plain(value) for name, value in group.items() if name != "params"}
             for group in self._rates.placed(self.param_groups)
@@ -286,6 +316,8 @@ class TensorOptimizer(Checkpoints):
             if structure != self._structure and isinstance(self.state, State):
                 self.state.watch.drop()
             self._options, self._structure, self._seen = options, structure, current
+        values = [value for group in self.param_groups for name, value in group.items() if name != "params"]
+        self._objects = objects if all(map(_is_fixed, values)) else None
         return self._options
 
     def complete(self, options: dict[str, Any], index: int) -> dict[str, Any]:
@@ -303,6 +335,14 @@ class TensorOptimizer(Checkpoints):
                 if math.isnan(number):
                     raise ValueError(f"{where}{name} must be a number, got {value!r}.")
         return options
+
+
+TensorOptimizer.step.hooked = True  # type: ignore[attr-defined] - torch need not wrap it
+
+
+def _is_fixed(value: Any) -> bool:
+    """Whether the object cannot say something else later."""
+    return value is None or type(value) in FIXED or (type(value) is tuple and all(map(_is_fixed, value)))
 
 
 def _plain(value: Any) -> Any:

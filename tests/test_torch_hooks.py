@@ -1,0 +1,130 @@
+"""fastopt.torch calls hooks and tells profilers, as torch's wrapper of a step does; and it sees changes of options."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+
+torch = pytest.importorskip("torch")
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook  # noqa: E402
+from torch_problem import params_of, set_gradients  # noqa: E402
+
+import fastopt.torch as front  # noqa: E402 - needs torch
+
+
+class Overridden(front.AdamW):
+    def step(self, closure=None):
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("kind", [front.AdamW, Overridden, torch.optim.AdamW])
+def test_every_hook_is_called_once_a_step(kind):
+    front.AdamW(params_of())  # torch would wrap the class's step with the first optimizer
+    params, seen = params_of(), []
+    opt = kind(params, lr=0.1)
+    removable = [
+        register_optimizer_step_pre_hook(lambda o, args, kwargs: seen.append(("all before", o is opt, len(args)))),
+        register_optimizer_step_post_hook(lambda o, args, kwargs: seen.append(("all after", o is opt, len(args)))),
+        opt.register_step_pre_hook(lambda o, args, kwargs: seen.append(("before", o is opt, len(args)))),
+        opt.register_step_post_hook(lambda o, args, kwargs: seen.append(("after", o is opt, len(args)))),
+    ]
+    try:
+        for t in range(5):
+            set_gradients(params, t)
+            opt.step()
+    finally:
+        for handle in removable:
+            handle.remove()
+    assert seen == [(when, True, 1) for when in ("all before", "before", "after", "all after")] * 5
+    opt.step()
+    assert len(seen) == 20
+
+
+@pytest.mark.parametrize("kind", [front.AdamW, torch.optim.AdamW])
+def test_a_profiler_sees_the_step(kind):
+    params = params_of()
+    opt = kind(params, lr=0.1)
+    set_gradients(params, 0)
+    opt.step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        opt.step()
+    assert f"Optimizer.step#{kind.__name__}.step" in {event.key for event in profile.key_averages()}
+
+
+def test_a_closure_is_called_once_whether_there_are_hooks_or_not():
+    params, calls = params_of(), []
+    opt = front.SGD(params, lr=0.1)
+    set_gradients(params, 0)
+    assert opt.step(lambda: calls.append(1) or 3.0) == 3.0
+    opt.register_step_post_hook(lambda o, args, kwargs: None)
+    assert opt.step(closure=lambda: calls.append(1) or 4.0) == 4.0
+    assert len(calls) == 2
+
+
+def changed_lr(group):
+    group["lr"] = 0.5
+
+
+def changed_tensor(group):
+    group["lr"].fill_(0.5)
+
+
+def changed_list(group):
+    group["betas"][0] = 0.5
+
+
+def added_option(group):
+    group["maximize"] = True
+
+
+@pytest.mark.parametrize(
+    ("change", "options"),
+    [
+        (changed_lr, {"lr": 0.1}),
+        (changed_tensor, {"lr": torch.tensor(0.1, dtype=torch.float64)}),
+        (changed_list, {"lr": 0.1, "betas": [0.9, 0.99]}),
+        (added_option, {"lr": 0.1}),
+    ],
+)
+def test_a_change_of_options_is_seen_in_the_next_step(change, options):
+    def run(kind):
+        params = params_of(dtype=torch.float64)
+        opt = kind(params)
+        opt.param_groups[0].update(copy.deepcopy(options))
+        for t in range(8):
+            if t == 5:
+                change(opt.param_groups[0])
+            set_gradients(params, t)
+            opt.step()
+        return params
+
+    for p, q in zip(run(front.Adam), run(torch.optim.Adam), strict=True):
+        assert torch.allclose(p, q, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("where", ["parameter", "state", "the last byte"])
+def test_a_gradient_where_the_step_writes_is_refused_at_every_step(where):
+    params = [torch.nn.Parameter(torch.ones(1000)), torch.nn.Parameter(torch.ones(1000))]
+    opt = front.AdamW(params, lr=0.1)
+    for t in range(5):
+        set_gradients(params, t)
+        opt.step()
+    assert opt.state.watch.derived._probe is not None
+    before = [p.detach().clone() for p in params]
+    memory = {"parameter": params[0].detach(), "state": opt.state[params[0]]["exp_avg"].view(-1)}
+    if where == "the last byte":
+        params[1].grad = torch.cat([params[1].detach(), params[1].detach()])[:1000]
+        both = torch.ones(1999)
+        params[0].data, params[1].grad = both[:1000].fill_(1.0), both[999:]
+        opt.param_groups[0]["lr"] = 0.1
+        before[0] = params[0].detach().clone()
+    else:
+        params[1].grad = memory[where]
+    for _ in range(3):
+        with pytest.raises(ValueError, match="the gradient of parameter 1 of group 0 shares memory with a parameter"):
+            opt.step()
+    assert all(torch.equal(p, b) for p, b in zip(params, before, strict=True))
+    set_gradients(params, 6)
+    opt.step()
+    assert not torch.equal(params[1], before[1])
