@@ -26,13 +26,13 @@ class Features(NamedTuple):
     fma: bool  # fused multiply-add
 
 
-def prefetch(builder: Any, pointer: ir.Value, *, level: int) -> None:
-    """Ask for the cache line at ``pointer``: level 3 is the first-level cache, 2 the second."""
+def prefetch(builder: Any, pointer: ir.Value, *, level: int, write: bool = False) -> None:
+    """Ask for the cache line at ``pointer``, to be written or read: level 3 is the first-level cache, 2 the second."""
     i32, byte_pointer = ir.IntType(32), ir.IntType(8).as_pointer()
     kind = ir.FunctionType(ir.VoidType(), [byte_pointer, i32, i32, i32])
     function = builder.module.declare_intrinsic("llvm.prefetch", (byte_pointer,), kind)
-    read, data = ir.Constant(i32, 0), ir.Constant(i32, 1)
-    builder.call(function, [builder.bitcast(pointer, byte_pointer), read, ir.Constant(i32, level), data])
+    purpose, data = ir.Constant(i32, int(write)), ir.Constant(i32, 1)
+    builder.call(function, [builder.bitcast(pointer, byte_pointer), purpose, ir.Constant(i32, level), data])
 
 
 def _like(scalar: ir.Type, value: ir.Value) -> ir.Type:

@@ -240,3 +240,15 @@ def test_one_openmp_runtime_is_shared_under_its_plain_name() -> None:
 def test_rooted_rules_are_found() -> None:
     assert {"adam", "adamw", "rmsprop_centered_momentum", "adagrad", "adadelta"} <= set(ROOTED)
     assert not {"sgd", "lion", "rprop", "asgd", "lars"} & set(ROOTED)
+
+
+@pytest.mark.parametrize("isa", _backend.ISAS)
+def test_parameters_are_prefetched_for_writing_and_what_is_only_read_or_ours_is_not(isa: str) -> None:
+    found = [
+        name for name, _ in instructions()[update_symbol("adamw", "float32", "float32", isa)] if "prefetch" in name
+    ]
+    lines = {name: found.count(name) for name in set(found)}
+    if isa == "x86-64-v2":  # which has no such instruction
+        assert lines.keys() == {"prefetcht0"}
+    else:
+        assert lines["prefetcht0"] == 3 * lines["prefetchw"]  # gradient and two states beside the parameter
