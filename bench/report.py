@@ -17,7 +17,7 @@ from .measure import Effort
 from .results import Record
 from .suite import QUICK, SLOW, SUITE
 
-QUICK_EFFORT = Effort(rounds=15, seconds=2.5)
+QUICK_EFFORT = Effort(rounds=15, seconds=1.0)
 FULL_EFFORT = Effort(rounds=31, seconds=30.0)
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,7 +30,7 @@ def add_parser(commands: Any) -> None:
         "report",
         help="run a suite and write a page with tables and plots",
         description="Run a suite of cases, interleaved and checked, and write every sample (report.json) and a page to "
-        "look at (report.html). The quick suite takes three minutes on two cores.",
+        "look at (report.html). The quick suite takes three to four minutes on two cores.",
     )
     parser.add_argument("--full", action="store_true", help="every case and contender: an hour, and much memory")
     parser.add_argument("--threads", metavar="N", default=str(step.THREADS), help="of everybody (default: %(default)s)")
@@ -74,7 +74,7 @@ def measured(full: bool, threads: int, console: Console) -> Record:
     began = time.perf_counter()
     record = Record(machine.describe(threads), "full" if full else "quick")
     step.measure(record, cases(full), threads, FULL_EFFORT if full else QUICK_EFFORT, console)
-    record.results += startup.measure()
+    record.results += startup.measure(11 if full else 3)
     for result in record.results[-2:]:
         step.show(result, console)
     record.seconds = time.perf_counter() - began

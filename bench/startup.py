@@ -9,8 +9,6 @@ import sys
 from .case import Bar
 from .results import Result, Timing
 
-REPEATS = 7
-
 HEAD = "import sys, time\nimport numpy as np\nclock = time.perf_counter\nx = np.ones(1000, np.float32)\n"
 PROGRAMS = {
     "fastopt": """
@@ -65,11 +63,11 @@ NEEDS = {"fastopt": "numpy", "fastopt.torch": "torch", "torch fused": "torch", "
 BARS = {"import": Bar("fastopt", 60, unit="ms"), "first step": Bar("fastopt", 5, unit="ms")}
 
 
-def measure() -> list[Result]:
+def measure(repeats: int) -> list[Result]:
     """Two results: seconds of the import (beyond NumPy, and torch for fastopt.torch), and of the first step."""
     samples: dict[str, list[tuple[float, ...]]] = {}
     problems = {}
-    for _ in range(REPEATS):
+    for _ in range(repeats):
         for name, program in PROGRAMS.items():
             if name in problems:
                 continue

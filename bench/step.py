@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     effort = Effort(rounds, seconds=float("inf"), fixed=True)
     measure(record, cases, threads, effort, console)
     if "startup" in args.cases or not (args.cases or own(args)):
-        record.results += startup.measure()
+        record.results += startup.measure(min(rounds, 11))
         for result in record.results[-2:]:
             show(result, console)
     if args.json:

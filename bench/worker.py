@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import itertools
 import math
@@ -117,6 +118,8 @@ def _serve(pipe: Connection, threads: int) -> None:
         elif what == "clear":
             running.clear()
             gc.collect()
+            if hasattr(ctypes.CDLL(None), "malloc_trim"):  # of the GNU C library, which otherwise keeps what it got
+                ctypes.CDLL(None).malloc_trim(0)
             pipe.send(None)
         else:
             case, name, copies = rest
@@ -151,9 +154,11 @@ class _Running:
                 check(member, case, expected)
             members.append(member)
         self._steps: Iterator[Contender] = itertools.cycle(members)
-        for _ in range(WARM_UP * copies):
+        for _ in range(WARM_UP * (copies - 1) + 1):  # the checked one is warm
             next(self._steps).step()
-        seconds = min(self._seconds(1) for _ in range(3))
+        seconds = self._seconds(1)
+        if seconds < SHORT:
+            seconds = min(seconds, self._seconds(10))
         self._repeat = max(1, min(1000, math.ceil(SHORT / max(seconds, 1e-9))))
         self.temporaries = temporaries(next(self._steps))
 
@@ -205,10 +210,12 @@ def data(case: Case) -> tuple[Arrays, Arrays]:
         drawn = rng.standard_normal(min(PERIOD, max(case.elements, 1)), np.float32) * np.float32(scale)
         numbers, arrays, start = drawn.astype(dtype), {}, 0
         for name, shape in case.shapes.items():
-            size = math.prod(shape)
-            turned = numbers if size > 1024 or start + size > len(numbers) else numbers[start : start + size]
-            arrays[name] = np.resize(turned, shape)
-            start = (start + size) % len(numbers)
+            arrays[name] = np.empty(shape, dtype)
+            flat, filled = arrays[name].reshape(-1), 0
+            while filled < flat.size:
+                piece = numbers[start : start + flat.size - filled]
+                flat[filled : filled + piece.size] = piece
+                filled, start = filled + piece.size, (start + piece.size) % numbers.size
         return arrays
 
     return draw(0.01), draw(0.01)

@@ -337,6 +337,8 @@ class Optimizer:
         self._reader.forget()  # until the plan is there: if that fails, the next call must not find the old one
         present = [self._parameters[i] for i in gradients.present]
         if plan is None or (plan.flat, plan.dtypes, plan.parameters) != (gradients.flat, gradients.dtypes, present):
+            if plan is not None:
+                plan.recount()
             treatments = [self.treat(options[p.group], p.array) for p in present]
             signs = [-1.0 if o.get("maximize") else 1.0 for o in options]
             plan = self._plan = plan_class(self._space)(
@@ -357,6 +359,8 @@ class Optimizer:
     @property
     def state(self) -> dict[str, dict[str, Any]]:
         """State of each parameter by name: "step", host scalars, and views of its state arrays."""
+        if self._plan is not None:
+            self._plan.recount()  # a CUDA graph may have been replayed
         return {
             p.name: {"step": p.progress.steps, **(p.progress.carry or {}), **self._views(p)} for p in self._parameters
         }

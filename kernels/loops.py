@@ -13,7 +13,7 @@ from numba.core.extending import intrinsic
 from . import reductions
 from .dtypes import COMPUTE, ITEMSIZE
 from .layout import BLOCK as REDUCED
-from .layout import LANES
+from .layout import LANES, PARAMETER
 from .reductions import take_sum
 from .rule import Rule
 from .storage import I64, LINE, Features, Storage, prefetch
@@ -40,9 +40,9 @@ AHEAD = 512  # elements between the block that is computed and the block that is
 OWNED = 128  # elements between the block that is computed and the block whose parameters are prefetched to be written
 # The cores have all read the parameters in the forward pass, so that lines have copies in other caches, and the first
 # store to one would wait for these to go. A step in a training run (transformer of 3.3 M parameters, 53 arrays, 2
-# threads, right after backward()), µs without and with: AdamW 2739, 1877; momentum 2697, 1305; Adagrad 2682, 1438; torch
-# fused AdamW 2400. With 25 M parameters no difference. States, which nobody else reads, gain nothing. On one array of
-# 48 M it is no slower (0.99 to 1.00), while asking 512 ahead for writing in the place of reading is by 1 to 5 %.
+# threads, right after backward()), µs without and with: AdamW 2739, 1877; momentum 2697, 1305; Adagrad 2682, 1438;
+# torch fused AdamW 2400. With 25 M parameters no difference. States, which nobody else reads, gain nothing. On one
+# array of 48 M it is no slower (0.99 to 1.00); asking 512 ahead for writing instead of reading is, by 1 to 5 %.
 
 
 def cpu_loop(rule: Rule, p: str, g: str, features: Features) -> Callable[..., float]:
@@ -50,7 +50,8 @@ def cpu_loop(rule: Rule, p: str, g: str, features: Features) -> Callable[..., fl
     compute = getattr(types, COMPUTE[p])
     stored = [Storage(p, features.half), Storage(g, features.half)]
     access = _Access(stored + [Storage(COMPUTE[p])] * len(rule.state), compute)
-    pointers_of, ahead = access.pointers_of(), access.ahead()
+    pointers_of, ahead = access.pointers_of(), access.ahead(range(len(access.storages)))
+    owned = access.ahead([PARAMETER], write=True)
     load, store, clear = access.load(), access.store(), access.clear()
     scalars_of = _scalars(rule, compute)
     step = njit(error_model="numpy", forceinline=True)(rule.step)
@@ -69,6 +70,7 @@ def cpu_loop(rule: Rule, p: str, g: str, features: Features) -> Callable[..., fl
         tail = hi - (hi - lo) % BLOCK
         for start in range(lo, tail, BLOCK):
             ahead(pointers, start + AHEAD)
+            owned(pointers, start + OWNED)
             for i in range(start, start + BLOCK):
                 store(pointers, i, step(*load(pointers, i, multiplier, h)))
             if zero_gradient:
@@ -97,7 +99,7 @@ def cpu_loop(rule: Rule, p: str, g: str, features: Features) -> Callable[..., fl
 def rounding_loop(dtype: str, features: Features) -> Callable[..., None]:
     """The loop that rounds float32 parameters to a copy stored as ``dtype``, to be compiled."""
     access = _Access([Storage("float32"), Storage(dtype, features.half)], types.float32)
-    ahead, round_one = access.ahead([1]), access.round_one()  # the parameters were just written
+    ahead, round_one = access.ahead([1], write=True), access.round_one()  # parameters were just written
 
     def loop(lo: Any, hi: Any, parameter: Any, copy: Any) -> None:
         pointers = parameter, copy
@@ -249,17 +251,16 @@ class _Access:
 
         return round_one
 
-    def ahead(self, arrays: Iterable[int] | None = None) -> Any:
+    def ahead(self, arrays: Iterable[int], write: bool = False) -> Any:
         """Intrinsic ``(pointers, i)``: ask for the cache lines of the block that begins at element i of some arrays."""
-        wanted = range(len(self.storages)) if arrays is None else arrays
 
         @intrinsic
         def ahead(typingctx: Any, pointers: Any, i: Any) -> Any:
             def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-                for k in wanted:
+                for k in arrays:
                     for offset in range(0, BLOCK, LINE // ITEMSIZE[self.storages[k].dtype]):
                         at = builder.add(args[1], ir.Constant(I64, offset))
-                        prefetch(builder, self._element(builder, args[0], k, at), level=3, write=k == 0)
+                        prefetch(builder, self._element(builder, args[0], k, at), level=3, write=write)
                 return context.get_dummy_value()
 
             return types.void(pointers, types.int64), codegen

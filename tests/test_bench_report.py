@@ -30,7 +30,6 @@ def suite(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(report, "SUITE", {"small": case})
     monkeypatch.setattr(report, "QUICK", ("small",))
     monkeypatch.setattr(report, "QUICK_EFFORT", Effort(rounds=2))
-    monkeypatch.setattr(startup, "REPEATS", 1)
     monkeypatch.setattr(startup, "PROGRAMS", {"fastopt": startup.PROGRAMS["fastopt"]})
 
 

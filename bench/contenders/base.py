@@ -87,7 +87,7 @@ class Contender:
     def scale_gradients(self, factor: float) -> None:
         """Multiply the gradients of the next step."""
         for array in self.gradients:
-            array[...] = array * array.dtype.type(factor)
+            np.multiply(array, array.dtype.type(factor), out=array)
 
 
 def betas_of(hyper: Mapping[str, Any]) -> tuple[float, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import subprocess
 import tempfile
 from collections.abc import Callable
@@ -16,6 +17,7 @@ SOURCE = Path(__file__).with_name("stream.c")
 COMMAND = ("cc", "-O3", "-march=native", "-mprefer-vector-width=512", "-fopenmp", "-shared", "-fPIC")
 
 
+@functools.cache
 def stream(itemsize: int) -> Callable[..., Any]:
     """The stream for parameters of ``itemsize`` bytes: (n, states, p, g, a, b, c) with addresses for arrays."""
     with tempfile.TemporaryDirectory() as folder:
