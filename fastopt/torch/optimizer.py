@@ -223,7 +223,7 @@ class TensorOptimizer(Checkpoints):
     def _is_watched(self) -> bool:
         """Whether there are hooks to call, or a profiler to tell. Torch wraps each step in both, which takes 10 µs."""
         return bool(
-            torch.autograd._profiler_enabled()
+            torch.autograd._profiler_enabled()  # type: ignore[attr-defined]
             or self._optimizer_step_pre_hooks
             or self._optimizer_step_post_hooks
             or _global_optimizer_pre_hooks
@@ -337,7 +337,7 @@ class TensorOptimizer(Checkpoints):
         return options
 
 
-TensorOptimizer.step.hooked = True  # type: ignore[attr-defined] - torch need not wrap it
+TensorOptimizer.step.hooked = True  # type: ignore[attr-defined]  # torch need not wrap it
 
 
 def _is_fixed(value: Any) -> bool:
