@@ -8,7 +8,7 @@ from pathlib import Path
 import bench_records
 import pytest
 
-from bench.page import explanations, figures, readme_block, summary, tables, words, write_page, write_pictures
+from bench.page import figures, losses, readme_block, summary, tables, words, write_page, write_pictures
 from bench.page.losses import compare
 from bench.page.palette import COLOURS, Palette
 from bench.results import Record, Result, Timing
@@ -76,7 +76,7 @@ def test_losses_are_sorted_by_how_much():
 
 @pytest.mark.parametrize("key", ["case: numba", "sizes: numba", "case", "sizes"])
 def test_an_explanation_is_found(monkeypatch, key):
-    monkeypatch.setitem(explanations.EXPLANATIONS, key, "because")
+    monkeypatch.setattr(losses, "EXPLANATIONS", {key: "because"})
     (loss,) = compare(single({"fastopt": [2.0], "numba": [1.0]})).losses
     assert loss.explanation == "because"
 
