@@ -103,6 +103,27 @@ def test_a_change_of_options_is_seen_in_the_next_step(change, options):
         assert torch.allclose(p, q, rtol=1e-12, atol=1e-13)
 
 
+def test_options_that_change_places_with_equal_values_are_seen():
+    def run(kind):
+        params = params_of(dtype=torch.float64)
+        opt = kind(params, lr=0.1, momentum=0.9)
+        for t in range(6):
+            if t == 3:  # the same objects in the same order, under other names
+                group = opt.param_groups[0]
+                names = ["maximize", "nesterov"]
+                assert [group.pop(name) for name in names] == [False, False]
+                group["maximize"], group["nesterov"] = True, False
+            if t == 4:
+                del group["maximize"], group["nesterov"]
+                group["nesterov"], group["maximize"] = True, False
+            set_gradients(params, t)
+            opt.step()
+        return params
+
+    for p, q in zip(run(front.SGD), run(torch.optim.SGD), strict=True):
+        assert torch.allclose(p, q, rtol=1e-12, atol=1e-13)
+
+
 @pytest.mark.parametrize("where", ["parameter", "state", "the last byte"])
 def test_a_gradient_where_the_step_writes_is_refused_at_every_step(where):
     params = [torch.nn.Parameter(torch.ones(1000)), torch.nn.Parameter(torch.ones(1000))]

@@ -302,7 +302,7 @@ class TensorOptimizer(Checkpoints):
 
     def _current_options(self) -> list[dict[str, Any]]:
         """Options of every group as numbers."""
-        objects = [value for group in self.param_groups for value in group.values()]
+        objects = [x for group in self.param_groups for item in group.items() for x in item]
         # Reading every option takes as long as a small step; but the same objects say the same, unless they can change.
         if self._objects is not None and len(objects) == len(self._objects) and all(map(is_, objects, self._objects)):
             return self._options
