@@ -68,7 +68,7 @@ tail -n 20 "$out/info.log" || true
 # Files that need Numba's simulator cannot be imported beside a real GPU, and have no test for one. Warnings are errors
 # elsewhere; here versions of packages meet that no one chose.
 ignored=()
-for file in $(grep -lE '^(import|from) cuda_simulator' tests/*.py); do ignored+=("--ignore=$file"); done
+for file in $(grep -lE '^(import|from) cuda_simulator' tests/*/*.py); do ignored+=("--ignore=$file"); done
 stage "tests" 150 tests.log env PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 python3 -m pytest -v -m gpu -W default \
   -o "addopts=-ra --import-mode=importlib" -p no:cacheprovider --continue-on-collection-errors --durations=8 \
   --junitxml="$out/tests.xml" "${ignored[@]}" tests

@@ -229,7 +229,7 @@ def _sampled(array: Any) -> Any:
 
 def expectation(case: Case, params: Arrays, grads: Arrays) -> dict[str, NDArray[Any]]:
     """Sampled parameters after the checked steps, by the float64 references of the tests."""
-    from tests import reference  # the repository's own: a benchmark runs from its root
+    from tests.support import reference  # the repository's own: a benchmark runs from its root
 
     update = reference.REFERENCES[case.optimizer]
     layerwise = case.optimizer == "LARS"

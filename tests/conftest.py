@@ -12,16 +12,11 @@ from typing import Any
 import pytest
 
 os.environ.setdefault("NUMBA_ENABLE_CUDASIM", "1")  # before Numba is imported: kernels for CUDA run in its simulator
-sys.path.insert(0, str(pathlib.Path(__file__).parent))  # pytest's importlib mode leaves sys.path alone
+sys.path.insert(0, str(pathlib.Path(__file__).parent / "support"))  # pytest's importlib mode leaves sys.path alone
+
+from isas import native_isas
 
 from fastopt import _backend, _host_plan, set_num_threads
-
-
-def native_isas() -> list[str]:
-    """The instruction sets of the compiled library that this machine runs, the oldest first."""
-    best = _backend.load().isa
-    return [isa for isa in _backend.ISAS if isa <= best] if best in _backend.ISAS else [best]
-
 
 _load = functools.cache(_backend.load)  # Numba compiles its scheduler once
 

@@ -20,7 +20,7 @@ class TorchCompile(Torch):
     computes the bias corrections from that tensor also without ``capturable``. Nor does lr, a float that stays as it
     is; a schedule would need a tensor. Counted in torch 2.13 over eight steps with `graphs`: one graph for each of the
     eleven optimizers, made in the first step; two for SGD with momentum, whose first step makes the buffers
-    (tests/test_bench_contenders.py counts too).
+    (tests/bench/test_contenders.py counts too).
     """
 
     options = ()

@@ -1,6 +1,7 @@
 """Memory as kernels see it: addresses are integers, and every load and store is one of these functions.
 
-All of them are made for one kernel. The simulator has the same functions over NumPy arrays (tests/cuda_simulator.py).
+All of them are made for one kernel. The simulator has the same functions over NumPy arrays
+(tests/support/cuda_simulator.py).
 """
 
 from __future__ import annotations

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from cases import CASES, Arrays, gradients, parameters
 from compare import DTYPES, Snapshot, assert_same_bits, build, snapshot
-from conftest import native_isas
 from fastopt.kernels.dtypes import PAIRS
 from fastopt.kernels.layout import CHUNK
 from fastopt.kernels.registry import RULES
+from isas import native_isas
 
 import fastopt
 

@@ -19,7 +19,7 @@ from bench.case import Bar, Case
 from bench.measure import Effort
 from bench.results import Record
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from cases import CASES, Case
 from compare import DTYPES, bits, build
+from cuda_problem import FEW, ONE_PER_RULE, SHAPES, assert_same, moved, problem
 from fastopt.kernels.dtypes import COPIES
-from test_cuda_plan import FEW, ONE_PER_RULE, SHAPES, assert_same, moved, problem
 
 import fastopt
 from fastopt._plan import Copy

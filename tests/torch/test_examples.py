@@ -11,7 +11,7 @@ import sys
 import pytest
 
 pytest.importorskip("torch")
-EXAMPLES = sorted((pathlib.Path(__file__).parents[1] / "examples").glob("torch_*.py"))
+EXAMPLES = sorted((pathlib.Path(__file__).parents[2] / "examples").glob("torch_*.py"))
 NEEDS = {"torch_huggingface": ("transformers", "accelerate"), "torch_lightning": ("lightning",)}
 
 

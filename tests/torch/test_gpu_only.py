@@ -1,4 +1,4 @@
-"""fastopt.torch on a real GPU: what tests/test_torch_cuda*.py, which stand one in, cannot show."""
+"""fastopt.torch on a real GPU: what test_cuda*.py, which stand one in, cannot show."""
 
 from __future__ import annotations
 

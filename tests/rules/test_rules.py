@@ -50,7 +50,7 @@ def test_each_step_from_equal_state(case, dtype, isa):
 @every_case
 @compute_dtype
 def test_free_steps(case, dtype):
-    """Ten steps on normal data. The tolerance is that of test_torch.py, and in float64 the same number of its eps."""
+    """Ten steps on normal data. Tolerances as in test_beside_torch.py, in float64 the same number of its eps."""
     rtol, atol = (1e-5, 1e-6) if dtype == "float32" else (2e-14, 2e-15)
     params, gradients = case_problem(case, dtype, 10, awkward=False)
     p = exact(params)

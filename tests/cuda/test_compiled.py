@@ -17,7 +17,7 @@ TESTS = pathlib.Path(__file__).parent
 PLANTED = """
 import sys
 import pytest
-sys.path.insert(0, {tests!r})
+sys.path.insert(0, {support!r})
 import cuda_compiled
 right = cuda_compiled._for_host
 cuda_compiled._for_host = lambda text: right(text).replace({old!r}, {new!r})
@@ -30,7 +30,7 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=600)
 
 
-@pytest.mark.parametrize("name", ["test_cuda_plan.py", "test_cuda_launch.py", "test_cuda_copy.py"])
+@pytest.mark.parametrize("name", ["test_plan.py", "test_launch.py", "test_copy.py"])
 def test_compiled_kernels_have_the_bits_of_the_cpu(name: str) -> None:
     done = run("-m", "pytest", "-q", "-p", "no:cacheprovider", str(TESTS / name))
     assert done.returncode == 0, done.stdout[-5000:]
@@ -43,7 +43,7 @@ def test_compiled_kernels_have_the_bits_of_the_cpu(name: str) -> None:
     ids=["arithmetic", "half a vector", "the wrong half of a word"],
 )
 def test_a_mistake_of_the_compiler_is_found(old: str, new: str) -> None:
-    test = str(TESTS / "test_cuda_plan.py") + "::test_every_dtype_has_the_bits_of_the_cpu"
-    done = run("-c", PLANTED.format(tests=str(TESTS), old=old, new=new, test=test))
+    test = str(TESTS / "test_plan.py") + "::test_every_dtype_has_the_bits_of_the_cpu"
+    done = run("-c", PLANTED.format(support=str(TESTS.parent / "support"), old=old, new=new, test=test))
     assert done.returncode == 1, done.stdout[-5000:] + done.stderr[-5000:]
     assert " failed" in done.stdout

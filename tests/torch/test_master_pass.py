@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from cases import CASES
 from compare import DTYPES, bits, build
-from conftest import native_isas
 from fastopt.kernels.dtypes import COPIES
 from fastopt.kernels.layout import BLOCK, CHUNK
 from fastopt.kernels.registry import RULES
+from isas import native_isas
 
 import fastopt
 from fastopt import _backend

@@ -1,6 +1,6 @@
 """What the benchmark compares with computes what the case says: by the worker's own check, in processes of their own.
 
-``PYTHONPATH=. python tests/test_bench_contenders.py NAME`` is such a process: it writes what was wrong as JSON.
+``PYTHONPATH=. python tests/bench/test_contenders.py NAME`` is such a process: it writes what was wrong as JSON.
 ``FASTOPT_ALL_CONTENDERS=1`` also compiles every optimizer of torch, which takes minutes.
 """
 
@@ -23,7 +23,7 @@ from bench.contenders.base import Contender
 from bench.contenders.limited import Limited
 from bench.contenders.plain import Plain
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 CLASSES = {
     "numba": ("numba_loop", "NumbaLoop"),

@@ -26,7 +26,7 @@ from bench.gpu.contenders import CONTENDERS
 from bench.gpu.device import Gpu, NoGpu
 from bench.gpu.measure import measure
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture

@@ -11,40 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 from cases import CASES, Case
-from compare import DTYPES, build
+from compare import build
+from cuda_problem import FEW, ONE_PER_RULE, assert_same, moved, problem
 
 import fastopt
-
-SHAPES: dict[str, tuple[int, ...]] = {"w": (5, 7), "b": (3,), "s": (), "none": (0,), "more": (2, 3, 11)}
-FEW = {"w": (5, 7), "b": (3,)}  # a block of the prologue is 256 threads, which take the simulator a tenth of a second
-
-ONE_PER_RULE = list({case.rule: case for case in CASES}.values())
-
-
-def problem(p: str = "float32", g: str | None = None, *, shapes: Any = SHAPES, steps: int = 3) -> tuple[Any, Any]:
-    rng = np.random.default_rng(0)
-
-    def draw(dtype: str) -> dict[str, Any]:
-        return {k: np.asarray(rng.standard_normal(s)).astype(DTYPES[dtype]) for k, s in shapes.items()}
-
-    return draw(p), [draw(g or p) for _ in range(steps)]
-
-
-def moved(gpu: Any, named: dict[str, Any]) -> dict[str, Any]:
-    return {name: gpu.put(array) for name, array in named.items()}
-
-
-def assert_same(gpu: Any, on_gpu: Any, params: Any, opt_gpu: Any, opt: Any) -> None:
-    """Parameters, states and step counts are the same, bit for bit."""
-    for name, array in params.items():
-        assert gpu.get(on_gpu[name]).tobytes() == array.tobytes(), name
-        found, wanted = opt_gpu.state[name], opt.state[name]
-        assert found.keys() == wanted.keys()
-        for key, value in wanted.items():
-            if isinstance(value, np.ndarray):
-                assert gpu.get(found[key]).tobytes() == value.tobytes(), (name, key)
-            else:
-                assert found[key] == value, (name, key)
 
 
 def run_both(gpu: Any, case: Case, params: Any, grads: Any, **options: Any) -> None:

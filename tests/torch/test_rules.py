@@ -76,7 +76,7 @@ def test_bits_are_those_of_the_numpy_optimizers(case, dtype):
 @pytest.mark.parametrize("case", [c for c in FRONT_CASES if torch_hyper(c) is not None], ids=lambda case: case.id)
 @pytest.mark.parametrize(("dtype", "rtol", "atol"), [("float32", 1e-5, 1e-6), ("float64", 2e-14, 2e-15)])
 def test_twenty_steps_beside_the_loop_of_torch(case, dtype, rtol, atol):
-    # Tolerances of test_torch.py, which tells where they come from. torch keeps host scalars in its default dtype.
+    # Tolerances of test_beside_torch.py, which tells their origin. torch keeps host scalars in its default dtype.
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:

@@ -1,4 +1,4 @@
-"""What only a GPU can show; the rest is in test_cuda_plan.py, which runs on one, too."""
+"""What only a GPU can show; the rest is in test_plan.py, which runs on one, too."""
 
 from __future__ import annotations
 

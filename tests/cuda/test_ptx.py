@@ -18,7 +18,7 @@ import pytest
 from fastopt.kernels.dtypes import COMPUTE, PAIRS, cuda_prologue_symbol, cuda_update_symbol
 from fastopt.kernels.registry import RULES
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 WHAT = [*map("-".join, PAIRS), "prologue"]
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("numba_cuda") is None, reason="numba-cuda is not installed")

@@ -29,7 +29,7 @@ from bench.gpu.data import Problem, Recipe, Values, pieces
 from bench.gpu.measure import measure
 from bench.gpu.waits import CONTROL, STEPS, tally
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture

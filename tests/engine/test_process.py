@@ -238,7 +238,7 @@ for case in CASES:
         opt.load_state_dict(opt.state_dict())
 print([m for m in {LATE} if m in sys.modules])
 """
-    assert python(code, PYTHONPATH=str(Path(__file__).parent)) == "[]"
+    assert python(code, PYTHONPATH=str(Path(__file__).parents[1] / "support")) == "[]"
 
 
 @pytest.mark.parametrize("threads", [1, 3])

@@ -1,0 +1,11 @@
+"""The instruction sets that tests run through."""
+
+from __future__ import annotations
+
+from fastopt import _backend
+
+
+def native_isas() -> list[str]:
+    """The instruction sets of the compiled library that this machine runs, the oldest first."""
+    best = _backend.load().isa
+    return [isa for isa in _backend.ISAS if isa <= best] if best in _backend.ISAS else [best]
