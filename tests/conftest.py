@@ -1,12 +1,14 @@
-"""Makes the helpers of this folder importable, and gives every test the same threads and a choice of kernels."""
+"""Makes the helpers of this folder importable, sorts tests into tiers, and gives them threads, kernels and GPUs."""
 
 from __future__ import annotations
 
 import functools
+import importlib.util
 import os
 import pathlib
+import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import pytest
@@ -19,6 +21,62 @@ from isas import native_isas
 from fastopt import _backend, _host_plan, set_num_threads
 
 _load = functools.cache(_backend.load)  # Numba compiles its scheduler once
+collect_ignore = ["support"]  # no tests: --doctest-modules would import every file
+
+
+# --- tiers -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """Hypothesis takes the same few examples in the quick tier; `-m random` draws new ones by a seed that it prints."""
+    if importlib.util.find_spec("hypothesis") is None:
+        return
+    import hypothesis
+
+    anew = config.option.markexpr == "random"
+    hypothesis.settings.register_profile(
+        "fastopt", derandomize=not anew, max_examples=500 if anew else 50, deadline=None, database=None
+    )
+    hypothesis.settings.load_profile("fastopt")
+    if anew and getattr(config.option, "hypothesis_seed", "") is None:
+        config.option.hypothesis_seed = str(random.SystemRandom().randrange(2**32))  # xdist hands it to its workers
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """The seed of the random tier, for a failure must be repeatable."""
+    seed = getattr(config.option, "hypothesis_seed", None)
+    if seed is not None:
+        terminalreporter.line(f"repeat with: pytest -m random --hypothesis-seed={seed}")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What runs on the stand-in for a GPU belongs to the full tier, what Hypothesis draws to the random one as well."""
+    for item in items:
+        if {"gpu", "gpus", "stand_in"} & {*getattr(item, "fixturenames", ())} and not item.get_closest_marker("gpu"):
+            item.add_marker("full")
+        if hasattr(getattr(item, "obj", None), "hypothesis"):
+            item.add_marker("random")
+
+
+def _with_command(report: Any) -> Any:
+    """A report of a skipped file or test that also tells how to install the package whose lack it names."""
+    if report.skipped and "could not import" in report.longrepr[2]:
+        report.longrepr = (*report.longrepr[:2], f"{report.longrepr[2]}: pip install -e '.[test-full]'")
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report() -> Generator[None, Any, Any]:
+    return _with_command((yield))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, Any, Any]:
+    return _with_command((yield))
+
+
+# --- fixtures --------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +98,7 @@ def backend(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     return choose
 
 
-@pytest.fixture(params=native_isas())
+@pytest.fixture(params=[*(pytest.param(isa, marks=pytest.mark.full) for isa in native_isas()[:-1]), native_isas()[-1]])
 def isa(request: pytest.FixtureRequest, backend: Callable[[str], None]) -> str:
     """Runs the test once with the kernels of each instruction set."""
     backend(request.param)
@@ -56,6 +114,7 @@ def always_threaded(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(params=["stand-in", pytest.param("real", marks=pytest.mark.gpu)])
 def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """A GPU: a real one where the tests marked gpu run, else the stand-in."""
+    pytest.importorskip("cupy")
     import gpus
 
     gpus.forget_devices()
@@ -66,6 +125,7 @@ def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
 @pytest.fixture
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """A GPU that counts what is asked of it, and that can be made to fail."""
+    pytest.importorskip("cupy")
     import gpus
 
     gpus.forget_devices()

@@ -16,6 +16,8 @@ from bench.case import Bar
 from bench.cli import Refusal
 from bench.results import Record, Result, Timing
 
+pytestmark = pytest.mark.full
+
 
 def record(rng: np.random.Generator, **milliseconds: float) -> Record:
     """A run of one case, with noise of two percent."""

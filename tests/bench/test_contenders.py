@@ -23,6 +23,7 @@ from bench.contenders.base import Contender
 from bench.contenders.limited import Limited
 from bench.contenders.plain import Plain
 
+pytestmark = pytest.mark.full
 ROOT = Path(__file__).parents[2]
 
 CLASSES = {

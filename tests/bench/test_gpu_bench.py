@@ -29,6 +29,7 @@ from bench.gpu.data import Problem, Recipe, Values, pieces
 from bench.gpu.measure import measure
 from bench.gpu.waits import CONTROL, STEPS, tally
 
+pytestmark = pytest.mark.full
 ROOT = Path(__file__).parents[2]
 
 

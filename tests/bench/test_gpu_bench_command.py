@@ -26,6 +26,7 @@ from bench.gpu.contenders import CONTENDERS
 from bench.gpu.device import Gpu, NoGpu
 from bench.gpu.measure import measure
 
+pytestmark = pytest.mark.full
 ROOT = Path(__file__).parents[2]
 
 

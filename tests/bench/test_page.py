@@ -8,10 +8,15 @@ from pathlib import Path
 import bench_records
 import pytest
 
+pytest.importorskip("altair")
+pytest.importorskip("vl_convert")
+
 from bench.page import figures, losses, readme_block, summary, tables, words, write_page, write_pictures
 from bench.page.losses import compare
 from bench.page.palette import COLOURS, Palette
 from bench.results import Record, Result, Timing
+
+pytestmark = pytest.mark.full
 
 
 def single(times: dict[str, list[float]], **more: object) -> Record:

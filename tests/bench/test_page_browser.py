@@ -8,6 +8,9 @@ from typing import Any
 import bench_records
 import pytest
 
+pytest.importorskip("altair")
+pytest.importorskip("playwright")
+
 from bench.page import write_page
 from bench.results import Record
 
@@ -20,6 +23,7 @@ WIDTHS = (1280, 360)
 CHARTS = {"models": 5, "sizes": 1, "arrays": 1, "threads": 2, "rules": 1, "dtypes": 1, "options": 3, "startup": 2}
 
 pytestmark = [
+    pytest.mark.full,
     pytest.mark.browser,
     pytest.mark.skipif(BROWSER is None, reason="no chromium is installed: apt-get install chromium"),
 ]
@@ -50,8 +54,9 @@ MEASURE = """() => Object.fromEntries([...document.querySelectorAll(".chart")].m
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    playwright = pytest.importorskip("playwright.sync_api", reason="no playwright is installed: pip install playwright")
-    with playwright.sync_playwright() as started:
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as started:
         chromium = started.chromium.launch(executable_path=BROWSER, args=list(QUIET))
         yield chromium
         chromium.close()

@@ -19,6 +19,7 @@ from bench.case import Bar, Case
 from bench.measure import Effort
 from bench.results import Record
 
+pytestmark = pytest.mark.full
 ROOT = Path(__file__).resolve().parents[2]
 
 

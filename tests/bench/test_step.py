@@ -22,6 +22,7 @@ from bench.measure import Effort, Measurement
 from bench.results import Record
 from bench.suite import FAMILIES, QUICK, SUITE, cut, size
 
+pytestmark = pytest.mark.full
 SMALL = Case(
     "small", "Adam", {"lr": 1e-3}, {"w": (5, 7), "b": (3,)}, ("fastopt", "fastopt arrays", "fastopt moving", "numpy"),
     bars=(Bar("fastopt", 1e9), Bar("fastopt", 1e-9, "numpy"), Bar("torch fused", 1.0)),

@@ -20,6 +20,7 @@ import fastopt  # noqa: E402
 from bench import train  # noqa: E402
 from bench.training import text, text_data, text_model, text_race  # noqa: E402
 
+pytestmark = pytest.mark.full
 SMALL = ["--task", "text", "--width", "32", "--layers", "1", "--context", "16", "--batch-size", "4", "--steps", "8"]
 SHAPE = text_race.Shape(width=32, layers=1, context=16, batch_size=4, steps=8, seed=0)
 

@@ -14,6 +14,7 @@ import fastopt  # noqa: E402
 from bench import train  # noqa: E402
 from bench.training import digits, figures, mlp, sweep  # noqa: E402
 
+pytestmark = pytest.mark.full
 SMALL = ["--hidden", "16", "--epochs", "1"]
 
 

@@ -12,6 +12,10 @@ import sys
 
 import pytest
 
+pytest.importorskip("cupy")
+pytest.importorskip("numba_cuda")
+
+pytestmark = pytest.mark.full
 TESTS = pathlib.Path(__file__).parent
 
 PLANTED = """

@@ -5,9 +5,12 @@ import functools
 import math
 from types import SimpleNamespace
 
-import cuda_simulator
 import numpy as np
 import pytest
+
+pytest.importorskip("numba_cuda")
+
+import cuda_simulator
 from cases import CASES, problem
 from compare import DTYPES, assert_same_bits, build, snapshot
 from compare import PARAMETER as PARAMETER_KEY
@@ -36,6 +39,7 @@ from fastopt.kernels.registry import RULES
 from fastopt import _backend
 from fastopt._table import Table
 
+pytestmark = pytest.mark.full
 CASE = {case.rule: case for case in CASES}  # of several the last, which has the most options
 
 SIZES = (1, LANES + 1, 0, BLOCK - 1, CHUNK + BLOCK + LANES + 3)  # around a row, a block and a chunk

@@ -21,7 +21,8 @@ from fastopt.kernels.registry import RULES
 ROOT = pathlib.Path(__file__).parents[2]
 WHAT = [*map("-".join, PAIRS), "prologue"]
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("numba_cuda") is None, reason="numba-cuda is not installed")
+pytest.importorskip("numba_cuda")
+pytestmark = pytest.mark.full
 
 
 # --- compilers -------------------------------------------------------------------------------------------------------

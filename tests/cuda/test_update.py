@@ -5,9 +5,12 @@ import functools
 import itertools
 from types import SimpleNamespace
 
-import cuda_simulator
 import numpy as np
 import pytest
+
+pytest.importorskip("numba_cuda")
+
+import cuda_simulator
 from cases import CASES, gradients, parameters
 from compare import DTYPES, PARAMETER, assert_same_bits, bits, build
 from cuda_simulator import UPDATE_THREADS, BadAccess, Segment, Tables, allow, kernel_of
@@ -20,6 +23,7 @@ from fastopt.kernels.registry import RULES
 from fastopt import _backend
 from fastopt._table import Table
 
+pytestmark = pytest.mark.full
 CASE = {case.rule: case for case in CASES}  # of several the last, which has the most options
 ALIGNMENT = 16
 GUARD = 4 * ALIGNMENT  # bytes before and after every array

@@ -15,7 +15,7 @@ from fastopt.kernels.registry import RULES
 
 import fastopt
 
-every_dtype = pytest.mark.parametrize("dtype", ["float32", "float64"])
+every_dtype = pytest.mark.parametrize("dtype", ["float32", pytest.param("float64", marks=pytest.mark.full)])
 
 # --- wrong steps -----------------------------------------------------------------------------------------------------
 

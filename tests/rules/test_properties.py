@@ -8,15 +8,12 @@ import pytest
 from cases import CASES
 from compare import DTYPES, PARAMETER, assert_same_bits, bits, build, snapshot
 from fastopt.kernels.dtypes import PAIRS
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis.extra.numpy import arrays
 
 import fastopt
 
 pytestmark = pytest.mark.usefixtures("always_threaded")
-# The same examples on every run and every machine.
-settings.register_profile("fastopt", derandomize=True, deadline=None, max_examples=500, database=None)
-common = settings(settings.get_profile("fastopt"))
 
 any_case = st.sampled_from(CASES)
 element_wise = st.sampled_from([case for case in CASES if case.optimizer != "LARS"])  # which takes norms of layers
@@ -58,7 +55,6 @@ def assert_same_elements(got, want, pick, where):
 
 
 @given(case=element_wise, problem=problems(), cuts=st.lists(st.integers(0, 200)), threads=st.integers(1, 4), flat=...)
-@common
 def test_neither_cuts_nor_threads_matter(case, problem, cuts, threads, flat: bool):
     p, steps = problem
     whole = run(case, p, steps)
@@ -84,7 +80,6 @@ def test_neither_cuts_nor_threads_matter(case, problem, cuts, threads, flat: boo
     max_norm=st.sampled_from([None, 0.5]),
     skip_nonfinite=st.booleans(),
 )
-@common
 def test_gradients_are_only_read_or_zeroed(case, problem, **options):
     p, steps = problem
     kept = [g.copy() for g in steps]
@@ -103,7 +98,6 @@ def test_gradients_are_only_read_or_zeroed(case, problem, **options):
     bad=st.lists(st.tuples(st.integers(0, 199), st.sampled_from([np.nan, np.inf, -np.inf])), min_size=1),
     in_parameter=...,
 )
-@common
 def test_what_is_not_finite_stays_in_its_element(case, problem, bad, in_parameter: bool):
     p, steps = problem
     want = run(case, p, steps)
@@ -119,7 +113,6 @@ def test_what_is_not_finite_stays_in_its_element(case, problem, bad, in_paramete
 
 
 @given(case=element_wise, problem=problems(), data=st.data())
-@common
 def test_permuted_elements_give_the_permuted_result(case, problem, data):
     p, steps = problem
     order = np.array(data.draw(st.permutations(range(p.size))), int)
@@ -131,7 +124,6 @@ def test_permuted_elements_give_the_permuted_result(case, problem, data):
 
 
 @given(case=any_case, problem=problems(values=moderate, most=40), taken=st.integers(0, 8), flat=...)
-@common
 def test_resuming_changes_no_bit(case, problem, taken, flat: bool):
     """Nine steps at once, and in two processes, as it were, of which the second knows nothing but the state dict."""
     p, steps = problem
@@ -163,7 +155,6 @@ scalable = st.floats(2.0**-20, 2.0**20, width=32) | st.floats(-(2.0**20), -(2.0*
     exponent=st.integers(-16, 32),
     max_norm=st.sampled_from([None, np.inf, 0.5]),
 )
-@common
 def test_a_loss_scale_of_a_power_of_two_changes_no_bit(case, problem, exponent, max_norm):
     p, steps = problem
     scale = 2.0**exponent

@@ -118,9 +118,13 @@ def test_maximize_turns_the_sign_of_the_gradient(case):
 
 
 @every_case
-@compute_dtype
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("float64", marks=pytest.mark.full)])
 @pytest.mark.parametrize(
-    ("grad_scale", "max_norm"), [(1024.0, None), (3.0, None), (1.0, 0.5), (3.0, 0.5), (3.0, 1e9), (3.0, math.inf)]
+    ("grad_scale", "max_norm"),
+    [
+        *((3.0, None), (1.0, 0.5), (3.0, math.inf)),
+        *(pytest.param(*x, marks=pytest.mark.full) for x in ((1024.0, None), (3.0, 0.5), (3.0, 1e9))),
+    ],
 )
 def test_unscaling_and_clipping_are_one_factor(case, dtype, grad_scale, max_norm):
     gradients, params, opt, by_hand, plain = two_of_a_case(case, dtype)

@@ -60,7 +60,6 @@ class TorchGpus:
 
 def torch_gpus(monkeypatch: pytest.MonkeyPatch) -> Iterator[TorchGpus]:
     """For a fixture."""
-    pytest.importorskip("cupy")
     gpus.forget_devices()
     yield TorchGpus(monkeypatch)
     gpus.forget_devices()

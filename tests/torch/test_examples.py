@@ -11,6 +11,7 @@ import sys
 import pytest
 
 pytest.importorskip("torch")
+pytestmark = pytest.mark.full
 EXAMPLES = sorted((pathlib.Path(__file__).parents[2] / "examples").glob("torch_*.py"))
 NEEDS = {"torch_huggingface": ("transformers", "accelerate"), "torch_lightning": ("lightning",)}
 

@@ -13,6 +13,7 @@ torch = pytest.importorskip("torch")
 import fastopt.torch  # noqa: E402
 
 pytestmark = [
+    pytest.mark.full,
     pytest.mark.integrations,
     pytest.mark.filterwarnings("ignore"),  # the packages' own; they are imported in the tests, hence not before this
 ]

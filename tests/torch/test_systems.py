@@ -72,7 +72,9 @@ START = """
 """
 
 
-@pytest.mark.parametrize("options", ["", "max_grad_norm=1.0", "flatten=True"])
+@pytest.mark.parametrize(
+    "options", ["max_grad_norm=1.0", *(pytest.param(x, marks=pytest.mark.full) for x in ("", "flatten=True"))]
+)
 def test_ddp_on_two_processes(options):
     body = f"""
     def run(rank):
