@@ -53,7 +53,9 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What runs on the stand-in for a GPU belongs to the full tier, what Hypothesis draws to the random one as well."""
     for item in items:
-        if {"gpu", "gpus", "stand_in"} & {*getattr(item, "fixturenames", ())} and not item.get_closest_marker("gpu"):
+        if {"gpu", "gpus", "stand_in", "stand_ins"} & {
+            *getattr(item, "fixturenames", ())
+        } and not item.get_closest_marker("gpu"):
             item.add_marker("full")
         if hasattr(getattr(item, "obj", None), "hypothesis"):
             item.add_marker("random")
@@ -131,3 +133,21 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     gpus.forget_devices()
     yield gpus.StandInGpu(monkeypatch)
     gpus.forget_devices()
+
+
+@pytest.fixture(params=["stand-in", pytest.param("real", marks=pytest.mark.gpu)])
+def gpus(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """GPUs for torch's tensors: real ones where the tests marked gpu run, else the stand-in."""
+    pytest.importorskip("cupy")
+    import torch_stand_in
+
+    yield from torch_stand_in.torch_gpus(monkeypatch, real=request.param == "real")
+
+
+@pytest.fixture
+def stand_ins(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """GPUs for torch's tensors that count what is asked of them."""
+    pytest.importorskip("cupy")
+    import torch_stand_in
+
+    yield from torch_stand_in.torch_gpus(monkeypatch, real=False)

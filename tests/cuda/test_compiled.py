@@ -25,7 +25,7 @@ sys.path.insert(0, {support!r})
 import cuda_compiled
 right = cuda_compiled._for_host
 cuda_compiled._for_host = lambda text: right(text).replace({old!r}, {new!r})
-sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", {test!r}]))
+sys.exit(pytest.main(["-q", "-m", "full", "-p", "no:cacheprovider", {test!r}]))
 """
 
 
@@ -36,7 +36,7 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize("name", ["test_plan.py", "test_launch.py", "test_copy.py"])
 def test_compiled_kernels_have_the_bits_of_the_cpu(name: str) -> None:
-    done = run("-m", "pytest", "-q", "-p", "no:cacheprovider", str(TESTS / name))
+    done = run("-m", "pytest", "-q", "-m", "full", "-p", "no:cacheprovider", str(TESTS / name))
     assert done.returncode == 0, done.stdout[-5000:]
     assert " passed" in done.stdout
 

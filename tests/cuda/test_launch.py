@@ -83,29 +83,36 @@ def test_several_dtypes_are_a_launch_each(stand_in: Any) -> None:
 # --- CUDA graphs -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["Adam", "NAdam", "ASGD", "RAdam", "SGD", "LARS"])
-def test_a_captured_step_replayed_is_as_many_steps(stand_in: Any, name: str) -> None:
+DECIDED = {"max_norm": 0.5, "skip_nonfinite": True}
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("Adam", {}), ("Adam", DECIDED), ("NAdam", DECIDED), ("ASGD", {}), ("RAdam", {}), ("SGD", {}), ("LARS", DECIDED)],
+    ids=str,
+)
+def test_a_captured_step_replayed_is_as_many_steps(gpu: Any, name: str, options: Any) -> None:
     rng = np.random.default_rng(1)
     arrays = {"w": rng.standard_normal((3, 5)).astype(F32), "b": rng.standard_normal(2).astype(F32)}
     gradient = {k: rng.standard_normal(a.shape).astype(F32) for k, a in arrays.items()}
-    params, grads = ({k: stand_in.put(a) for k, a in x.items()} for x in (arrays, gradient))
-    cls, device = getattr(fastopt, name), stand_in.device()
+    params, grads = ({k: gpu.put(a) for k, a in x.items()} for x in (arrays, gradient))
+    cls = getattr(fastopt, name)
     opt, wanted = cls(params, lr=0.1, capturable=True), cls(arrays, lr=0.1)
-    opt.step(grads)
-    wanted.step(gradient)
-    with device.capture() as graph:
-        opt.step(grads)
+    opt.step(grads, **options)
+    wanted.step(gradient, **options)
+    with gpu.capture() as replay:
+        info = opt.step(grads, **options)
     for t in range(4):
         if t == 2:
             for each in (opt, wanted):
                 each.param_groups[0]["lr"] = 0.03
             opt.upload_options()
-        for launch in graph:
-            launch()
-        wanted.step(gradient)
+        replay()
+        expected = wanted.step(gradient, **options)
+    assert (info.skipped, info.grad_norm) == (expected.skipped, expected.grad_norm)
     assert opt.state["w"]["step"] == wanted.state["w"]["step"] == 5
     for key in arrays:
-        assert stand_in.get(params[key]).tobytes() == arrays[key].tobytes()
+        assert gpu.get(params[key]).tobytes() == arrays[key].tobytes()
 
 
 def test_a_graph_reads_the_loss_scale_and_skips(stand_in: Any) -> None:
@@ -126,23 +133,17 @@ def test_a_graph_reads_the_loss_scale_and_skips(stand_in: Any) -> None:
     assert opt.state["0"]["step"] == 2
 
 
-def test_capture_without_capturable_is_refused(stand_in: Any) -> None:
-    params, grads = model(stand_in, 2)
-    opt = fastopt.SGD(params, lr=0.1)
-    opt.step(grads)
-    before = {name: stand_in.get(p).tobytes() for name, p in params.items()}
-    with stand_in.device().capture(), refused(RuntimeError, "capturable=True"):
+@pytest.mark.parametrize(("capturable", "said"), [(False, "capturable=True"), (True, "before capturing")])
+def test_captures_that_are_refused(gpu: Any, capturable: bool, said: str) -> None:
+    params, grads = model(gpu, 2)
+    opt = fastopt.SGD(params, lr=0.1, capturable=capturable)
+    if not capturable:
         opt.step(grads)
-    assert {name: stand_in.get(p).tobytes() for name, p in params.items()} == before
-    assert opt.state["p0"]["step"] == 1
-
-
-def test_capture_of_a_first_step_is_refused(stand_in: Any) -> None:
-    params, grads = model(stand_in, 2)
-    opt = fastopt.SGD(params, lr=0.1, capturable=True)
-    with stand_in.device().capture(), refused(RuntimeError, "before capturing"):
+    before = {name: gpu.get(p).tobytes() for name, p in params.items()}
+    with gpu.capture(), refused(RuntimeError, said):
         opt.step(grads)
-    assert opt.state["p0"]["step"] == 0
+    assert {name: gpu.get(p).tobytes() for name, p in params.items()} == before
+    assert opt.state["p0"]["step"] == (not capturable)
     opt.step(grads)
 
 

@@ -216,15 +216,6 @@ def test_copies_are_rounded_and_change_nothing_else(rule, pair):
     assert_copies(segments)
 
 
-def test_a_skipped_step_writes_no_copy():
-    rule, pair = RULES["momentum"], PAIRS[0]
-    segments = give_copies(make_segments(rule, pair))
-    expected = copied(segments)
-    update_on_cuda(rule, pair, segments, 1.0, False, skip=True)
-    assert_same(rule, segments, expected)
-    assert_copies(segments, written=False)
-
-
 # --- negative controls -----------------------------------------------------------------------------------------------
 
 

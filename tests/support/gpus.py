@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,12 @@ class StandInGpu:
         """A copy on the host."""
         return np.array(self._module.on_host(array))
 
+    @contextlib.contextmanager
+    def capture(self) -> Iterator[Callable[[], None]]:
+        """A CUDA graph of what is done within; what it yields replays the graph."""
+        with self.device().capture() as graph:
+            yield lambda: [launch() for launch in graph] and None
+
 
 class RealGpu:
     """The GPU of this machine."""
@@ -52,6 +60,26 @@ class RealGpu:
         import cupy
 
         return cupy.asnumpy(array)
+
+    @contextlib.contextmanager
+    def capture(self) -> Iterator[Callable[[], None]]:
+        """A CUDA graph of what is done within; what it yields replays the graph."""
+        import cupy
+
+        stream, graphs = cupy.cuda.Stream(non_blocking=True), []
+
+        def replay() -> None:
+            cupy.cuda.runtime.deviceSynchronize()
+            graphs[0].launch(stream)
+            stream.synchronize()
+
+        cupy.cuda.runtime.deviceSynchronize()
+        with stream:
+            stream.begin_capture()
+            try:
+                yield replay
+            finally:
+                graphs.append(stream.end_capture())
 
 
 def forget_devices() -> None:

@@ -18,7 +18,47 @@ def params_of(shapes=SHAPES, *, dtype=torch.float32, seed=0):
 def set_gradients(params, t, scale=1.0):
     torch.manual_seed(1000 + t)
     for p in params:
-        p.grad = torch.randn(p.shape).to(p.dtype) * scale
+        p.grad = (torch.randn(p.shape).to(p.dtype) * scale).to(p.device)
+
+
+CLASSES = {
+    "SGD": {"momentum": 0.9, "dampening": 0.5},
+    "Adagrad": {"lr_decay": 0.1, "initial_accumulator_value": 0.5},
+    "Adadelta": {},
+    "RMSprop": {"momentum": 0.9, "centered": True},
+    "Rprop": {},
+    "ASGD": {"t0": 1.0, "lambd": 0.1},
+    "Adam": {"amsgrad": True},
+    "AdamW": {},
+    "Adamax": {},
+    "NAdam": {},
+    "RAdam": {},
+    "Lion": {},
+    "LARS": {"lr": 0.1},
+}
+IN_TORCH = [name for name in CLASSES if name not in ("Lion", "LARS")]
+SCALERS = {"torch": torch.amp.GradScaler, "fastopt": front.GradScaler}
+
+
+def train(params, opt, steps, first=0):
+    for t in range(first, first + steps):
+        set_gradients(params, t)
+        opt.step()
+
+
+def assert_same(p, q, a, b):
+    """Parameters and states have the same bits; but a float64 number of a GPU's step may differ in its last one."""
+    for x, y in zip(p, q, strict=True):
+        assert torch.equal(x.cpu(), y.cpu())
+        assert (x in a.state) == (y in b.state)
+        assert set(a.state[x]) == set(b.state[y])
+        for key, value in b.state[y].items():
+            other, value = a.state[x][key].cpu(), value.cpu()
+            assert other.dtype == value.dtype, key
+            if x.is_cuda and value.dtype == torch.float64 and not value.ndim:  # made of a power
+                torch.testing.assert_close(other, value, rtol=1e-15, atol=0)
+            else:
+                assert torch.equal(other, value), key
 
 
 def both(make):

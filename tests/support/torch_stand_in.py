@@ -1,4 +1,4 @@
-"""Tensors on the CPU that fastopt.torch takes for tensors on GPUs, which cuda_stand_in.py stands in for.
+"""The GPUs of torch's tests: real ones, or tensors on the CPU that fastopt.torch takes for tensors on GPUs.
 
 torch's build for the CPU cannot make others. What a tensor says of its device stays "cpu"; all else is as on a GPU:
 plans, uploads, launches, and what is waited for.
@@ -6,8 +6,9 @@ plans, uploads, launches, and what is waited for.
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import gpus
@@ -19,7 +20,9 @@ from fastopt.torch import _devices
 
 
 class TorchGpus:
-    """Two GPUs for torch; ``put`` says which tensors are there."""
+    """Two GPUs for torch; ``put`` says which tensors are there. cuda_stand_in.py stands in for them."""
+
+    type = "cpu"  # of a GradScaler
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self._there: Any = WeakIdKeyDictionary()
@@ -48,6 +51,20 @@ class TorchGpus:
             self._there.pop(tensor, None)
         return tensors
 
+    def launched(self) -> bool:
+        """Whether a kernel ran."""
+        return bool(self.runtime().launches)
+
+    def downloads(self, device: int = 0) -> int:
+        """How many times the host waited for results of the GPU."""
+        return int(self.runtime(device).downloads)
+
+    @contextlib.contextmanager
+    def capture(self) -> Iterator[Callable[[], None]]:
+        """A CUDA graph of what is done within; what it yields replays the graph."""
+        with self.runtime().capture() as graph:
+            yield lambda: [launch() for launch in graph] and None
+
     def _home_of(self, tensor: torch.Tensor) -> _devices.Home:
         device = self._there.get(tensor)
         if device is None:
@@ -58,8 +75,41 @@ class TorchGpus:
         return self._homes[device]
 
 
-def torch_gpus(monkeypatch: pytest.MonkeyPatch) -> Iterator[TorchGpus]:
+class RealTorchGpus:
+    """The GPUs of this machine; one serves as two."""
+
+    type = "cuda"
+
+    def put(self, tensors: Any, device: int = 0) -> Any:
+        """The same tensors, with their data on a GPU."""
+        for tensor in tensors:
+            tensor.data = tensor.data.to(f"cuda:{device % torch.cuda.device_count()}")
+        return tensors
+
+    def take_back(self, tensors: Any) -> Any:
+        """The same tensors, with their data on the CPU."""
+        for tensor in tensors:
+            tensor.data = tensor.data.cpu()
+        return tensors
+
+    def launched(self) -> bool:
+        """Nothing else can step what is there."""
+        return True
+
+    def downloads(self, device: int = 0) -> int:
+        """Not counted: in test_gpu_only.py torch raises where it would wait."""
+        return 0
+
+    @contextlib.contextmanager
+    def capture(self) -> Iterator[Callable[[], None]]:
+        """A CUDA graph of what is done within; what it yields replays the graph."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            yield graph.replay
+
+
+def torch_gpus(monkeypatch: pytest.MonkeyPatch, *, real: bool) -> Iterator[TorchGpus | RealTorchGpus]:
     """For a fixture."""
     gpus.forget_devices()
-    yield TorchGpus(monkeypatch)
+    yield RealTorchGpus() if real else TorchGpus(monkeypatch)
     gpus.forget_devices()

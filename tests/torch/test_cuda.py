@@ -5,35 +5,23 @@ from __future__ import annotations
 import pytest
 
 torch = pytest.importorskip("torch")
-from torch_problem import LAYOUTS, set_gradients  # noqa: E402
+from torch_problem import CLASSES, LAYOUTS, assert_same, set_gradients  # noqa: E402
 
 import fastopt.torch as front  # noqa: E402 - needs torch
 
 SHAPES = ((5, 7), (3,), (), (0, 2))
-CLASSES = {
-    "SGD": [{}, {"momentum": 0.9, "dampening": 0.5}, {"momentum": 0.9, "nesterov": True}],
-    "Adagrad": [{"lr_decay": 0.1, "initial_accumulator_value": 0.5}],
-    "Adadelta": [{}],
-    "RMSprop": [{"momentum": 0.9, "centered": True}, {}],
-    "Rprop": [{}],
-    "ASGD": [{"t0": 1.0, "lambd": 0.1}],
-    "Adam": [{"amsgrad": True}, {"weight_decay": 0.1}],
-    "AdamW": [{}, {"maximize": True}],
-    "Adamax": [{}],
-    "NAdam": [{}],
-    "RAdam": [{}],
-    "Lion": [{}],
-    "LARS": [{}],
+MORE = {
+    "SGD": [{}, {"momentum": 0.9, "nesterov": True}],
+    "RMSprop": [{}],
+    "Adam": [{"weight_decay": 0.1}],
+    "AdamW": [{"maximize": True}],
 }
-EVERY = [pytest.param(name, kw, id=f"{name}{k or ''}") for name, many in CLASSES.items() for k, kw in enumerate(many)]
+EVERY = [
+    pytest.param(name, kw, id=f"{name}{k or ''}")
+    for name in CLASSES
+    for k, kw in enumerate([CLASSES[name], *MORE.get(name, ())])
+]
 every_class = pytest.mark.parametrize(("name", "options"), EVERY)
-
-
-@pytest.fixture
-def gpus(monkeypatch):
-    import torch_stand_in
-
-    yield from torch_stand_in.torch_gpus(monkeypatch)
 
 
 def params_of(shapes=SHAPES, dtype=torch.float32):
@@ -41,35 +29,24 @@ def params_of(shapes=SHAPES, dtype=torch.float32):
     return [torch.nn.Parameter(torch.randn(shape).to(dtype)) for shape in shapes]
 
 
-def assert_same(p, q, a, b):
-    """Parameters, states and what optimizers say of the last step have the same bits."""
-    assert a.last_info == b.last_info
-    for x, y in zip(p, q, strict=True):
-        assert torch.equal(x, y)
-        assert set(a.state[x]) == set(b.state[y])
-        for key, value in a.state[x].items():
-            assert value.dtype == b.state[y][key].dtype, key
-            assert torch.equal(value, b.state[y][key]), key
-
-
 def run_both(gpus, name, options, *, dtype=torch.float32, shapes=SHAPES, steps=3, change=lambda p, t: None):
     """The same steps on the GPU and on the CPU."""
     there, here = gpus.put(params_of(shapes, dtype)), params_of(shapes, dtype)
-    a, b = (getattr(front, name)(p, lr=0.05, **options) for p in (there, here))
+    a, b = (getattr(front, name)(p, **{"lr": 0.05} | options) for p in (there, here))
     for t in range(steps):
         for p, opt in ((there, a), (here, b)):
             set_gradients(p, t)
             change(p, t)
             opt.step()
-    assert gpus.runtime().launches, "nothing ran on the GPU"
+    assert gpus.launched()
+    assert gpus.downloads() == 0
+    assert a.last_info == b.last_info
     return there, here, a, b
 
 
 @every_class
 def test_every_class_has_the_bits_of_the_cpu(gpus, name, options):
-    there, here, a, b = run_both(gpus, name, options)
-    assert gpus.runtime().downloads == 0
-    assert_same(there, here, a, b)
+    assert_same(*run_both(gpus, name, options))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16, torch.complex64], ids=str)
@@ -82,9 +59,8 @@ def test_every_dtype_has_the_bits_of_the_cpu(gpus, name, dtype):
 @pytest.mark.parametrize("extra", [{"max_grad_norm": 0.5}, {"zero_grads": True}, {"flatten": True}], ids=str)
 def test_further_arguments(gpus, name, extra):
     there, here, a, b = run_both(gpus, name, extra)
-    assert gpus.runtime().downloads == 0
     assert_same(there, here, a, b)
-    assert all(torch.equal(p.grad, q.grad) for p, q in zip(there, here, strict=True))
+    assert all(torch.equal(p.grad.cpu(), q.grad) for p, q in zip(there, here, strict=True))
     if "zero_grads" in extra:
         assert not any(p.grad.any() for p in there)
 
@@ -98,17 +74,17 @@ def test_master_weights(gpus, dtype, flatten):
     assert torch.equal(there[0], a.state[there[0]]["master_param"].to(dtype))
 
 
-def test_flat_is_one_segment_on_a_gpu(gpus):
-    there, _, a, _ = run_both(gpus, "AdamW", {"flatten": True})
+def test_flat_is_one_segment_on_a_gpu(stand_ins):
+    there, _, a, _ = run_both(stand_ins, "AdamW", {"flatten": True})
     assert a.state.watch.derived.plan._merged.segment_count == 1
     assert there[0].grad.untyped_storage().data_ptr() == there[1].grad.untyped_storage().data_ptr()
 
 
 @pytest.mark.parametrize("gradient", [*LAYOUTS, "expanded"])
 @pytest.mark.parametrize("parameter", ["channels_last", "permuted"])
-def test_layouts(gpus, parameter, gradient):
+def test_layouts_on_a_gpu(gpus, parameter, gradient):
     def lay_out(p, t):
-        g = torch.randn(4, 3, 2, 5, generator=torch.Generator().manual_seed(t))
+        g = torch.randn(4, 3, 2, 5, generator=torch.Generator().manual_seed(t)).to(p[0].device)
         p[0].grad = g[:1].expand(4, 3, 2, 5) if gradient == "expanded" else LAYOUTS[gradient](g)
 
     start = torch.randn(4, 3, 2, 5, generator=torch.Generator().manual_seed(9))
@@ -150,8 +126,8 @@ def test_groups_late_gradients_and_none(gpus):
 
 
 @pytest.mark.parametrize("extra", [{}, {"max_grad_norm": 1.0}, {"zero_grads": True}, {"flatten": True}], ids=str)
-def test_a_step_waits_for_nothing(gpus, extra):
-    p, device = gpus.put(params_of()), gpus.runtime()
+def test_a_step_waits_for_nothing(stand_ins, extra):
+    p, device = stand_ins.put(params_of()), stand_ins.runtime()
     opt = front.AdamW(p, **extra)
     for t in range(4):
         set_gradients(p, t)
@@ -167,8 +143,8 @@ def test_a_step_waits_for_nothing(gpus, extra):
         assert device.downloads == 1
 
 
-def test_only_what_changed_is_uploaded(gpus):
-    p, device = gpus.put(params_of(SHAPES[:2])), gpus.runtime()
+def test_only_what_changed_is_uploaded(stand_ins):
+    p, device = stand_ins.put(params_of(SHAPES[:2])), stand_ins.runtime()
     opt = front.SGD(p, lr=0.1, momentum=0.9)
     for t in range(3):
         if t < 2:
@@ -181,8 +157,8 @@ def test_only_what_changed_is_uploaded(gpus):
     assert len(device.uploads) == 1
 
 
-def test_a_launch_for_each_pair_of_dtypes(gpus):
-    p, device = gpus.put([*params_of(SHAPES[:2]), *params_of(SHAPES[:2], torch.float64)]), gpus.runtime()
+def test_a_launch_for_each_pair_of_dtypes(stand_ins):
+    p, device = stand_ins.put([*params_of(SHAPES[:2]), *params_of(SHAPES[:2], torch.float64)]), stand_ins.runtime()
     opt = front.SGD(p, lr=0.1)
     set_gradients(p, 0)
     opt.step()
@@ -192,18 +168,18 @@ def test_a_launch_for_each_pair_of_dtypes(gpus):
 # --- errors ----------------------------------------------------------------------------------------------------------
 
 
-def test_without_cupy_the_error_names_the_extra(gpus, monkeypatch):
+def test_without_cupy_the_error_names_the_extra(stand_ins, monkeypatch):
     from fastopt._cuda import runtime
 
     monkeypatch.setitem(__import__("sys").modules, "cupy", None)
     runtime.cupy.cache_clear()
     try:
-        p = gpus.put(params_of())
+        p = stand_ins.put(params_of())
         with pytest.raises(ImportError, match=r'pip install "fastopt\[cuda12\]", or "fastopt\[cuda13\]"'):
             front.AdamW(p)
         late = params_of()
         opt = front.AdamW(late)
-        gpus.put(late)
+        stand_ins.put(late)
         set_gradients(late, 0)
         before = [x.detach().clone() for x in late]
         with pytest.raises(ImportError, match=r'pip install "fastopt\[cuda12\]"'):
@@ -225,13 +201,13 @@ def test_other_devices_are_refused():
     assert torch.equal(v, before)
 
 
-def test_gradients_that_cannot_be_right_are_refused(gpus):
-    p = gpus.put(params_of())
+def test_gradients_that_cannot_be_right_are_refused(stand_ins):
+    p = stand_ins.put(params_of())
     opt = front.AdamW(p, lr=0.1)
     for t in range(4):
         set_gradients(p, t)
         opt.step()
-    kept, device = [x.detach().clone() for x in p], gpus.runtime()
+    kept, device = [x.detach().clone() for x in p], stand_ins.runtime()
     device.launches.clear()
     p[1].grad = p[0].detach()[0, :3]
     with pytest.raises(ValueError, match="shares memory with a parameter or a state"):

@@ -9,35 +9,13 @@ import math
 import pytest
 
 torch = pytest.importorskip("torch")
-from torch_problem import set_gradients  # noqa: E402
+from torch_problem import CLASSES, IN_TORCH, SCALERS, assert_same, set_gradients, train  # noqa: E402
 
 import fastopt.torch as front  # noqa: E402 - needs torch
 
-CLASSES = {
-    "SGD": {"momentum": 0.9, "dampening": 0.5},
-    "Adagrad": {"lr_decay": 0.1},
-    "Adadelta": {},
-    "RMSprop": {"momentum": 0.9, "centered": True},
-    "Rprop": {},
-    "ASGD": {"t0": 1.0, "lambd": 0.1},
-    "Adam": {"amsgrad": True},
-    "AdamW": {},
-    "Adamax": {},
-    "NAdam": {},
-    "RAdam": {},
-    "Lion": {},
-    "LARS": {"lr": 0.1},
-}
 SHAPES = ((5, 7), (3,), (2, 2), (4,))
 every_class = pytest.mark.parametrize("name", CLASSES)
 EXTRAS = [{}, {"max_grad_norm": 0.5}, {"zero_grads": True}, {"flatten": True, "max_grad_norm": 0.5}]
-
-
-@pytest.fixture
-def gpus(monkeypatch):
-    import torch_stand_in
-
-    yield from torch_stand_in.torch_gpus(monkeypatch)
 
 
 def params_of(dtype=torch.float32):
@@ -52,20 +30,6 @@ def spread(gpus, params):
     return params
 
 
-def train(params, opt, steps, first=0):
-    for t in range(first, first + steps):
-        set_gradients(params, t)
-        opt.step()
-
-
-def assert_same(p, q, a, b):
-    for x, y in zip(p, q, strict=True):
-        assert torch.equal(x, y)
-        assert set(a.state[x]) == set(b.state[y])
-        for key, value in a.state[x].items():
-            assert torch.equal(value, b.state[y][key]), key
-
-
 # --- several devices -------------------------------------------------------------------------------------------------
 
 
@@ -75,9 +39,7 @@ def test_an_optimizer_may_have_parameters_on_several_devices(gpus, name):
     a, b = (getattr(front, name)(p, **CLASSES[name]) for p in (there, here))
     train(there, a, 3)
     train(here, b, 3)
-    for device in (0, 1):
-        assert gpus.runtime(device).downloads == 0
-        assert sum("prologue" not in symbol for symbol in gpus.runtime(device).launches) == 3
+    assert gpus.downloads(0) == gpus.downloads(1) == 0
     assert_same(there, here, a, b)
 
 
@@ -94,7 +56,7 @@ def test_norms_are_those_of_all_gradients(gpus, name, extra):
         a.step()
         b.step()
         for p, q in zip(there, here, strict=True):
-            torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)  # a sum has an order
+            torch.testing.assert_close(p.cpu(), q, rtol=1e-6, atol=1e-7)  # a sum has an order
         assert a.last_info.skipped is False
         if "max_grad_norm" in extra:
             assert a.last_info.grad_norm == pytest.approx(b.last_info.grad_norm, rel=1e-12)
@@ -102,11 +64,11 @@ def test_norms_are_those_of_all_gradients(gpus, name, extra):
         assert not any(p.grad is not None and p.grad.any() for p in there)
 
 
-@pytest.mark.parametrize("scaler", [torch.amp.GradScaler, front.GradScaler], ids=["torch", "fastopt"])
+@pytest.mark.parametrize("scaler", SCALERS.values(), ids=SCALERS)
 @pytest.mark.parametrize("place", [0, 1, 3])
 @pytest.mark.parametrize("zero", [False, True])
-def test_an_overflow_anywhere_skips_the_step_everywhere(gpus, scaler, place, zero):
-    there, here = spread(gpus, params_of()), params_of()
+def test_an_overflow_anywhere_skips_the_step_everywhere(stand_ins, scaler, place, zero):
+    there, here = spread(stand_ins, params_of()), params_of()
     a, b = (front.AdamW(p, lr=0.1, zero_grads=zero) for p in (there, here))
     scale = scaler("cpu", init_scale=8.0)
     scale.scale(torch.ones(()))
@@ -145,7 +107,7 @@ def test_a_refusal_on_one_device_writes_on_none(gpus):
     train(p, opt, 3)
     for bad in range(4):
         set_gradients(p, 3)
-        p[bad].grad = torch.ones(SHAPES[bad]).to_sparse()
+        p[bad].grad = torch.ones(SHAPES[bad], device=p[bad].device).to_sparse()
         before, state = [x.detach().clone() for x in p], copy.deepcopy(opt.state_dict())
         with pytest.raises(RuntimeError, match=f"sparse gradients: that of parameter {bad} of group 0"):
             opt.step()
@@ -153,12 +115,13 @@ def test_a_refusal_on_one_device_writes_on_none(gpus):
         torch.testing.assert_close(opt.state_dict()["state"], state["state"], rtol=0, atol=0)
 
 
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")
 def test_a_graph_of_several_devices_is_refused(gpus):
     p = spread(gpus, params_of())
     opt = front.AdamW(p, lr=0.1, capturable=True)
     train(p, opt, 2)
     before = [x.detach().clone() for x in p]
-    with gpus.runtime().capture(), pytest.raises(RuntimeError, match="parameters that are all on one GPU"):
+    with gpus.capture(), pytest.raises(RuntimeError, match="parameters that are all on one GPU"):
         opt.step()
     assert all(torch.equal(x, y) for x, y in zip(p, before, strict=True))
 
@@ -174,7 +137,7 @@ def test_parameters_that_move_take_their_state_along(gpus, name):
     for x in gpus.put(p):  # model.cuda()
         x.data = x.data.clone()
     train(p, a, 2, first=2)
-    assert gpus.runtime().launches
+    assert gpus.launched()
     for x in gpus.take_back(p[:1]):
         x.data = x.data.clone()
     train(p, a, 1, first=4)
@@ -201,7 +164,7 @@ def test_checkpoints_move_between_devices(gpus, name, way):
     assert_same(second, through, b, c)
 
 
-@pytest.mark.parametrize("name", [name for name in CLASSES if name not in ("Lion", "LARS")])
+@pytest.mark.parametrize("name", IN_TORCH)
 @pytest.mark.parametrize("way", ["from torch", "to torch"])
 def test_checkpoints_of_torch(gpus, name, way):
     before = torch.get_default_dtype()
@@ -218,7 +181,7 @@ def test_checkpoints_of_torch(gpus, name, way):
         train(p, a, 2, first=2)
         train(q, b, 2, first=2)
         for x, y in zip(p, q, strict=True):
-            torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-12)
+            torch.testing.assert_close(x.cpu(), y, rtol=1e-12, atol=1e-12)
             assert set(a.state[x]) == set(b.state[y])
     finally:
         torch.set_default_dtype(before)
@@ -228,11 +191,10 @@ def test_a_graphs_counts_are_saved(gpus):
     p = gpus.put(params_of())
     opt = front.AdamW(p, lr=0.1, capturable=True)
     train(p, opt, 1)
-    with gpus.runtime().capture() as graph:
+    with gpus.capture() as replay:
         opt.step()
     for _ in range(3):
-        for launch in graph:
-            launch()
+        replay()
     saved = opt.state_dict()
     assert [state["step"].item() for state in saved["state"].values()] == [4.0] * 4
     q = params_of()
