@@ -1,4 +1,4 @@
-"""Traps that other libraries fell into, one test each: skipped steps, missing gradients, precision, memory.
+"""Traps that other libraries fell into, one test each: missing gradients, precision, memory.
 
 Those about options, layers and state are in test_traps_options.py, those about threads and forks in test_process.py.
 """
@@ -25,47 +25,11 @@ RULE_CASES = list({case.rule: case for case in CASES}.values())  # one per rule,
 every_rule = pytest.mark.parametrize("case", RULE_CASES, ids=lambda case: case.rule)
 
 
-def nan_like(grads: dict[str, Any]) -> dict[str, Any]:
-    return {name: np.full_like(g, np.nan) for name, g in grads.items()}
-
-
 def copies(arrays: dict[str, Any]) -> dict[str, Any]:
     return {name: array.copy() for name, array in arrays.items()}
 
 
-# --- steps that are skipped, gradients that are missing --------------------------------------------------------------
-
-
-@every_rule
-def test_uninitialised_momentum_when_the_first_step_is_skipped(case: Case) -> None:
-    params, (first, second) = case_problem(case, "float32", 2)
-    untouched = copies(params)
-    opt, other = build(case, params), build(case, untouched)
-    before = snapshot(params, opt)
-    assert opt.step(nan_like(first), skip_nonfinite=True).skipped
-    assert_same_bits(snapshot(params, opt), before, "skipped")
-    assert {entry["step"] for entry in opt.state.values()} == {0}
-    for grads in (first, second):
-        opt.step(grads)
-        other.step(grads)
-    assert_same_bits(snapshot(params, opt), snapshot(untouched, other), "after a skipped first step")
-
-
-@every_rule
-def test_a_later_step_is_skipped(case: Case) -> None:
-    params, gradients = case_problem(case, "float32", 4)
-    others = copies(params)
-    opt, other = build(case, params), build(case, others)
-    for t, grads in enumerate(gradients):
-        if t == 2:
-            broken = copies(grads)
-            broken["long"][-1, -1] = np.inf
-            assert opt.step(broken, skip_nonfinite=True, zero_grads=True).skipped
-            assert not any(g.any() for g in broken.values())
-            assert {entry["step"] for entry in opt.state.values()} == {2}
-        opt.step(grads)
-        other.step(grads)
-    assert_same_bits(snapshot(params, opt), snapshot(others, other), "after a skipped step")
+# --- gradients that are missing ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("flat", [False, True], ids=["arrays", "flat"])

@@ -22,18 +22,6 @@ def copies(arrays: Any) -> dict[str, Any]:
 # --- what an option means --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", RULE_CASES, ids=lambda case: case.rule)
-def test_the_gradient_used_as_scratch_space(case: Case) -> None:
-    params, (grads,) = case_problem(case, "float32", 1, awkward=False)
-    kept = copies(grads)
-    opt = build(case, params)
-    for options in ({}, {"max_norm": 0.5, "grad_scale": 8.0}):
-        opt.step(grads, **options)
-        assert all(grads[name].tobytes() == kept[name].tobytes() for name in grads)
-    opt.step(grads, zero_grads=True)
-    assert not any(g.any() for g in grads.values())
-
-
 def test_weight_decay_in_the_wrong_place_for_maximize() -> None:
     w = np.array([1.0])
     fastopt.SGD([w], lr=1.0, weight_decay=0.25, maximize=True).step([np.array([0.5])])
