@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,6 @@ pytest.importorskip("scipy")
 
 from bench.__main__ import main
 from bench.case import Bar
-from bench.cli import Refusal
 from bench.results import Record, Result, Timing
 
 pytestmark = pytest.mark.full
@@ -135,11 +133,3 @@ def test_files_that_are_something_else_are_one_line_and_status_2(
 def test_a_bad_threshold_is_refused(threshold: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compare", str(tmp_path), str(tmp_path), f"--threshold={threshold}"]) == 2
     assert "--threshold must be" in capsys.readouterr().err
-
-
-def test_refusals_are_exceptions_of_their_own(tmp_path: Path) -> None:
-    with pytest.raises(Refusal):
-        Record.read(tmp_path)
-    (tmp_path / "x.json").write_text(json.dumps({"format": 1}))
-    with pytest.raises(Refusal):
-        Record.read(tmp_path / "x.json")

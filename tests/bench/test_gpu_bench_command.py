@@ -160,7 +160,7 @@ def test_quick_and_limit_leave_cases_out(capsys: pytest.CaptureFixture[str]) -> 
         (["--show", "/no/such/file"], "there is no file /no/such/file"),
     ],
 )
-def test_bad_arguments_are_one_line_and_status_2(
+def test_bad_arguments_of_gpu_are_one_line_and_status_2(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert bench_gpu.main(arguments) == 2

@@ -143,26 +143,6 @@ def test_charts_follow_the_width_of_the_window(visit):
     assert_fits(page, 360)
 
 
-def test_the_same_contender_has_the_same_colour_everywhere(visit):
-    page = visit("plausible")
-    colours = """(id) => {
-      const labels = document.querySelectorAll(`#${id} .role-legend-label text`);
-      const symbols = document.querySelectorAll(`#${id} .role-legend-symbol path`);
-      return Object.fromEntries([...symbols].map((mark, k) => [labels[k].textContent, mark.getAttribute("fill")]));
-    }"""
-    found = [page.evaluate(colours, f"{name}-0") for name in ("sizes", "arrays", "threads", "rules")]
-    assert all("fastopt" in legend and "torch fused" in legend for legend in found)
-    for name in ("fastopt", "torch fused"):
-        assert len({legend[name] for legend in found}) == 1
-
-
-def test_tooltips_tell_numbers(visit):
-    page = visit("plausible")
-    page.locator("#sizes-0 [class*=mark-symbol][class*=layer] path").first.hover()
-    page.wait_for_selector("#vg-tooltip-element.visible")
-    assert "GB/s" in page.locator("#vg-tooltip-element").inner_text()
-
-
 def test_losses_come_first_and_tables_sort(visit):
     page = visit("plausible")
     headings = page.locator("h2").all_inner_texts()
@@ -177,25 +157,3 @@ def test_losses_come_first_and_tables_sort(visit):
     assert page.locator("#losses > .scroll th[aria-sort]").get_attribute("aria-sort") == "ascending"
     button.click()
     assert rows.evaluate_all(ratio) == before
-
-
-def test_the_table_of_all_figures(visit):
-    page = visit("plausible", 360)
-    page.locator("#all summary").click()
-    table = page.locator("#all table")
-    record = bench_records.plausible()
-    assert table.locator("tbody tr").count() == sum(len(result.timings) for result in record.results)
-    table.get_by_role("button", name="of stream").click()
-    values = table.locator("tbody tr").evaluate_all("(rows) => rows.map((row) => row.cells[6].dataset.value)")
-    known = [float(value) for value in values if value]
-    assert known == sorted(known)
-    assert all(not value for value in values[len(known) :])
-    assert page.evaluate("document.documentElement.scrollWidth") <= 360  # the table scrolls in its own box
-    assert table.locator(".badge.spread").count() >= 1
-
-
-def test_tables_are_described(visit):
-    page = visit("plausible")
-    for table in page.locator("table").all():
-        assert table.locator("caption").count() == 1
-    assert page.locator("h1").count() == 1

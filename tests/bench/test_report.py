@@ -65,7 +65,7 @@ def test_a_page_of_a_file_measures_nothing(tmp_path: Path, monkeypatch: pytest.M
         (["--threads", "two"], "--threads must be a whole number, got 'two'"),
     ],
 )
-def test_bad_arguments_are_one_line_and_status_2(
+def test_bad_arguments_of_report_are_one_line_and_status_2(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["report", *arguments]) == 2

@@ -7,7 +7,6 @@ import signal
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 pytest.importorskip("rich")
@@ -20,7 +19,7 @@ from bench.contenders import CONTENDERS, Contender
 from bench.contenders.fastopt_core import Fastopt
 from bench.measure import Effort, Measurement
 from bench.results import Record
-from bench.suite import FAMILIES, QUICK, SUITE, cut, size
+from bench.suite import FAMILIES, QUICK, SUITE
 
 pytestmark = pytest.mark.full
 SMALL = Case(
@@ -199,7 +198,7 @@ def test_a_case_beyond_memory_is_refused_before_anything_is_allocated(
         (["adam", "--json", "/proc/no/x.json"], "the folder of --json '/proc/no' is not a folder that can be written"),
     ],
 )
-def test_bad_arguments_are_one_line_and_status_2(
+def test_bad_arguments_of_step_are_one_line_and_status_2(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["step", *arguments]) == 2
@@ -244,20 +243,9 @@ def test_bytes_are_those_of_the_rule() -> None:
     assert lars.declared_bytes == 10 * (3 + 2 + 2) * 4
 
 
-def test_sizes_and_cuts() -> None:
-    assert [size(text) for text in ("7", "1k", "1.5M", "2G")] == [7, 1000, 1_500_000, 2_000_000_000]
-    assert [shape for (shape,) in cut(11, 3).values()] == [4, 4, 3]
-
-
 def test_temporaries_of_a_numpy_step_are_seen() -> None:
     case = Case("x", "Adam", {"lr": 1e-3}, {"w": (1_000_000,)}, ())
     params, grads = worker.data(case)
     found = worker.temporaries(CONTENDERS["numpy"](case, params, grads, 1))
     assert 8e6 <= found <= 40e6  # at least two arrays of float32 at a time
     assert worker.temporaries(Fastopt(case, *worker.data(case), 1)) < 1e6
-
-
-def test_data_repeat_only_beyond_the_period() -> None:
-    params, grads = worker.data(Case("x", "SGD", {"lr": 1.0}, {"a": (3,), "b": (2, 2)}, ()))
-    values = np.concatenate([a.ravel() for a in (*params.values(), *grads.values())])
-    assert len(np.unique(values)) == 14

@@ -65,27 +65,6 @@ def test_text_is_the_same_each_time_and_split_by_files(sources):
     assert len(sources.train) > 5 * len(sources.validation) > 100_000
 
 
-def test_text_is_read_in_the_order_of_names_and_without_what_a_build_wrote(tmp_path):
-    for k in reversed(range(20)):
-        (tmp_path / f"m{k:02}.py").write_bytes(bytes([65 + k]) * 10_000)
-    (tmp_path / "_sysconfigdata__linux.py").write_text("x" * 1000)
-    data = text_data.load(tmp_path)
-    assert data.validation_files == ("m09.py", "m19.py")
-    assert data.train_files[8:10] == ("m08.py", "m10.py")
-    assert data.validation.tobytes() == b"J" * 10_000 + b"\0" + b"T" * 10_000
-    assert len(data.train) == 18 * 10_000 + 17
-
-
-def test_windows_reach_from_the_first_byte_to_the_last():
-    data = np.arange(50, dtype=np.uint8)
-    spread = text_data.spread_windows(data, 4, 9)
-    assert spread.shape == (4, 10)
-    assert (spread[0, 0], spread[-1, -1]) == (0, 49)
-    drawn = text_data.random_windows(data, np.random.default_rng(0), 2000, 9)
-    assert (drawn.min(), drawn.max()) == (0, 49)
-    assert (np.diff(drawn) == 1).all()
-
-
 def test_no_sources_are_refused_in_one_line(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(text_data.sysconfig, "get_path", lambda name: str(tmp_path))
     assert command(*SMALL, "--out", tmp_path) == 2
@@ -106,14 +85,6 @@ def test_model_does_not_see_later_bytes():
         a, b = model(first), model(second)
     assert torch.equal(a[:, :9], b[:, :9])
     assert not torch.isclose(a[:, 9:], b[:, 9:]).all(dim=2).any()
-
-
-def test_model_starts_undecided_and_by_the_seed(sources):
-    a, b, c = (text_model.Transformer(64, 2, 16, seed) for seed in (1, 1, 2))
-    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
-    assert not torch.equal(a.head.weight, c.head.weight)
-    batch = torch.from_numpy(text_data.spread_windows(sources.train, 16, 16))
-    assert text_model.loss_of(a, batch).item() == pytest.approx(math.log(256), abs=0.1)
 
 
 # --- race ----------------------------------------------------------------------------------------------------------
@@ -169,14 +140,6 @@ def test_agreement_knows_divergence():
     assert text_race.agreement([5, 5], [5, nan], [5, nan]).first_wrong == 2
     assert text_race.agreement([5, 5.1], [5, 5], [5, 5.02]).first_wrong is None  # torch's two are as far apart
     assert text_race.agreement([5.1, 5], [5, 5], [5, 5.02]).first_wrong == 1  # before they were
-
-
-def test_rate_warms_up_and_decays():
-    rates = [text_race.rate(k, 100) for k in range(101)]
-    np.testing.assert_allclose(rates[:10], np.arange(1, 11) / 10)
-    assert (np.diff(rates[10:]) < 0).all()
-    assert rates[100] == pytest.approx(0.1)
-    assert text_race.rate(0, 1) == 1.0
 
 
 def test_ratio_compares_medians_and_says_when_it_is_noise():
@@ -252,7 +215,7 @@ def test_command_fails_if_the_curves_differ(tmp_path, capsys, monkeypatch):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_bad_input_is_refused_in_one_line(arguments, line, tmp_path, capsys, monkeypatch):
+def test_bad_input_of_the_text_task_is_refused_in_one_line(arguments, line, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert command(*arguments, "--out", tmp_path / "out") == 2
     printed = capsys.readouterr()
