@@ -7,7 +7,7 @@ import sys
 
 from .cli import refuse
 
-EXTRA = 'which is not installed; pip install "fastopt[bench]" brings it.'
+EXTRA = 'which is not installed; pip install -e ".[bench]" brings it.'
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         from . import page
     except ModuleNotFoundError as error:
-        return refuse("report", f'needs {error.name}, which is not installed; pip install "fastopt[bench]" brings it.')
+        return refuse("report", f'needs {error.name}, which is not installed; pip install -e ".[bench]" brings it.')
     try:
         threads = number(int, "--threads", args.threads)
         if threads < 1:

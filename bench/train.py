@@ -6,7 +6,8 @@ import argparse
 import importlib
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,13 +16,15 @@ from typing import TYPE_CHECKING
 import fastopt
 from fastopt import schedules
 
+from .case import Shapes
 from .cli import Refusal, number, one_of, refuse, writable
-from .training import text
+from .training import steps, text
 from .training.digits import CLASSES, PIXELS, TRAIN, load
 from .training.mlp import MLP, History, Recipe, fit
 
 if TYPE_CHECKING:
     from rich.progress import Progress
+    from rich.table import Table
 
 # The learning rates are the best of a grid of factors of about 3, by accuracy on 256 images held out of the training
 # images (batch size 64, 20 epochs, cosine). The test images took no part.
@@ -32,14 +35,21 @@ RECIPES = (
     Recipe("Adagrad", fastopt.Adagrad, 0.03),
     Recipe("RMSprop", fastopt.RMSprop, 0.001),
     Recipe("Adam", fastopt.Adam, 0.003),
-    Recipe("AdamW", fastopt.AdamW, 0.003),
+    Recipe(
+        "AdamW", fastopt.AdamW, 0.003, note="Adam, but for weight decay of 0.01,\nwhich hardly shows in so short a run"
+    ),
     Recipe("Adadelta", fastopt.Adadelta, 1.0),
     Recipe("Adamax", fastopt.Adamax, 0.01),
     Recipe("NAdam", fastopt.NAdam, 0.003),
     Recipe("RAdam", fastopt.RAdam, 0.01),
-    # Made for full batches: the noise of small ones drives its step sizes up, so they are bounded (and lr, their
-    # start, follows no schedule).
-    Recipe("Rprop", fastopt.Rprop, 0.001, {"step_sizes": (1e-6, 1e-2)}),
+    # The noise of small batches drives its step sizes up, so they are bounded; lr, their start, follows no schedule.
+    Recipe(
+        "Rprop",
+        fastopt.Rprop,
+        0.001,
+        {"step_sizes": (1e-6, 1e-2)},
+        "made for whole batches:\nthe noise of mini-batches stalls it",
+    ),
     Recipe("ASGD", fastopt.ASGD, 0.3),
     Recipe("Lion", fastopt.Lion, 0.0003),
     Recipe("LARS", fastopt.LARS, 1.0, {"weight_decay": 5e-4}),
@@ -60,7 +70,7 @@ EPOCHS, SWEEP_EPOCHS = 20, 60
 HIDDEN = "256,128"
 
 NEEDS = {"digits": ("matplotlib", "rich", "sklearn"), "text": ("matplotlib", "psutil", "rich", "torch")}
-EXTRAS = {"digits": "bench", "text": "bench,torch"}
+EXTRAS = {"digits": "train", "text": "train,torch"}
 
 
 @dataclass(frozen=True)
@@ -124,7 +134,7 @@ def run(args: argparse.Namespace) -> int:
                     raise Refusal(f"--{option} belongs to --task {task}, not to {args.task}.")
         missing = [package for package in NEEDS[args.task] if not _installed(package)]
         if missing:
-            command = f'pip install "fastopt[{EXTRAS[args.task]}]"'
+            command = f'pip install -e ".[{EXTRAS[args.task]}]"'
             raise Refusal(f"needs {missing[0]}, which is not installed; {command} brings it.")
         if args.task == "text":
             return text.run(text.check(args))
@@ -137,7 +147,11 @@ def run(args: argparse.Namespace) -> int:
 
             sweep.run(settings.epochs, settings.seed, settings.widths, settings.out)
         else:
-            train(settings)
+            try:
+                train(settings)
+            except steps.WrongAnswer as error:
+                print(f"bench train: WRONG: {error}", file=sys.stderr)
+                return 1
     return 0
 
 
@@ -170,18 +184,19 @@ def one_thread() -> Iterator[None]:
 def train(settings: Settings) -> None:
     """Train each optimizer in turn, show progress, then the table and the figures."""
     from rich.console import Console
-    from rich.table import Table
 
     from .training import figures
 
     data = load(settings.seed)
-    histories = []
+    network = {name: array.shape for name, array in MLP(settings.widths, settings.seed).params.items()}
+    histories: list[History] = []
+    times: list[list[steps.Times]] = []
     with progress_bar() as progress:
         for recipe in settings.recipes:
             model = MLP(settings.widths, settings.seed)
             total = settings.epochs * math.ceil(TRAIN / settings.batch_size)
             schedule = SCHEDULES[settings.schedule](recipe.lr, total)
-            history = History(recipe.name, recipe.lr)
+            history = History(recipe.name, recipe.lr, recipe.note)
             task = progress.add_task(recipe.name, total=settings.epochs, status="")
             for _ in fit(
                 model,
@@ -195,18 +210,55 @@ def train(settings: Settings) -> None:
             ):
                 progress.update(task, advance=1, status=status(history))
             histories.append(history)
+            progress.update(task, status=f"{status(history)}, timing its step")
+            usual = NAMES[recipe.name.lower()]  # with whatever lr a step takes as long
+            times.append([steps.compare(usual, arrays) for arrays in (network, steps.LARGE)])
 
-    table = Table(
-        title=f"{len(data.train_y)} digits, batch size {settings.batch_size}, {settings.epochs} epochs, "
-        f"{settings.schedule} schedule, seed {settings.seed}, one thread"
-    )
-    for column in ("optimizer", "lr", "train loss", "test accuracy", "samples/s", "step's share"):
-        table.add_column(column, justify="left" if column == "optimizer" else "right")
-    for h in histories:
-        loss = f"{h.losses[-1]:.4f}" if math.isfinite(h.losses[-1]) else "diverged"
-        table.add_row(h.name, f"{h.lr:g}", loss, f"{h.accuracies[-1]:.1%}", f"{h.rate:,.0f}", f"{h.share:.0%}")
-    Console().print(table)
+    console = Console()
+    console.print(table(settings, histories, times))
+    console.print("\n".join(notes(network, histories)), highlight=False)
     show_paths([*figures.curves(histories, settings.out), figures.bowl(settings.out)])
+
+
+def table(settings: Settings, histories: Sequence[History], times: Sequence[Sequence[steps.Times]]) -> Table:
+    """What came of the training, and how long a step takes beside NumPy, on the network and on the larger model."""
+    from rich import box
+    from rich.table import Table
+
+    result = Table(
+        title=f"{TRAIN} digits, batch size {settings.batch_size}, {settings.epochs} epochs, {settings.schedule} "
+        f"schedule, seed {settings.seed}",
+        box=box.SIMPLE_HEAD,
+        padding=0,  # 80 columns are enough
+    )
+    result.add_column("\n\noptimizer", no_wrap=True)
+    for heading in ("\n\nlr", "\ntrain\nloss", "\ntest\nacc."):
+        result.add_column(heading, justify="right", no_wrap=True, min_width=6)
+    for arrays, unit in ("network:", "µs"), ("large:", "ms"):
+        result.add_column(f"{arrays}\nfastopt\n{unit}", justify="right", no_wrap=True, min_width=10)
+        result.add_column(f"\nNumPy\n{unit}", justify="right", no_wrap=True, min_width=6)
+        result.add_column("\n\nratio", justify="right", no_wrap=True)
+    for h, pair in zip(histories, times, strict=True):
+        loss = f"{h.losses[-1]:.4f}" if math.isfinite(h.losses[-1]) else "diverged"
+        cells = [h.name, f"{h.lr:g}", loss, f"{h.accuracies[-1]:.1%}"]
+        for factor, t in zip((1e6, 1e3), pair, strict=True):
+            cells += [f"{factor * t.fastopt:.1f}", f"{factor * t.numpy:.1f}", f"{t.numpy / t.fastopt:.1f}"]
+        result.add_row(*cells)
+    return result
+
+
+def notes(network: Shapes, histories: Sequence[History]) -> list[str]:
+    """What the table's columns are, and what its rows leave open."""
+
+    def words(arrays: Shapes) -> str:
+        return f"{sum(map(math.prod, arrays.values())):,} parameters in {len(arrays)} arrays"
+
+    said = [
+        "Times of one step, fastopt's and the same rule written eagerly in NumPy: answers compared, then medians of "
+        f"{steps.ROUNDS} samples in turns, one thread each. ratio: NumPy's over fastopt's.",
+        f"network: the one trained here, {words(network)}; large: {steps.MODEL}, {words(steps.LARGE)}.",
+    ]
+    return said + [f"{h.name}: {' '.join(h.note.split())}." for h in histories if h.note]
 
 
 def status(h: History) -> str:

@@ -1,14 +1,19 @@
 """Checkpoints: parameters and optimizer state in one safetensors file, written atomically, verified before use.
 
-Format version 1. Tensors: ``param.<name>``, and ``state.<index>.<key>`` for the arrays of ``opt.state_dict()``, where
+Format version 2. Tensors: ``param.<name>``, and ``state.<index>.<key>`` for the arrays of ``opt.state_dict()``, where
 index counts the parameters over all groups. The ``__metadata__`` of the file, all of it strings:
 
-- ``format``: ``fastopt``; ``format_version``: ``1``; ``fastopt_version``: the version that wrote the file
+- ``format``: ``fastopt``; ``format_version``: ``2``; ``fastopt_version``: the version that wrote the file
 - ``params``: JSON list of the parameter names, in their order
 - ``optimizer``: JSON of ``opt.state_dict()`` without its arrays, or ``null``. A tuple is written ``{"tuple": [...]}``,
   a float that is not finite ``{"float": "inf"}``; other floats as Python writes them, which is exact.
-- ``sha256``: over ``json.dumps([metadata without sha256, {tensor name: [dtype, shape]}], sort_keys=True)``, then the
-  bytes of the tensors in the order of their sorted names
+- ``header_sha256``: over ``json.dumps([metadata so far, {tensor name: [dtype, shape]}], sort_keys=True)``
+- ``sha256``: over the same with ``header_sha256`` among the metadata, then over the bytes of the tensors in the order
+  of their sorted names
+
+The number grows with everything that a build of the number before could not read: another layout, but also a new
+option, state or dtype. Files of every earlier number are read; what they lack has its default. Version 1 has no
+``header_sha256``, and its first builds knew no option ``capturable``.
 
 Any safetensors reader can open such a file; nothing in it is executed on load.
 """
@@ -16,29 +21,32 @@ Any safetensors reader can open such a file; nothing in it is executed on load.
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import math
 import os
-import stat
-import uuid
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+import signal
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from typing import IO, TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
 from . import __version__
 from ._arrays import Array, dtype_of, is_array, space_of, to_host
+from ._files import check_regular, check_replaceable, replacing
+from .optimizer import Optimizer
 
 if TYPE_CHECKING:
     from .flat import FlatBuffer
 
 __all__ = ["CheckpointError", "load", "save"]
 
-_VERSION = 1
-# What a file may hold: safetensors' names and NumPy's. Integers are for states of few bits.
-_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_VERSION = 2
+_READABLE = ("1", "2")
+_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # safetensors' names and NumPy's
+_CODES = {name: code for code, name in _DTYPES.items()}
+_PIECE = 2**20
 
 
 class CheckpointError(ValueError):
@@ -57,9 +65,13 @@ def save(
 ) -> None:
     """Write parameters, and the optimizer's state and hyperparameters, to one safetensors file.
 
-    The file appears whole or not at all: it is written beside ``path`` under a temporary name, synced to disk, and then
-    renamed. Whatever fails before the rename leaves an older file at ``path`` as it was and removes the temporary one.
-    A symbolic link at ``path`` is followed.
+    Everything is copied first: of a fastopt optimizer, parameters and state at one moment between two steps, whatever
+    other threads do. The copies are written beside ``path`` under a temporary name and synced to disk, and then the
+    file is renamed: it appears whole or not at all. Whatever fails before the rename leaves an older file at ``path``
+    as it was and removes the temporary one; if the process is killed, the next save into the same folder removes it.
+
+    A symbolic link at ``path`` is followed. An older file is replaced by a new one with its permissions, and its owner
+    and group where this user may give them away; its other hard links keep the old content.
 
     Args:
         path: File to create or replace.
@@ -68,10 +80,11 @@ def save(
         opt: Optimizer whose ``state_dict()`` is saved with them; None saves parameters only.
 
     Raises:
-        CheckpointError: A parameter or a value of the optimizer's state cannot be stored, or safetensors failed to.
+        CheckpointError: A parameter or a value of the optimizer's state cannot be stored, or not be loaded again.
         TypeError: params is or holds something else than arrays.
         ImportError: The package safetensors is missing.
-        OSError: The file cannot be written.
+        OSError: The file cannot be written, or what is at ``path`` is no regular file.
+        RuntimeError: Another thread is using the optimizer at this moment.
 
     >>> import tempfile
     >>> w, again = np.arange(3.0), np.zeros(3)
@@ -83,16 +96,16 @@ def save(
     """
     safetensors = _safetensors()
     named = _named_arrays("save", params)
-    tensors = {f"param.{name}": to_host(array) for name, array in named.items()}
-    state_dict = None
-    if opt is not None:
-        state_dict = opt.state_dict()
+    target = os.path.realpath(os.fsdecode(path))
+    check_replaceable(target)
+    arrays, state_dict = _snapshot(named, opt)
+    tensors = {f"param.{name}": array for name, array in arrays.items()}
+    if state_dict is not None:
         for index, entry in state_dict["state"].items():
-            tensors |= {f"state.{index}.{key}": to_host(value) for key, value in entry.items() if is_array(value)}
+            tensors |= {f"state.{index}.{key}": value for key, value in entry.items() if is_array(value)}
     for name, array in tensors.items():
-        if array.dtype.name not in _DTYPES.values() or not array.dtype.isnative:
+        if array.dtype.name not in _CODES or not array.dtype.isnative:
             raise CheckpointError(f"save: {name} is {array.dtype.str} ({array.dtype.name}), which cannot be stored.")
-    tensors = {name: np.asarray(array, order="C") for name, array in tensors.items()}
     metadata = {
         "format": "fastopt",
         "format_version": str(_VERSION),
@@ -100,33 +113,14 @@ def save(
         "params": json.dumps(list(named)),
         "optimizer": "null" if state_dict is None else _to_json(state_dict),
     }
-    metadata["sha256"] = _digest(metadata, tensors)
-
-    target = os.path.realpath(path)
-    folder = os.path.dirname(target)
-    if not os.path.isdir(folder):
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), folder)
-    temporary = os.path.join(folder, f".fastopt-{uuid.uuid4().hex}.tmp")
+    _seal(metadata, tensors)
     try:
-        with open(temporary, "xb"):
-            mode = stat.S_IMODE(os.stat(temporary).st_mode)  # of a new file of this user; safetensors makes it 0600
-        safetensors.numpy.save_file(tensors, temporary, metadata=metadata)
-        os.chmod(temporary, mode)
-        _sync(temporary)
-        with safetensors.safe_open(temporary, framework="np"):
-            pass  # what cannot be opened, such as one with a header beyond 100 MB, must not replace a good file
-        os.replace(temporary, target)
-    except BaseException as error:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        if isinstance(error, (safetensors.SafetensorError, UnicodeError)):
-            raise CheckpointError(f"save: {target} could not be written: {error}.") from error
-        raise
-    try:
-        _sync(folder)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # some network file systems cannot sync a folder
-            raise
+        with replacing(target) as file:
+            _write(file, metadata, tensors)
+            with safetensors.safe_open(file.name, framework="np"):
+                pass  # what cannot be opened, such as one with a header beyond 100 MB, must not replace a good file
+    except (safetensors.SafetensorError, UnicodeError) as error:
+        raise CheckpointError(f"save: {target} could not be written: {error}.") from error
 
 
 def load(
@@ -136,8 +130,9 @@ def load(
 ) -> None:
     """Read a checkpoint of ``save`` into existing parameters, in place, and into an existing optimizer.
 
-    The file is read and verified whole, and everything is checked to fit, before anything is written: after an error
-    parameters and optimizer are as they were. It needs as much free memory as the file is large.
+    Names, shapes and dtypes are checked before the arrays are read, and the file is verified whole before anything is
+    written: after an error parameters and optimizer are as they were. Writing comes last (``load_state_dict``, then the
+    parameters), and Ctrl-C waits until it is done. It needs as much free memory as the file is large.
 
     Args:
         path: File written by ``save``.
@@ -150,79 +145,232 @@ def load(
             other names, shapes, dtypes, or another optimizer, than asked for; or a parameter is read-only.
         TypeError: params is or holds something else than arrays.
         ImportError: The package safetensors is missing, or ml_dtypes for a file that holds bfloat16.
-        OSError: The file cannot be read; FileNotFoundError where there is none.
+        OSError: The file cannot be read, or is no regular file; FileNotFoundError where there is none.
+        RuntimeError: Another thread is using the optimizer at this moment.
     """
     targets = _named_arrays("load", params)
     path = os.fsdecode(path)
-    metadata, tensors = _read(path)
-    try:
-        stored = {name: tensors[f"param.{name}"] for name in json.loads(metadata["params"])}
-        state_dict = _from_json(metadata["optimizer"], tensors)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:  # a right checksum over other content
-        raise CheckpointError(f"load: {path} is no complete fastopt checkpoint ({error!r}).") from error
+    check_regular(os.stat(path), path)
+    with open(path, "rb") as file:
+        contents = _read_header(path, file)
+        _check_parameters(path, contents, targets)
+        if opt is not None:
+            _check_states(path, contents, opt)
+        stored, state_dict = _read_tensors(path, file, contents, with_states=opt is not None)
+    with _no_interrupt():
+        if opt is not None:
+            try:
+                opt.load_state_dict(state_dict)  # before the parameters, because it may refuse
+            except (KeyError, TypeError, ValueError, RecursionError) as error:
+                raise CheckpointError(f"load: {path} does not fit opt: {error}") from error
+        for name, want in targets.items():
+            space_of(want, f"load: params[{name!r}]").assign(want, stored[name])
 
-    for name in [*targets, *stored]:
+
+# --- what is saved -----------------------------------------------------------------------------------------------
+
+
+def _snapshot(named: Mapping[str, Array], opt: _Stateful | None) -> tuple[dict[str, Array], dict[str, Any] | None]:
+    """Copies of parameters and of a state dict, in host memory."""
+    if isinstance(opt, Optimizer):
+        try:
+            return opt._snapshot(named, _copy)
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(f"save: opt could not be loaded again: {error}") from error
+    arrays = {name: _copy(array) for name, array in named.items()}
+    if opt is None:
+        return arrays, None
+    state_dict = opt.state_dict()
+    state = {
+        index: {key: _copy(value) if is_array(value) else value for key, value in entry.items()}
+        for index, entry in state_dict["state"].items()
+    }
+    return arrays, {**state_dict, "state": state}
+
+
+def _copy(array: Array) -> Array:
+    """A C-contiguous copy in host memory."""
+    return np.array(array, order="C") if isinstance(array, np.ndarray) else np.asarray(to_host(array), order="C")
+
+
+def _write(file: IO[bytes], metadata: Mapping[str, str], tensors: Mapping[str, Array]) -> None:
+    """A safetensors file: length of the header, header, tensors without gaps, aligned to their dtypes."""
+    header: dict[str, Any] = {"__metadata__": metadata}
+    ordered = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))
+    end = 0
+    for name in ordered:
+        start, end = end, end + tensors[name].nbytes
+        code, shape = _CODES[tensors[name].dtype.name], list(tensors[name].shape)
+        header[name] = {"dtype": code, "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header, ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(len(text).to_bytes(8, "little") + text)
+    for name in ordered:
+        file.write(_bytes(tensors[name]))
+    file.flush()
+
+
+# --- reading -----------------------------------------------------------------------------------------------------
+
+
+class _Contents(NamedTuple):
+    """What the header of a file says: of each tensor dtype and shape, and where its bytes begin."""
+
+    metadata: dict[str, str]
+    params: list[str]
+    head: dict[str, Any] | None
+    """The state dict without its arrays."""
+    layout: dict[str, tuple[str, tuple[int, ...]]]
+    starts: dict[str, int]
+    states: dict[str, tuple[int, str]]
+    """Of each tensor of the state its place there."""
+
+
+def _read_header(path: str, file: IO[bytes]) -> _Contents:
+    """The header of a fastopt checkpoint; it is not yet known to be undamaged."""
+    safetensors = _safetensors()
+    try:
+        with safetensors.safe_open(path, framework="np"):  # looks at the whole header, and at the size of the file
+            pass
+        data = 8 + int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(data - 8))
+    except (safetensors.SafetensorError, ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"load: {path} is truncated, corrupted, or no safetensors file ({error}); a file written by save is needed."
+        ) from error
+    metadata: dict[str, str] = header.pop("__metadata__", None) or {}
+    if metadata.get("format") != "fastopt":
+        raise CheckpointError(f"load: {path} is no fastopt checkpoint, but another safetensors file.")
+    version = metadata.get("format_version", "")
+    if version not in _READABLE:
+        writer = metadata.get("fastopt_version", "unknown")
+        raise CheckpointError(
+            f"load: {path} has format version {version!r} (fastopt {writer}), but only {', '.join(_READABLE)} can be "
+            "read here."
+        )
+    for name, entry in header.items():
+        if entry["dtype"] not in _DTYPES:
+            raise CheckpointError(f"load: {path} is corrupted: {name} is {entry['dtype']}, which save never writes.")
+    layout = {name: (_DTYPES[entry["dtype"]], tuple(entry["shape"])) for name, entry in header.items()}
+    sealed = {key: value for key, value in metadata.items() if key not in ("sha256", "header_sha256")}
+    if version != "1" and metadata.get("header_sha256") != hashlib.sha256(_described(sealed, layout)).hexdigest():
+        raise CheckpointError(f"load: {path} is corrupted: its checksum does not match its content.")
+    try:  # a right checksum may be over other content
+        head = _from_json(metadata["optimizer"])
+        params = list(json.loads(metadata["params"]))
+        missing = [name for name in params if f"param.{name}" not in header]
+        states = {}
+        for name in header:
+            if name.startswith("state."):
+                _, index, key = name.split(".", 2)
+                states[name] = int(index), key
+                if head is not None:
+                    head["state"][int(index)][key] = None
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"load: {path} is no complete fastopt checkpoint ({error!r}).") from error
+    if missing:
+        raise CheckpointError(f"load: {path} is no complete fastopt checkpoint (it lacks parameter {missing[0]!r}).")
+    starts = {name: data + entry["data_offsets"][0] for name, entry in header.items()}
+    return _Contents(metadata, params, head, layout, starts, states)
+
+
+def _check_parameters(path: str, contents: _Contents, targets: Mapping[str, Array]) -> None:
+    """Refuse other names, shapes and dtypes than those of the parameters."""
+    stored = set(contents.params)
+    for name in [*targets, *contents.params]:
         if name not in stored:
             raise CheckpointError(f"load: {path} has no parameter {name!r}, which params has.")
         if name not in targets:
             raise CheckpointError(f"load: {path} holds parameter {name!r}, which params does not have.")
-        have, want = stored[name], targets[name]
-        if have.shape != want.shape:
-            raise CheckpointError(f"load: {path} holds {name!r} of shape {have.shape}, but params has {want.shape}.")
-        if have.dtype != want.dtype:
-            raise CheckpointError(f"load: {path} holds {name!r} as {have.dtype}, but params has {want.dtype}.")
+        (dtype, shape), want = contents.layout[f"param.{name}"], targets[name]
+        if shape != want.shape:
+            raise CheckpointError(f"load: {path} holds {name!r} of shape {shape}, but params has {want.shape}.")
+        if dtype != want.dtype.name or not want.dtype.isnative:
+            raise CheckpointError(f"load: {path} holds {name!r} as {dtype}, but params has {want.dtype}.")
         if isinstance(want, np.ndarray) and not want.flags.writeable:
             raise CheckpointError(f"load: params[{name!r}] is read-only; a writable array is needed.")
-    if opt is not None:
-        if state_dict is None:
-            raise CheckpointError(f"load: {path} was saved without an optimizer, but opt was given.")
-        try:
-            opt.load_state_dict(state_dict)  # before the parameters, because it may refuse
-        except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"load: {path} does not fit opt: {error}") from error
-    for name, want in targets.items():
-        space_of(want, f"load: params[{name!r}]").assign(want, stored[name])
 
 
-def _read(path: str) -> tuple[dict[str, str], dict[str, Array]]:
-    """Metadata and copies of all tensors of a fastopt checkpoint, with their checksum verified."""
-    safetensors = _safetensors()
-    with open(path, "rb"):
-        pass  # Python's own errors for a file that is missing, a folder, or unreadable
-    tensors = {}
-    try:
-        with safetensors.safe_open(path, framework="np") as file:
-            metadata: dict[str, str] = file.metadata() or {}
-            if metadata.get("format") != "fastopt":
-                raise CheckpointError(f"load: {path} is no fastopt checkpoint, but another safetensors file.")
-            version = metadata.get("format_version", "")
-            if version != str(_VERSION):
-                writer = metadata.get("fastopt_version", "unknown")
-                raise CheckpointError(
-                    f"load: {path} has format version {version!r} (fastopt {writer}); only {_VERSION} can be read here."
-                )
-            for name in file.keys():  # noqa: SIM118 (not a dict)
-                dtype = file.get_slice(name).get_dtype()
-                if dtype not in _DTYPES:
-                    raise CheckpointError(f"load: {path} is corrupted: {name} is {dtype}, which save never writes.")
-                if dtype == "BF16":
-                    dtype_of("bfloat16", f"load: {path}")  # its import of ml_dtypes tells NumPy what bfloat16 is
-                tensors[name] = file.get_tensor(name)
-    except safetensors.SafetensorError as error:
-        raise CheckpointError(
-            f"load: {path} is truncated, corrupted, or no safetensors file ({error}); a file written by save is needed."
-        ) from error
-    if metadata.pop("sha256", None) != _digest(metadata, tensors):
+def _check_states(path: str, contents: _Contents, opt: _Stateful) -> None:
+    """Refuse states that no parameter can have, before memory is asked for them; the rest is load_state_dict's."""
+    if contents.head is None:
+        raise CheckpointError(f"load: {path} was saved without an optimizer, but opt was given.")
+    if not isinstance(opt, Optimizer):
+        return
+    shapes = [array.shape for group in opt.param_groups for array in group["params"].values()]
+    for name, (index, _) in contents.states.items():
+        shape, want = contents.layout[name][1], shapes[index] if 0 <= index < len(shapes) else "no such parameter"
+        if shape != want:
+            raise CheckpointError(f"load: {path} does not fit opt: {name} has shape {shape}, but opt has {want}.")
+
+
+def _read_tensors(
+    path: str, file: IO[bytes], contents: _Contents, with_states: bool
+) -> tuple[dict[str, Array], dict[str, Any] | None]:
+    """Parameters, and the state dict if it is asked for, with the checksum of the whole file verified."""
+    expected = contents.metadata.pop("sha256", None)
+    digest = hashlib.sha256(_described(contents.metadata, contents.layout))
+    wanted = {f"param.{name}": name for name in contents.params}
+    params: dict[str, Array] = {}
+    for name, (dtype, shape) in sorted(contents.layout.items()):
+        file.seek(contents.starts[name])
+        kind = dtype_of(dtype, f"load: {path}")
+        if name in wanted or (with_states and name in contents.states):
+            array = np.empty(shape, kind)
+            if file.readinto(_bytes(array)) != array.nbytes:  # type: ignore[attr-defined]
+                break  # it became shorter just now
+            digest.update(_bytes(array))
+            if name in wanted:
+                params[wanted[name]] = array
+            elif contents.head is not None:
+                index, key = contents.states[name]
+                contents.head["state"][index][key] = array
+        else:
+            left = math.prod(shape) * kind.itemsize
+            while left > 0 and (piece := file.read(min(left, _PIECE))):
+                digest.update(piece)
+                left -= len(piece)
+    if expected != digest.hexdigest():
         raise CheckpointError(f"load: {path} is corrupted: its checksum does not match its content.")
-    return metadata, tensors
+    return params, contents.head
 
 
-def _digest(metadata: Mapping[str, str], tensors: Mapping[str, Array]) -> str:
-    layout = {name: [tensor.dtype.name, tensor.shape] for name, tensor in tensors.items()}
-    digest = hashlib.sha256(json.dumps([dict(metadata), layout], sort_keys=True).encode())
+@contextlib.contextmanager
+def _no_interrupt() -> Iterator[None]:
+    """Ctrl-C waits until the block is left. (Python runs handlers of signals in the main thread only.)"""
+    handler = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+        yield
+        return
+    caught: list[Any] = []
+    try:
+        signal.signal(signal.SIGINT, lambda *arguments: caught.append(arguments))
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if caught:
+            handler(*caught[-1])
+
+
+# --- the form of the file ----------------------------------------------------------------------------------------
+
+
+def _described(metadata: Mapping[str, str], layout: Mapping[str, tuple[str, tuple[int, ...]]]) -> bytes:
+    return json.dumps([dict(metadata), layout], sort_keys=True).encode()
+
+
+def _seal(metadata: dict[str, str], tensors: Mapping[str, Array]) -> None:
+    """Add the checksums."""
+    layout = {name: (tensor.dtype.name, tensor.shape) for name, tensor in tensors.items()}
+    metadata["header_sha256"] = hashlib.sha256(_described(metadata, layout)).hexdigest()
+    digest = hashlib.sha256(_described(metadata, layout))
     for name in sorted(tensors):
-        digest.update(tensors[name].reshape(-1).view(np.uint8).data)
-    return digest.hexdigest()
+        digest.update(_bytes(tensors[name]))
+    metadata["sha256"] = digest.hexdigest()
+
+
+def _bytes(array: Array) -> memoryview:
+    return array.reshape(-1).view(np.uint8).data
 
 
 def _to_json(state_dict: Mapping[str, Any]) -> str:
@@ -250,8 +398,8 @@ def _to_json(state_dict: Mapping[str, Any]) -> str:
     return json.dumps(head)
 
 
-def _from_json(text: str, tensors: Mapping[str, Array]) -> dict[str, Any] | None:
-    """The state dict that ``_to_json`` was given, its arrays taken from the tensors; None for a file without one."""
+def _from_json(text: str) -> dict[str, Any] | None:
+    """The state dict that ``_to_json`` was given, without its arrays; None for a file without one."""
 
     def untagged(tagged: dict[str, Any]) -> Any:
         if tagged.keys() == {"tuple"}:
@@ -259,13 +407,8 @@ def _from_json(text: str, tensors: Mapping[str, Array]) -> dict[str, Any] | None
         return float(tagged["float"]) if tagged.keys() == {"float"} else tagged
 
     head: dict[str, Any] | None = json.loads(text, object_hook=untagged)
-    if head is None:
-        return None
-    head["state"] = {int(index): entry for index, entry in head["state"].items()}
-    for name, tensor in tensors.items():
-        if name.startswith("state."):
-            _, index, key = name.split(".", 2)
-            head["state"][int(index)][key] = tensor
+    if head is not None:
+        head["state"] = {int(index): entry for index, entry in head["state"].items()}
     return head
 
 
@@ -282,18 +425,9 @@ def _named_arrays(function: str, params: Any) -> dict[str, Array]:
     return dict(params)
 
 
-def _sync(path: str) -> None:
-    """Wait until a file, or the entries of a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _safetensors() -> Any:
     try:
-        import safetensors.numpy
+        import safetensors
     except ImportError as error:
         raise ImportError('Checkpoints need the package safetensors: pip install "fastopt[checkpoint]"') from error
     return safetensors

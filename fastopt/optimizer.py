@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -378,6 +378,17 @@ class Optimizer:
         """
         with self._exclusive("state_dict"):
             return export_state(self._name, self.param_groups, self.state, self._space.copy)
+
+    def _snapshot(
+        self, arrays: Mapping[str, Array], copy_of: Callable[[Array], Array]
+    ) -> tuple[dict[str, Array], dict[str, Any]]:
+        """For ``fastopt.save``: copies of arrays and a state dict of the same moment, which can be loaded again."""
+        with self._exclusive("save"):
+            self._current_options()
+            copies = {name: copy_of(array) for name, array in arrays.items()}
+            exported = export_state(self._name, self.param_groups, self.state, copy_of)
+            import_state(exported, self._name, self.param_groups, self._name)
+            return copies, exported
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take over step counts, states and options that ``state_dict`` of the same optimizer returned.

@@ -32,7 +32,7 @@ class Gpu:
         try:
             import cupy
         except ImportError as error:
-            raise NoGpu(f'CuPy is missing: pip install "fastopt[cuda12]", or "fastopt[cuda13]" ({error})') from error
+            raise NoGpu(f'CuPy is missing: pip install -e ".[cuda12]", or ".[cuda13]" ({error})') from error
         self._cupy, self._runtime = cupy, cupy.cuda.runtime
         try:
             count = self._runtime.getDeviceCount()

@@ -35,7 +35,7 @@ BOWL = (  # learning rates that show how each one moves, not the fastest ones
     Recipe("Adagrad", fastopt.Adagrad, 1.5),
     Recipe("RMSprop", fastopt.RMSprop, 0.1),
     Recipe("Adam", fastopt.Adam, 0.3),
-    Recipe("AdamW", fastopt.AdamW, 0.3),
+    Recipe("AdamW", fastopt.AdamW, 0.3, note="Adam, but for decay of 0.01"),
     Recipe("Adadelta", fastopt.Adadelta, 200.0),
     Recipe("Adamax", fastopt.Adamax, 0.5),
     Recipe("NAdam", fastopt.NAdam, 0.4),
@@ -49,24 +49,24 @@ BOWL = (  # learning rates that show how each one moves, not the fastest ones
 
 def curves(histories: Sequence[History], folder: Path) -> list[Path]:
     """Write loss.png and accuracy.png: one panel per run, in which the other runs are grey."""
-    losses = [(h.name, h.lr, h.losses) for h in histories]
-    accuracies = [(h.name, h.lr, h.accuracies) for h in histories]
+    losses, accuracies = [h.losses for h in histories], [h.accuracies for h in histories]
     return [
-        _panels(losses, "Training loss after each epoch", "{:.4f}", folder / "loss.png"),
-        _panels(accuracies, "Test accuracy after each epoch", "{:.1%}", folder / "accuracy.png"),
+        _panels(histories, losses, "Training loss after each epoch", "{:.4f}", folder / "loss.png"),
+        _panels(histories, accuracies, "Test accuracy after each epoch", "{:.1%}", folder / "accuracy.png"),
     ]
 
 
-def _panels(runs: Sequence[tuple[str, float, Sequence[float]]], title: str, last: str, path: Path) -> Path:
-    figure, panels = _grid(len(runs))
-    lowest, epochs = min(values[-1] for _, _, values in runs), max(len(values) for _, _, values in runs)
-    for panel, (name, lr, values) in zip(panels, runs, strict=True):
-        for other, _, theirs in runs:
-            if other != name:
+def _panels(histories: Sequence[History], curves: Sequence[Sequence[float]], title: str, last: str, path: Path) -> Path:
+    figure, panels = _grid(len(curves))
+    lowest, epochs = min(values[-1] for values in curves), max(len(values) for values in curves)
+    for panel, history, values in zip(panels, histories, curves, strict=True):
+        for theirs in curves:
+            if theirs is not values:
                 panel.plot(range(1, len(theirs) + 1), theirs, color=GREY, linewidth=0.8)
         panel.plot(range(1, len(values) + 1), values, "o-" if len(values) == 1 else "-", color=BLUE, linewidth=2.2)
         end = f"ends at {last.format(values[-1])}" if math.isfinite(values[-1]) else "diverges"
-        panel.set_title(f"{name}, lr {lr:g}: {end}", fontsize=11)
+        panel.set_title(f"{history.name}, lr {history.lr:g}: {end}", fontsize=11)
+        _annotate(panel, history.note, 0.05 if last.endswith("%}") else 0.95)  # away from the curve
         panel.grid(alpha=0.25)
         panel.set_xlim(0, epochs + 1)
         panel.xaxis.set_major_locator(MaxNLocator(5, integer=True))
@@ -74,11 +74,11 @@ def _panels(runs: Sequence[tuple[str, float, Sequence[float]]], title: str, last
             panel.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
             # The first epochs of slow runs may start below; the differences between good ones are what is looked for.
             panel.set_ylim(min(0.9, math.floor(20 * lowest) / 20 if math.isfinite(lowest) else 0) - 0.005, 1.005)
-        elif any(math.isfinite(value) for _, _, values in runs for value in values):  # nothing has no logarithm
+        elif any(math.isfinite(value) for values in curves for value in values):  # nothing has no logarithm
             panel.set_yscale("log")
             panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     figure.supxlabel("epoch")
-    figure.suptitle(title + (", every optimizer against the others (grey)" if len(runs) > 1 else ""))
+    figure.suptitle(title + (", every optimizer against the others (grey)" if len(curves) > 1 else ""))
     return _save(figure, path)
 
 
@@ -96,6 +96,7 @@ def bowl(folder: Path) -> Path:
         panel.set(xlim=(-8, 8), ylim=(-3, 3), xticks=(-5, 0, 5), yticks=(-2, 0, 2), aspect="equal")
         f = path[-1, 0] ** 2 / 20 + path[-1, 1] ** 2
         panel.set_title(f"{recipe.name}, lr {recipe.lr:g}: f = {f:.1g}", fontsize=11)
+        _annotate(panel, recipe.note)
     figure.supxlabel("x")
     figure.supylabel("y")
     figure.suptitle(
@@ -161,6 +162,16 @@ def _grid(count: int, panel_height: float = 2.4) -> tuple[Figure, list[Axes]]:
     for panel in panels.flat[count:]:
         panel.set_visible(False)
     return figure, list(panels.flat[:count])
+
+
+def _annotate(panel: Axes, note: str, y: float = 0.95) -> None:
+    """Put a note at the right of a panel, at a height between 0 and 1."""
+    if note:
+        white = {"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 2}
+        edge: Any = "top" if y > 0.5 else "bottom"
+        panel.text(
+            0.98, y, note, transform=panel.transAxes, ha="right", va=edge, fontsize=9, style="italic", bbox=white
+        )
 
 
 def _save(figure: Figure, path: Path) -> Path:

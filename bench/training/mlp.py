@@ -92,12 +92,16 @@ def cross_entropy(logits: Array, labels: Array) -> tuple[float, Array]:
 
 @dataclass(frozen=True)
 class Recipe:
-    """An optimizer under the name of the tables and figures, with its learning rate and options."""
+    """An optimizer under the name of the tables and figures, with its learning rate and options.
+
+    ``note`` explains what the figures alone would leave open.
+    """
 
     name: str
-    make: Callable[..., Optimizer]
+    make: type[Optimizer]
     lr: float
     options: Mapping[str, Any] = field(default_factory=dict)
+    note: str = ""
 
     def build(self, params: Any) -> Optimizer:
         """Return a new optimizer of ``params``, which are anything that fastopt takes."""
@@ -111,6 +115,7 @@ class History:
     Attributes:
         name: As in the table and the figures.
         lr: Largest learning rate.
+        note: As in the recipe.
         losses: Mean cross-entropy of all training images after each epoch.
         accuracies: Share of test images that are recognised after each epoch, 0 to 1.
         samples: Images trained on.
@@ -120,6 +125,7 @@ class History:
 
     name: str
     lr: float
+    note: str = ""
     losses: list[float] = field(default_factory=list)
     accuracies: list[float] = field(default_factory=list)
     samples: int = 0

@@ -173,7 +173,7 @@ def test_without_cupy_or_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch, capsy
     monkeypatch.setitem(sys.modules, "cupy", None)
     assert bench_gpu.main([]) == 2
     error = capsys.readouterr().err
-    assert 'bench gpu: CuPy is missing: pip install "fastopt[cuda12]"' in error
+    assert 'bench gpu: CuPy is missing: pip install -e ".[cuda12]"' in error
     assert error.count("\n") == 1
     monkeypatch.undo()
     import cupy

@@ -228,7 +228,7 @@ def test_without_torch_the_command_to_install_it_is_named(tmp_path, capsys, monk
     monkeypatch.setitem(sys.modules, "torch", None)
     assert command(*SMALL, "--out", tmp_path) == 2
     assert capsys.readouterr().err == (
-        'bench train: needs torch, which is not installed; pip install "fastopt[bench,torch]" brings it.\n'
+        'bench train: needs torch, which is not installed; pip install -e ".[train,torch]" brings it.\n'
     )
 
 

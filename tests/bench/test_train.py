@@ -11,7 +11,7 @@ image = pytest.importorskip("matplotlib.image")
 
 import fastopt  # noqa: E402
 from bench import train  # noqa: E402
-from bench.training import digits, figures, mlp, sweep  # noqa: E402
+from bench.training import digits, figures, mlp, steps, sweep  # noqa: E402
 
 pytestmark = pytest.mark.full
 SMALL = ["--hidden", "16", "--epochs", "1"]
@@ -144,15 +144,43 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path, capsys):
         assert text.count("\n") == 1
 
 
-def test_every_optimizer_runs_and_the_figures_are_written(tmp_path, capsys, monkeypatch):
+@pytest.fixture
+def small(monkeypatch):
+    """A model whose steps take no time."""
+    monkeypatch.setattr(steps, "LARGE", {"w": (30, 7), "b": (7,)})
+
+
+@pytest.mark.usefixtures("small")
+def test_every_optimizer_runs_beside_eager_numpy_and_the_figures_are_written(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert command("--optimizer", "ALL", *SMALL, "--out", "new/folder") == 0
     printed = capsys.readouterr().out
+    assert "not measured" not in printed
+    assert max(map(len, printed.splitlines())) <= 80
     for recipe in train.RECIPES:
-        assert recipe.name in printed
+        (row,) = (line.split() for line in printed.splitlines() if line.split()[:1] == [recipe.name])
+        assert len(row) == 10
+        assert all(float(number) > 0 for number in (*row[1:3], *row[4:7], row[9]))
     for name in ("loss", "accuracy", "bowl"):
         assert f"new/folder/{name}.png\n" in printed
         assert_picture(tmp_path / "new" / "folder" / f"{name}.png")
+
+
+@pytest.mark.parametrize("recipe", train.RECIPES, ids=lambda recipe: recipe.name)
+def test_a_rule_that_differs_from_the_eager_one_is_not_timed(recipe, monkeypatch):
+    wrong = mlp.Recipe(recipe.name, recipe.make, recipe.lr, recipe.options)
+    monkeypatch.setattr(mlp.Recipe, "build", lambda self, params: self.make(params, lr=1.01 * self.lr, **self.options))
+    with pytest.raises(steps.WrongAnswer, match=f"{recipe.name} of fastopt and of NumPy differ"):
+        steps.compare(wrong, {"w": (30, 7), "b": (7,)})
+
+
+def test_a_wrong_answer_is_one_line_and_the_exit_status(tmp_path, capsys, monkeypatch):
+    def wrong(recipe, arrays):
+        raise steps.WrongAnswer("AdamW of fastopt and of NumPy differ")
+
+    monkeypatch.setattr(steps, "compare", wrong)
+    assert command(*SMALL, "--out", tmp_path) == 1
+    assert capsys.readouterr().err == "bench train: WRONG: AdamW of fastopt and of NumPy differ\n"
 
 
 def test_threads_are_set_back():
@@ -162,6 +190,7 @@ def test_threads_are_set_back():
     assert fastopt.get_num_threads() == before
 
 
+@pytest.mark.usefixtures("small")
 def test_a_run_that_diverges_at_once_is_said_and_drawn(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(figures, "bowl", lambda folder: folder / "bowl.png")  # it was drawn above
     assert command("--optimizer", "sgd", "--lr", "1e30", *SMALL, "--out", tmp_path) == 0

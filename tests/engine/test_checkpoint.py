@@ -1,11 +1,18 @@
 """Checkpoints: exact round trips, atomic replacement, and refusal of anything damaged or unfitting."""
 
 import builtins
+import contextlib
+import fcntl
 import json
 import math
 import os
 import pathlib
+import resource
+import signal
 import stat
+import threading
+import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import ml_dtypes
@@ -174,6 +181,59 @@ def test_other_readers_see_plain_tensors(saved):
         assert json.loads(file.metadata()["optimizer"])["optimizer"] == "AdamW"
 
 
+def test_names_of_states_may_have_dots(path):
+    params, state, loaded = {"w": np.ones(1)}, {0: {"a.b": np.arange(3.0), "step": 1}}, []
+    opt = SimpleNamespace(state_dict=lambda: {"state": state, "param_groups": []}, load_state_dict=loaded.append)
+    save(path, params, opt)
+    load(path, params, opt)
+    assert contents(loaded[0]["state"][0]) == contents(state[0])
+
+
+# Older files: each was written by a build of its time, and so was what it made of them three steps later.
+
+OLDER = pathlib.Path(__file__).parent / "checkpoints"
+GOLDEN = {  # in the files of NAdam and Adam, options are missing that were added later
+    "sgd": ("SGD", {"lr": 0.5, "momentum": 0.9, "nesterov": True}),
+    "adam-amsgrad": ("Adam", {"amsgrad": True, "weight_decay": 0.25}),
+    "adamw-groups": ("AdamW", {"betas": (0.8, 0.95)}),
+    "nadam": ("NAdam", {}),
+    "asgd": ("ASGD", {"t0": 2.0}),
+    "lars": ("LARS", {"lr": 1.0, "keep_weight_norms": True}),
+    "rmsprop": ("RMSprop", {"centered": True, "momentum": 0.5}),
+}
+
+
+def stored(name, file):
+    """Parameters and optimizer of a stored checkpoint."""
+    file = OLDER / f"{file}.safetensors"
+    dtype = safetensors.numpy.load_file(file)["param.w"].dtype
+    params = {key: np.zeros(shape, dtype) for key, shape in SHAPES.items()}
+    rest = {key: array for key, array in params.items() if key != "w"}
+    groups = [{"params": {"w": params["w"]}}, {"params": rest}] if "groups" in name else params
+    opt = getattr(fastopt, GOLDEN[name][0])(groups, **GOLDEN[name][1])
+    load(file, params, opt)
+    return params, opt
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_checkpoints_of_older_builds_go_on_with_the_same_bits(name):
+    params, opt = stored(name, name)
+    for seed in range(4, 7):
+        # Powers of two: their squares are exact, whatever the order in which a rule multiplies.
+        rng = np.random.default_rng(seed)
+        grads = {n: np.ldexp(rng.choice([-1.0, 1.0], s), rng.integers(-6, 1, s)) for n, s in SHAPES.items()}
+        opt.step({n: np.asarray(g).astype(params[n].dtype) for n, g in grads.items()})
+    assert contents(params, opt) == contents(*stored(name, f"{name}.later"))
+
+
+def test_new_options_need_a_new_format_version():
+    """Where this fails: raise ``_VERSION`` in checkpoint.py if it was released, and bring options.json up to date."""
+    kinds = [k for k in vars(fastopt).values() if isinstance(k, type) and issubclass(k, fastopt.Optimizer)]
+    options = {k.__name__: k([np.ones(1)], lr=1.0).defaults for k in kinds if k is not fastopt.Optimizer}
+    known = json.loads((OLDER / "options.json").read_text())
+    assert known == {"version": checkpoint._VERSION, "options": {name: sorted(o) for name, o in options.items()}}
+
+
 def test_views_are_saved_without_the_buffer_around_them(path):
     n = 1000
     params = fastopt.FlatBuffer.from_arrays({"small": np.ones(n, np.float32), "large": np.ones(100 * n, np.float32)})
@@ -189,16 +249,14 @@ class Stop(Exception):
     pass
 
 
-@pytest.mark.parametrize(
-    "where", ["os.fsync", "os.replace", "os.chmod", "safetensors.numpy.save_file", "safetensors.safe_open"]
-)
+@pytest.mark.parametrize("where", ["os.fsync", "os.replace", "safetensors.safe_open", "fastopt.checkpoint._write"])
 def test_failure_while_writing_leaves_the_old_file(saved, monkeypatch, where):
     path, fresh, opt = saved
     before = path.read_bytes()
 
     def write_half_then_stop(*args, **kwargs):
-        if "save_file" in where:
-            pathlib.Path(args[1]).write_bytes(before[:99])
+        if "_write" in where:
+            args[0].write(before[:99])
         raise Stop
 
     monkeypatch.setattr(where, write_half_then_stop)
@@ -235,6 +293,116 @@ def test_a_new_file_has_the_usual_permissions_and_a_link_stays_one(path):
     assert link.is_symlink()
     assert path.stat().st_mode == usual.stat().st_mode
     load(link, make_arrays())
+
+
+def test_permissions_and_owner_of_an_older_file_stay(path, monkeypatch):
+    save(path, make_arrays())
+    path.chmod(0o640)
+    if os.geteuid() == 0:
+        os.chown(path, 4321, 1234)
+    before = path.stat()
+    save(path, make_arrays())
+    after = path.stat()
+    assert after.st_ino != before.st_ino
+    assert (after.st_mode, after.st_uid, after.st_gid) == (before.st_mode, before.st_uid, before.st_gid)
+
+    def not_permitted(*arguments):
+        raise PermissionError
+
+    monkeypatch.setattr(os, "fchown", not_permitted)
+    save(path, make_arrays())
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600  # the rights of its group are not given to another
+
+
+def test_temporary_files_of_killed_saves_are_removed(path):
+    stray, busy, other = (path.with_name(f".fastopt-{digit * 32}.{end}") for digit, end in ("0t", "1t", "2x"))
+    stray, busy = stray.with_suffix(".tmp"), busy.with_suffix(".tmp")
+    for file in (stray, busy, other):
+        file.write_bytes(b"half")
+    with busy.open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # as a save does that is under way
+        save(path, make_arrays())
+        assert sorted(os.listdir(path.parent)) == sorted([busy.name, other.name, path.name])
+
+
+@pytest.mark.parametrize("kind", ["pipe", "loop of links"])
+def test_only_regular_files_are_replaced_and_read(path, kind):
+    if kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to(path.name)
+    for function in (save, load):
+        with pytest.raises(OSError, match=r"regular file|levels of symbolic links"):
+            function(path, make_arrays())
+    assert os.listdir(path.parent) == [path.name]
+    assert not stat.S_ISREG(path.lstat().st_mode)
+
+
+def test_a_full_disk_is_an_operating_system_error(saved):
+    path, fresh, opt = saved
+    before, limits = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            save(path, fresh, opt)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert os.listdir(path.parent) == [path.name]
+    assert path.read_bytes() == before
+
+
+def test_what_is_saved_while_another_thread_steps_is_of_one_moment(path):
+    shapes = dict.fromkeys("abc", (100_000,))
+    params, grads, fresh = (fastopt.FlatBuffer(shapes) for _ in range(3))
+    grads.data[:] = 1
+    opt, again = fastopt.SGD(params, lr=1.0), fastopt.SGD(fresh, lr=1.0)
+    stop, saves = threading.Event(), 0
+
+    def steps():
+        while not stop.wait(0.0005):
+            with contextlib.suppress(RuntimeError):  # a save is copying
+                opt.step(grads)
+
+    with ThreadPoolExecutor(1) as pool:
+        stepping = pool.submit(steps)
+        try:
+            while saves < 30 and not stepping.done():
+                with contextlib.suppress(RuntimeError):  # a step is under way
+                    save(path, params, opt)
+                    saves += 1
+                    load(path, fresh, again)
+                    assert {again.state[name]["step"] for name in shapes} == {-int(fresh.data[0])}
+                    assert np.ptp(fresh.data) == 0
+        finally:
+            stop.set()
+        stepping.result()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda opt, patch: opt.param_groups[0].update(lr=-1.0), "lr"),
+        (lambda opt, patch: patch.setattr("fastopt._state.MAX_STEP", 2), "step"),
+    ],
+)
+def test_nothing_is_saved_that_load_would_refuse(saved, monkeypatch, change, message):
+    path, params, opt = saved
+    load(path, params, opt)
+    before = path.read_bytes()
+    change(opt, monkeypatch)
+    with pytest.raises(CheckpointError, match=rf"save: opt could not be loaded again: .*{message}"):
+        save(path, params, opt)
+    assert path.read_bytes() == before
+
+
+def test_options_that_were_changed_since_the_last_step_can_be_loaded(path):
+    params = make_arrays()
+    opt, again = fastopt.SGD(params), fastopt.SGD(params)
+    take_steps(opt, params, range(3))
+    opt.param_groups[0]["momentum"] = 0.9  # needs a state that no step has made yet
+    save(path, params, opt)
+    load(path, params, again)
+    assert contents(params, again) == contents(params, opt)
 
 
 NOT_STORABLE = [
@@ -296,7 +464,7 @@ def test_truncated_or_extended_files_are_refused(saved):
 def test_a_flipped_bit_anywhere_is_refused(saved):
     path, fresh, opt = saved
     whole = path.read_bytes()
-    for place in range(len(whole)):
+    for place in range(0, len(whole), 3):
         flipped = bytearray(whole)
         flipped[place] ^= 1 << place * 5 % 8
         path.write_bytes(flipped)
@@ -313,8 +481,8 @@ def rewrite(path, change, sign):
         metadata = file.metadata()
     change(metadata, tensors)
     if sign:
-        del metadata["sha256"]
-        metadata["sha256"] = checkpoint._digest(metadata, tensors)
+        del metadata["sha256"], metadata["header_sha256"]
+        checkpoint._seal(metadata, tensors)
     safetensors.numpy.save_file(tensors, path, metadata=metadata)
 
 
@@ -344,7 +512,7 @@ CHANGES = [
     ("state shape", UNFIT, lambda m, t: t.update({"state.0.exp_avg": np.ones(3, np.float32)})),
     ("state dtype", UNFIT, lambda m, t: t.update({"state.0.exp_avg": np.ones((3, 5))})),
     ("steps", UNFIT, lambda m, t: m.update(optimizer=m["optimizer"].replace('"step": 3', '"step": -3', 1))),
-    ("newer", r"has format version '2' \(fastopt .*\); only 1 can", lambda m, t: m.update(format_version="2")),
+    ("newer", r"has format version '3' \(fastopt .*\), but only 1, 2 can", lambda m, t: m.update(format_version="3")),
     ("not ours", "is no fastopt checkpoint, but another safetensors file", lambda m, t: m.pop("format")),
 ]
 
@@ -360,6 +528,55 @@ def test_float16_bits_that_are_called_bfloat16_are_refused(path):
     save(path, {"w": np.ones(3, np.float16)})
     rewrite(path, lambda m, t: t.update({"param.w": t["param.w"].view(DTYPES["bfloat16"])}), sign=False)
     assert_refused(UNSIGNED, path, {"w": np.ones(3, DTYPES["bfloat16"])})
+
+
+def deep(text):
+    return '{"a":' * 100_000 + text + "}" * 100_000
+
+
+FORGED = [  # changes of the metadata; shape of param.w, shape of state.0.momentum_buffer, message
+    ({"optimizer": deep("1")}, [3], [3], INCOMPLETE),
+    ({"params": "[" * 100_000 + "]" * 100_000}, [3], [3], INCOMPLETE),
+    ({}, [1] * 65, [3], "holds 'w' of shape"),
+    ({}, [3], [1] * 65, UNFIT),
+    ({}, [2**38], [3], "holds 'w' of shape"),
+    ({}, [3], [2**38], UNFIT),
+]
+
+
+@pytest.mark.parametrize(("changes", "shape", "state_shape", "message"), FORGED)
+def test_forged_files_are_refused_in_little_memory(path, changes, shape, state_shape, message):
+    params = {"w": np.ones(3, np.float32)}
+    opt = fastopt.SGD(params, momentum=0.9)
+    save(path, params, opt)
+    with safetensors.safe_open(path, framework="np") as file:
+        header = {"__metadata__": file.metadata() | {"format_version": "1"} | changes}
+    end = 0
+    for name, dims in (("param.w", shape), ("state.0.momentum_buffer", state_shape)):
+        start, end = end, end + 4 * math.prod(dims)
+        header[name] = {"dtype": "F32", "shape": dims, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)  # without taking room on the disk
+    tracemalloc.start()
+    try:
+        assert_refused(message, path, params, opt)
+        assert tracemalloc.get_traced_memory()[1] < 20 * len(text) + 2**20
+    finally:
+        tracemalloc.stop()
+
+
+def test_an_interrupt_waits_until_everything_is_loaded(saved):
+    path, fresh, _ = saved
+    interrupted = SimpleNamespace(load_state_dict=lambda state_dict: signal.raise_signal(signal.SIGINT))
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        load(path, fresh, interrupted)
+    assert signal.getsignal(signal.SIGINT) is handler
+    other = make_arrays(seed=2)
+    load(path, other)
+    assert contents(fresh) == contents(other)
 
 
 # Reading: sound files that do not fit.
