@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,8 @@ SHAPES: dict[str, tuple[int, ...]] = {"w": (5, 7), "b": (3,), "s": (), "none": (
 FEW = {"w": (5, 7), "b": (3,)}  # a block of the prologue is 256 threads, which take the simulator a tenth of a second
 
 ONE_PER_RULE = list({case.rule: case for case in CASES}.values())
+SIMULATED = os.environ.get("NUMBA_ENABLE_CUDASIM") == "1"
+"""Then fewer cases do: compiled kernels (test_compiled.py) and GPUs go through all of them in no time."""
 
 
 def problem(p: str = "float32", g: str | None = None, *, shapes: Any = SHAPES, steps: int = 3) -> tuple[Any, Any]:
