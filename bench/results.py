@@ -16,6 +16,8 @@ from .stats import quartiles
 FORMAT = 1
 LARGE_SPREAD = 0.10
 """Distance of the quartiles relative to the median from which a spread is called large."""
+UNSTEADY = 0.5
+"""The same, from which a time is nothing to compare with."""
 
 
 @dataclass
@@ -50,8 +52,17 @@ class Timing:
     @property
     def is_spread(self) -> bool:
         """Whether the samples lie far apart."""
+        return self._spread > LARGE_SPREAD
+
+    @property
+    def is_unsteady(self) -> bool:
+        """Whether the samples lie so far apart that a ratio to them says nothing: of at least four."""
+        return len(self.samples) >= 4 and self._spread > UNSTEADY
+
+    @property
+    def _spread(self) -> float:
         low, high = self.quartiles
-        return high - low > LARGE_SPREAD * self.median
+        return (high - low) / self.median if self.median else 0.0
 
 
 @dataclass
@@ -62,7 +73,7 @@ class Verdict:
         text: The bar in words.
         measured: The quantity that it limits: median over rounds; None if a contender is missing.
         low, high: Its quartiles.
-        reached: None if it was not measured.
+        reached: None if it was not measured, or one of the two was too unsteady.
     """
 
     text: str
@@ -132,6 +143,8 @@ class Result:
     def _verdict(self, bar: Bar) -> Verdict:
         verdict = Verdict(bar.text, bar.contender, bar.against, bar.limit)
         if bar.contender not in self.timings or (bar.against and bar.against not in self.timings):
+            return verdict
+        if bar.against and (self.timings[bar.contender].is_unsteady or self.timings[bar.against].is_unsteady):
             return verdict
         if bar.against is None:
             factor = {"µs": 1e6, "ms": 1e3}[bar.unit]

@@ -12,7 +12,7 @@ from .. import models
 from ..models import Shape
 from ..stats import quartiles
 
-ROUNDS, QUICK_ROUNDS = 21, 5
+ROUNDS = 21
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,6 @@ class Case:
         flat: Whether fastopt's arrays lie in flat buffers.
         step: Options of ``step``.
         bars: Limits that the case is to meet.
-        quick: Whether ``--quick`` runs it.
     """
 
     name: str
@@ -73,7 +72,6 @@ class Case:
     flat: bool = False
     step: dict[str, Any] = field(default_factory=dict)
     bars: tuple[Bar, ...] = ()
-    quick: bool = False
 
     @property
     def elements(self) -> int:
@@ -91,6 +89,7 @@ class Optimizer(NamedTuple):
 OPTIMIZERS = {
     "adam": Optimizer("Adam", {"lr": 1e-3}),
     "momentum": Optimizer("SGD", {"lr": 1e-2, "momentum": 0.9}),
+    "sgd": Optimizer("SGD", {"lr": 8.0}),  # steps that bfloat16 shows
     "adamw": Optimizer("AdamW", {"lr": 1e-3, "weight_decay": 1e-2}),
     "lars": Optimizer("LARS", {"lr": 1e-2, "weight_decay": 1e-4}),
 }
@@ -110,20 +109,16 @@ def _fraction(limit: float) -> Bar:
     return Bar("fastopt", "fraction", limit, "copy")
 
 
-def _large(name: str, size: str, elements: int, quick: bool = False) -> Case:
-    return Case(
-        f"{name}-{size}",
-        "device",
-        *OPTIMIZERS[name],
-        {"w": (elements,)},
-        ("fastopt", "copy", "torch fused", "torch foreach"),
-        flat=True,
-        bars=(_fraction(0.92), Bar("fastopt", "ratio", 1.0, "torch fused")),
-        quick=quick,
-    )
+AGAINST_TORCH = ("fastopt", "copy", "torch fused", "torch foreach")
 
 
-def _wall(name: str, shapes: Mapping[str, Shape], quick: bool = False) -> Case:
+def _large(name: str, size: str, elements: int) -> Case:
+    bars = _fraction(0.92), Bar("fastopt", "ratio", 1.0, "torch fused")
+    shapes = {"w": (elements,)}
+    return Case(f"{name}-{size}", "device", *OPTIMIZERS[name], shapes, AGAINST_TORCH, flat=True, bars=bars)
+
+
+def _wall(name: str, shapes: Mapping[str, Shape]) -> Case:
     return Case(
         f"adam-{name}",
         "wall",
@@ -131,7 +126,6 @@ def _wall(name: str, shapes: Mapping[str, Shape], quick: bool = False) -> Case:
         shapes,
         ("fastopt", "fastopt flat", "torch fused", "torch foreach"),
         bars=(Bar("fastopt", "ratio", 0.35, "torch fused"),),
-        quick=quick,
     )
 
 
@@ -145,14 +139,16 @@ THOUSAND = {str(i): (1000,) for i in range(1000)}
 GUARDED = {"grad_scale": 8.0, "max_norm": 1.0, "skip_nonfinite": True}
 """Unscaling, clipping (the norm is above 1 after unscaling) and the finite check."""
 
+SIXTY_FOUR = {str(i): (ONE_G["w"][0] // 64,) for i in range(64)}
+
 OTHERS = ("cupy", "cupy fuse", "torch loop", "apex", "transformer engine", "bitsandbytes")
 """Contenders in others.py."""
 
 SUITE: dict[str, Case] = {
     case.name: case
     for case in (
-        Case("copy", "device", *OPTIMIZERS["adam"], HUNDRED_M, ("copy", "torch copy"), quick=True),
-        _large("adam", "100m", 100_000_000, quick=True),
+        Case("copy", "device", *OPTIMIZERS["adam"], HUNDRED_M, ("copy", "torch copy")),
+        _large("adam", "100m", 100_000_000),
         # Apart from adam-100m, whose bars do not have to wait for libraries that may be missing.
         Case("adam-others", "device", *OPTIMIZERS["adam"], HUNDRED_M, ("fastopt", "torch fused", *OTHERS), flat=True),
         _large("momentum", "100m", 100_000_000),
@@ -167,8 +163,8 @@ SUITE: dict[str, Case] = {
             flat=True,
             bars=(_fraction(0.88),),
         ),
-        _wall("resnet50", models.shapes("resnet50"), quick=True),
-        _wall("1000x1000", THOUSAND, quick=True),
+        _wall("resnet50", models.shapes("resnet50")),
+        _wall("1000x1000", THOUSAND),
         Case(
             "host-resnet50",
             "host",
@@ -176,7 +172,6 @@ SUITE: dict[str, Case] = {
             models.shapes("resnet50"),
             ("fastopt", "fastopt flat", "momentum", "torch fused"),
             bars=(Bar("fastopt", "microseconds", 40.0),),
-            quick=True,
         ),
         _lars("resnet50", models.shapes("resnet50")),
         _lars("bert-large", models.shapes("bert-large")),
@@ -189,7 +184,6 @@ SUITE: dict[str, Case] = {
             flat=True,
             step=GUARDED,
             bars=(Bar("fastopt", "ratio", 1.25, "plain"),),
-            quick=True,
         ),
         Case(
             "adam-clip-waits",
@@ -199,7 +193,6 @@ SUITE: dict[str, Case] = {
             ("fastopt", "plain"),
             step=GUARDED,
             bars=(Bar("fastopt", "count", 0),),
-            quick=True,
         ),
         Case(
             "graph-resnet50",
@@ -208,7 +201,18 @@ SUITE: dict[str, Case] = {
             models.shapes("resnet50"),
             ("graph", "kernels"),
             bars=(Bar("graph", "ratio", 1.05, "kernels"),),
-            quick=True,
+        ),
+        Case(
+            "amp-resnet50", "wall", *OPTIMIZERS["adam"], models.shapes("resnet50"), ("fastopt.torch amp", "torch amp")
+        ),
+        # The sum over the chunks of one array is one block's work, that over 64 arrays is 64 blocks'.
+        *(
+            Case(name, "device", *OPTIMIZERS["sgd"], shapes, ("norm", "copy"), step=GUARDED)
+            for name, shapes in (("norm-1g", ONE_G), ("norm-64-arrays", SIXTY_FOUR))
+        ),
+        *(
+            Case(f"sgd-bfloat16-{size}", "device", *OPTIMIZERS["sgd"], shapes, AGAINST_TORCH, "bfloat16", flat=True)
+            for size, shapes in (("100m", HUNDRED_M), ("1g", ONE_G))
         ),
         _large("adam", "1g", 1_000_000_000),
         _large("momentum", "1g", 1_000_000_000),
@@ -217,6 +221,12 @@ SUITE: dict[str, Case] = {
     )
 }
 
+_BANDWIDTH = ("adam", "momentum", "sgd-bfloat16")
+STAGES: dict[str, tuple[str, ...]] = {
+    "bandwidth": ("copy", *(f"{name}-{size}" for size in ("100m", "1g") for name in _BANDWIDTH))
+}
+STAGES["rest"] = tuple(name for name in SUITE if name not in STAGES["bandwidth"])
+"""Cases by the stage of bench/gpu.sh that measures them."""
 
 CHECKED = "right answers"
 """What stands in the place of a bar for a case without one."""

@@ -1,4 +1,4 @@
-"""``python -m bench.gpu``: measures steps on a GPU against a copy and torch, and says which bars are reached."""
+"""``python -m bench gpu``: measures steps on a GPU against a copy and torch, and says which bars are reached."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..cli import refuse
-from .cases import QUICK_ROUNDS, ROUNDS, SUITE, Verdict, judge
+from .cases import ROUNDS, STAGES, SUITE, Verdict, judge
 from .contenders import Copy
 from .device import Gpu, NoGpu, machine
 from .measure import describe, measure
@@ -24,15 +24,12 @@ DIED = {"error": "the process died in this case", "contenders": {}, "problems": 
 
 
 def add_parser(commands: Any) -> None:
-    """Register the subcommand of ``python -m bench``."""
-    add_arguments(commands.add_parser("gpu", help="time steps on a GPU against a copy and torch"))
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What the command line may say."""
-    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"{', '.join(SUITE)}; all by default")
+    """Register the subcommand."""
+    help_ = "time steps on a GPU against a copy and torch"
+    parser = commands.add_parser("gpu", help=help_, description=f"{help_.capitalize()}, answers checked before.")
+    known = f"{', '.join(SUITE)}, or all of a stage of bench/gpu.sh: {', '.join(STAGES)}; all by default"
+    parser.add_argument("cases", nargs="*", metavar="CASE", help=known)
     parser.add_argument("--out", type=Path, help="write every sample to this file, anew after each case")
-    parser.add_argument("--quick", action="store_true", help="the most important cases, in a minute")
     parser.add_argument("--resume", action="store_true", help="leave out cases that the file of --out has already")
     parser.add_argument("--limit", type=float, help="begin no case after so many seconds")
     parser.add_argument("--show", type=Path, metavar="FILE", help="only print the tables of a file written by --out")
@@ -42,10 +39,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the chosen cases; 0 if nothing failed (a bar may be missed), 1 if something did, 2 if nothing could run,
     3 if the GPU fails."""
-    unknown = [name for name in args.cases if name not in SUITE]
+    unknown = [name for name in args.cases if name not in SUITE and name not in STAGES]
     problem = None
     if unknown:
-        problem = f"there is no case {unknown[0]!r}; cases are {', '.join(SUITE)}"
+        problem = f"there is no case {unknown[0]!r}; cases are {', '.join((*STAGES, *SUITE))}"
     elif args.out and not args.out.parent.is_dir():
         problem = f"the folder of {args.out} does not exist"
     elif args.show and not args.show.is_file():
@@ -59,9 +56,8 @@ def run(args: argparse.Namespace) -> int:
             gpu = Gpu()
         except NoGpu as error:
             return refuse("gpu", error)
-        chosen = args.cases or [name for name, case in SUITE.items() if case.quick or not args.quick]
-        rounds = QUICK_ROUNDS if args.quick else ROUNDS
-        record = {"machine": {}, "rounds": rounds, "chosen": chosen, "cases": {}}
+        chosen = [case for name in args.cases or SUITE for case in STAGES.get(name, (name,))]
+        record = {"machine": {}, "rounds": ROUNDS, "chosen": chosen, "cases": {}}
         if args.resume and args.out and args.out.is_file():
             record = json.loads(args.out.read_text())
         if not _measure(gpu, record, args.limit, args.out):
@@ -126,10 +122,3 @@ def show(record: dict[str, Any], verdicts: list[Verdict], console: Console) -> N
         spread = "" if verdict.spread is None else "{:.3f} to {:.3f}".format(*verdict.spread)
         bars.add_row(verdict.case, verdict.bar, middle, spread, verdict.verdict)
     console.print(bars)
-
-
-def main(argv: list[str] | None = None) -> int:
-    """The command line of this module alone."""
-    parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__)
-    add_arguments(parser)
-    return run(parser.parse_args(argv))

@@ -12,7 +12,7 @@ from .cases import OTHERS, bytes_per_element
 from .data import STEPS, Problem, Recipe, Values, WrongAnswer, check_bits, check_close
 from .device import Gpu, address
 
-Step = Callable[[], object]
+Step = Callable[[], Any]
 
 
 class NotInstalled(Exception):
@@ -154,6 +154,31 @@ class Momentum(Fastopt):
         return Recipe("SGD", {"lr": 1e-3, "momentum": 0.9, "weight_decay": 1e-4}, {})
 
 
+class Norm(Fastopt):
+    """The norm of all gradients and nothing else: one of them is infinite, so that the update is skipped."""
+
+    def __init__(self, problem: Problem, copy: Copy) -> None:
+        super().__init__(problem, copy)
+        self.bytes = problem.case.elements * problem.dtype.itemsize
+        for model in self.models:
+            self._break(model)
+
+    def _break(self, model: Model) -> None:
+        last = list(model.grads.values())[-1]
+        infinite = np.array([np.inf], self.problem.dtype)
+        self.problem.gpu.write(address(last) + last.nbytes - infinite.nbytes, infinite)
+
+    def check(self) -> None:  # noqa: D102
+        before = self._first()
+        if not self.models[0].step().skipped or self._first() != before:
+            raise WrongAnswer("a step with an infinite gradient was taken")
+
+    def _first(self) -> bytes:
+        first = next(iter(self.models[0].params.values()))
+        self.problem.gpu.synchronize()
+        return self.problem.gpu.read(address(first), 1, self.problem.dtype).tobytes()
+
+
 class Kernels(Fastopt):
     """A step that could be captured, taken as it is, on a stream of its own."""
 
@@ -231,6 +256,46 @@ class TorchForeach(Torch):
     options: ClassVar[dict[str, Any]] = {"foreach": True}
 
 
+class TorchAmp(TorchFused):
+    """torch.optim with fused=True and torch's GradScaler: the check of the gradients, the step, the new scale."""
+
+    def make(self) -> Model:  # noqa: D102
+        import torch
+
+        model = super().make()
+        # A scale of 1 that never grows: the gradients are those of the other contenders.
+        scaler = self.scaler()(self.problem.gpu.torch_device, init_scale=1.0, growth_interval=2**30)
+        scaler.scale(torch.zeros(1, device=self.problem.gpu.torch_device))  # it has its scale from here on
+
+        def step() -> None:
+            scaler.step(model.optimizer)
+            scaler.update()
+
+        return model._replace(step=step)
+
+    def scaler(self) -> Any:
+        """The scaler's class."""
+        import torch
+
+        return torch.amp.GradScaler
+
+
+class FastoptTorchAmp(TorchAmp):
+    """fastopt.torch with its own GradScaler."""
+
+    options: ClassVar[dict[str, Any]] = {}
+
+    def kind(self) -> Any:  # noqa: D102
+        import fastopt.torch
+
+        return getattr(fastopt.torch, self.recipe.optimizer)
+
+    def scaler(self) -> Any:  # noqa: D102
+        import fastopt.torch
+
+        return fastopt.torch.GradScaler
+
+
 class DeviceCopy(Contender):
     """No optimizer: a copy, the limit that the machine sets. Its bytes are those read and those written."""
 
@@ -278,11 +343,14 @@ CONTENDERS: dict[str, Callable[[Problem, Copy], Contender]] = {
     "fastopt": Fastopt,
     "fastopt flat": FastoptFlat,
     "plain": Plain,
+    "norm": Norm,
     "momentum": Momentum,
     "kernels": Kernels,
     "graph": Graph,
     "torch fused": TorchFused,
     "torch foreach": TorchForeach,
+    "torch amp": TorchAmp,
+    "fastopt.torch amp": FastoptTorchAmp,
     "copy": DeviceCopy,
     "torch copy": TorchCopy,
     **{name: _other(name) for name in OTHERS},

@@ -7,17 +7,19 @@ from collections.abc import Iterable
 
 from ..results import Record, Result
 from . import words
-from .losses import Comparison
+from .losses import Comparison, compare
 from .tables import Tables
 from .words import STREAM, is_ours, of_stream, ratio
 
-NOT_MEASURED = "not measured"
-COLUMNS = {
-    "stream": "of the stream's speed",
-    "torch fused": "÷ torch `fused=True`",
-    "torch foreach": "÷ torch `foreach=True`",
-    "torch loop": "÷ torch's default",
-}
+TABLES = (
+    {"stream": "speed, of the stream's"},
+    {
+        "torch fused": "÷ torch `fused=True`",
+        "torch foreach": "÷ torch `foreach=True`",
+        "torch loop": "÷ torch's default",
+    },
+)
+"""Columns of the README's tables, by contender; a row stands where all of them were measured."""
 FRONTS = ("fastopt.torch", "fastopt")
 """Whose figures are the main ones, on a model's shapes and else."""
 
@@ -134,13 +136,8 @@ def largest(record: Record) -> Result | None:
 
 
 def readme_block(record: Record) -> str:
-    """Machine and main figures in markdown, of the record alone."""
+    """Machine, main figures, and where others are faster, in markdown, of the record alone."""
     shown = words.measured(record)
-    head = f"| fastopt's step | {' | '.join(COLUMNS.values())} |"
-    lines = [head, "|---|" + "--:|" * len(COLUMNS)]
-    for label, results in _readme_rows(shown):
-        cells = [_cell(results, against) for against in COLUMNS]
-        lines.append(f"| {label} | {' | '.join(cells)} |")
     date = shown.machine.get("date")
     rounds = [len(timing.samples) for result in shown.results for timing in result.timings.values()]
     told = f"{min(rounds)} to {max(rounds)}" if rounds and min(rounds) < max(rounds) else f"{max(rounds, default=0)}"
@@ -150,11 +147,26 @@ def readme_block(record: Record) -> str:
         f"medians of {told} interleaved rounds",
         *([str(date)] if date else []),
     ]
-    foot = (
-        f"{machine_line(shown)}; {', '.join(conditions)}. Below 1 fastopt takes less time; of the stream's speed, 1 is "
-        "the limit of the memory. Several cases: their median, and the range."
+    head = (
+        f"{machine_line(shown)}; {', '.join(conditions)}. A plain stream of the same reads and writes is the limit of "
+        "the memory: 1. Beside torch, below 1 fastopt takes less time. Several cases: their median, and the range."
     )
-    return "\n".join([_escaped(foot), "", *lines, ""])
+    lines = [_escaped(head)]
+    for columns in TABLES:
+        rows = [(label, [_cell(results, against) for against in columns]) for label, results in _readme_rows(shown)]
+        complete = [f"| {label} | {' | '.join(filter(None, cells))} |" for label, cells in rows if all(cells)]
+        if complete:
+            title = f"| fastopt's step | {' | '.join(columns.values())} |"
+            lines += ["", title, "|---|" + "--:|" * len(columns), *complete]
+    losses = compare(shown).losses
+    if losses:
+        lines += ["", "Where another one is faster beyond noise:", ""]
+        lines += [
+            f"- {_escaped(words.what(loss.result, threads=False))}: {_escaped(loss.other)} takes "
+            f"{1 / loss.ratio.median:.2f} of the time of {loss.ours}."
+            for loss in losses
+        ]
+    return "\n".join([*lines, ""])
 
 
 def _readme_rows(record: Record) -> Iterable[tuple[str, list[Result]]]:
@@ -169,17 +181,15 @@ def _readme_rows(record: Record) -> Iterable[tuple[str, list[Result]]]:
             yield _escaped(words.what(result, threads=False)), [result]
     for result in record.family("models"):
         yield _escaped(words.what(result, threads=False)), [result]
-    for family, label in (("rules", "every optimizer"), ("dtypes", "every dtype")):
-        results = record.family(family)
+    rules, dtypes = record.family("rules"), record.family("dtypes")
+    names = " and ".join(dict.fromkeys(result.dtype for result in dtypes))
+    for label, results in ((words.plural(len(rules), "optimizer"), rules), (f"Adam, {names}", dtypes)):
         if results:
-            count = max(result.elements for result in results)
-            yield f"{label}, {words.elements(count)} elements ({words.plural(len(results), 'case')})", results
-    if not any(result.timings for result in record.results):
-        yield "nothing", []
+            yield f"{label}, {words.elements(max(result.elements for result in results))} elements each", results
 
 
-def _cell(results: list[Result], against: str) -> str:
-    """The median over results of fastopt's time over another's, or of its fraction of the stream's speed."""
+def _cell(results: list[Result], against: str) -> str | None:
+    """The median over results of fastopt's time over another's, or of its fraction of the stream's speed; or None."""
     values = []
     for result in results:
         front = _front(result)
@@ -187,10 +197,10 @@ def _cell(results: list[Result], against: str) -> str:
         if part:
             values.append(part.median)
     if not values:
-        return NOT_MEASURED
+        return None
     middle = f"{statistics.median(values):.2f}"
     span = f"{min(values):.2f} to {max(values):.2f}" if len(values) > 1 else ""
-    some = f"{len(values)} of {len(results)} cases" if len(values) < len(results) else ""
+    some = f"{len(values)} of {len(results)}" if len(values) < len(results) else ""
     told = "; ".join(filter(None, (span, some)))
     return f"{middle} ({told})" if told else middle
 

@@ -37,9 +37,9 @@ class Ratio:
 
 
 def ratio(result: Result, contender: str, against: str) -> Ratio | None:
-    """Compare two contenders of a result; None where one has no samples, or a time is zero."""
+    """Compare two contenders of a result; None where one has no samples or is too unsteady, or a time is zero."""
     first, second = result.timings.get(contender), result.timings.get(against)
-    if first is None or second is None or min(second.samples) <= 0:
+    if first is None or second is None or min(second.samples) <= 0 or first.is_unsteady or second.is_unsteady:
         return None
     if len(first.samples) == len(second.samples):
         values = result.ratios(contender, against)

@@ -81,16 +81,27 @@ def test_the_summary_says_nothing_of_what_was_not_measured():
 
 def test_the_block_of_the_readme():
     record = bench_records.plausible()
-    lines = readme_block(record).splitlines()
+    block = readme_block(record)
+    lines = block.splitlines()
     assert lines[0].startswith("Imaginary Xeon 6000, 2 cores, x86-64-v4, 25.0 GB of memory")
     assert "medians of 21 interleaved rounds" in lines[0]
-    table = [line for line in lines if line.startswith("|")]
-    assert {line.count("|") for line in table} == {6}
-    (model,) = (line for line in table if "resnet50" in line)
+    assert {line.count("|") for line in lines if line.startswith("|")} == {3, 5}  # of the stream, beside torch
+    (model,) = (line for line in lines if "resnet50" in line)
     found = record["adamw-resnet50"]
     figures = [f"{found.ratio('fastopt.torch', f'torch {name}'):.2f}" for name in ("fused", "foreach", "loop")]
-    assert [cell.strip() for cell in model.split("|")[2:-1]] == ["not measured", *figures]
-    assert any("8 cases" in line and "3 of 8 cases" in line for line in table)
+    assert [cell.strip() for cell in model.split("|")[2:-1]] == figures
+    assert any("8 optimizers" in line and "3 of 8" in line for line in lines)
+    losses = compare(words.measured(record)).losses
+    assert losses
+    assert sum(line.startswith("- ") for line in lines) == len(losses)
+
+
+@pytest.mark.parametrize("record", [bench_records.awkward(), Record({}, "quick")], ids=["awkward", "empty"])
+def test_no_cell_of_the_readme_lacks_a_figure(record):
+    block = readme_block(record)
+    assert "<script" not in block
+    assert "not measured" not in block
+    assert all(cell.strip() for line in block.splitlines() if line.startswith("|") for cell in line.split("|")[1:-1])
 
 
 def test_colours_are_those_of_the_contender():

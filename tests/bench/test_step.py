@@ -10,7 +10,10 @@ from typing import Any
 import pytest
 
 pytest.importorskip("rich")
+pytest.importorskip("altair")
 pytest.importorskip("psutil")
+
+from rich.console import Console
 
 from bench import machine, measure, step, worker
 from bench.__main__ import main
@@ -18,7 +21,8 @@ from bench.case import Bar, Case
 from bench.contenders import CONTENDERS, Contender
 from bench.contenders.fastopt_core import Fastopt
 from bench.measure import Effort, Measurement
-from bench.results import Record
+from bench.page import words
+from bench.results import Record, Result, Timing
 from bench.suite import FAMILIES, QUICK, SUITE
 
 pytestmark = pytest.mark.full
@@ -218,6 +222,30 @@ def test_a_case_of_ones_own(tmp_path: Path) -> None:
     (result,) = Record.read(file).results
     assert (result.optimizer, result.dtype, result.elements, result.arrays) == ("SGD", "float64", 1000, 3)
     assert list(result.timings) == ["fastopt", "numpy"]
+
+
+def test_nothing_is_compared_with_what_is_too_unsteady(capsys: pytest.CaptureFixture[str]) -> None:
+    bars = Bar("fastopt", 2.0, "stream"), Bar("fastopt", 2.0, "numpy")
+    case = Case("x", "Adam", {"lr": 1e-3}, {"w": (50,)}, (), bars=bars)
+    timings = {"fastopt": [1.0] * 5, "stream": [5.9, 6.0, 12.0, 21.7, 1e3], "numpy": [2.0] * 5}
+    result = Result.of(case, 1, timings={name: Timing(samples) for name, samples in timings.items()})
+    result.judge(bars)
+    assert [verdict.reached for verdict in result.verdicts] == [None, True]
+    assert words.ratio(result, "fastopt", "stream") is None
+    step.show(result, Console(width=120))
+    shown = capsys.readouterr().out
+    assert "too unsteady to compare with, by the quartiles: stream. Is the machine busy?" in shown
+    assert "too unsteady: fastopt ≥ 0.50 of stream's speed" in shown
+    (row,) = (line for line in shown.splitlines() if "fastopt" in line and "│" in line)
+    assert [cell.strip() for cell in row.split("│")][5] == ""
+
+
+def test_without_arguments_it_is_the_one_case_that_help_tells(monkeypatch: pytest.MonkeyPatch) -> None:
+    cases: list[Case] = []
+    monkeypatch.setattr(step, "measure", lambda record, chosen, *rest: cases.extend(chosen))
+    assert main(["step"]) == 0
+    (case,) = cases
+    assert (case.optimizer, case.dtype, case.elements, len(case.shapes)) == ("Adam", "float32", 16_000_000, 1)
 
 
 def test_every_case_can_be_set_up_and_is_told(capsys: pytest.CaptureFixture[str]) -> None:

@@ -148,11 +148,11 @@ def test_ratio_compares_medians_and_says_when_it_is_noise():
 
     runs = {"ours": run(*[0.5] * 20), "theirs": run(*[1.0] * 20)}
     assert text.ratio(runs, list(runs), "step") == (0.5, (0.5, 0.5), (0.5, 0.5))
-    assert text.speed_line(runs, list(runs), "total").startswith("reached: a whole training step takes 0.750 ")
+    assert text.speed_line(runs, list(runs), "total").startswith("whole training step: ours is faster: 0.750 of the ")
     slow = {"ours": runs["theirs"], "theirs": runs["ours"]}
-    assert text.speed_line(slow, list(slow), "step").startswith("MISSED: the optimizer's step alone takes 2.000 ")
+    assert text.speed_line(slow, list(slow), "step").startswith("optimizer's step alone: ours is SLOWER: 2.000 of ")
     noisy = {"ours": run(*range(1, 41)), "theirs": run(*reversed(range(1, 41)))}
-    assert "1 lies within the noise." in text.speed_line(noisy, list(noisy), "step")
+    assert ": no difference beyond the noise: " in text.speed_line(noisy, list(noisy), "step")
 
 
 # --- command -------------------------------------------------------------------------------------------------------
@@ -164,7 +164,7 @@ def test_command_prints_a_table_and_writes_figure_and_samples(tmp_path, capsys, 
     assert command(*SMALL, "--clip", "1", "--threads", "1", "--json", "deep/samples.json", "--out", "figures") == 0
     assert (torch.get_num_threads(), fastopt.get_num_threads()) == before
     printed = capsys.readouterr().out
-    for part in ("bytes of", "torch fused", "same loss curve: ", "a whole training step takes", "figures/text.png\n"):
+    for part in ("bytes of", "torch fused", "same loss curve: ", "whole training step: ", "figures/text.png\n"):
         assert part in printed
     assert (tmp_path / "figures" / "text.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     pixels = image.imread(tmp_path / "figures" / "text.png")

@@ -1,7 +1,0 @@
-"""``python -m bench.gpu``."""
-
-import sys
-
-from .command import main
-
-sys.exit(main())
