@@ -16,6 +16,7 @@ Example:
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from typing import Any
 
 if importlib.util.find_spec("fastopt.kernels") is None:
@@ -44,6 +45,14 @@ from .rprop import Rprop
 from .sgd import SGD
 
 __version__ = "0.1.0"
+
+if importlib.util.find_spec("fastopt._native") is None and importlib.util.find_spec("numba") is None:
+    warnings.warn(
+        "fastopt was installed without compiled kernels, because there was no C compiler with OpenMP, and Numba is "
+        "missing to compile them on first use: no optimizer can take a step. Install gcc and then fastopt again, or "
+        "Numba: pip install numba",
+        stacklevel=2,
+    )
 
 __all__ = [
     "ASGD",
@@ -77,4 +86,10 @@ def __getattr__(name: str) -> Any:
         from . import checkpoint
 
         return getattr(checkpoint, name)
+    if name == "torch":  # a module of this package, which imports the one of that name
+        return importlib.import_module("fastopt.torch")
     raise AttributeError(f"module 'fastopt' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, "torch"})

@@ -74,9 +74,7 @@ def dtype_of(dtype: Any, where: str) -> np.dtype[Any]:
         try:
             import ml_dtypes
         except ImportError:
-            raise ImportError(
-                f'{where}: bfloat16 arrays need the package ml_dtypes: pip install "fastopt[bfloat16]"'
-            ) from None
+            raise ImportError(f"{where}: bfloat16 arrays need the package ml_dtypes: pip install ml_dtypes") from None
         dtype = ml_dtypes.bfloat16
     try:
         found: np.dtype[Any] = np.dtype(dtype)

@@ -22,12 +22,14 @@ def facts() -> dict[str, str]:
     backend = _backend.current()
     library = importlib.util.find_spec("fastopt._native")
     built = library is not None and library.origin is not None
+    numba = _optional("numba", "needed to step" if backend.isa == "numba" else "needed only for rules of your own")
+    compiled = "compiled on first use" if not numba.startswith("not") else "none, for Numba is missing to compile them"
     if built and backend.isa != "numba":
         kernels = f"{len(RULES)} rules × {len(PAIRS)} dtype pairs, in {library.origin}"  # type: ignore[union-attr]
     elif built:
-        kernels = "compiled on first use, because FASTOPT_ISA=numba"
+        kernels = f"{compiled}: FASTOPT_ISA=numba"
     else:
-        kernels = "compiled on first use: fastopt was built without a C compiler (install gcc, then install it again)"
+        kernels = f"{compiled}: fastopt was built without a C compiler (install gcc, then install it again)"
     return {
         "fastopt": __version__,
         "Python": f"{platform.python_version()} ({sys.executable})",
@@ -36,9 +38,9 @@ def facts() -> dict[str, str]:
         "instruction set": f"{backend.isa} (FASTOPT_ISA chooses another)",
         "threads": f"{_backend.get_num_threads()} (OMP_NUM_THREADS or fastopt.set_num_threads)",
         "kernels": kernels,
-        "Numba": _optional("numba", "jit", "needed only for rules of your own"),
-        "ml_dtypes": _optional("ml_dtypes", "bfloat16", "needed for bfloat16 arrays"),
-        "safetensors": _optional("safetensors", "checkpoint", "needed for fastopt.save and fastopt.load"),
+        "Numba": numba,
+        "ml_dtypes": _optional("ml_dtypes", "needed for bfloat16 arrays"),
+        "safetensors": _optional("safetensors", "needed for fastopt.save and fastopt.load"),
         **cuda_facts(),
         "memory bandwidth": bandwidth(),
     }
@@ -46,12 +48,12 @@ def facts() -> dict[str, str]:
 
 def bandwidth() -> str:
     """Speed of an update that reads three arrays and writes two, far larger than the caches."""
-    params = FlatBuffer({"w": (BANDWIDTH_ELEMENTS,)})
-    grads = params.zeros_like()
-    opt = SGD(params, momentum=0.9)
     try:
+        params = FlatBuffer({"w": (BANDWIDTH_ELEMENTS,)})
+        grads = params.zeros_like()
+        opt = SGD(params, momentum=0.9)
         opt.step(grads)  # maps the pages
-    except ImportError as error:
+    except (ImportError, MemoryError) as error:
         return f"not measured: {error}"
     seconds = []
     for _ in range(7):
@@ -63,11 +65,11 @@ def bandwidth() -> str:
     return f"{moved / middle / 1e9:.1f} GB/s (median of 7; best {moved / best / 1e9:.1f}): momentum on 32 Mi float32"
 
 
-def _optional(package: str, extra: str, why: str) -> str:
+def _optional(package: str, why: str) -> str:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        return f'not installed, {why}: pip install "fastopt[{extra}]"'
+        return f"not installed, {why}: pip install {package}"
 
 
 def _processor() -> str:

@@ -429,5 +429,5 @@ def _safetensors() -> Any:
     try:
         import safetensors
     except ImportError as error:
-        raise ImportError('Checkpoints need the package safetensors: pip install "fastopt[checkpoint]"') from error
+        raise ImportError("Checkpoints need the package safetensors: pip install safetensors") from error
     return safetensors

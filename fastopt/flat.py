@@ -69,7 +69,7 @@ class FlatBuffer(Mapping[str, Array]):
 
     Args:
         shapes: Shape of each array by name, in the order in which they are laid out.
-        dtype: float32, float64, float16 or bfloat16 (which needs the extra ``fastopt[bfloat16]``).
+        dtype: float32, float64, float16 or bfloat16 (which needs ml_dtypes).
         device: "cpu", or "cuda" or "cuda:1" for CuPy arrays on the current or another GPU.
 
     Attributes:

@@ -47,7 +47,7 @@ class Optimizer:
 
     A subclass declares the ranges of its options in ``ranges``, hands its defaults to ``__init__`` and returns a
     ``fastopt.Rule`` from ``select_rule``. A rule that is not in the library is compiled on first use, which needs Numba
-    (``pip install "fastopt[jit]"``).
+    (``pip install numba``).
 
     Args:
         params: What is optimised: a ``FlatBuffer``, a mapping from names to arrays, a sequence of arrays (named "0",

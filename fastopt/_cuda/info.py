@@ -10,7 +10,7 @@ from .kernels import cache_folder, prebuilt_folder
 
 MINIMUM_DRIVER = 11000  # CUDA 11, by the version in the PTX
 MINIMUM_CAPABILITY = 75
-PACKAGES = {12: ("cupy-cuda12x", "fastopt[cuda12]"), 13: ("cupy-cuda13x", "fastopt[cuda13]")}
+PACKAGES = {12: ("cupy-cuda12x", "numba-cuda[cu12]"), 13: ("cupy-cuda13x", "numba-cuda[cu13]")}
 
 
 def cuda_facts() -> dict[str, str]:
@@ -40,14 +40,14 @@ def _say_driver(version: int) -> str:
 
 
 def _say_cupy(driver: int) -> str:
-    name, extra = PACKAGES[13 if driver >= 13000 else 12]
+    name, numba = PACKAGES[13 if driver >= 13000 else 12]
     installed = {
         d.metadata["Name"].lower(): d.version for d in importlib.metadata.distributions() if d.metadata["Name"]
     }
     found = [f"{n} {v}" for n, v in installed.items() if n == "cupy" or n.startswith("cupy-")]
     if len(found) > 1:
         return f"several are installed ({', '.join(found)}), which spoil each other: uninstall all but {name}"
-    return found[0] if found else f'not installed, needed for arrays on a GPU: pip install "{extra}"'
+    return found[0] if found else f'not installed, needed for arrays on a GPU: pip install {name} "{numba}"'
 
 
 def _say_gpus() -> str:
@@ -76,6 +76,6 @@ def _say_kernels() -> str:
     except importlib.metadata.PackageNotFoundError:
         return (
             "none, and Numba's CUDA package is missing to compile them on first use: "
-            'pip install "fastopt[cuda12]", or build fastopt with FASTOPT_CUDA=1'
+            'pip install "numba-cuda[cu12]", or build fastopt with FASTOPT_CUDA=1'
         )
     return f"compiled on first use by numba-cuda {numba}, kept in {cache_folder()}"

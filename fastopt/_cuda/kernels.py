@@ -9,9 +9,11 @@ import importlib.metadata
 import importlib.util
 import os
 import tempfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+from .._files import replacing
 from ..kernels.dtypes import cuda_prologue_symbol, cuda_update_symbol
 from ..kernels.layout import THREADS
 from ..kernels.registry import RULES
@@ -61,11 +63,21 @@ def ptx_file(rule: Rule, symbol: str, dtypes: tuple[str, ...]) -> Path:
     folder = prebuilt_folder()
     if not own and folder is not None and (folder / f"{symbol}.ptx").is_file():
         return folder / f"{symbol}.ptx"
-    folder = _session_folder() if own else cache_folder()
-    path = folder / (f"{symbol}.{id(rule)}.ptx" if own else f"{symbol}.ptx")
-    if not path.is_file():
-        _write(path, _compiler(symbol)(rule, dtypes))
-    return path
+    name = f"{symbol}.{id(rule)}.ptx" if own else f"{symbol}.ptx"
+    for folder in [_session_folder()] if own else [cache_folder(), _session_folder()]:
+        if (folder / name).is_file():
+            return folder / name
+    text = _compiler(symbol)(rule, dtypes)
+    if not own:
+        try:
+            return _write(cache_folder() / name, text)
+        except OSError as error:
+            warnings.warn(
+                f"fastopt: {symbol} was compiled for this process only, because it cannot be kept ({error}). Name a "
+                "folder that can be written in FASTOPT_CACHE_DIR.",
+                stacklevel=2,
+            )
+    return _write(_session_folder() / name, text)
 
 
 def _compiler(symbol: str) -> Callable[[Rule, tuple[str, ...]], str]:
@@ -74,7 +86,7 @@ def _compiler(symbol: str) -> Callable[[Rule, tuple[str, ...]], str]:
     except ImportError as error:
         raise ImportError(
             f"fastopt: {symbol} is not among the package's kernels, and compiling it now needs Numba's CUDA package: "
-            f'pip install "fastopt[cuda12]", or "fastopt[cuda13]" for CUDA 13 ({error})'
+            f'pip install "numba-cuda[cu12]", or "numba-cuda[cu13]" for CUDA 13 ({error})'
         ) from error
     return lambda rule, dtypes: compiler.update_ptx(rule, *dtypes) if dtypes else compiler.prologue_ptx(rule)
 
@@ -89,23 +101,27 @@ def _session_folder() -> Path:
 @functools.cache
 def cache_folder() -> Path:
     """Where kernels compiled on first use are kept: FASTOPT_CACHE_DIR, else ~/.cache/fastopt. Whatever shapes the PTX
-    has a part in the name: the sources of the kernels, and the versions of the compiler."""
+    has a part in the name: the sources of the kernels, and the versions of Numba, LLVM and NVVM."""
     spec = importlib.util.find_spec("fastopt.kernels")
     assert spec is not None
     assert spec.origin is not None
     digest = hashlib.sha256()
     for source in sorted(Path(spec.origin).parent.glob("**/*.py")):
         digest.update(source.read_bytes())
-    for package in ("numba", "numba-cuda", "llvmlite"):
+    for package in ("numba", "numba-cuda", "llvmlite", "nvidia-cuda-nvcc-cu12", "nvidia-nvvm"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             digest.update(importlib.metadata.version(package).encode())
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "fastopt")
-    return Path(os.environ.get("FASTOPT_CACHE_DIR") or default, digest.hexdigest()[:16])
+    toolkit = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
+    digest.update(os.path.realpath(toolkit).encode())  # its NVVM is used where no package brings one
+    folder = os.environ.get("FASTOPT_CACHE_DIR")
+    if not folder:
+        folder = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "fastopt")
+    return Path(folder, digest.hexdigest()[:16])
 
 
-def _write(path: Path, text: str) -> None:
+def _write(path: Path, text: str) -> Path:
     """Whole or not at all: another process may be looking."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
-        file.write(text)
-    os.replace(file.name, path)
+    with replacing(str(path)) as file:
+        file.write(text.encode())
+    return path

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from .._arrays import Array
 
-NEEDS_CUPY = 'arrays on a GPU need CuPy: pip install "fastopt[cuda12]", or "fastopt[cuda13]" for CUDA 13'
+NEEDS_CUPY = 'arrays on a GPU need CuPy: pip install cupy-cuda12x "numba-cuda[cu12]", or with 13 for 12'
 
 Function = Callable[[int, tuple[Any, ...], Any], None]
 """A kernel: called with the number of blocks, its arguments (integers and floats) and a stream, it is launched."""

@@ -20,7 +20,7 @@ try:
 except ModuleNotFoundError as error:
     if error.name != "torch":
         raise
-    raise ImportError('fastopt.torch needs PyTorch: pip install "fastopt[torch]"') from None
+    raise ImportError("fastopt.torch needs PyTorch: pip install torch") from None
 
 from .amp import GradScaler
 from .further import LARS, Lion

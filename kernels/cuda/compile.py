@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import site
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+
+if __name__ == "__main__":
+    # NVIDIA's packages look for NVVM and NVRTC where packages are installed, but those that pip builds with are only on
+    # sys.path.
+    site.getsitepackages = lambda prefixes=None: sys.path
 
 from ..dtypes import COMPUTE, PAIRS, cuda_prologue_symbol, cuda_update_symbol
 from ..registry import RULES

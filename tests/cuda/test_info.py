@@ -36,14 +36,15 @@ def test_the_driver(monkeypatch: pytest.MonkeyPatch, driver: int, said: str) -> 
     assert info.cuda_facts()["CUDA driver"].startswith(said)
 
 
-@pytest.mark.parametrize(("driver", "extra"), [(0, "cuda12"), (12080, "cuda12"), (13000, "cuda13")])
-def test_without_cupy_the_extra_for_the_driver_is_named(
-    monkeypatch: pytest.MonkeyPatch, driver: int, extra: str
+@pytest.mark.parametrize(("driver", "major"), [(0, 12), (12080, 12), (13000, 13)])
+def test_without_cupy_the_packages_for_the_driver_are_named(
+    monkeypatch: pytest.MonkeyPatch, driver: int, major: int
 ) -> None:
     monkeypatch.setattr(info, "_driver_version", lambda: driver)
     installed(monkeypatch, numpy="2.4")
     facts = info.cuda_facts()
-    assert facts["CuPy"] == f'not installed, needed for arrays on a GPU: pip install "fastopt[{extra}]"'
+    command = f'pip install cupy-cuda{major}x "numba-cuda[cu{major}]"'
+    assert facts["CuPy"] == f"not installed, needed for arrays on a GPU: {command}"
     assert "GPUs" not in facts
 
 
@@ -76,6 +77,6 @@ def test_kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert info.cuda_facts()["CUDA kernels"] == f"1 prebuilt, in {tmp_path}"
     monkeypatch.setattr(info, "prebuilt_folder", lambda: None)
     installed(monkeypatch)
-    assert 'pip install "fastopt[cuda12]", or build fastopt with FASTOPT_CUDA=1' in info.cuda_facts()["CUDA kernels"]
+    assert 'pip install "numba-cuda[cu12]", or build fastopt with FASTOPT_CUDA=1' in info.cuda_facts()["CUDA kernels"]
     installed(monkeypatch, numba="0.68", numba_cuda="0.30", llvmlite="0.50")
     assert info.cuda_facts()["CUDA kernels"].startswith("compiled on first use by numba-cuda 0.30, kept in")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import subprocess
 import sys
@@ -88,14 +89,50 @@ except TypeError as error:
     assert "Rule 'half' computes in float64 for float32 parameters" in run(program, tmp_path)
 
 
-def test_without_numbas_cuda_package_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_without_numbas_cuda_package_the_error_names_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(kernels, "prebuilt_folder", lambda: None)
     monkeypatch.setattr(kernels, "cache_folder", lambda: tmp_path)
     monkeypatch.setitem(sys.modules, "fastopt.kernels.cuda.compile", None)
     monkeypatch.delattr(fastopt.kernels.cuda, "compile", raising=False)  # another test may have imported it
-    with refused(ImportError, "fastopt_cuda_adam_float32_float32", 'pip install "fastopt[cuda12]"'):
+    with refused(ImportError, "fastopt_cuda_adam_float32_float32", 'pip install "numba-cuda[cu12]"'):
         kernels.ptx_file(RULES["adam"], "fastopt_cuda_adam_float32_float32", ("float32", "float32"))
     assert list(tmp_path.iterdir()) == []
+
+
+def compile_sgd(monkeypatch: pytest.MonkeyPatch, cache: Path) -> Path:
+    """The file of a kernel whose compilation takes no time."""
+    monkeypatch.setattr(kernels, "prebuilt_folder", lambda: None)
+    monkeypatch.setattr(kernels, "_compiler", lambda symbol: lambda rule, dtypes: "text")
+    monkeypatch.setenv("FASTOPT_CACHE_DIR", str(cache))
+    kernels.cache_folder.cache_clear()
+    try:
+        return kernels.ptx_file(RULES["sgd"], "sgd", ("float32", "float32"))
+    finally:
+        kernels.cache_folder.cache_clear()
+
+
+def test_cached_kernels_can_be_read_by_whom_the_umask_lets(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "usual").touch()
+    assert compile_sgd(monkeypatch, tmp_path).stat().st_mode == (tmp_path / "usual").stat().st_mode
+
+
+def test_where_nothing_can_be_kept_kernels_last_as_long_as_the_process(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    with pytest.warns(UserWarning, match=r"compiled for this process only.*Not a directory.*FASTOPT_CACHE_DIR"):
+        path = compile_sgd(monkeypatch, tmp_path / "file")
+    assert path.read_text() == "text"
+    assert compile_sgd(monkeypatch, tmp_path / "file") == path  # without another warning
+    path.unlink()
+
+
+@pytest.mark.parametrize("package", ["numba-cuda", "nvidia-cuda-nvcc-cu12", "nvidia-nvvm"])
+def test_another_compiler_has_a_cache_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, package: str) -> None:
+    before = compile_sgd(monkeypatch, tmp_path)
+    version = importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0" if name == package else version(name))
+    assert compile_sgd(monkeypatch, tmp_path).parent != before.parent
 
 
 def test_a_driver_that_refuses_the_ptx_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:

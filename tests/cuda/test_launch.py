@@ -225,7 +225,7 @@ def test_too_little_memory_for_the_state_leaves_nothing_half_built(stand_in: Any
 def test_without_cupy_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "cupy", None)
     cuda_runtime.cupy.cache_clear()
-    with refused(ImportError, 'pip install "fastopt[cuda12]"', "fastopt[cuda13]"):
+    with refused(ImportError, 'pip install cupy-cuda12x "numba-cuda[cu12]"'):
         fastopt.FlatBuffer({"w": (3,)}, device="cuda")
     cuda_runtime.cupy.cache_clear()
 

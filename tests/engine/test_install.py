@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastopt import _backend, _info
 
 ROOT = Path(__file__).parents[2]
 
@@ -25,3 +33,82 @@ def test_nothing_but_the_package_can_be_imported() -> None:
     found = python(f"import importlib.util, sys; print([n for n in {names} if importlib.util.find_spec(n)], *sys.path)")
     assert found.startswith("[]")
     assert not {str(ROOT), str(ROOT.parent)} & set(found.split())
+
+
+def test_fastopt_torch_is_imported_on_first_use() -> None:
+    program = """
+import sys, fastopt
+assert "torch" in dir(fastopt) and "fastopt.torch" not in sys.modules
+print(fastopt.torch.AdamW.__module__.split(".")[:2])
+"""
+    pytest.importorskip("torch")
+    assert python(program) == "['fastopt', 'torch']\n"
+
+
+def without(monkeypatch: pytest.MonkeyPatch, *modules: str) -> None:
+    """Let modules be missing, as far as anyone asks."""
+    find, version = importlib.util.find_spec, importlib.metadata.version
+
+    def version_of(package: str) -> str:
+        if package in modules:
+            raise importlib.metadata.PackageNotFoundError(package)
+        return version(package)
+
+    def spec(name: str, *arguments: Any) -> Any:
+        return None if name in modules else find(name, *arguments)
+
+    monkeypatch.setattr(importlib.util, "find_spec", spec)
+    monkeypatch.setattr(importlib.metadata, "version", version_of)
+    monkeypatch.setattr(_backend, "current", lambda: _backend.load(os.environ.get("FASTOPT_ISA")))
+
+
+@pytest.mark.parametrize("isa", [None, "numba"])
+@pytest.mark.parametrize("missing", [(), ("numba",), ("fastopt._native",), ("fastopt._native", "numba")])
+def test_info_tells_where_kernels_come_from(
+    monkeypatch: pytest.MonkeyPatch, isa: str | None, missing: tuple[str, ...]
+) -> None:
+    pytest.importorskip("numba")
+    if isa:
+        monkeypatch.setenv("FASTOPT_ISA", isa)
+    else:
+        monkeypatch.delenv("FASTOPT_ISA", raising=False)
+    without(monkeypatch, *missing)
+    monkeypatch.setattr(_info, "bandwidth", lambda: "")
+    facts = _info.facts()
+    jit, numba = isa == "numba" or "fastopt._native" in missing, "numba" not in missing
+    assert ("compiled on first use" in facts["kernels"]) == (jit and numba)
+    assert facts["kernels"].startswith("none") == (jit and not numba)
+    assert ("rules ×" in facts["kernels"]) == (not jit)
+    assert ("needed to step: pip install numba" in facts["Numba"]) == (jit and not numba)
+
+
+def test_info_without_enough_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    def too_large(shapes: object) -> None:
+        raise MemoryError("Unable to allocate 128 MiB")
+
+    monkeypatch.setattr(_info, "FlatBuffer", too_large)
+    assert _info.bandwidth() == "not measured: Unable to allocate 128 MiB"
+
+
+def test_an_installation_that_can_never_step_says_so_when_it_is_imported() -> None:
+    program = """
+import importlib.util, warnings
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *_: None if name in ("fastopt._native", "numba") else find(name)
+with warnings.catch_warnings(record=True) as caught:
+    import fastopt
+print(*[warning.message for warning in caught])
+"""
+    assert "no optimizer can take a step. Install gcc and then fastopt again, or Numba" in python(program)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("cuda", "said"), [("AUTO", "without compiled kernels"), ("1", "FASTOPT_CUDA=1 needs a C")])
+def test_without_a_c_compiler_only_what_was_asked_for_by_name_fails(tmp_path: Path, cuda: str, said: str) -> None:
+    if shutil.which("cmake") is None:
+        pytest.skip("needs CMake")
+    command = ["cmake", "-S", str(ROOT), "-B", str(tmp_path), f"-DFASTOPT_CUDA={cuda}"]
+    environment = os.environ | {"CC": str(tmp_path / "no-such-compiler")}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert (done.returncode == 0) == (cuda == "AUTO")
+    assert said in " ".join(done.stderr.split())

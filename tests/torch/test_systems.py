@@ -46,7 +46,7 @@ def test_without_torch_the_error_names_the_extra():
     except ImportError as error:
         print(error)
     """
-    assert 'pip install "fastopt[torch]"' in python(program)
+    assert "pip install torch" in python(program)
 
 
 TWO_PROCESSES = """
