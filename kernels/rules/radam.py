@@ -23,7 +23,7 @@ class RadamScalars(NamedTuple):
 def radam(p: Any, g: Any, m: Any, v: Any, h: RadamScalars) -> tuple[Any, Any, Any]:
     g = g + h.weight_decay * p
     m = h.beta1 * m + h.one_minus_beta1 * g
-    v = h.beta2 * v + h.one_minus_beta2 * (g * g)
+    v = h.beta2 * v + h.one_minus_beta2 * g * g
     return h.decay * p - h.step_size * m / (h.root * math.sqrt(v) + h.eps), m, v
 
 

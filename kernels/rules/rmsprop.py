@@ -21,20 +21,20 @@ class RmspropScalars(NamedTuple):
 
 def rmsprop(p: Any, g: Any, v: Any, h: RmspropScalars) -> tuple[Any, Any]:
     g = g + h.weight_decay * p
-    v = h.alpha * v + h.one_minus_alpha * (g * g)
+    v = h.alpha * v + h.one_minus_alpha * g * g
     return p - h.lr * g / (math.sqrt(v + h.eps_inside) + h.eps), v
 
 
 def rmsprop_momentum(p: Any, g: Any, v: Any, b: Any, h: RmspropScalars) -> tuple[Any, Any, Any]:
     g = g + h.weight_decay * p
-    v = h.alpha * v + h.one_minus_alpha * (g * g)
+    v = h.alpha * v + h.one_minus_alpha * g * g
     b = h.mu * b + g / (math.sqrt(v + h.eps_inside) + h.eps)
     return p - h.lr * b, v, b
 
 
 def rmsprop_centered(p: Any, g: Any, v: Any, m: Any, h: RmspropScalars) -> tuple[Any, Any, Any]:
     g = g + h.weight_decay * p
-    v = h.alpha * v + h.one_minus_alpha * (g * g)
+    v = h.alpha * v + h.one_minus_alpha * g * g
     m = h.alpha * m + h.one_minus_alpha * g
     variance = v - m * m
     variance = h.zero if variance < h.zero else variance  # rounding may take it below zero; NaN stays
@@ -43,7 +43,7 @@ def rmsprop_centered(p: Any, g: Any, v: Any, m: Any, h: RmspropScalars) -> tuple
 
 def rmsprop_centered_momentum(p: Any, g: Any, v: Any, m: Any, b: Any, h: RmspropScalars) -> tuple[Any, Any, Any, Any]:
     g = g + h.weight_decay * p
-    v = h.alpha * v + h.one_minus_alpha * (g * g)
+    v = h.alpha * v + h.one_minus_alpha * g * g
     m = h.alpha * m + h.one_minus_alpha * g
     variance = v - m * m
     variance = h.zero if variance < h.zero else variance
