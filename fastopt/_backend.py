@@ -42,8 +42,8 @@ class Backend(Protocol):
     def update(self, table: Table, threads: int) -> None:
         """Update every chunk."""
 
-    def squares(self, table: Table, which: int, threads: int) -> None:
-        """Sum of squares of parameters (0) or gradients (1) into each segment."""
+    def squares(self, table: Table, which: int, threads: int) -> float:
+        """Sum of squares of parameters (0) or gradients (1) into each segment, and the sum over all."""
 
     def layers(self, table: Table, flags: int, threads: int) -> None:
         """Norms, trust ratio and update, wave after wave."""
@@ -89,10 +89,10 @@ class Native:
             raise ImportError(f"fastopt: {path} belongs to another version of fastopt; install it again.")
         pointer, count, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
         library.fastopt_update.argtypes = [pointer, pointer, count, number]
-        library.fastopt_squares.argtypes = [pointer, pointer, count, pointer, number, number]
+        library.fastopt_squares.argtypes = [pointer, count, pointer, count, pointer, number, number]
         library.fastopt_layers.argtypes = [pointer, pointer, pointer, count, pointer, pointer, number, number]
-        for function in (library.fastopt_update, library.fastopt_squares, library.fastopt_layers):
-            function.restype = None
+        library.fastopt_update.restype = library.fastopt_layers.restype = None
+        library.fastopt_squares.restype = ctypes.c_double
         self._library = library
         best = library.fastopt_isa().decode()
         if isa is not None and isa != best and (isa not in ISAS or best not in ISAS or isa > best):
@@ -129,10 +129,10 @@ class Native:
     def update(self, table: Table, threads: int) -> None:
         self._library.fastopt_update(table.segments_at, table.chunks_at, table.count, threads)
 
-    def squares(self, table: Table, which: int, threads: int) -> None:
-        self._library.fastopt_squares(
-            table.segments_at, table.chunks_at, table.count, table.partials_at[which], which, threads
-        )
+    def squares(self, table: Table, which: int, threads: int) -> float:
+        segments, partials = (table.segments_at, len(table.sizes)), table.partials_at[which]
+        total = self._library.fastopt_squares(*segments, table.chunks_at, table.count, partials, which, threads)
+        return float(total)
 
     def layers(self, table: Table, flags: int, threads: int) -> None:
         waves = table.waves
@@ -171,8 +171,8 @@ class Numba:
     def update(self, table: Table, threads: int) -> None:
         self._scheduler.update(table.segments, table.segments_at, table.chunks, threads)
 
-    def squares(self, table: Table, which: int, threads: int) -> None:
-        self._scheduler.squares(table.segments, table.chunks, table.partials[which], which, threads)
+    def squares(self, table: Table, which: int, threads: int) -> float:
+        return float(self._scheduler.squares(table.segments, table.chunks, table.partials[which], which, threads))
 
     def layers(self, table: Table, flags: int, threads: int) -> None:
         self._scheduler.layers(

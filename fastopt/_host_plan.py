@@ -88,8 +88,7 @@ class HostPlan(Plan):
         return StepInfo(False, norm)
 
     def norm(self) -> float:
-        self.backend.squares(self.layers, GRADIENT, _threads(self.layers))
-        return math.sqrt(self.layers.total_squares(GRADIENT))
+        return math.sqrt(self.backend.squares(self.layers, GRADIENT, _threads(self.layers)))
 
     def _zero_gradients(self) -> None:
         for p, dtype, start in zip(self.parameters, self.dtypes, self._gradients.tolist(), strict=True):

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .kernels.layout import CHUNK, LANES, RATIO, SEGMENT
+from .kernels.layout import CHUNK, RATIO, SEGMENT
 
 WAVE = 262_144
 """Elements after which a wave of segments ends: 2 MiB of float32 parameters and gradients, which stay in the cache of
@@ -68,12 +68,3 @@ class Table:
         if chunks:
             waves.append((segments, chunks, elements))
         return np.array(waves, np.int64).reshape(-1, 3)
-
-    def total_squares(self, which: int) -> float:
-        """Sum of squares over all segments: in lanes, then these pairwise (kernels/reductions.py)."""
-        lanes = np.zeros((-(-len(self.sizes) // LANES) + 1, LANES))
-        lanes[1:].reshape(-1)[: len(self.sizes)] = self.segments["squares"][:, which]
-        total = np.add.accumulate(lanes)[-1]
-        while len(total) > 1:
-            total = total[: len(total) // 2] + total[len(total) // 2 :]
-        return float(total[0])

@@ -20,6 +20,8 @@ class Rprop(Optimizer):
         otherwise:        s_t = s_{t-1}
         w_t = w_{t-1} - sign(g_t) s_t
 
+    A gradient that is NaN has no sign, as in torch: w and s stay. The next gradient counts as a first.
+
     It is meant for full batches: noise in the gradient's sign shrinks the steps.
 
     Args:

@@ -12,8 +12,9 @@ from numba.core.extending import intrinsic
 
 from . import reductions
 from .dtypes import COMPUTE, ITEMSIZE
+from .environment import enter, leave, settled
 from .layout import BLOCK as REDUCED
-from .layout import LANES, PARAMETER
+from .layout import LANES, MULTIPLIER, PARAMETER, ZERO
 from .reductions import take_sum
 from .rule import Rule
 from .storage import I64, LINE, Features, Storage, prefetch
@@ -61,10 +62,11 @@ def cpu_loop(rule: Rule, p: str, g: str, features: Features) -> Callable[..., fl
     new_lanes, add_row, add_rest, take = squares.new_lanes(), squares.add_row(), squares.add_rest(), take_sum
 
     def loop(lo: Any, hi: Any, buffers: Any, scalars: Any, own: Any) -> float:
+        mode = enter()  # type: ignore[call-arg]
         h = scalars_of(scalars, own)
         pointers = pointers_of(buffers)
-        multiplier = compute(own[0])
-        zero_gradient = own[2] != 0.0
+        multiplier = compute(own[MULTIPLIER])
+        zero_gradient = own[ZERO] != 0.0
         lanes = new_lanes()
         total = 0.0
         tail = hi - (hi - lo) % BLOCK
@@ -91,6 +93,8 @@ def cpu_loop(rule: Rule, p: str, g: str, features: Features) -> Callable[..., fl
                 tail += LANES
             add_rest(lanes, pointers[0], tail, hi)
             total += take(lanes)  # type: ignore[call-arg]
+        total = settled(total)  # type: ignore[call-arg]
+        leave(mode)  # type: ignore[call-arg]
         return total
 
     return loop
@@ -102,6 +106,7 @@ def rounding_loop(dtype: str, features: Features) -> Callable[..., None]:
     ahead, round_one = access.ahead([1], write=True), access.round_one()  # parameters were just written
 
     def loop(lo: Any, hi: Any, parameter: Any, copy: Any) -> None:
+        mode = enter()  # type: ignore[call-arg]
         pointers = parameter, copy
         tail = hi - (hi - lo) % BLOCK
         for start in range(lo, tail, BLOCK):
@@ -110,6 +115,7 @@ def rounding_loop(dtype: str, features: Features) -> Callable[..., None]:
                 round_one(pointers, i)
         for i in range(tail, hi):
             round_one(pointers, i)
+        leave(mode)  # type: ignore[call-arg]
 
     return loop
 
@@ -121,7 +127,11 @@ def ratio_function(rule: Rule) -> Callable[..., float]:
     trust_ratio = njit(error_model="numpy", forceinline=True)(rule.ratio)
 
     def ratio(w_norm: Any, g_norm: Any, scalars: Any) -> float:
-        return trust_ratio(w_norm, g_norm, scalars_of(scalars, scalars))  # type: ignore[no-any-return]
+        mode = enter()  # type: ignore[call-arg]
+        h = scalars_of(scalars, scalars)
+        result = settled(trust_ratio(settled(w_norm), settled(g_norm), h))  # type: ignore[call-arg]
+        leave(mode)  # type: ignore[call-arg]
+        return result  # type: ignore[no-any-return]
 
     return ratio
 

@@ -66,17 +66,66 @@ const char *fastopt_isa(void) {
 #endif
 }
 
+/* Sums are formed in the floating-point environment of the kernels (environment.py), whatever the process has set. What is
+ * added comes from memory, and goes there or to the caller through `settled`: so it stays between the two. */
+#if defined(__x86_64__)
+typedef uint32_t mode;
+static mode get_mode(void) {
+    mode m;
+    __asm__ volatile("stmxcsr %0" : "=m"(m) : : "memory");
+    return m;
+}
+static void set_mode(mode m) { __asm__ volatile("ldmxcsr %0" : : "m"(m) : "memory"); }
+static double settled(double x) {
+    __asm__ volatile("" : "+x"(x));
+    return x;
+}
+enum { DEFAULT_MODE = 0x1F80, CONTROL = ~0x3F };
+#elif defined(__aarch64__)
+typedef uint64_t mode;
+static mode get_mode(void) {
+    mode m;
+    __asm__ volatile("mrs %0, fpcr" : "=r"(m) : : "memory");
+    return m;
+}
+static void set_mode(mode m) { __asm__ volatile("msr fpcr, %0" : : "r"(m) : "memory"); }
+static double settled(double x) {
+    __asm__ volatile("" : "+w"(x));
+    return x;
+}
+enum { DEFAULT_MODE = 0, CONTROL = -1 };
+#else
+typedef int mode;
+static mode get_mode(void) { return 0; }
+static void set_mode(mode m) { (void)m; }
+static double settled(double x) { return x; }
+enum { DEFAULT_MODE = 0, CONTROL = -1 };
+#endif
+
+static mode enter(void) {
+    mode m = get_mode();
+    if ((m & CONTROL) != DEFAULT_MODE) set_mode(DEFAULT_MODE);
+    return m;
+}
+
+static void leave(mode m) {
+    if ((m & CONTROL) != DEFAULT_MODE) set_mode(m);
+}
+
 /* A 16-bit copy is written block by block, while the parameters are in the first-level cache. The sums of squares of the
  * blocks are added in the order in which the kernel would add them. */
 static double update_chunk(const segment *segments, const chunk *c) {
     const segment *s = segments + c->segment;
     if (!s->round) return s->update(c->lo, c->hi, (void **)s->arrays, s->scalars, s->own);
+    mode m = enter();
     double squares = 0;
     for (int64_t lo = c->lo, hi; lo < c->hi; lo = hi) {
         hi = lo + BLOCK < c->hi ? lo + BLOCK : c->hi;
         squares += s->update(lo, hi, (void **)s->arrays, s->scalars, s->own);
         s->round(lo, hi, s->arrays[PARAMETER], s->copy);
     }
+    squares = settled(squares);
+    leave(m);
     return squares;
 }
 
@@ -86,9 +135,9 @@ static double chunk_squares(const segment *segments, const chunk *c, int which) 
 }
 
 /* Lane j adds numbers j, j + 32, ... in order; then the lanes are added pairwise (reductions.py). */
-static double sum_lanes(const double *x, int64_t count) {
+static double sum_lanes(const double *x, int64_t count, int64_t stride) {
     double lanes[LANES] = {0};
-    for (int64_t i = 0; i < count; i++) lanes[i % LANES] += x[i];
+    for (int64_t i = 0; i < count; i++) lanes[i % LANES] += x[i * stride];
     for (int width = LANES / 2; width; width /= 2)
         for (int j = 0; j < width; j++) lanes[j] += lanes[j + width];
     return lanes[0];
@@ -98,7 +147,7 @@ static double sum_lanes(const double *x, int64_t count) {
 static void sum_chunks(segment *segments, const chunk *chunks, int64_t count, const double *partials, int which) {
     for (int64_t i = 0, end; i < count; i = end) {
         for (end = i + 1; end < count && chunks[end].segment == chunks[i].segment;) end++;
-        segments[chunks[i].segment].squares[which] = sum_lanes(partials + i, end - i);
+        segments[chunks[i].segment].squares[which] = sum_lanes(partials + i, end - i, 1);
     }
 }
 
@@ -109,12 +158,17 @@ void fastopt_update(const segment *segments, const chunk *chunks, int64_t count,
     for (int64_t i = 0; i < count; i++) update_chunk(segments, chunks + i);
 }
 
-void fastopt_squares(segment *segments, const chunk *chunks, int64_t count, double *partials, int which,
-                     int threads) {
+/* Sums of squares of each segment, and as the result the sum over all of them. */
+double fastopt_squares(segment *segments, int64_t segment_count, const chunk *chunks, int64_t count, double *partials,
+                       int which, int threads) {
     int64_t batch = count / (32 * (int64_t)threads) + 1;
 #pragma omp parallel for schedule(dynamic, batch) num_threads(team(threads))
     for (int64_t i = 0; i < count; i++) partials[i] = chunk_squares(segments, chunks + i, which);
+    mode m = enter();
     sum_chunks(segments, chunks, count, partials, which);
+    double total = settled(sum_lanes(&segments->squares[which], segment_count, sizeof(segment) / sizeof(double)));
+    leave(m);
+    return total;
 }
 
 /* Calls work for the chunks of a wave that fall to this thread. Each thread takes neighbours that hold an equal share of
@@ -140,6 +194,7 @@ void fastopt_squares(segment *segments, const chunk *chunks, int64_t count, doub
  * and the update follows before the data are gone. */
 void fastopt_layers(segment *segments, const chunk *chunks, const wave *waves, int64_t count, double *w_partials,
                     double *g_partials, int flags, int threads) {
+    mode m = enter();
     segment *first = segments;
     for (const wave *w = waves; w < waves + count; w++) {
         if (!(flags & KNOW_W) || !(flags & KNOW_G)) {
@@ -164,4 +219,5 @@ void fastopt_layers(segment *segments, const chunk *chunks, const wave *waves, i
         w_partials += w->chunks;
         g_partials += w->chunks;
     }
+    leave(m);
 }

@@ -22,6 +22,7 @@ from numba.core import cgutils
 from numba.core.extending import intrinsic
 
 from .dtypes import ITEMSIZE
+from .environment import enter, leave, settled
 from .layout import BLOCK, LANES
 from .storage import DOUBLE, I64, LINE, Features, Storage, prefetch
 
@@ -42,6 +43,7 @@ def norm_loop(dtype: str, features: Features) -> Callable[..., float]:
     new_lanes, add_row, add_rest, take = squares.new_lanes(), squares.add_row(ahead=True), squares.add_rest(), take_sum
 
     def norm(lo: Any, hi: Any, x: Any) -> float:
+        mode = enter()  # type: ignore[call-arg]
         lanes = new_lanes()
         total = 0.0
         for start in range(lo, hi, BLOCK):
@@ -52,6 +54,8 @@ def norm_loop(dtype: str, features: Features) -> Callable[..., float]:
             if tail < stop:
                 add_rest(lanes, x, tail, stop)
             total += take(lanes)  # type: ignore[call-arg]
+        total = settled(total)  # type: ignore[call-arg]
+        leave(mode)  # type: ignore[call-arg]
         return total
 
     return norm

@@ -19,6 +19,7 @@ from numba.core import cgutils
 from numba.core.extending import intrinsic
 
 from . import loops, reductions
+from .environment import enter, leave, settled
 from .layout import BLOCK, GRADIENT, KNOW_G, KNOW_W, LANES, MULTIPLIER, PARAMETER, RATIO, SEGMENT
 
 WORD = np.dtype(np.uint64).itemsize
@@ -77,12 +78,15 @@ class Scheduler:
             s, lo, end = chunk[0] * words, chunk[1], chunk[2]
             if table[s + round_at] == 0:
                 return update_part(table, at, s, lo, end)  # type: ignore[no-any-return]
+            mode = enter()  # type: ignore[call-arg]
             squares = 0.0
             while lo < end:
                 hi = min(lo + BLOCK, end)
                 squares += update_part(table, at, s, lo, hi)
                 _round(table[s + round_at], (lo, hi, table[s + arrays_at + PARAMETER], table[s + copy_at]))
                 lo = hi
+            squares = settled(squares)  # type: ignore[call-arg]
+            leave(mode)  # type: ignore[call-arg]
             return squares
 
         @njit(nogil=True)
@@ -101,18 +105,26 @@ class Scheduler:
                 if not only_adapting or table[chunks[i, 0] * words + ratio_at] != 0:
                     partials[i] = chunk_squares(table, chunks[i], which)
 
+        def call_ratio(address: int, squares: Any, multiplier: float, scalars: int) -> float:
+            mode = enter()  # type: ignore[call-arg]
+            w_norm, g_norm = math.sqrt(squares[PARAMETER]), abs(multiplier) * math.sqrt(squares[GRADIENT])
+            ratio = settled(_ratio(address, (w_norm, g_norm, scalars)))  # type: ignore[call-arg]
+            leave(mode)  # type: ignore[call-arg]
+            return ratio  # type: ignore[no-any-return]
+
         self._update = _Both(update_all)
         self._squares = _Both(all_squares)
-        self._call_ratio = njit(lambda address, w, g, scalars: _ratio(address, (w, g, scalars)))
+        self._call_ratio = njit(call_ratio)
 
     def update(self, segments: Any, at: int, chunks: Any, threads: int) -> None:
         """Update every chunk."""
         self._update(threads, _words(segments), at, chunks, np.empty(0))
 
-    def squares(self, segments: Any, chunks: Any, partials: Any, which: int, threads: int) -> None:
-        """Sum of squares of every segment."""
+    def squares(self, segments: Any, chunks: Any, partials: Any, which: int, threads: int) -> float:
+        """Sum of squares of every segment, and the sum over all of them."""
         self._squares(threads, _words(segments), chunks, which, partials, False)
         _sum_chunks(segments["squares"], chunks, partials, which)
+        return _sum_lanes(segments["squares"][:, which])  # type: ignore[no-any-return]
 
     def layers(self, segments: Any, at: int, chunks: Any, waves: Any, partials: Any, flags: int, threads: int) -> None:
         """Norms, trust ratios and update, wave after wave."""
@@ -126,9 +138,8 @@ class Scheduler:
                 _sum_chunks(segments["squares"], chunks[part], partials[which, part], which)
             for s in segments[first_segment : first_segment + segment_count]:
                 if s["ratio"]:
-                    squares, multiplier = s["squares"].tolist(), float(s["own"][MULTIPLIER])
-                    w_norm, g_norm = math.sqrt(squares[PARAMETER]), abs(multiplier) * math.sqrt(squares[GRADIENT])
-                    s["own"][RATIO] = self._call_ratio(int(s["ratio"]), w_norm, g_norm, int(s["scalars"]))
+                    numbers = s["squares"], s["own"][MULTIPLIER], int(s["scalars"])
+                    s["own"][RATIO] = self._call_ratio(int(s["ratio"]), *numbers)
             self._update(threads, table, at, chunks[part], partials[PARAMETER, part])
             _sum_chunks(segments["squares"], chunks[part], partials[PARAMETER, part], PARAMETER)
             first_segment, first_chunk = first_segment + segment_count, first_chunk + chunk_count
@@ -139,20 +150,30 @@ def _words(segments: Any) -> Any:
 
 
 @njit
+def _sum_lanes(x: Any) -> float:
+    """Lane j adds numbers j, j + 32, ... in order; then the lanes are added pairwise (reductions.py)."""
+    mode = enter()  # type: ignore[call-arg]
+    lanes = np.zeros(LANES)
+    for i in range(len(x)):
+        lanes[i % LANES] += x[i]
+    width = LANES // 2
+    while width:
+        for j in range(width):
+            lanes[j] += lanes[j + width]
+        width //= 2
+    total = settled(lanes[0])  # type: ignore[call-arg]
+    leave(mode)  # type: ignore[call-arg]
+    return total  # type: ignore[no-any-return]
+
+
+@njit
 def _sum_chunks(squares: Any, chunks: Any, partials: Any, which: int) -> None:
     start = 0
     while start < len(chunks):
         segment, end = chunks[start, 0], start
-        lanes = np.zeros(LANES)
         while end < len(chunks) and chunks[end, 0] == segment:
-            lanes[(end - start) % LANES] += partials[end]
             end += 1
-        width = LANES // 2
-        while width:
-            for j in range(width):
-                lanes[j] += lanes[j + width]
-            width //= 2
-        squares[segment, which] = lanes[0]
+        squares[segment, which] = _sum_lanes(partials[start:end])
         start = end
 
 

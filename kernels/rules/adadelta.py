@@ -17,8 +17,8 @@ class AdadeltaScalars(NamedTuple):
 
 
 def adadelta(p: Any, g: Any, v: Any, u: Any, h: AdadeltaScalars) -> tuple[Any, Any, Any]:
-    g = g + h.weight_decay * p
-    v = h.rho * v + h.one_minus_rho * (g * g)
+    g = g + h.weight_decay * p if h.weight_decay else g
+    v = h.rho * v + h.one_minus_rho * g * g
     delta = math.sqrt(u + h.eps) / math.sqrt(v + h.eps) * g
     u = h.rho * u + h.one_minus_rho * (delta * delta)
     return p - h.lr * delta, v, u

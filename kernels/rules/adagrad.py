@@ -16,7 +16,7 @@ class AdagradScalars(NamedTuple):
 
 
 def adagrad(p: Any, g: Any, s: Any, h: AdagradScalars) -> tuple[Any, Any]:
-    g = g + h.weight_decay * p
+    g = g + h.weight_decay * p if h.weight_decay else g
     s = s + g * g
     return p - h.clr * g / (math.sqrt(s + h.eps_inside) + h.eps), s
 

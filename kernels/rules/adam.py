@@ -22,29 +22,29 @@ class AdamScalars(NamedTuple):
 
 
 def adam(p: Any, g: Any, m: Any, v: Any, h: AdamScalars) -> tuple[Any, Any, Any]:
-    g = g + h.weight_decay * p
+    g = g + h.weight_decay * p if h.weight_decay else g
     m = h.beta1 * m + h.one_minus_beta1 * g
-    v = h.beta2 * v + h.one_minus_beta2 * (g * g)
+    v = h.beta2 * v + h.one_minus_beta2 * g * g
     return p - h.step_size * m / (math.sqrt(v) * h.unbias_root + h.eps), m, v
 
 
 def adamw(p: Any, g: Any, m: Any, v: Any, h: AdamScalars) -> tuple[Any, Any, Any]:
     m = h.beta1 * m + h.one_minus_beta1 * g
-    v = h.beta2 * v + h.one_minus_beta2 * (g * g)
+    v = h.beta2 * v + h.one_minus_beta2 * g * g
     return h.decay * p - h.step_size * m / (math.sqrt(v) * h.unbias_root + h.eps), m, v
 
 
 def amsgrad(p: Any, g: Any, m: Any, v: Any, v_max: Any, h: AdamScalars) -> tuple[Any, Any, Any, Any]:
-    g = g + h.weight_decay * p
+    g = g + h.weight_decay * p if h.weight_decay else g
     m = h.beta1 * m + h.one_minus_beta1 * g
-    v = h.beta2 * v + h.one_minus_beta2 * (g * g)
+    v = h.beta2 * v + h.one_minus_beta2 * g * g
     v_max = v_max if v_max > v else v
     return p - h.step_size * m / (math.sqrt(v_max) * h.unbias_root + h.eps), m, v, v_max
 
 
 def amsgradw(p: Any, g: Any, m: Any, v: Any, v_max: Any, h: AdamScalars) -> tuple[Any, Any, Any, Any]:
     m = h.beta1 * m + h.one_minus_beta1 * g
-    v = h.beta2 * v + h.one_minus_beta2 * (g * g)
+    v = h.beta2 * v + h.one_minus_beta2 * g * g
     v_max = v_max if v_max > v else v
     return h.decay * p - h.step_size * m / (math.sqrt(v_max) * h.unbias_root + h.eps), m, v, v_max
 

@@ -17,7 +17,7 @@ class AdamaxScalars(NamedTuple):
 
 
 def adamax(p: Any, g: Any, m: Any, u: Any, h: AdamaxScalars) -> tuple[Any, Any, Any]:
-    g = g + h.weight_decay * p
+    g = g + h.weight_decay * p if h.weight_decay else g
     m = h.beta1 * m + h.one_minus_beta1 * g
     size = abs(g) + h.eps
     u = h.beta2 * u

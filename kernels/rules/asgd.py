@@ -21,9 +21,9 @@ class AsgdScalars(NamedTuple):
 
 
 def asgd(p: Any, g: Any, ax: Any, h: AsgdScalars) -> tuple[Any, Any]:
-    g = g + h.weight_decay * p
+    g = g + h.weight_decay * p if h.weight_decay else g
     p = h.shrink * p - h.eta * g
-    return p, h.mu * p + h.one_minus_mu * ax
+    return p, h.mu * p + h.one_minus_mu * ax if h.one_minus_mu else p
 
 
 def asgd_scalars(t: int, o: Options, carry: AsgdCarry) -> tuple[AsgdScalars, AsgdCarry]:

@@ -21,12 +21,15 @@ class LarsScalars(NamedTuple):
 
 
 def lars(p: Any, g: Any, b: Any, h: LarsScalars) -> tuple[Any, Any]:
-    b = h.mu * b + h.inner * h.ratio * (g + h.weight_decay * p)
+    g = g + h.weight_decay * p if h.weight_decay else g
+    d = h.inner * h.ratio * g
+    b = h.mu * b + d if h.mu else d
     return p - h.outer * b, b
 
 
 def lars_nesterov(p: Any, g: Any, b: Any, h: LarsScalars) -> tuple[Any, Any]:
-    d = h.inner * h.ratio * (g + h.weight_decay * p)
+    g = g + h.weight_decay * p if h.weight_decay else g
+    d = h.inner * h.ratio * g
     b = h.mu * b + d
     return p - h.outer * (d + h.mu * b), b
 

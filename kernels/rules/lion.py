@@ -21,7 +21,8 @@ class LionScalars(NamedTuple):
 def lion(p: Any, g: Any, m: Any, h: LionScalars) -> tuple[Any, Any]:
     u = h.beta1 * m + h.one_minus_beta1 * g
     u = h.one if u > h.zero else (-h.one if u < h.zero else u)  # of zero: zero; of NaN: NaN
-    return p - h.lr * (u + h.weight_decay * p), h.beta2 * m + h.one_minus_beta2 * g
+    u = u + h.weight_decay * p if h.weight_decay else u
+    return p - h.lr * u, h.beta2 * m + h.one_minus_beta2 * g
 
 
 def lion_scalars(t: int, o: Options) -> LionScalars:

@@ -26,9 +26,9 @@ class NadamScalars(NamedTuple):
 
 
 def nadam(p: Any, g: Any, m: Any, v: Any, h: NadamScalars) -> tuple[Any, Any, Any]:
-    g = g + h.weight_decay * p
+    g = g + h.weight_decay * p if h.weight_decay else g
     m = h.beta1 * m + h.one_minus_beta1 * g
-    v = h.beta2 * v + h.one_minus_beta2 * (g * g)
+    v = h.beta2 * v + h.one_minus_beta2 * g * g
     return h.decay * p - (h.g_size * g + h.m_size * m) / (math.sqrt(v) * h.unbias_root + h.eps), m, v
 
 

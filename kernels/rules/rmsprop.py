@@ -20,32 +20,34 @@ class RmspropScalars(NamedTuple):
 
 
 def rmsprop(p: Any, g: Any, v: Any, h: RmspropScalars) -> tuple[Any, Any]:
-    g = g + h.weight_decay * p
-    v = h.alpha * v + h.one_minus_alpha * (g * g)
+    g = g + h.weight_decay * p if h.weight_decay else g
+    v = h.alpha * v + h.one_minus_alpha * g * g
     return p - h.lr * g / (math.sqrt(v + h.eps_inside) + h.eps), v
 
 
 def rmsprop_momentum(p: Any, g: Any, v: Any, b: Any, h: RmspropScalars) -> tuple[Any, Any, Any]:
-    g = g + h.weight_decay * p
-    v = h.alpha * v + h.one_minus_alpha * (g * g)
+    g = g + h.weight_decay * p if h.weight_decay else g
+    v = h.alpha * v + h.one_minus_alpha * g * g
     b = h.mu * b + g / (math.sqrt(v + h.eps_inside) + h.eps)
     return p - h.lr * b, v, b
 
 
 def rmsprop_centered(p: Any, g: Any, v: Any, m: Any, h: RmspropScalars) -> tuple[Any, Any, Any]:
-    g = g + h.weight_decay * p
-    v = h.alpha * v + h.one_minus_alpha * (g * g)
+    g = g + h.weight_decay * p if h.weight_decay else g
+    v = h.alpha * v + h.one_minus_alpha * g * g
     m = h.alpha * m + h.one_minus_alpha * g
     variance = v - m * m
-    variance = h.zero if variance < h.zero else variance  # rounding may take it below zero; NaN stays
+    variance = v if variance != variance else variance  # of infinity less infinity; NaN stays
+    variance = h.zero if variance < h.zero else variance  # where rounding took it below zero
     return p - h.lr * g / (math.sqrt(variance + h.eps_inside) + h.eps), v, m
 
 
 def rmsprop_centered_momentum(p: Any, g: Any, v: Any, m: Any, b: Any, h: RmspropScalars) -> tuple[Any, Any, Any, Any]:
-    g = g + h.weight_decay * p
-    v = h.alpha * v + h.one_minus_alpha * (g * g)
+    g = g + h.weight_decay * p if h.weight_decay else g
+    v = h.alpha * v + h.one_minus_alpha * g * g
     m = h.alpha * m + h.one_minus_alpha * g
     variance = v - m * m
+    variance = v if variance != variance else variance
     variance = h.zero if variance < h.zero else variance
     b = h.mu * b + g / (math.sqrt(variance + h.eps_inside) + h.eps)
     return p - h.lr * b, v, m, b

@@ -24,7 +24,7 @@ def rprop(p: Any, g: Any, prev: Any, size: Any, h: RpropScalars) -> tuple[Any, A
     size = h.step_min if size < h.step_min else size
     size = h.step_max if size > h.step_max else size
     g = h.zero if agreement < h.zero else g
-    sign = h.one if g > h.zero else (-h.one if g < h.zero else g)  # of zero: zero; of NaN: NaN
+    sign = h.one if g > h.zero else (-h.one if g < h.zero else h.zero)  # of NaN: zero, as in torch
     return p - sign * size, g, size
 
 

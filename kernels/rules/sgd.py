@@ -13,7 +13,8 @@ class SgdScalars(NamedTuple):
 
 
 def sgd(p: Any, g: Any, h: SgdScalars) -> tuple[Any]:
-    return (p - h.lr * (g + h.weight_decay * p),)
+    g = g + h.weight_decay * p if h.weight_decay else g
+    return (p - h.lr * g,)
 
 
 def sgd_scalars(t: int, o: Options) -> SgdScalars:
@@ -28,12 +29,14 @@ class MomentumScalars(NamedTuple):
 
 
 def momentum(p: Any, g: Any, b: Any, h: MomentumScalars) -> tuple[Any, Any]:
-    b = h.mu * b + h.inner * (g + h.weight_decay * p)
+    g = g + h.weight_decay * p if h.weight_decay else g
+    b = h.mu * b + h.inner * g
     return p - h.outer * b, b
 
 
 def nesterov(p: Any, g: Any, b: Any, h: MomentumScalars) -> tuple[Any, Any]:
-    d = h.inner * (g + h.weight_decay * p)
+    g = g + h.weight_decay * p if h.weight_decay else g
+    d = h.inner * g
     b = h.mu * b + d
     return p - h.outer * (d + h.mu * b), b
 

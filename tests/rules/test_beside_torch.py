@@ -78,6 +78,30 @@ def test_awkward_values(case, factors):
     check_run(case, "float64", factors, rtol=1e-12, atol=1e-12, awkward=True)
 
 
+@every_case
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_infinite_parameters_and_huge_gradients(case, dtype, isa):
+    """Every parameter meets every gradient, whose squares overflow; the states of a NaN are not compared."""
+    huge = {"float32": (1e20, 1e30), "float64": (1e160, 1e250)}[dtype]
+    p, g = np.meshgrid([np.inf, -np.inf, 1.0, 0.0], [0.0, 0.5, -0.5, *huge, -huge[1], np.nan])
+    params, grads = {"w": p.astype(dtype)}, g.astype(dtype)
+    if case.optimizer == "NAdam":  # torch divides v by 1 - beta2^t, which makes g^2 of it
+        grads[3] = 1.0
+    tensor = torch.nn.Parameter(torch.from_numpy(params["w"].copy()))
+    opt = build(case, params)
+    torch_opt = getattr(torch.optim, case.optimizer)([tensor], **torch_hyper(case))
+    for t in range(8):  # RAdam rectifies from the sixth on
+        grads[-1] = np.nan if t == 0 else 0.5  # after a NaN Rprop goes on
+        opt.step({"w": grads})
+        tensor.grad = torch.from_numpy(grads.copy())
+        torch_opt.step()
+        got, want = snapshot(params, opt)["w"], torch_snapshot({"w": tensor}, torch_opt)["w"]
+        compared = ~np.isnan(want[PARAMETER])
+        for key in want.keys() - {"step", "eta", "mu", "mu_product"}:
+            values = [np.where(compared | (key == PARAMETER), x[key], 0.0) for x in (got, want)]
+            np.testing.assert_allclose(*values, rtol=1e-5, atol=1e-6, err_msg=f"{case.id}, step {t + 1}: {key}")
+
+
 @pytest.mark.parametrize("optimizer", sorted({case.optimizer for case in TORCH_CASES}))
 def test_defaults_are_those_of_torch(optimizer):
     own = getattr(fastopt, optimizer)([np.zeros(1)]).param_groups[0]

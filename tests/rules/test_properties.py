@@ -108,7 +108,7 @@ def test_what_is_not_finite_stays_in_its_element(case, problem, bad, in_paramete
             other[at % p.size] = False
     got = run(case, p, steps)
     assert_same_elements(got, want, other, case.id)
-    was_nan = np.isnan(p) | np.isnan(steps[0])
+    was_nan = np.isnan(p) | (np.isnan(steps[0]) & (case.optimizer != "Rprop"))  # to which it has no sign
     assert np.all(np.isnan(got["w"][PARAMETER])[was_nan]), f"{case.id}: a NaN was lost"
 
 

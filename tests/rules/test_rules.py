@@ -96,6 +96,22 @@ def test_16_bit_gradients_are_float32_gradients(case, grad_dtype, isa):
         assert_same_bits(snapshot(params, opt), snapshot(wide, wide_opt), f"{case.id}, step {t}")
 
 
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+def test_a_rule_names_the_options_that_its_scalars_read(rule):
+    read = set()
+
+    class Recorded(dict):
+        def __getitem__(self, name):
+            read.add(name)
+            return super().__getitem__(name)
+
+    for value in (0.0, 0.5):  # flags off, and on
+        options = Recorded({name: value if n == 1 else (value,) * n for name, n in rule.options.items()})
+        formed = rule.scalars(3, options, rule.carry({"lr": value}))[0] if rule.carry else rule.scalars(3, options)
+        assert [type(x) for x in formed] == [float] * len(rule.Scalars._fields)
+    assert read == set(rule.options)
+
+
 # --- what a step folds into the gradient -----------------------------------------------------------------------------
 
 

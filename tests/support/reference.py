@@ -217,14 +217,14 @@ def rprop(
     """Riedmiller, Braun 1993 as torch has it, which is iRprop- of Igel, Huesken 2000.
 
     Where the sign of the gradient turned, p waits for one step and the next one counts as a first. `lr` is the first
-    step size, and acts through `initial_state` alone. NaN stays (torch's sign of NaN is 0: it leaves p as it was).
+    step size, and acts through `initial_state` alone. The sign of NaN is 0, as in torch: p stays.
     """
     d = -g if maximize else g
     agree = np.sign(d) * np.sign(state["prev"])  # not d * prev, which may underflow
     factor = np.where(agree > 0, etas[1], np.where(agree < 0, etas[0], 1.0))
     step_size = np.clip(factor * state["step_size"], *step_sizes)
     d = np.where(agree < 0, 0.0, d)
-    return p - np.sign(d) * step_size, {"prev": d, "step_size": step_size}
+    return p - np.nan_to_num(np.sign(d)) * step_size, {"prev": d, "step_size": step_size}
 
 
 def asgd(

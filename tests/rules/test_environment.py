@@ -1,0 +1,110 @@
+"""The floating-point environment changes no bit: flushed subnormals, other rounding, also in some threads only.
+
+Options are formed into scalars on the host, so where rounding is another their scalars have to be exact.
+"""
+
+import contextlib
+import ctypes
+import platform
+
+import numpy as np
+import pytest
+from cases import CASES, Case
+from compare import DTYPES, assert_same_bits, build, snapshot
+from fastopt.kernels.dtypes import COPIES, PAIRS
+from fastopt.kernels.layout import CHUNK, GRADIENT
+from isas import native_isas
+
+from fastopt import _backend
+
+pytestmark = [
+    pytest.mark.usefixtures("always_threaded"),
+    pytest.mark.skipif(platform.machine() != "x86_64", reason="the mode is set in MXCSR, as glibc keeps it"),
+]
+CASE = {case.rule: case for case in CASES}  # of several the last, which has the most options
+EXACT = [
+    Case("SGD", "nesterov", {"lr": 0.5, "momentum": 0.75, "weight_decay": 0.25, "nesterov": True}),
+    Case("RMSprop", "rmsprop_centered", {"lr": 2**-7, "alpha": 0.75, "eps": 2**-20, "centered": True}),
+    Case("Lion", "lion", {"lr": 0.125, "betas": (0.5, 0.75), "weight_decay": 0.25}),
+    Case("LARS", "lars", {"lr": 0.5, "momentum": 0.5, "weight_decay": 0.25, "trust_coefficient": 0.5}),
+]
+FLUSH = {"results": 0x8000, "operands": 0x0040, "both": 0x8040}
+ROUND = {"down": 0x2000, "up": 0x4000, "toward zero, flushed": 0xE040}
+
+
+def get_environment():
+    environment = (ctypes.c_uint32 * 8)()  # fenv_t: 28 bytes of the x87, then MXCSR
+    ctypes.CDLL("libm.so.6").fegetenv(environment)
+    return environment
+
+
+@contextlib.contextmanager
+def mode_of_this_thread(bits):
+    """MXCSR with these bits, in this thread alone; what runs inside has to leave it so."""
+    before, changed = get_environment(), get_environment()
+    changed[7] = 0x1F80 | bits
+    ctypes.CDLL("libm.so.6").fesetenv(changed)
+    try:
+        yield
+        after = get_environment()
+    finally:
+        ctypes.CDLL("libm.so.6").fesetenv(before)
+    assert after[7] & 0xFFC0 == 0x1F80 | bits
+
+
+def run(case, pair, bits=0):
+    """Two steps on numbers of which many are subnormal, or become so; and the sum of all squares."""
+    rng = np.random.default_rng(3)
+    scale = np.array([1.0, 1e-4, 1e-7, 1e-20, 1e-30, 1e-39])
+    shapes = {"w": (6, CHUNK), "b": (6, 50)}
+    p, *grads = (
+        {k: (rng.standard_normal(s) * rng.permuted(scale)[:, None]).astype(DTYPES[d]) for k, s in shapes.items()}
+        for d in (pair[0], pair[1], pair[1])
+    )
+    opt = build(case, p)
+    with mode_of_this_thread(bits):
+        for g in grads:
+            opt.step(g)
+        total = opt._plan.backend.squares(opt._plan.layers, GRADIENT, 2)
+    return {**snapshot(p, opt), "sum": {"of squares": np.array(total)}}
+
+
+def check(case, pair, modes, backend, isas):
+    backend(isas[0])
+    want = run(case, pair)  # which also starts the threads
+    for isa in isas:
+        backend(isa)
+        for name, bits in modes.items():
+            assert_same_bits(run(case, pair, bits), want, f"{case.rule} {isa}, {name}")
+
+
+@pytest.mark.parametrize("case", CASE.values(), ids=CASE)
+@pytest.mark.parametrize("pair", PAIRS, ids="-".join)
+def test_flushed_subnormals(case, pair, backend):
+    check(case, pair, FLUSH, backend, native_isas())
+
+
+@pytest.mark.parametrize("case", EXACT, ids=lambda case: case.rule)
+@pytest.mark.parametrize("pair", PAIRS, ids="-".join)
+def test_rounding(case, pair, backend):
+    check(case, pair, ROUND, backend, native_isas())
+
+
+@pytest.mark.parametrize("case", EXACT[2:], ids=lambda case: case.rule)
+def test_kernels_and_scheduler_of_numba(case, backend):
+    check(case, PAIRS[0], FLUSH | ROUND, backend, [native_isas()[0], "numba"])
+
+
+@pytest.mark.parametrize("dtype", COPIES)
+def test_copies(dtype):
+    numbers = (np.random.default_rng(3).standard_normal((5, 200)) * [[1], [1e-5], [1e-7], [1e-39], [1e-44]]).astype(
+        "f4"
+    )
+    call = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p)
+    for isa in [*native_isas(), "numba"]:
+        kernel = call(_backend.load(isa).round_kernel(dtype))
+        for bits in (FLUSH | ROUND).values():
+            copy = np.zeros((5, 200), DTYPES[dtype])
+            with mode_of_this_thread(bits):
+                kernel(0, 1000, numbers.ctypes.data, copy.ctypes.data)
+            assert copy.tobytes() == numbers.astype(DTYPES[dtype]).tobytes(), isa
