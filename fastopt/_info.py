@@ -20,14 +20,11 @@ BANDWIDTH_ELEMENTS = 32 * 2**20
 def facts() -> dict[str, str]:
     """Name and value of each line."""
     backend = _backend.current()
-    library = importlib.util.find_spec("fastopt._native")
-    built = library is not None and library.origin is not None
-    if built and backend.isa != "numba":
-        kernels = f"{len(RULES)} rules × {len(PAIRS)} dtype pairs, in {library.origin}"  # type: ignore[union-attr]
-    elif built:
-        kernels = "compiled on first use, because FASTOPT_ISA=numba"
+    if backend.isa != "numba":
+        library = importlib.util.find_spec("fastopt._native")
+        kernels = f"{len(RULES)} rules × {len(PAIRS)} dtype pairs, in {library and library.origin}"
     else:
-        kernels = "compiled on first use: fastopt was built without a C compiler (install gcc, then install it again)"
+        kernels = f"compiled on first use: {backend.compiles}"
     return {
         "fastopt": __version__,
         "Python": f"{platform.python_version()} ({sys.executable})",
@@ -48,8 +45,8 @@ def bandwidth() -> str:
     """Speed of an update that reads three arrays and writes two, far larger than the caches."""
     params = FlatBuffer({"w": (BANDWIDTH_ELEMENTS,)})
     grads = params.zeros_like()
-    opt = SGD(params, momentum=0.9)
     try:
+        opt = SGD(params, momentum=0.9)
         opt.step(grads)  # maps the pages
     except ImportError as error:
         return f"not measured: {error}"
