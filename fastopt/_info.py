@@ -24,7 +24,8 @@ def facts() -> dict[str, str]:
         library = importlib.util.find_spec("fastopt._native")
         kernels = f"{len(RULES)} rules × {len(PAIRS)} dtype pairs, in {library and library.origin}"
     else:
-        kernels = f"compiled on first use: {backend.compiles}"
+        kernels = "compiled on first use" if importlib.util.find_spec("numba") else "none"
+        kernels = f"{kernels}: {backend.compiles}"
     return {
         "fastopt": __version__,
         "Python": f"{platform.python_version()} ({sys.executable})",

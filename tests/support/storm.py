@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,6 @@ class NumPy:
     """Two optimizers of arrays: one of two groups and dtypes, one whose rule carries numbers from step to step."""
 
     package: Any = fastopt
-    norm = "max_norm"
 
     def __init__(self, sizes: tuple[int, ...] = SIZES) -> None:
         self.params = [self.array(size, dtype) for dtype in ("float32", "float64") for size in (*sizes, *sizes)]
@@ -41,7 +41,7 @@ class NumPy:
         ]
         self.lists = [self.params[: 3 * cut], self.params[3 * cut :]]
         self.grads = [[self.array(len(p), str(p.dtype).removeprefix("torch.")) + 1 for p in ps] for ps in self.lists]
-        self.file = tempfile.NamedTemporaryFile(suffix=".safetensors")
+        self.file = tempfile.NamedTemporaryFile(suffix=".safetensors")  # noqa: SIM115
         self.step()
         self.keep()
 
@@ -77,7 +77,36 @@ class NumPy:
         return [state for opt in self.opts for state in opt.state.values()]
 
 
-FRONT_ENDS: dict[str, type[NumPy]] = {"numpy": NumPy}
+def torch_scene() -> type[NumPy]:
+    """The same with tensors."""
+    import torch
+
+    import fastopt.torch
+
+    class Torch(NumPy):
+        package = fastopt.torch
+
+        def array(self, size: int, dtype: str) -> Any:
+            return torch.zeros(size, dtype=getattr(torch, dtype))
+
+        def step(self) -> None:
+            for opt, params, grads in zip(self.opts, self.lists, self.grads, strict=True):
+                for p, g in zip(params, grads, strict=True):
+                    p.grad = g
+                opt.step()
+
+        def grow(self) -> None:
+            self.package.Adam([self.array(3, "float32")]).add_param_group({"params": [self.array(3, "float32")]})
+
+        actions = (step, step, NumPy.keep, NumPy.load, step, grow)
+
+        def states(self) -> list[dict[str, Any]]:
+            return [opt.state[p] for opt, params in zip(self.opts, self.lists, strict=True) for p in params]
+
+    return Torch
+
+
+FRONT_ENDS: dict[str, Callable[[], type[NumPy]]] = {"numpy": lambda: NumPy, "torch": torch_scene}
 
 
 class Calm:
@@ -97,20 +126,15 @@ class Calm:
 
 def wrong(scene: NumPy, calm: Calm) -> str | None:
     """What does not agree with the number of steps, if anything; the numbers of one optimizer must be equal."""
-    states = scene.states()
-    counts = [
-        [int(state["step"]) for state in part]
-        for part in (states[: len(scene.lists[0])], states[len(scene.lists[0]) :])
-    ]
-    if any(len(set(part)) > 1 for part in counts):
-        return f"counts {counts}"
-    for k, (p, state, t) in enumerate(zip(scene.params, states, sum(counts, []), strict=True)):
+    states, first = scene.states(), len(scene.lists[0])
+    counts = [int(state.get("step", 0)) for state in states]
+    if len(set(counts[:first])) > 1 or len(set(counts[first:])) > 1:
+        return f"counts {counts[:first]}, {counts[first:]}"
+    for k, (p, state, t) in enumerate(zip(scene.params, states, counts, strict=True)):
         for name, value in {"": p, **state}.items():
-            want = calm.after(t)[k][name]
-            if not (np.asarray(value) == want).all():
-                return (
-                    f"parameter {k} {name or 'itself'} is {np.unique(value).tolist()}, after {t} steps {want.tolist()}"
-                )
+            got, want = np.unique(np.asarray(value)).tolist(), calm.after(t)[k][name].tolist()
+            if got != np.ravel(want).tolist():
+                return f"parameter {k} {name or 'itself'} is {got}, after {t} steps {want}"
     return None
 
 
@@ -123,7 +147,7 @@ def storm(front_end: str, interrupts: int, seed: int) -> dict[str, Any]:
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGALRM, interrupt)
-    kind = FRONT_ENDS[front_end]
+    kind = FRONT_ENDS[front_end]()
     calm, scene, times = Calm(kind), kind(), {}
     for action in (*scene.actions, *scene.actions):  # the second time without late imports
         began = time.perf_counter()
