@@ -6,7 +6,7 @@ import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import numpy as np
 
@@ -148,7 +148,7 @@ class Optimizer:
 
     def _add(self, groups: Sequence[Mapping[str, Any]]) -> None:
         """Check groups, allocate their states, and only then take them in."""
-        first, space = len(self.param_groups), getattr(self, "_space", None)
+        first, space = len(self.param_groups), cast(Space, getattr(self, "_space", None))
         parameters, names = list(self._parameters), {p.name for p in self._parameters}
         added: list[Known] = []
         shown: list[dict[str, Any]] = []

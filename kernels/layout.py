@@ -43,7 +43,7 @@ def layout_of_library() -> list[int]:
     chunk = wave = 3 * WORD
     numbers = [
         *(SEGMENT.itemsize, chunk, wave),
-        *(offset for _, offset in SEGMENT.fields.values()),
+        *(field[1] for field in SEGMENT.fields.values()),
         *(0, WORD, 2 * WORD),  # segment, first element and end of a chunk
         *(PARAMETER, GRADIENT, MULTIPLIER, RATIO, ZERO, KNOW_W, KNOW_G, LANES, BLOCK),
     ]

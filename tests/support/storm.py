@@ -119,7 +119,7 @@ class Calm:
     def after(self, t: int) -> list[dict[str, Any]]:
         while len(self.seen) <= t:
             pairs = zip(self.scene.params, self.scene.states(), strict=True)
-            self.seen.append([{k: np.array(v) for k, v in {"": p, **state}.items()} for p, state in pairs])
+            self.seen.append([{k: np.asarray(v).copy() for k, v in {"": p, **state}.items()} for p, state in pairs])
             self.scene.step()
         return self.seen[t]
 
@@ -169,10 +169,10 @@ def storm(front_end: str, interrupts: int, seed: int) -> dict[str, Any]:
         try:
             if action.__name__ == "load":  # which brings the states of another time
                 for p, state, k in zip(scene.params, scene.states(), range(100), strict=False):
-                    p[...] = calm.after(int(state["step"]))[k][""]
-            for opt in scene.opts:
-                opt.state_dict()
+                    np.asarray(p)[...] = calm.after(int(state["step"]))[k][""]
             torn = wrong(scene, calm)
+            scene.step()
+            torn = torn or wrong(scene, calm)
         except RuntimeError as error:
             report["locked"].append(f"{action.__name__}: {error} {place}")
         else:
