@@ -180,7 +180,7 @@ class Host(Space):
     def load_kernels(self) -> None:
         from ._backend import current
 
-        current()
+        current().require()
 
     def array(self, array: object, where: str) -> Array:
         return check_array(array, where)

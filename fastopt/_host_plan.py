@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Sequence
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -18,10 +19,13 @@ from .kernels.layout import GRADIENT, KNOW_G, KNOW_W, MULTIPLIER, ZERO
 from .kernels.rule import Options
 
 _STEPPED = StepInfo()
+NAMES = ("update", "norm", "ratio", "round", "scalars", "copy")
 
 
 class HostPlan(Plan):
     """A plan whose kernels come from the backend of this process."""
+
+    kept = 8
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -45,9 +49,12 @@ class HostPlan(Plan):
         return self._updates
 
     def _build(self, runs: list[tuple[int, int]], *, norms: bool) -> Table:
-        table = Table([size for _, size in runs])
+        table = Table([size for _, size in runs], self._counts)
         kernels: dict[tuple[Any, ...], tuple[int, tuple[int, int], int, int]] = {}  # by kind of segment
-        for segment, (k, _), arrays in zip(table.segments, runs, self._addresses(runs), strict=True):
+        scalars = [cohort.scalars.ctypes.data for cohort in self.cohorts]
+        first = [k for k, _ in runs]
+        columns = []
+        for k in first:
             p, cohort = self.parameters[k], self.cohorts[self._member[k]]
             rule = cohort.treatment.rule
             copied = p.copy.dtype if p.copy else None
@@ -60,12 +67,13 @@ class HostPlan(Plan):
                     self.backend.ratio_kernel(rule) if self._adapts(k) else 0,
                     self.backend.round_kernel(copied) if copied else 0,
                 )
-            segment["update"], segment["norm"], segment["ratio"], segment["round"] = kernels[kind]
-            segment["scalars"] = cohort.scalars.ctypes.data
-            segment["arrays"][: len(arrays)] = arrays
-            segment["copy"] = p.copy.address if p.copy else 0
-        table.first = np.array([k for k, _ in runs], np.int64)
-        table.signs = np.array([self._signs[self.parameters[k].group] for k, _ in runs])
+            columns.append((*kernels[kind], scalars[self._member[k]], p.copy.address if p.copy else 0))
+        for name, column in zip(NAMES, zip(*columns, strict=True), strict=False):
+            table.segments[name] = column
+        for place, addresses in enumerate(zip_longest(*self._addresses(runs), fillvalue=0)):
+            table.arrays[:, place] = np.array(addresses, np.uint64)
+        table.first = np.array(first, np.int64)
+        table.signs = np.array([self._signs[self.parameters[k].group] for k in first])
         table.arrays[:, GRADIENT] = self._gradients[table.first]
         return table
 
@@ -100,18 +108,17 @@ class HostPlan(Plan):
         # A merged run updates padding too, which is zero times the multiplier: no longer zero if that is NaN.
         table = self.updates if math.isfinite(multiplier) else self.layers
         if (multiplier, request.zero_grads) != table.launched_with:
+            table.launched_with = None  # if an interrupt comes between the columns
             table.own[:, MULTIPLIER] = table.signs * multiplier
             table.own[:, ZERO] = request.zero_grads
             table.launched_with = multiplier, request.zero_grads
         flags = KNOW_G * request.needs_norm + KNOW_W * (request.keep_weights and self._know_weights)
-        # Before the kernel, after which an interrupt would be raised: the count must not lag behind the parameters.
-        self._know_weights = True
-        for cohort in self.cohorts:
-            cohort.advance()
+        self._know_weights = False
         if self._has_ratio:
             self.backend.layers(table, flags, _threads(table))
         else:
             self.backend.update(table, _threads(table))
+        self._know_weights = True
 
     def forget_weights(self) -> None:
         self._know_weights = False

@@ -20,16 +20,13 @@ BANDWIDTH_ELEMENTS = 32 * 2**20
 def facts() -> dict[str, str]:
     """Name and value of each line."""
     backend = _backend.current()
-    library = importlib.util.find_spec("fastopt._native")
-    built = library is not None and library.origin is not None
     numba = _optional("numba", "needed to step" if backend.isa == "numba" else "needed only for rules of your own")
-    compiled = "compiled on first use" if not numba.startswith("not") else "none, for Numba is missing to compile them"
-    if built and backend.isa != "numba":
-        kernels = f"{len(RULES)} rules × {len(PAIRS)} dtype pairs, in {library.origin}"  # type: ignore[union-attr]
-    elif built:
-        kernels = f"{compiled}: FASTOPT_ISA=numba"
+    if backend.isa != "numba":
+        library = importlib.util.find_spec("fastopt._native")
+        kernels = f"{len(RULES)} rules × {len(PAIRS)} dtype pairs, in {library and library.origin}"
     else:
-        kernels = f"{compiled}: fastopt was built without a C compiler (install gcc, then install it again)"
+        compiled = "none, for Numba is missing to compile them" if numba.startswith("not") else "compiled on first use"
+        kernels = f"{compiled}: {backend.compiles}"
     return {
         "fastopt": __version__,
         "Python": f"{platform.python_version()} ({sys.executable})",

@@ -11,7 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ._arrays import HOST, Array, Space, addresses, first_hit, first_overlap, is_array, space_of
+from ._plan import Parameter, Progress
 from .flat import FlatBuffer, Layout
+from .kernels.dtypes import ITEMSIZE
 
 
 class Group(NamedTuple):
@@ -22,6 +24,23 @@ class Group(NamedTuple):
     arrays: dict[str, Array]
     layout: Layout
     flat: FlatBuffer | None
+
+    def records(self, index: int) -> list[Parameter]:
+        """The plans' records of these parameters, as members of the group of this index."""
+        layout, flat = self.layout, self.flat
+        if flat is not None:  # an empty view does not know where it lies
+            places = [self.space.address(flat.data) + offset * flat.dtype.itemsize for offset in layout.offsets]
+        else:
+            places = [self.space.address(array) for array in self.arrays.values()]
+        ends, progress = (*layout.offsets[1:], layout.total), Progress()
+        return [
+            Parameter(
+                *(name, array, array.size, array.dtype.name, index, offset, end - offset, place),
+                progress=progress,
+                guard=weakref.ref(array),
+            )
+            for (name, array), offset, end, place in zip(self.arrays.items(), layout.offsets, ends, places, strict=True)
+        ]
 
 
 def collect(params: Any, first_index: int, space: Space | None, where: str) -> Group:
@@ -56,19 +75,22 @@ def collect(params: Any, first_index: int, space: Space | None, where: str) -> G
 class Memory:
     """The memory that a step writes: parameters and states. Gradients must not lie in it."""
 
-    def __init__(self, named: Mapping[str, Array], states: Iterable[Array], space: Space, where: str) -> None:
-        arrays = list(named.values())
-        starts, sizes = addresses(arrays, space), _nbytes(arrays)
+    def __init__(self, parameters: Sequence[Parameter], states: Iterable[Array], space: Space, where: str) -> None:
+        flats = list(states)
+        starts = np.array([p.address for p in parameters], np.uint64)
+        sizes = np.array([p.size * ITEMSIZE[p.dtype] for p in parameters], np.int64)
         clash = first_overlap(starts, sizes)
         if clash is not None:
-            a, b = (list(named)[k] for k in clash)
-            same = "are the same array" if arrays[clash[0]] is arrays[clash[1]] else "share memory"
-            raise ValueError(f"{where}: parameters {a!r} and {b!r} {same}; each would be updated twice. Pass it once.")
-        arrays += states
-        starts, sizes = addresses(arrays, space), _nbytes(arrays)
+            a, b = (parameters[k] for k in clash)
+            same = "are the same array" if a.array is b.array else "share memory"
+            raise ValueError(
+                f"{where}: parameters {a.name!r} and {b.name!r} {same}; each would be updated twice. Pass it once."
+            )
+        starts = np.concatenate([starts, addresses(flats, space)])
+        sizes = np.concatenate([sizes, _nbytes(flats)])
         clash = first_overlap(starts, sizes)
         if clash is not None:
-            name = list(named)[min(clash)]
+            name = parameters[min(clash)].name
             raise ValueError(f"{where}: parameter {name!r} shares memory with a state of this optimizer.")
         order = np.argsort(starts, kind="stable")
         order = order[sizes[order] > 0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 
 from ._arrays import Array, Space
 from ._step import Request, StepInfo
+from ._table import ROW, Counts
 from .kernels.dtypes import ITEMSIZE
 from .kernels.rule import Options, Rule
 
@@ -19,37 +21,59 @@ from .kernels.rule import Options, Rule
 class Progress:
     """How far some parameters have come: number of steps taken, and the numbers that the rule carries.
 
-    Where a GPU counts the steps, ``fetch`` asks it, once, when somebody wants to know.
+    A plan counts in a row of its ``Counts``. Where a GPU counts the steps, ``fetch`` asks it, once, when somebody wants
+    to know.
     """
 
-    __slots__ = ("_carry", "_steps", "fetch")
+    __slots__ = ("_at", "_carry", "_counts", "_names", "_steps", "fetch")
 
-    def __init__(self, steps: int = 0, carry: dict[str, float] | None = None) -> None:
-        self._steps, self._carry = steps, carry
+    def __init__(
+        self, steps: int = 0, carry: dict[str, float] | None = None, counts: Counts | None = None, row: int = 0
+    ) -> None:
+        self._counts, self._at = counts, ROW * row
+        self._names: tuple[str, ...] = ()
         self.fetch: Callable[[], tuple[int, dict[str, float] | None]] | None = None
+        self.start(steps, carry)
+
+    def start(self, steps: int, carry: dict[str, float] | None) -> None:
+        """Count from here on."""
+        self._steps, self._carry = steps, carry
+        if self._counts is not None:
+            self._counts.numbers[self._at] = steps
+
+    def follow(self, steps: int, carry: Mapping[str, float]) -> None:
+        """What will be known once the counts are committed."""
+        if self._counts is None or len(carry) >= ROW:
+            raise ValueError(f"fastopt: a rule can carry at most {ROW - 1} numbers, got {', '.join(carry)}.")
+        numbers, at = self._counts.numbers, self._at + self._counts.half
+        numbers[at] = steps
+        if carry:
+            self._names = tuple(carry)
+            numbers[at + 1 : at + 1 + len(carry)] = array("d", carry.values())
 
     def _settle(self) -> None:
         if self.fetch is not None:
-            self._steps, carry = self.fetch()
+            assert self._counts is not None
+            steps, carry = self.fetch()
             if carry is not None:  # None before the first step: the rule's start, or what was loaded
-                self._carry = carry
+                self._names = tuple(carry)
+                self._counts.numbers[self._at + 1 : self._at + 1 + len(carry)] = array("d", carry.values())
+            self._counts.numbers[self._at] = steps
             self.fetch = None
 
     @property
     def steps(self) -> int:
         """Steps taken."""
-        self._settle()
-        return self._steps
+        if self.fetch is not None:
+            self._settle()
+        return self._steps if self._counts is None else int(self._counts.numbers[self._at])
 
     @property
     def carry(self) -> dict[str, float] | None:
-        """What the rule carries."""
-        self._settle()
-        return self._carry
-
-    def advance_to(self, following: Progress) -> None:
-        """The step was taken."""
-        self._steps, self._carry = following._steps, following._carry
+        """What the rule carries; None for nothing, and before the first step."""
+        if self.steps == self._steps or self._counts is None:
+            return self._carry
+        return dict(zip(self._names, self._counts.numbers[self._at + 1 : self._at + ROW], strict=False)) or None
 
 
 class Copy(NamedTuple):
@@ -92,7 +116,6 @@ class Cohort:
     group: int
     treatment: Treatment
     progress: Progress
-    following: Progress
     scalars: NDArray[np.float64]
 
     def complete(self, options: Options) -> Options:
@@ -100,24 +123,20 @@ class Cohort:
         return {**options, **dict(self.treatment.overrides)} if self.treatment.overrides else options
 
     def prepare(self, options: Options) -> None:
-        """Form the scalars of the next step."""
+        """Form the scalars of the next step, and what will be known after it."""
         options = self.complete(options)
         rule, t = self.treatment.rule, self.progress.steps + 1
         if rule.carry is None:
             self.scalars[:] = rule.scalars(t, options)
-            self.following = Progress(t)
+            self.progress.follow(t, {})
         else:
             self.scalars[:], carry = rule.scalars(t, options, self.carried(options))
-            self.following = Progress(t, carry._asdict())
+            self.progress.follow(t, carry._asdict())
 
     def carried(self, options: Options) -> Any:
         """What the rule carries into the next step, in its NamedTuple."""
         assert self.treatment.rule.carry is not None
         return self.treatment.rule.carry(options)._replace(**self.progress.carry or {})
-
-    def advance(self) -> None:
-        """The step was taken."""
-        self.progress.advance_to(self.following)
 
 
 class Plan(ABC):
@@ -135,6 +154,9 @@ class Plan(ABC):
         space: Where all of it lives.
     """
 
+    kept = 1
+    """How many plans an optimizer keeps, so that patterns of gradients may alternate."""
+
     result: Any = None
     """On a GPU: the norm of the last step that needed one, and whether that step is skipped."""
 
@@ -150,29 +172,49 @@ class Plan(ABC):
         self.parameters = parameters
         self.dtypes = dtypes
         self.flat = flat
-        self.cohorts: list[Cohort] = []
-        self._member = self._form_cohorts(treatments)
+        self.cohorts, self._member, self._counts = self._form_cohorts(treatments)
         self._has_ratio = any(c.treatment.adapts and c.treatment.rule.ratio is not None for c in self.cohorts)
         self._signs = signs
         self._space = space
         self._runs = self._find_runs()
         self._gradients: NDArray[np.uint64] = np.zeros(len(parameters), np.uint64)
+        self._adopt()
 
-    def _form_cohorts(self, treatments: Sequence[Treatment]) -> list[int]:
-        """Index of each parameter's cohort; members of a cohort share one progress from here on."""
-        found: dict[tuple[Any, ...], int] = {}
+    def _form_cohorts(self, treatments: Sequence[Treatment]) -> tuple[list[Cohort], list[int], Counts]:
+        """The cohorts, and the index of each parameter's."""
+        places: dict[tuple[Any, ...], int] = {}
         member = []
-        for parameter, treatment in zip(self.parameters, treatments, strict=True):
-            steps, carry = parameter.progress.steps, parameter.progress.carry
-            key = (parameter.group, treatment, steps, tuple((carry or {}).items()))
-            if key not in found:
-                found[key] = len(self.cohorts)
-                scalars = np.zeros(len(treatment.rule.Scalars._fields))  # type: ignore[attr-defined]
-                progress = Progress(steps, carry)
-                self.cohorts.append(Cohort(parameter.group, treatment, progress, progress, scalars))
-            parameter.progress = self.cohorts[found[key]].progress
-            member.append(found[key])
-        return member
+        for p, treatment in zip(self.parameters, treatments, strict=True):
+            key = (p.group, treatment, p.progress.steps, tuple((p.progress.carry or {}).items()))
+            member.append(places.setdefault(key, len(places)))
+        counts = Counts(len(places))
+        cohorts = []
+        for (group, treatment, steps, carry), row in places.items():
+            scalars = np.zeros(len(treatment.rule.Scalars._fields))
+            cohorts.append(Cohort(group, treatment, Progress(steps, dict(carry) or None, counts, row), scalars))
+        return cohorts, member, counts
+
+    def _adopt(self) -> None:
+        """Members of a cohort share one progress from here on, which is where each of them has come to."""
+        for p, c in zip(self.parameters, self._member, strict=True):
+            p.progress = self.cohorts[c].progress
+
+    def serves(self, flat: bool, dtypes: Sequence[np.dtype[Any]], parameters: Sequence[Parameter]) -> bool:
+        """Whether the plan is for such gradients of these parameters."""
+        return (self.flat, self.dtypes, self.parameters) == (flat, dtypes, parameters)
+
+    def resume(self) -> bool:
+        """Serve again, after other plans did; False where the members of a cohort have come differently far since."""
+        reached: dict[int, Progress] = {}
+        for p, c in zip(self.parameters, self._member, strict=True):
+            first = reached.setdefault(c, p.progress)
+            if p.progress is not first and (p.progress.steps, p.progress.carry) != (first.steps, first.carry):
+                return False
+        for c, progress in reached.items():
+            self.cohorts[c].progress.start(progress.steps, progress.carry)
+        self._adopt()
+        self.forget_weights()
+        return True
 
     def _find_runs(self) -> list[tuple[int, int]]:
         """First parameter and number of elements of each run that one segment can serve."""

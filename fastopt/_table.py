@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from array import array
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,30 @@ two cores between the norms and the update. LARS on ResNet-50 against momentum: 
 1.35; four times: 1.32 to 1.35; half: 1.29 to 1.36, with more waves, after each of which the threads wait)."""
 
 
+ROW = 8
+"""Numbers of a cohort in ``Counts``: steps taken, then what its rule carries."""
+
+
+class Counts:
+    """How far the cohorts of a plan have come: in the first half as it is, in the second as it will be after the step.
+
+    What runs a step copies the second half over the first as its last act. An interrupt, which Python raises only after
+    that, finds parameters and counts in agreement.
+    """
+
+    def __init__(self, cohorts: int = 0) -> None:
+        self.half = ROW * cohorts
+        self.numbers = array("d", bytes(2 * 8 * self.half))
+        self.address = self.numbers.buffer_info()[0]
+
+    def commit(self) -> None:
+        """The step was taken, by something that does not say so itself."""
+        self.numbers[: self.half] = self.numbers[self.half :]
+
+
+NOTHING = Counts()
+
+
 def chunks_of(sizes: NDArray[np.int64]) -> NDArray[np.int64]:
     """Segment, first element and one past the last element of each chunk of segments of the given sizes."""
     per_segment = -(-sizes // CHUNK)
@@ -26,12 +51,13 @@ def chunks_of(sizes: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 class Table:
-    """Segments of given sizes, cut into chunks.
+    """Segments of given sizes, cut into chunks, and the counts that an update of them commits.
 
     The addresses in it are those of arrays that others keep alive.
     """
 
-    def __init__(self, sizes: Any) -> None:
+    def __init__(self, sizes: Any, counts: Counts = NOTHING) -> None:
+        self.counts = counts
         self.sizes: NDArray[np.int64] = np.asarray(sizes, np.int64)
         self.elements = int(self.sizes.sum())
         self.segments = np.zeros(len(self.sizes), SEGMENT)

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import copy
-import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, ClassVar
-from weakref import ref
+from typing import Any, ClassVar, cast
 
 import numpy as np
 
 from ._arrays import HOST, Array, Space, is_array
+from ._exclusive import exclusive, finish
 from ._options import NONNEGATIVE, NORM, SCALE, Range, boolean, check_options, unchanged
 from ._params import GradientReader, Memory, collect
 from ._plan import Parameter, Plan, Progress, Treatment, initial_states
@@ -29,13 +28,16 @@ Grads = FlatBuffer | Mapping[str, Array | None] | Sequence[Array | None]
 
 @dataclass(eq=False)
 class Known:
-    """What is known of a param group: its arrays, and its options as they were seen, and as they are computed with."""
+    """What is known of a param group: its arrays, its options as they were seen and as they are computed with, and the
+    elements of its flat state arrays."""
 
     index: int
     arrays: Mapping[str, Array]
     dtypes: set[str]
     seen: dict[str, Any]
     options: dict[str, Any]
+    members: list[Parameter]
+    total: int
 
 
 class Optimizer:
@@ -98,7 +100,7 @@ class Optimizer:
 
     def __init__(self, params: Params, defaults: Mapping[str, Any]) -> None:
         self._name = type(self).__name__
-        self._lock = threading.Lock()
+        self._users: list[object] = []
         self.defaults = dict(defaults)
         self._normalise(self.defaults, (), 0)
         self.param_groups: list[dict[str, Any]] = []
@@ -106,8 +108,8 @@ class Optimizer:
         self._flat_layout: Layout | None = None
         self._groups: list[Known] = []
         self._plan: Plan | None = None
-        for group in self._listed(params):
-            self._add(group)
+        self._plans: list[Plan] = []  # the last ones, if they can serve again
+        self._add(self._listed(params))
 
     def select_rule(self, options: Options) -> Rule:
         """The update rule for a param group with these options."""
@@ -130,6 +132,7 @@ class Optimizer:
             return listed
         return [{"params": listed}]
 
+    @exclusive
     def add_param_group(self, group: Mapping[str, Any]) -> None:
         """Add parameters, for example when layers are unfrozen.
 
@@ -141,43 +144,48 @@ class Optimizer:
         """
         if not isinstance(group, Mapping) or "params" not in group:
             raise TypeError(f'{self._name}.add_param_group: group must be a dict with the key "params", got {group!r}.')
-        with self._exclusive("add_param_group"):
-            self._add(group)
+        self._add([group])
 
-    def _add(self, group: Mapping[str, Any]) -> None:
-        """Check a group, allocate its state, and only then take it in."""
-        index = len(self.param_groups)
-        where = f"{self._name}: params" if not index else f"{self._name}: params of group {index}"
-        known = getattr(self, "_space", None)
-        space, arrays, layout, flat = collect(group["params"], len(self._parameters), known, where)
-        options = {**self.defaults, **{name: value for name, value in group.items() if name != "params"}}
-        self.complete(options)
-        dtypes = {a.dtype.name for a in arrays.values()}
-        checked = self._normalise(options, dtypes, index)
-        taken = {p.name for p in self._parameters} & set(arrays)
-        if taken:
-            raise ValueError(f"{where}: the name {min(taken)!r} is taken by another group; name each parameter once.")
-        Memory({p.name: p.array for p in self._parameters} | arrays, self._states(), space, self._name)
-        if flat is not None:  # an empty view does not know where it lies
-            places = [space.address(flat.data) + offset * flat.dtype.itemsize for offset in layout.offsets]
-        else:
-            places = [space.address(array) for array in arrays.values()]
-        ends = (*layout.offsets[1:], layout.total)
-        added = [
-            Parameter(name, array, array.size, array.dtype.name, index, offset, end - offset, place, guard=ref(array))
-            for (name, array), offset, end, place in zip(arrays.items(), layout.offsets, ends, places, strict=True)
-        ]
-        self._check_capturable(checked, space, where)
+    def _add(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        """Check groups, allocate their states, and only then take them in."""
+        first, space = len(self.param_groups), cast(Space, getattr(self, "_space", None))
+        parameters, names = list(self._parameters), {p.name for p in self._parameters}
+        added: list[Known] = []
+        shown: list[dict[str, Any]] = []
+        for index, group in enumerate(groups, first):
+            where = f"{self._name}: params" if not index else f"{self._name}: params of group {index}"
+            collected = collect(group["params"], len(parameters), space, where)
+            space, arrays = collected.space, collected.arrays
+            options = {**self.defaults, **{name: value for name, value in group.items() if name != "params"}}
+            self.complete(options)
+            dtypes = {a.dtype.name for a in arrays.values()}
+            checked = self._normalise(options, dtypes, index)
+            taken = [name for name in arrays if name in names]
+            if taken:
+                raise ValueError(
+                    f"{where}: the name {min(taken)!r} is taken by another group; name each parameter once."
+                )
+            self._check_capturable(checked, space, where)
+            members, total = collected.records(index), collected.layout.total
+            known = Known(index, MappingProxyType(arrays), dtypes, copy.deepcopy(options), checked, members, total)
+            parameters += members
+            names.update(arrays)
+            added.append(known)
+            shown.append({"params": known.arrays, **options})
+        Memory(parameters, self._states(), space, self._name)
         space.load_kernels()
-        self._allocate(added, layout.total, checked, space)
-        self._space = space
-        # Merging across the padding of a flat buffer writes that padding, which only one group may own.
-        self._flat_layout = layout if flat is not None and not self._parameters else None
-        self._parameters += added
-        shown = MappingProxyType(arrays)
-        self.param_groups.append({"params": shown, **options})
-        self._groups.append(Known(index, shown, dtypes, copy.deepcopy(options), checked))
-        self._rebuild()
+        for known in added:
+            for p, name, state in self._allocate(known, known.options, space):
+                p.states[name] = state
+
+        def take_in() -> None:
+            self._space, self._parameters = space, parameters
+            self._groups[first:], self.param_groups[first:] = added, shown
+            # Merging across the padding of a flat buffer writes that padding, which only one group may own.
+            self._flat_layout = collected.layout if collected.flat is not None and len(self._groups) == 1 else None
+            self._rebuild()
+
+        finish(take_in)
 
     def _states(self) -> Iterable[Array]:
         """Every flat state array once."""
@@ -185,27 +193,34 @@ class Optimizer:
 
     def _rebuild(self) -> None:
         """Parameters or states changed: what was derived from them is derived anew."""
-        named = {p.name: p.array for p in self._parameters}
-        memory = Memory(named, self._states(), self._space, self._name)
-        self._reader = GradientReader(
-            list(named), list(named.values()), self._flat_layout, memory, self._space, self._name
-        )
-        self._plan = None
+        names, arrays = [p.name for p in self._parameters], [p.array for p in self._parameters]
+        memory = Memory(self._parameters, self._states(), self._space, self._name)
+        self._reader = GradientReader(names, arrays, self._flat_layout, memory, self._space, self._name)
+        self._plan, self._plans = None, []
 
-    def _allocate(self, parameters: list[Parameter], total: int, options: Options, space: Space) -> None:
-        """Flat state arrays for parameters of one group, one per state name and compute dtype."""
+    def _allocate(
+        self, known: Known, options: Options, space: Space, saved: Iterable[tuple[str, str]] = ()
+    ) -> list[tuple[Parameter, str, Array]]:
+        """The flat state arrays that members of a group lack, one per state name and compute dtype.
+
+        ``saved`` are such pairs, too: states that the rule does not use now, because momentum, say, was switched off.
+        """
         flats: dict[tuple[str, str], Array] = {}
-        for p in parameters:
+        lacking = []
+        for p in known.members:
             dtype = COMPUTE[p.dtype]
-            rule = self.treat(options, p.array).rule
-            for name, start in initial_states(rule, options).items():
+            starts = {name: 0.0 for name, of in saved if of == dtype}
+            starts |= initial_states(self.treat(options, p.array).rule, options)
+            for name, start in starts.items():
                 if name in p.states:
                     continue
                 if (name, dtype) not in flats:
-                    flats[name, dtype] = space.zeros(total, np.dtype(dtype), f"{self._name}: state {name!r}")
-                p.states[name] = flats[name, dtype]
+                    flats[name, dtype] = space.zeros(known.total, np.dtype(dtype), f"{self._name}: state {name!r}")
+                flat = flats[name, dtype]
+                lacking.append((p, name, flat))
                 if start:
-                    space.assign(p.states[name][p.offset : p.offset + p.extent], start)
+                    space.assign(flat[p.offset : p.offset + p.extent], start)
+        return lacking
 
     # --- options -------------------------------------------------------------------------------------------------
 
@@ -250,15 +265,16 @@ class Optimizer:
         return [known.options for known in self._groups]
 
     def _take_over(self, known: Known, checked: dict[str, Any]) -> None:
-        members = [p for p in self._parameters if p.group == known.index]
-        changed = any(self.treat(known.options, p.array) != self.treat(checked, p.array) for p in members)
+        changed = any(self.treat(known.options, p.array) != self.treat(checked, p.array) for p in known.members)
         if changed or known.options.get("maximize") != checked.get("maximize"):
-            self._allocate(members, members[-1].offset + members[-1].extent, checked, self._space)
+            for p, name, state in self._allocate(known, checked, self._space):
+                p.states[name] = state
             self._rebuild()
         self.complete(self.param_groups[known.index])
 
     # --- the step ------------------------------------------------------------------------------------------------
 
+    @exclusive
     def step(
         self,
         grads: Grads,
@@ -296,25 +312,25 @@ class Optimizer:
             RuntimeError: Another thread is stepping this optimizer; or a stream is being captured into a CUDA graph
                 without ``capturable``, or before a step of the same kind was taken.
         """
-        with self._exclusive("step"):
-            options = self._current_options()
-            where = f"{self._name}.step"
-            zero = boolean(zero_grads, f"{where}: zero_grads")
-            multiplier, scale_at = 1.0, 0
-            if type(grad_scale) is not float and is_array(grad_scale):
-                scale_at = self._space.scalar(grad_scale, f"{where}: grad_scale")
-            if not scale_at and (type(grad_scale) is not float or grad_scale != 1.0):
-                multiplier = 1.0 / SCALE(grad_scale, f"{where}: grad_scale")
-            if max_norm is not None:
-                max_norm = NORM(max_norm, f"{where}: max_norm")
-            skip = boolean(skip_nonfinite, f"{where}: skip_nonfinite")
-            gradients, alive = self._reader.read(grads, zero)  # alive: another thread may drop them while we read
-            plan = self._plan_for(gradients, options)
-            request = Request(multiplier, scale_at, max_norm, skip, zero, self._keeps(options))
-            info = plan.step(request, options)
-            del alive
-            return info
+        options = self._current_options()
+        where = f"{self._name}.step"
+        zero = boolean(zero_grads, f"{where}: zero_grads")
+        multiplier, scale_at = 1.0, 0
+        if type(grad_scale) is not float and is_array(grad_scale):
+            scale_at = self._space.scalar(grad_scale, f"{where}: grad_scale")
+        if not scale_at and (type(grad_scale) is not float or grad_scale != 1.0):
+            multiplier = 1.0 / SCALE(grad_scale, f"{where}: grad_scale")
+        if max_norm is not None:
+            max_norm = NORM(max_norm, f"{where}: max_norm")
+        skip = boolean(skip_nonfinite, f"{where}: skip_nonfinite")
+        gradients, alive = self._reader.read(grads, zero)  # alive: another thread may drop them while we read
+        plan = self._plan_for(gradients, options)
+        request = Request(multiplier, scale_at, max_norm, skip, zero, self._keeps(options))
+        info = plan.step(request, options)
+        del alive
+        return info
 
+    @exclusive
     def upload_options(self) -> None:
         """Write the options of ``param_groups`` to device memory, where a CUDA graph's next replay finds them.
 
@@ -324,11 +340,10 @@ class Optimizer:
             TypeError, ValueError: Options that are wrong; nothing was uploaded.
             RuntimeError: No step was taken yet with ``capturable=True``, or another thread is using this optimizer.
         """
-        with self._exclusive("upload_options"):
-            options = self._current_options()
-            if self._plan is None or not all(o.get("capturable") for o in options):
-                raise RuntimeError(f"{self._name}.upload_options: no step was taken yet with capturable=True.")
-            self._plan.upload_options(options)
+        options = self._current_options()
+        if self._plan is None or not all(o.get("capturable") for o in options):
+            raise RuntimeError(f"{self._name}.upload_options: no step was taken yet with capturable=True.")
+        self._plan.upload_options(options)
 
     def _plan_for(self, gradients: Any, options: list[dict[str, Any]]) -> Plan:
         plan = self._plan
@@ -336,23 +351,29 @@ class Optimizer:
             return plan
         self._reader.forget()  # until the plan is there: if that fails, the next call must not find the old one
         present = [self._parameters[i] for i in gradients.present]
-        if plan is None or (plan.flat, plan.dtypes, plan.parameters) != (gradients.flat, gradients.dtypes, present):
+        wanted = gradients.flat, gradients.dtypes, present
+        if plan is None or not plan.serves(*wanted):
             if plan is not None:
                 plan.recount()
-            treatments = [self.treat(options[p.group], p.array) for p in present]
-            signs = [-1.0 if o.get("maximize") else 1.0 for o in options]
-            plan = self._plan = plan_class(self._space)(
-                present, gradients.dtypes, treatments, gradients.flat, signs, self._space
-            )
+            self._plan = None  # parameters may soon count elsewhere
+            alike = [p for p in self._plans if p.serves(*wanted)]
+            others = [p for p in self._plans if p not in alike]
+            if alike and alike[0].resume():
+                plan = alike[0]
+            else:
+                treatments = [self.treat(options[p.group], p.array) for p in present]
+                signs = [-1.0 if o.get("maximize") else 1.0 for o in options]
+                plan = plan_class(self._space)(
+                    present, gradients.dtypes, treatments, gradients.flat, signs, self._space
+                )
+            self._plans = [plan, *others][: plan.kept]
+            self._plan = plan
         plan.point_at(gradients.starts)
         self._reader.remember()
         return plan
 
     def _keeps(self, options: list[dict[str, Any]]) -> bool:
         return False
-
-    def _exclusive(self, what: str) -> _Exclusive:
-        return _Exclusive(self._lock, f"{self._name}.{what}: another thread is using this optimizer.")
 
     # --- state ---------------------------------------------------------------------------------------------------
 
@@ -369,6 +390,7 @@ class Optimizer:
     def _views(p: Parameter) -> dict[str, Array]:
         return {name: flat[p.offset : p.offset + p.size].reshape(p.array.shape) for name, flat in p.states.items()}
 
+    @exclusive
     def state_dict(self) -> dict[str, Any]:
         """A copy of everything that a later ``load_state_dict`` needs to go on with the same bits.
 
@@ -376,20 +398,20 @@ class Optimizer:
             A dict like torch's: "state" (by index of the parameter over all groups: "step" and arrays by their names in
             torch), "param_groups" (options, "params" as indices, "param_names"), and "optimizer" and "version".
         """
-        with self._exclusive("state_dict"):
-            return export_state(self._name, self.param_groups, self.state, self._space.copy)
+        return export_state(self._name, self.param_groups, self.state, self._space.copy)
 
+    @exclusive
     def _snapshot(
         self, arrays: Mapping[str, Array], copy_of: Callable[[Array], Array]
     ) -> tuple[dict[str, Array], dict[str, Any]]:
         """For ``fastopt.save``: copies of arrays and a state dict of the same moment, which can be loaded again."""
-        with self._exclusive("save"):
-            self._current_options()
-            copies = {name: copy_of(array) for name, array in arrays.items()}
-            exported = export_state(self._name, self.param_groups, self.state, copy_of)
-            import_state(exported, self._name, self.param_groups, self._name)
-            return copies, exported
+        self._current_options()
+        copies = {name: copy_of(array) for name, array in arrays.items()}
+        exported = export_state(self._name, self.param_groups, self.state, copy_of)
+        import_state(exported, self._name, self.param_groups, self._name)
+        return copies, exported
 
+    @exclusive
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take over step counts, states and options that ``state_dict`` of the same optimizer returned.
 
@@ -400,40 +422,42 @@ class Optimizer:
             TypeError, ValueError: It belongs to another optimizer, other parameters or another version; nothing was
                 changed.
         """
-        with self._exclusive("load_state_dict"):
-            where = f"{self._name}.load_state_dict"
-            saved = import_state(state_dict, self._name, self.param_groups, where)
-            for known, options in zip(self._groups, saved.groups, strict=True):
-                if "capturable" in known.options:  # it is about this machine, not about what was saved
-                    options["capturable"] = known.options["capturable"]
-                options = {**self.defaults, **options}
-                self.complete(options)
-                checked = self._normalise(options, known.dtypes, known.index)
-                for p, found in zip(self._parameters, saved.parameters, strict=True):
-                    if p.group == known.index:
-                        check_states(found, p, self.treat(checked, p.array).rule, checked, where)
-            for group, options in zip(self.param_groups, saved.groups, strict=True):
-                params = group["params"]
-                group.clear()
-                group.update({"params": params, **self.defaults, **options})
-            self._current_options()  # allocates what the options now ask for
-            for p, found in zip(self._parameters, saved.parameters, strict=True):
-                self._add_states(p, found.arrays)
+        where = f"{self._name}.load_state_dict"
+        saved = import_state(state_dict, self._name, self.param_groups, where)
+        entries = iter(saved.parameters)
+        loaded: list[tuple[Known, dict[str, Any], dict[str, Any], dict[str, Any]]] = []
+        states: list[tuple[Parameter, str, Array]] = []
+        for known, options in zip(self._groups, saved.groups, strict=True):
+            if "capturable" in known.options:  # it is about this machine, not about what was saved
+                options["capturable"] = known.options["capturable"]
+            options = {**self.defaults, **options}
+            self.complete(options)
+            checked = self._normalise(options, known.dtypes, known.index)
+            held = set()
+            for p, entry in zip(known.members, entries, strict=False):
+                check_states(entry, p, self.treat(checked, p.array).rule, checked, where)
+                held |= {(name, COMPUTE[p.dtype]) for name in entry.arrays}
+            loaded.append((known, options, copy.deepcopy(options), checked))
+            states += self._allocate(known, checked, self._space, held)
+        reached: dict[tuple[Any, ...], Progress] = {}
+
+        def take_over() -> None:
+            for known, options, seen, checked in loaded:
+                known.seen, known.options = seen, checked
+                group = self.param_groups[known.index]
+                group.update(options)
+                for name in group.keys() - options.keys() - {"params"}:
+                    del group[name]
+            for p, name, state in states:
+                p.states[name] = state
+            for p, entry in zip(self._parameters, saved.parameters, strict=True):
                 for name, view in self._views(p).items():
-                    self._space.assign(view, found.arrays.get(name, 0))
-                p.progress = Progress(found.step, found.carry or None)
+                    self._space.assign(view, entry.arrays.get(name, 0))
+                key = entry.step, *entry.carry.items()
+                p.progress = reached.setdefault(key, Progress(entry.step, entry.carry or None))
             self._rebuild()
 
-    def _add_states(self, p: Parameter, names: Iterable[str]) -> None:
-        """Room for states that the current rule does not use: saved after momentum, say, was switched off."""
-        members = [q for q in self._parameters if q.group == p.group]
-        for name in set(names) - set(p.states):
-            dtype = COMPUTE[p.dtype]
-            total = members[-1].offset + members[-1].extent
-            flat = self._space.zeros(total, np.dtype(dtype), f"{self._name}: state {name!r}")
-            for q in members:
-                if COMPUTE[q.dtype] == dtype:
-                    q.states.setdefault(name, flat)
+        finish(take_over)
 
     def __getstate__(self) -> Any:
         raise TypeError(f"{self._name} cannot be pickled; save opt.state_dict() or use fastopt.save.")
@@ -444,18 +468,3 @@ class Optimizer:
             shown = ", ".join(f"{name}={value!r}" for name, value in group.items() if name != "params")
             lines.append(f"  group {i}: {len(group['params'])} arrays, {shown}")
         return "\n".join([*lines, ")"])
-
-
-class _Exclusive:
-    """Holds a lock that must be free: two steps at once would be a race over the user's parameters."""
-
-    def __init__(self, lock: threading.Lock, message: str) -> None:
-        self._lock = lock
-        self._message = message
-
-    def __enter__(self) -> None:
-        if not self._lock.acquire(blocking=False):
-            raise RuntimeError(self._message)
-
-    def __exit__(self, *exception: object) -> None:
-        self._lock.release()

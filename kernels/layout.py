@@ -36,6 +36,20 @@ MULTIPLIER, RATIO, ZERO = 0, 1, 2
 KNOW_W, KNOW_G = 1, 2
 """Flags: the squares of the parameters, or of the gradients, are known already."""
 
+
+def layout_of_library() -> list[int]:
+    """What ``fastopt_layout`` in parallel.c must say of all this; the first number is how many there are."""
+    assert SEGMENT.fields is not None
+    chunk = wave = 3 * WORD
+    numbers = [
+        *(SEGMENT.itemsize, chunk, wave),
+        *(field[1] for field in SEGMENT.fields.values()),
+        *(0, WORD, 2 * WORD),  # segment, first element and end of a chunk
+        *(PARAMETER, GRADIENT, MULTIPLIER, RATIO, ZERO, KNOW_W, KNOW_G, LANES, BLOCK),
+    ]
+    return [len(numbers) + 1, *numbers]
+
+
 # --- on a GPU: tables of 64-bit words --------------------------------------------------------------------------------
 
 COHORT, SIGN, ADAPTS, P_CODE, G_CODE, FIRST_CHUNK, CHUNKS, COPY, COPY_CODE = range(8, 17)

@@ -6,7 +6,12 @@
 #include <math.h>
 #include <omp.h>
 #include <pthread.h>
+#include <stddef.h>
 #include <stdint.h>
+#include <string.h>
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 
 typedef double (*update_kernel)(int64_t lo, int64_t hi, void **arrays, const double *scalars, const double *own);
 typedef void (*round_kernel)(int64_t lo, int64_t hi, const void *parameter, void *copy);
@@ -45,18 +50,63 @@ static void after_fork(void) { forked = 1; }
 
 __attribute__((constructor)) static void watch_forks(void) { pthread_atfork(NULL, NULL, after_fork); }
 
-static int team(int threads) { return forked ? 1 : threads; }
+/* Where a thread cannot be started (limits of processes, memory, cgroups) GNU OpenMP ends the process. So before this
+ * thread's team becomes larger than ever, as many threads are started for a moment, and a team is what could be. */
+enum { MOST_THREADS = 1024 };
 
-int64_t fastopt_segment_size(void) { return sizeof(segment); }
+static _Thread_local int proven = 1, refused = MOST_THREADS + 1;
+
+static void *wait_for_all(void *all_started) {
+    pthread_mutex_lock(all_started);
+    pthread_mutex_unlock(all_started);
+    return NULL;
+}
+
+static int prove(int threads) {
+    pthread_mutex_t all_started = PTHREAD_MUTEX_INITIALIZER;
+    pthread_t started[MOST_THREADS];
+    int count = 0;
+    pthread_mutex_lock(&all_started);
+    while (count < threads - 1 && !pthread_create(started + count, NULL, wait_for_all, &all_started)) count++;
+    pthread_mutex_unlock(&all_started);
+    for (int i = 0; i < count; i++) pthread_join(started[i], NULL);
+    /* Of fewer, the room of one is left for what OpenMP and others need. */
+    return count == threads - 1 ? threads : count > 1 ? count : 1;
+}
+
+static int team(int threads) {
+    if (forked) return 1;
+    if (threads > MOST_THREADS) threads = MOST_THREADS;
+    if (threads > proven && threads < refused) {
+        int possible = prove(threads);
+        if (possible < threads) refused = threads;
+        if (possible > proven) proven = possible;
+    }
+    return threads <= proven ? threads : proven;
+}
+
+/* What layout.py says, too: the library of another version must not be used. The first number is how many there are. */
+const int64_t *fastopt_layout(void) {
+    static const int64_t layout[] = {
+        25, sizeof(segment), sizeof(chunk), sizeof(wave), offsetof(segment, update), offsetof(segment, norm),
+        offsetof(segment, ratio), offsetof(segment, scalars), offsetof(segment, round), offsetof(segment, copy),
+        offsetof(segment, arrays), offsetof(segment, own), offsetof(segment, squares), offsetof(chunk, segment),
+        offsetof(chunk, lo), offsetof(chunk, hi), PARAMETER, GRADIENT, MULTIPLIER, RATIO, ZERO, KNOW_W, KNOW_G, LANES,
+        BLOCK,
+    };
+    return layout;
+}
 
 int fastopt_default_threads(void) { return omp_get_max_threads(); }
 
 /* The best instruction set that kernels are compiled for and this processor and system support. */
 const char *fastopt_isa(void) {
 #if defined(__x86_64__)
-    /* Every processor with AVX2 and FMA also has the rest of x86-64-v3, and likewise below. */
+    /* Processors with these have the rest of x86-64-v3, and likewise below. But virtual machines may hide F16C. */
     __builtin_cpu_init();
-    int v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+    unsigned a, b, features = 0, d;
+    int v3 = __get_cpuid(1, &a, &b, &features, &d) && features & bit_F16C && __builtin_cpu_supports("avx2") &&
+             __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
     if (v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
         return "x86-64-v4";
@@ -151,11 +201,16 @@ static void sum_chunks(segment *segments, const chunk *chunks, int64_t count, co
     }
 }
 
-void fastopt_update(const segment *segments, const chunk *chunks, int64_t count, int threads) {
+/* The last act of a step (Counts in fastopt/_table.py): what is counted in the second half becomes the first. */
+static void commit(double *counts, int64_t half) { memcpy(counts, counts + half, half * sizeof *counts); }
+
+void fastopt_update(const segment *segments, const chunk *chunks, int64_t count, double *counts, int64_t half,
+                    int threads) {
     /* Dynamic: cores are not equally fast, or not equally free. Several chunks at a time: arrays may be small. */
     int64_t batch = count / (32 * (int64_t)threads) + 1;
 #pragma omp parallel for schedule(dynamic, batch) num_threads(team(threads))
     for (int64_t i = 0; i < count; i++) update_chunk(segments, chunks + i);
+    commit(counts, half);
 }
 
 /* Sums of squares of each segment, and as the result the sum over all of them. */
@@ -193,7 +248,7 @@ double fastopt_squares(segment *segments, int64_t segment_count, const chunk *ch
 /* Rules with a trust ratio per segment. A wave is a few segments whose data fit into the cache: their norms are taken
  * and the update follows before the data are gone. */
 void fastopt_layers(segment *segments, const chunk *chunks, const wave *waves, int64_t count, double *w_partials,
-                    double *g_partials, int flags, int threads) {
+                    double *g_partials, int flags, double *counts, int64_t half, int threads) {
     mode m = enter();
     segment *first = segments;
     for (const wave *w = waves; w < waves + count; w++) {
@@ -220,4 +275,5 @@ void fastopt_layers(segment *segments, const chunk *chunks, const wave *waves, i
         g_partials += w->chunks;
     }
     leave(m);
+    commit(counts, half);
 }

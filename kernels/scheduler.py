@@ -23,6 +23,7 @@ from .environment import enter, leave, settled
 from .layout import BLOCK, GRADIENT, KNOW_G, KNOW_W, LANES, MULTIPLIER, PARAMETER, RATIO, SEGMENT
 
 WORD = np.dtype(np.uint64).itemsize
+UPDATE, SQUARES, LAYERS = range(3)
 
 
 def _caller(signature: Any) -> Any:
@@ -94,55 +95,100 @@ class Scheduler:
             s = chunk[0] * words
             return _norm(table[s + norm_at + which], (chunk[1], chunk[2], table[s + arrays_at + which]))  # type: ignore[no-any-return]
 
-        def update_all(table: Any, at: int, chunks: Any, w_partials: Any) -> None:
-            for i in prange(len(chunks)):
-                squares = update_chunk(table, at, chunks[i])
-                if len(w_partials):
-                    w_partials[i] = squares
-
-        def all_squares(table: Any, chunks: Any, which: int, partials: Any, only_adapting: bool) -> None:
-            for i in prange(len(chunks)):
-                if not only_adapting or table[chunks[i, 0] * words + ratio_at] != 0:
-                    partials[i] = chunk_squares(table, chunks[i], which)
-
-        def call_ratio(address: int, squares: Any, multiplier: float, scalars: int) -> float:
+        @njit(nogil=True)
+        def trust_ratio(address: int, squares: Any, multiplier: float, scalars: int) -> float:
             mode = enter()  # type: ignore[call-arg]
             w_norm, g_norm = math.sqrt(squares[PARAMETER]), abs(multiplier) * math.sqrt(squares[GRADIENT])
             ratio = settled(_ratio(address, (w_norm, g_norm, scalars)))  # type: ignore[call-arg]
             leave(mode)  # type: ignore[call-arg]
             return ratio  # type: ignore[no-any-return]
 
-        self._update = _Both(update_all)
-        self._squares = _Both(all_squares)
-        self._call_ratio = njit(call_ratio)
+        @njit(nogil=True)
+        def commit(counts: Any) -> None:
+            half = len(counts) // 2
+            counts[:half] = counts[half:]
 
-    def update(self, segments: Any, at: int, chunks: Any, threads: int) -> None:
-        """Update every chunk."""
-        self._update(threads, _words(segments), at, chunks, np.empty(0))
+        def build(parallel: bool) -> tuple[Any, Any, Any]:
+            """Update, squares and layers; each is compiled when it is first needed."""
+
+            @njit(parallel=parallel, nogil=True)
+            def each_chunk(table: Any, at: int, chunks: Any, w_partials: Any) -> None:
+                for i in prange(len(chunks)):
+                    squares = update_chunk(table, at, chunks[i])
+                    if len(w_partials):
+                        w_partials[i] = squares
+
+            @njit(parallel=parallel, nogil=True)
+            def squares(table: Any, chunks: Any, which: int, partials: Any, only_adapting: bool) -> None:
+                for i in prange(len(chunks)):
+                    if not only_adapting or table[chunks[i, 0] * words + ratio_at] != 0:
+                        partials[i] = chunk_squares(table, chunks[i], which)
+
+            @njit(nogil=True)
+            def update(table: Any, at: int, chunks: Any, counts: Any) -> None:
+                each_chunk(table, at, chunks, np.empty(0))
+                commit(counts)
+
+            @njit(nogil=True)
+            def layers(
+                table: Any,
+                at: int,
+                own: Any,
+                sums: Any,
+                chunks: Any,
+                waves: Any,
+                partials: Any,
+                flags: int,
+                counts: Any,
+            ) -> None:
+                s = c = 0
+                for w in range(len(waves)):
+                    last, end = s + waves[w, 0], c + waves[w, 1]
+                    for which, flag in ((PARAMETER, KNOW_W), (GRADIENT, KNOW_G)):
+                        if not flags & flag:
+                            squares(table, chunks[c:end], which, partials[which, c:end], True)
+                            _sum_chunks(sums, chunks[c:end], partials[which, c:end], which)
+                    for k in range(s, last):
+                        ratio, h = table[k * words + ratio_at], table[k * words + scalars_at]
+                        if ratio != 0:
+                            own[k, RATIO] = trust_ratio(ratio, sums[k], own[k, MULTIPLIER], h)
+                    each_chunk(table, at, chunks[c:end], partials[PARAMETER, c:end])
+                    _sum_chunks(sums, chunks[c:end], partials[PARAMETER, c:end], PARAMETER)
+                    s, c = last, end
+                commit(counts)
+
+            return update, squares, layers
+
+        self._serial, self._parallel = build(False), build(True)
+
+    def update(self, segments: Any, at: int, chunks: Any, counts: Any, threads: int) -> None:
+        """Update every chunk, then commit the counts."""
+        self._run(UPDATE, threads, _words(segments), at, chunks, counts)
 
     def squares(self, segments: Any, chunks: Any, partials: Any, which: int, threads: int) -> float:
         """Sum of squares of every segment, and the sum over all of them."""
-        self._squares(threads, _words(segments), chunks, which, partials, False)
+        self._run(SQUARES, threads, _words(segments), chunks, which, partials, False)
         _sum_chunks(segments["squares"], chunks, partials, which)
         return _sum_lanes(segments["squares"][:, which])  # type: ignore[no-any-return]
 
-    def layers(self, segments: Any, at: int, chunks: Any, waves: Any, partials: Any, flags: int, threads: int) -> None:
-        """Norms, trust ratios and update, wave after wave."""
-        table = _words(segments)
-        unknown = [which for which, flag in ((PARAMETER, KNOW_W), (GRADIENT, KNOW_G)) if not flags & flag]
-        first_segment = first_chunk = 0
-        for segment_count, chunk_count, _ in waves.tolist():
-            part = slice(first_chunk, first_chunk + chunk_count)
-            for which in unknown:
-                self._squares(threads, table, chunks[part], which, partials[which, part], True)
-                _sum_chunks(segments["squares"], chunks[part], partials[which, part], which)
-            for s in segments[first_segment : first_segment + segment_count]:
-                if s["ratio"]:
-                    numbers = s["squares"], s["own"][MULTIPLIER], int(s["scalars"])
-                    s["own"][RATIO] = self._call_ratio(int(s["ratio"]), *numbers)
-            self._update(threads, table, at, chunks[part], partials[PARAMETER, part])
-            _sum_chunks(segments["squares"], chunks[part], partials[PARAMETER, part], PARAMETER)
-            first_segment, first_chunk = first_segment + segment_count, first_chunk + chunk_count
+    def layers(
+        self, segments: Any, at: int, chunks: Any, waves: Any, partials: Any, flags: int, counts: Any, threads: int
+    ) -> None:
+        """Norms, trust ratios and update, wave after wave; then commit the counts."""
+        table = _words(segments), at, segments["own"], segments["squares"]
+        self._run(LAYERS, threads, *table, chunks, waves, partials, flags, counts)
+
+    def _run(self, which: int, threads: int, *args: Any) -> None:
+        if threads == 1 or _forked:
+            self._serial[which](*args)
+            return
+        with _lock:
+            before = numba.get_num_threads()
+            numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+            try:
+                self._parallel[which](*args)
+            finally:
+                numba.set_num_threads(before)  # it is also the number of the user's own loops
 
 
 def _words(segments: Any) -> Any:
@@ -187,19 +233,3 @@ def _after_fork() -> None:
 
 
 os.register_at_fork(after_in_child=_after_fork)
-
-
-class _Both:
-    """A loop over chunks, serial and parallel; each is compiled when it is first needed."""
-
-    def __init__(self, function: Any) -> None:
-        self._serial = njit(nogil=True)(function)
-        self._parallel = njit(parallel=True, nogil=True)(function)
-
-    def __call__(self, threads: int, *args: Any) -> None:
-        if threads == 1 or _forked:
-            self._serial(*args)
-            return
-        with _lock:
-            numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
-            self._parallel(*args)

@@ -68,6 +68,9 @@ class CudaPlan(Plan):
         sizes = np.array([size for _, size in runs], np.int64)
         return CudaTable(self._runtime, sizes, words, np.array(first, np.int64), kernels)
 
+    def resume(self) -> bool:
+        return False
+
     def point_at(self, gradients: NDArray[np.uint64]) -> None:
         self._gradients = gradients
 
@@ -95,18 +98,16 @@ class CudaPlan(Plan):
             self._progress.bring(options, stream)
         else:
             self._numbers.bring(self.cohorts, options, request.multiplier, stream)
-        # Before the launch, after which an interrupt would be raised: the count must not lag behind the parameters.
-        if counts_there:
+        if counts_there:  # by the prologue
             self._progress.advance(stream)
-        else:
-            for cohort in self.cohorts:
-                cohort.advance()
-
         for number, kernel, jobs in prologues:
             what = int(request.skip_nonfinite), int(counts_there), int(decides and number == 0), result
             self._find_out(table, number, kernel, jobs, request, what, stream)
         if decides:
             self._numbers.forget()
+        # The line where a count and its step can fall apart: an interrupt among these launches leaves the count ahead.
+        if not counts_there:
+            self._counts.commit()
         for update in table.launches:
             scalars = self._numbers.scalars64 if update.wide else self._numbers.scalars32
             ratios = table.ratios64 if update.wide else table.ratios32

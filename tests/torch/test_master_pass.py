@@ -169,8 +169,8 @@ def test_many_arrays(dtype):
 # --- runs of neighbours ----------------------------------------------------------------------------------------------
 
 
-def runs_of(copies):
-    """The runs of three flat neighbours of 40 elements, 64 apart, with these copies."""
+def runs_of(copies, first=40):
+    """The runs of three flat neighbours of 40 elements (``first`` in the first), 64 apart, with these copies."""
     states: dict[str, np.ndarray] = {}
     flat = np.zeros(192, np.float32)
     parameters = [
@@ -178,6 +178,7 @@ def runs_of(copies):
     ]
     for parameter, copy in zip(parameters, copies, strict=True):
         parameter.copy = copy
+    parameters[0].size = first
     treatments = [Treatment(RULES["sgd"], True)] * 3
     return HostPlan(parameters, [np.dtype(np.float32)] * 3, treatments, True, [1.0], HOST)._runs
 
@@ -200,3 +201,7 @@ def at(address, dtype="bfloat16"):
 )
 def test_neighbours_merge_where_their_copies_are_neighbours(copies, runs):
     assert runs_of(copies) == runs
+
+
+def test_nothing_merges_with_an_empty_array_whose_copy_lies_elsewhere():
+    assert runs_of([at(64), at(4224), at(4352)], first=0) == [(0, 0), (1, 104)]

@@ -1,0 +1,120 @@
+"""What runs the kernels where something is missing: threads, GNU OpenMP, a compiler, Numba; and whether it fits."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+import fastopt
+from fastopt import _backend, _info
+
+LIMITED = """
+import resource, sys
+import numpy as np, fastopt
+fastopt.set_num_threads(64)
+w, g = np.zeros(2_000_000, np.float32), np.ones(2_000_000, np.float32)
+opt = fastopt.LARS([w], lr=1.0, momentum=0.0, adapt=False)
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + int(sys.argv[1]) * 2**20, resource.RLIM_INFINITY))
+for _ in range(3):
+    opt.step([g], max_norm=float("inf"))
+assert (w == -3).all()
+print("alive")
+"""
+
+
+@pytest.mark.parametrize("mebibytes", [4, 100])
+def test_a_step_takes_the_threads_that_can_be_started(mebibytes: int) -> None:
+    done = subprocess.run([sys.executable, "-c", LIMITED, str(mebibytes)], capture_output=True, text=True)
+    assert (done.stdout.strip(), done.returncode) == ("alive", 0), done.stderr
+
+
+def hide(monkeypatch: pytest.MonkeyPatch, *packages: str) -> None:
+    """Let packages and modules not be found."""
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name in packages else find(name, *a))
+    for name in packages:
+        monkeypatch.setitem(sys.modules, name, None)
+
+
+@pytest.fixture
+def no_libgomp(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(path: str) -> Any:
+        raise OSError("libgomp.so.1: cannot open shared object file: No such file or directory")
+
+    monkeypatch.setattr(_backend, "ctypes", SimpleNamespace(CDLL=missing))
+
+
+def row_of_kernels(monkeypatch: pytest.MonkeyPatch, backend: _backend.Backend) -> str:
+    monkeypatch.setattr(_backend, "current", lambda: backend)
+    monkeypatch.setattr(_info, "bandwidth", lambda: "")
+    return _info.facts()["kernels"]
+
+
+@pytest.mark.usefixtures("no_libgomp")
+def test_without_libgomp_numba_compiles_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.warns(UserWarning, match=r"cannot be loaded \(libgomp\.so\.1.*apt-get install libgomp1.*on first use"):
+        backend = _backend.load()
+    assert backend.isa == "numba"
+    assert "apt-get install libgomp1" in row_of_kernels(monkeypatch, backend)
+    backend.require()
+    with pytest.raises(ImportError, match=r"FASTOPT_ISA=x86-64-v2: .*libgomp1"):
+        _backend.load("x86-64-v2")
+
+
+@pytest.mark.usefixtures("no_libgomp")
+def test_without_libgomp_and_numba_no_optimizer_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    hide(monkeypatch, "numba")
+    backend = _backend.load()
+    assert row_of_kernels(monkeypatch, backend).startswith("none: the compiled library cannot be loaded (libgomp.so.1")
+    with pytest.raises(ImportError, match=r'libgomp1.*install Numba: pip install "fastopt\[jit\]"'):
+        fastopt.SGD([np.ones(3)], lr=0.1)
+
+
+def test_a_build_without_kernels_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    hide(monkeypatch, "fastopt._native", "numba", "fastopt.kernels.compile")
+    backend = _backend.load()
+    assert "built without a C compiler" in row_of_kernels(monkeypatch, backend)
+    with pytest.raises(ImportError, match=r"built without a C compiler.*install gcc, .*install Numba"):
+        backend.require()
+    monkeypatch.setattr(_backend, "JIT", _backend.Jit())
+    with pytest.raises(ImportError, match=r"build has no kernels .* compile the norm kernel for float16 now, install"):
+        backend.norm_kernel("float16")
+
+
+@pytest.mark.parametrize(
+    ("says", "threads"),
+    [("3", 3), (" 3 ", 3), ("4,2", 4), ("0", None), ("²", None), ("x", None), ("-1", None), ("", None)],
+)
+def test_omp_num_threads_is_read_as_openmp_reads_it(
+    says: str, threads: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", says)
+    assert _backend.Numba("").default_threads == (threads or len(os.sched_getaffinity(0)))
+
+
+def test_numba_gets_its_number_of_threads_back(backend: Callable[[str], None], always_threaded: None) -> None:
+    numba = pytest.importorskip("numba")
+    backend("numba")
+    numba.set_num_threads(1)
+    fastopt.SGD([np.ones(40_000)], lr=0.1).step([np.ones(40_000)])
+    assert numba.get_num_threads() == 1
+
+
+@pytest.mark.skipif(_backend.load().isa == "numba", reason="this fastopt was built without its compiled library")
+def test_a_library_that_says_other_constants_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = _backend.layout_of_library()
+    for k, number in enumerate(right):
+        monkeypatch.setattr(_backend, "layout_of_library", lambda k=k, n=number: [*right[:k], n + 8, *right[k + 1 :]])
+        with pytest.raises(ImportError, match="belongs to another version of fastopt; install it again"):
+            _backend.load()
+    with pytest.raises(ImportError, match="another version"):
+        _backend._check_layout(SimpleNamespace(), "old.so")  # type: ignore[arg-type]

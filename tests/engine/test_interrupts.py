@@ -1,0 +1,76 @@
+"""Ctrl-C at any moment: no optimizer stays locked, and parameters, states and counts agree."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import fastopt
+
+STORM = Path(__file__).parents[1] / "support" / "storm.py"
+
+
+@pytest.mark.parametrize("interrupts", [150, pytest.param(2000, marks=pytest.mark.full)])
+@pytest.mark.parametrize("front_end", ["numpy"])
+def test_a_storm_of_interrupts_leaves_nothing_locked_or_torn(front_end: str, interrupts: int) -> None:
+    command = [sys.executable, str(STORM), front_end, str(interrupts), str(interrupts)]
+    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "2"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert sum(report["interrupts"].values()) == interrupts
+    assert (report["locked"], report["torn"]) == ([], [])
+
+
+def test_a_signal_handler_in_the_middle_of_a_step_is_refused() -> None:
+    class Signalling(fastopt.SGD):
+        def select_rule(self, options: Any) -> Any:
+            if self.state:
+                signal.raise_signal(signal.SIGALRM)
+            return super().select_rule(options)
+
+    refused = []
+
+    def save(*_: Any) -> None:
+        try:
+            opt.state_dict()
+        except RuntimeError as error:
+            refused.append(str(error))
+
+    w = np.zeros(3)
+    opt = Signalling([w], lr=1.0)
+    before = signal.signal(signal.SIGALRM, save)
+    try:
+        opt.step([np.ones(3)])
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert refused == ["Signalling.state_dict: another thread is using this optimizer."]
+    assert opt.state_dict()["state"][0]["step"] == 1
+    assert w.tolist() == [-1.0] * 3
+
+
+def test_weight_norms_are_kept_only_of_a_step_that_came_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    def steps(interrupted: bool) -> bytes:
+        w = np.full((40, 40), 2.0, np.float32)
+        opt = fastopt.LARS([w], lr=0.1, keep_weight_norms=True)
+        opt.step([np.ones_like(w)])
+        if interrupted:
+            w *= 100  # by whoever caught the interrupt, before the kernels ran
+            with monkeypatch.context() as patch:
+                patch.setattr(opt._plan.backend, "layers", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))  # type: ignore[union-attr]
+                with pytest.raises(KeyboardInterrupt):
+                    opt.step([np.ones_like(w)])
+        else:
+            w *= 100
+            opt.weights_written()
+        opt.step([np.ones_like(w)])
+        return w.tobytes()
+
+    assert steps(True) == steps(False)

@@ -1,0 +1,120 @@
+"""How often plans are built, and how the work of an optimizer grows with its arrays and groups."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+import fastopt
+from fastopt._host_plan import HostPlan
+from fastopt._plan import Plan
+
+PATTERNS = ((0, 1, 2), (1,), (0, 2), (1,), (2,))
+OPTIMIZERS: dict[str, Callable[[Any], fastopt.Optimizer]] = {
+    "Adam": lambda params: fastopt.Adam(params, lr=0.1),
+    "NAdam": lambda params: fastopt.NAdam(params, lr=0.1),
+    "LARS": lambda params: fastopt.LARS(params, lr=0.1, keep_weight_norms=True),
+}
+
+
+@pytest.fixture
+def built(monkeypatch: pytest.MonkeyPatch) -> list[Plan]:
+    """The plans that were made."""
+    plans: list[Plan] = []
+    make = Plan.__init__
+    monkeypatch.setattr(Plan, "__init__", lambda self, *args: (plans.append(self), make(self, *args))[1])
+    return plans
+
+
+def alternate(opt: fastopt.Optimizer, rounds: int) -> bytes:
+    """Steps in which the arrays that have a gradient change; the bytes of all that there is afterwards."""
+    for _ in range(rounds):
+        for pattern in PATTERNS:
+            opt.step([np.full((4, 4), k + 1.0) if k in pattern else None for k in range(3)])
+    arrays = [*opt.param_groups[0]["params"].values()]
+    for state in opt.state.values():
+        arrays += [np.asarray(value) for value in state.values()]
+    return b"".join(array.tobytes() for array in arrays)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_alternating_patterns_of_gradients_have_the_bits_of_plans_made_anew(
+    name: str, built: list[Plan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = [np.full((4, 4), k + 1.0) for k in range(3)]
+    few = alternate(OPTIMIZERS[name]([w.copy() for w in start]), 4)
+    assert len(built) <= 6  # one for each pattern, and anew where arrays came differently far
+    monkeypatch.setattr(HostPlan, "kept", 1)
+    assert alternate(OPTIMIZERS[name]([w.copy() for w in start]), 4) == few
+
+
+@pytest.mark.xfail(strict=True, reason="fastopt.torch keeps one plan")
+def test_alternating_patterns_of_tensors_do_not_make_plans_anew(built: list[Plan]) -> None:
+    torch = pytest.importorskip("torch")
+    import fastopt.torch
+
+    params = [torch.ones(4), torch.ones(4)]
+    opt = fastopt.torch.AdamW(params)
+    for n in range(20):
+        params[n % 2].grad, params[1 - n % 2].grad = torch.ones(4), None
+        opt.step()
+    assert len(built) <= 4
+
+
+def work(action: Callable[[], Any]) -> int:
+    """Bytecodes that an action runs."""
+    count = 0
+
+    def trace(frame: Any, event: str, _: Any) -> Any:
+        nonlocal count
+        frame.f_trace_opcodes, frame.f_trace_lines = True, False
+        count += event == "opcode"
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        action()
+    finally:
+        sys.settrace(before)
+    return count
+
+
+def make(arrays: int, groups: int) -> fastopt.Optimizer:
+    return fastopt.SGD(
+        [{"params": {f"{g}.{k}": np.ones(2) for k in range(arrays)}} for g in range(groups)], lr=0.1, momentum=0.9
+    )
+
+
+def first_step(opt: fastopt.Optimizer) -> None:
+    opt.step({name: np.ones(2) for group in opt.param_groups for name in group["params"]})
+
+
+def scheduled_step(opt: fastopt.Optimizer) -> None:
+    for group in opt.param_groups:
+        group["lr"] *= 0.5
+    first_step(opt)
+
+
+@pytest.mark.parametrize("what", ["make", "first step", "schedule", "state_dict", "load"])
+@pytest.mark.parametrize("grows", ["arrays", "groups"])
+def test_work_grows_linearly(what: str, grows: str) -> None:
+    def of(n: int) -> int:
+        sizes = (n, 1) if grows == "arrays" else (1, n)
+        opt = make(*sizes)
+        actions: dict[str, Callable[[], Any]] = {
+            "make": lambda: make(*sizes),
+            "first step": lambda: first_step(opt),
+            "schedule": lambda: scheduled_step(opt),
+            "state_dict": opt.state_dict,
+            "load": lambda: opt.load_state_dict(opt.state_dict()),
+        }
+        return work(actions[what])
+
+    of(2)  # what is imported or found late
+    small, middle, large = of(10), of(30), of(50)
+    assert large - middle <= 1.05 * (middle - small)
