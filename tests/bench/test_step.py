@@ -7,7 +7,6 @@ import signal
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 pytest.importorskip("rich")
@@ -193,11 +192,9 @@ def test_a_case_beyond_memory_is_refused_before_anything_is_allocated(
     [
         (["nothing"], "there is no case 'nothing'; there are adam-1000x1000, "),
         (["adam", "--rounds", "0"], "--rounds and --threads must be at least 1"),
-        (["adam", "--rounds", "few"], "--rounds must be a whole number, got 'few'"),
         (["adam", "--contenders", "fastopt,me"], "there is no contender 'me'; there are fastopt, "),
         (["adam", "--size", "1k"], "name cases, or describe one by options: not both"),
         (["--optimizer", "nope"], "there is no optimizer 'nope'; there are sgd, "),
-        (["--dtype", "int8"], "there is no dtype 'int8'; there are float32, "),
         (["--model", "nope"], "there is no model 'nope'; there are resnet50, "),
         (["--model", "gpt2", "--size", "1k"], "--model brings its own --size and --arrays"),
         (["--size", "much"], "--size must be a number like 1000, 64k, 16M or 1G, got 'much'"),
@@ -285,9 +282,3 @@ def test_temporaries_of_a_numpy_step_are_seen() -> None:
     found = worker.temporaries(CONTENDERS["numpy"](case, params, grads, 1))
     assert 8e6 <= found <= 40e6  # at least two arrays of float32 at a time
     assert worker.temporaries(Fastopt(case, *worker.data(case), 1)) < 1e6
-
-
-def test_data_repeat_only_beyond_the_period() -> None:
-    params, grads = worker.data(Case("x", "SGD", {"lr": 1.0}, {"a": (3,), "b": (2, 2)}, ()))
-    values = np.concatenate([a.ravel() for a in (*params.values(), *grads.values())])
-    assert len(np.unique(values)) == 14
