@@ -323,8 +323,9 @@ def test_a_failing_stage_stops_nothing_and_is_the_exit_status(
     assert sum("bandwidth --out" in call for call in calls) == (3 if "bandwidth" in failing and status == 3 else 1)
 
 
-def test_without_prebuilt_kernels_the_script_warns_and_builds_again(tmp_path: Path) -> None:
-    status, said, calls = run_script(tmp_path, built="no")
+@pytest.mark.parametrize("lacking", [{"built": "no"}, {"failing": "pip install"}], ids=str)
+def test_without_prebuilt_kernels_the_script_warns_and_builds_again(tmp_path: Path, lacking: dict[str, Any]) -> None:
+    status, said, calls = run_script(tmp_path, **lacking)
     assert status == 1
     tried = [x for call in calls for x in ("=ON", "=AUTO", "=OFF") if f"FASTOPT_CUDA{x}" in call]
     assert tried == ["=ON", "=AUTO", "=OFF"]
