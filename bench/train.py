@@ -255,7 +255,7 @@ def notes(network: Shapes, histories: Sequence[History]) -> list[str]:
 
     said = [
         "Times of one step, fastopt's and the same rule written eagerly in NumPy: answers compared, then medians of "
-        f"{steps.ROUNDS} samples in turns, one thread each. ratio: NumPy's over fastopt's.",
+        "samples in turns, one thread each. ratio: NumPy's over fastopt's.",
         f"network: the one trained here, {words(network)}; large: {steps.MODEL}, {words(steps.LARGE)}.",
     ]
     return said + [f"{h.name}: {' '.join(h.note.split())}." for h in histories if h.note]

@@ -28,9 +28,10 @@ TOLERANCE = 1e-3
 STRAYS = 1e-4
 """Share of elements that may be further apart: where rounding decides a sign, as in Lion."""
 
-ROUNDS = 9
-SAMPLE_SECONDS = 2e-3
-MOST_STEPS = 50
+FEWEST, MOST = 9, 51
+"""Samples at least and at most; short ones, of which there are many, find a busy machine idle now and then."""
+SAMPLE_SECONDS, CASE_SECONDS = 5e-4, 0.1
+MOST_STEPS = 20
 
 
 class WrongAnswer(Exception):
@@ -70,9 +71,11 @@ def compare(recipe: Recipe, arrays: Shapes) -> Times:
     _check(recipe, first, dict(params), eager.params)
 
     steps: dict[str, Callable[[], object]] = {"fastopt": lambda: optimizer.step(grads), "numpy": eager.step}
-    repeats = {name: max(1, min(MOST_STEPS, int(SAMPLE_SECONDS / _seconds(step, 1)))) for name, step in steps.items()}
+    once = {name: _seconds(step, 1) for name, step in steps.items()}
+    repeats = {name: max(1, min(MOST_STEPS, int(SAMPLE_SECONDS / once[name]))) for name in steps}
     samples: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(ROUNDS):
+    seconds_a_round = sum(once[name] * repeats[name] for name in steps)
+    for _ in range(max(FEWEST, min(MOST, int(CASE_SECONDS / seconds_a_round)))):
         for name, step in steps.items():
             samples[name].append(_seconds(step, repeats[name]))
     return Times(**{name: statistics.median(values) for name, values in samples.items()})

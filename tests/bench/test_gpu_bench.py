@@ -43,10 +43,12 @@ def fake(stand_in: Any, monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
 # --- bars ------------------------------------------------------------------------------------------------------------
 
 
-def test_cases_name_contenders_that_are_there() -> None:
+def test_cases_and_their_bars_name_contenders_that_exist() -> None:
     for case in SUITE.values():
         assert {name for b in case.bars for name in (b.contender, b.against) if name} <= set(case.contenders)
         assert set(case.contenders) <= set(CONTENDERS)
+    assert {SUITE[f"{name}-1g"].elements for name in ("adam", "momentum", "sgd-bfloat16", "norm")} == {10**9}
+    assert SUITE["norm-64-arrays"].elements == 10**9
     assert SUITE["bfloat16-beyond-2^31"].elements == 2**31 + 17
 
 

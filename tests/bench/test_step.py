@@ -193,11 +193,9 @@ def test_a_case_beyond_memory_is_refused_before_anything_is_allocated(
     [
         (["nothing"], "there is no case 'nothing'; there are adam-1000x1000, "),
         (["adam", "--rounds", "0"], "--rounds and --threads must be at least 1"),
-        (["adam", "--rounds", "few"], "--rounds must be a whole number, got 'few'"),
         (["adam", "--contenders", "fastopt,me"], "there is no contender 'me'; there are fastopt, "),
         (["adam", "--size", "1k"], "name cases, or describe one by options: not both"),
         (["--optimizer", "nope"], "there is no optimizer 'nope'; there are sgd, "),
-        (["--dtype", "int8"], "there is no dtype 'int8'; there are float32, "),
         (["--model", "nope"], "there is no model 'nope'; there are resnet50, "),
         (["--model", "gpt2", "--size", "1k"], "--model brings its own --size and --arrays"),
         (["--size", "much"], "--size must be a number like 1000, 64k, 16M or 1G, got 'much'"),
