@@ -114,7 +114,10 @@ def prologue(rule: Rule, access: Any) -> Callable[..., None]:
                     total += lanes[k]
                 put_real(partials, chunk, total)
                 cuda.threadfence()
-                last[0] = count_up(counters, place) + 1 == word(segment, CHUNKS)
+                complete = count_up(counters, place) + 1 == word(segment, CHUNKS)
+                if complete:
+                    cuda.threadfence()  # what the other blocks wrote before they counted is read after it
+                last[0] = complete
             cuda.syncthreads()
             if last[0] == 0:
                 return
@@ -130,7 +133,10 @@ def prologue(rule: Rule, access: Any) -> Callable[..., None]:
                 put_real(squares, place, lanes[0])
                 put_word(counters, place, 0)
                 cuda.threadfence()
-                last[0] = count_up(counters, 2 * segment_count) + 1 == arrays
+                complete = count_up(counters, 2 * segment_count) + 1 == arrays
+                if complete:
+                    cuda.threadfence()
+                last[0] = complete
             cuda.syncthreads()
             if last[0] == 0:
                 return
