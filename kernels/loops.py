@@ -14,7 +14,7 @@ from . import reductions
 from .dtypes import COMPUTE, ITEMSIZE
 from .environment import enter, leave, settled
 from .layout import BLOCK as REDUCED
-from .layout import LANES, MULTIPLIER, PARAMETER, ZERO
+from .layout import LANES, MULTIPLIER, PARAMETER, RATIO, ZERO
 from .reductions import take_sum
 from .rule import Rule
 from .storage import I64, LINE, Features, Storage, prefetch
@@ -54,7 +54,8 @@ def cpu_loop(rule: Rule, p: str, g: str, features: Features) -> Callable[..., fl
     pointers_of, ahead = access.pointers_of(), access.ahead(range(len(access.storages)))
     owned = access.ahead([PARAMETER], write=True)
     load, store, clear = access.load(), access.store(), access.clear()
-    scalars_of = _scalars(rule, compute)
+    scalars_of, last = _scalars(rule, compute), len(rule.Scalars._fields) - 1  # type: ignore[attr-defined]
+    factors = njit(error_model="numpy", forceinline=True)(rule.factors)
     step = njit(error_model="numpy", forceinline=True)(rule.step)
 
     sums = rule.ratio is not None
@@ -63,7 +64,7 @@ def cpu_loop(rule: Rule, p: str, g: str, features: Features) -> Callable[..., fl
 
     def loop(lo: Any, hi: Any, buffers: Any, scalars: Any, own: Any) -> float:
         mode = enter()  # type: ignore[call-arg]
-        h = scalars_of(scalars, own)
+        h = scalars_of(scalars, factors(own[RATIO] * scalars[last]))
         pointers = pointers_of(buffers)
         multiplier = compute(own[MULTIPLIER])
         zero_gradient = own[ZERO] != 0.0
@@ -128,7 +129,7 @@ def ratio_function(rule: Rule) -> Callable[..., float]:
 
     def ratio(w_norm: Any, g_norm: Any, scalars: Any) -> float:
         mode = enter()  # type: ignore[call-arg]
-        h = scalars_of(scalars, scalars)
+        h = scalars_of(scalars, (1.0, 1.0))
         result = settled(trust_ratio(settled(w_norm), settled(g_norm), h))  # type: ignore[call-arg]
         leave(mode)  # type: ignore[call-arg]
         return result  # type: ignore[no-any-return]
@@ -137,20 +138,22 @@ def ratio_function(rule: Rule) -> Callable[..., float]:
 
 
 def _scalars(rule: Rule, compute: Any) -> Any:
-    """Intrinsic ``(scalars, own) -> h``: each float64 scalar rounded once to the compute dtype."""
-    count = len(rule.Scalars._fields)  # type: ignore[attr-defined]
+    """Intrinsic ``(scalars, (stretch, ratio)) -> h``: each float64 scalar rounded once to the compute dtype."""
+    names = rule.Scalars._fields  # type: ignore[attr-defined]
+    count = len(names)
 
     @intrinsic
-    def scalars_of(typingctx: Any, scalars: Any, own: Any) -> Any:
+    def scalars_of(typingctx: Any, scalars: Any, of_segment: Any) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            places = [(args[0], k) for k in range(count)]
+            doubles = [builder.load(builder.gep(args[0], [ir.Constant(I64, k)])) for k in range(count)]
             if rule.ratio is not None:
-                places[-1] = (args[1], 1)
-            doubles = [builder.load(builder.gep(base, [ir.Constant(I64, k)])) for base, k in places]
+                for k, name in enumerate(("stretch", "ratio")):
+                    if name in names:
+                        doubles[names.index(name)] = builder.extract_value(args[1], k)
             values = [context.cast(builder, x, types.float64, compute) for x in doubles]
             return context.make_tuple(builder, signature.return_type, values)
 
-        return types.NamedUniTuple(compute, count, rule.Scalars)(scalars, own), codegen
+        return types.NamedUniTuple(compute, count, rule.Scalars)(scalars, of_segment), codegen
 
     return scalars_of
 

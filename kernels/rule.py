@@ -14,6 +14,8 @@ MAX_STATES = 6
 Options = Mapping[str, Any]
 """A param group: hyperparameters by name."""
 
+LARGE, STRETCH = 2.0**127, 2.0**100
+
 
 @dataclass(frozen=True, eq=False)
 class Rule:
@@ -35,7 +37,9 @@ class Rule:
         options: How many numbers each option has that ``scalars`` reads, for example ``{"lr": 1, "betas": 2}``. A GPU
             needs it only to keep the step counts itself, with ``skip_nonfinite`` or ``capturable``.
         ratio: Scalar function ``(w_norm, g_norm, h) -> ratio`` in float64 for rules with a trust ratio per layer.
-            The loop hands the result to ``step`` as ``h.ratio``, which must then be the last field of ``Scalars``.
+            The loop hands the result to ``step`` as ``h.ratio``, times what ``scalars`` has there (in float64, rounded
+            once), and that alone where a layer has no ratio. It must be the last field of ``Scalars``; the field before
+            it may be ``stretch``, see ``factors``.
     """
 
     name: str
@@ -47,6 +51,14 @@ class Rule:
     carry: Callable[[Options], Any] | None = None
     options: Mapping[str, int] = field(default_factory=dict)
     ratio: Callable[..., float] | None = None
+
+    @property
+    def factors(self) -> Callable[[float], tuple[float, float]]:
+        """Function ``(ratio) -> (stretch, ratio)`` for the loops, to be compiled.
+
+        A ratio beyond float32 comes in two factors where ``step`` multiplies by both, 1 and the ratio otherwise.
+        """
+        return _split if "stretch" in self.Scalars._fields else _whole  # type: ignore[attr-defined]
 
     def __post_init__(self) -> None:
         fields = self.Scalars._fields  # type: ignore[attr-defined]
@@ -63,3 +75,13 @@ class Rule:
         unknown = set(self.initial) - set(self.state)
         if unknown:
             raise ValueError(f"Rule {self.name!r}: initial names no state array: {sorted(unknown)}.")
+
+
+def _whole(ratio: float) -> tuple[float, float]:
+    return 1.0, ratio
+
+
+def _split(ratio: float) -> tuple[float, float]:
+    if ratio > LARGE:
+        return STRETCH, ratio / STRETCH
+    return 1.0, ratio

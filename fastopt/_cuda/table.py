@@ -89,8 +89,8 @@ class CudaTable:
             mine = chunks[np.array([k is kernel for k, _ in kernels])[chunks[:, 0]]]
             if len(mine):
                 self.launches.append(Launch(kernel, wide, len(mine) << PARTS_BITS, self._address(mine[::-1])))
-        self.ratios64 = self._address(np.ones(len(sizes)))
-        self.ratios32 = self._address(np.ones(len(sizes), np.float32))
+        self.ratios64 = self._address(np.ones(2 * len(sizes)))  # stretch and ratio of each segment that adapts
+        self.ratios32 = self._address(np.ones(2 * len(sizes), np.float32))
 
     def _address(self, array: NDArray[Any]) -> int:
         on_device = self._runtime.upload(np.ascontiguousarray(array))

@@ -85,8 +85,12 @@ def fresh_real(typingctx: Any, address: Any, index: Any) -> Any:
 
 
 def scalars_loader(rule: Rule, compute: str) -> Any:
-    """Intrinsic ``(scalars, ratio) -> h``: the rule's scalars, stored in the compute dtype."""
-    count = len(rule.Scalars._fields)  # type: ignore[attr-defined]
+    """Intrinsic ``(scalars, ratio) -> h``: the rule's scalars, stored in the compute dtype.
+
+    ``ratio`` is where stretch and ratio are, of which a rule has both or the latter.
+    """
+    names = rule.Scalars._fields  # type: ignore[attr-defined]
+    count = len(names)
     kind = getattr(types, compute)
     element = FLOAT if compute == "float32" else DOUBLE
 
@@ -95,7 +99,9 @@ def scalars_loader(rule: Rule, compute: str) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             places = [_at(builder, args[0], ir.Constant(I64, k), element) for k in range(count)]
             if rule.ratio is not None:
-                places[-1] = _pointer(builder, args[1], element)
+                for k, name in enumerate(("stretch", "ratio")):
+                    if name in names:
+                        places[names.index(name)] = _at(builder, args[1], ir.Constant(I64, k), element)
             values = [builder.load(place) for place in places]
             return context.make_tuple(builder, signature.return_type, values)
 

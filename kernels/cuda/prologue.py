@@ -52,7 +52,8 @@ def prologue(rule: Rule, access: Any) -> Callable[..., None]:
     float32_code, float64_code, float16_code = (CODES[d] for d in ("float32", "float64", "float16"))
     add_lanes = cuda.jit(device=True, inline="always")(_add_lanes)
     form_scalars, trust_ratio = access.scalars_former(rule), access.ratio_caller(rule)
-    has_ratio = rule.ratio is not None
+    has_ratio, last_scalar = rule.ratio is not None, len(rule.Scalars._fields) - 1  # type: ignore[attr-defined]
+    factors = cuda.jit(device=True, inline="always")(rule.factors)
     lr_at = -1 if "lr" not in rule.options else sum(_before(rule.options, "lr"))
 
     def kernel(
@@ -189,9 +190,12 @@ def prologue(rule: Rule, access: Any) -> Callable[..., None]:
                 if word(segment, ADAPTS) and word(cohorts + WORD * COHORT_WORDS * c, RULE) == number:
                     w_norm = math.sqrt(fresh_real(squares, s))
                     g_norm = gradient_factor * math.sqrt(fresh_real(squares, segment_count + s))
-                    ratio = trust_ratio(w_norm, g_norm, scalars64 + 8 * SCALARS * c)
-                    put_real(ratios64, s, ratio)
-                    put_single(ratios32, s, ratio)
+                    own = scalars64 + 8 * SCALARS * c
+                    stretch, ratio = factors(trust_ratio(w_norm, g_norm, own) * real(own, last_scalar))
+                    put_real(ratios64, 2 * s, stretch)
+                    put_real(ratios64, 2 * s + 1, ratio)
+                    put_single(ratios32, 2 * s, stretch)
+                    put_single(ratios32, 2 * s + 1, ratio)
 
     return kernel
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from ..dtypes import COMPUTE
 from ..layout import (
+    ADAPTS,
     CHUNK,
     COHORT,
     MULTIPLIER32,
@@ -42,6 +43,7 @@ def update_loop(rule: Rule, p: str, g: str, access: Any, threads: int = THREADS)
     number_size = 4 if compute == "float32" else 8
     multiplier_at = MULTIPLIER32 if compute == "float32" else MULTIPLIER64
     apply = arrays.apply()
+    has_ratio, last = rule.ratio is not None, len(rule.Scalars._fields) - 1  # type: ignore[attr-defined]
 
     def update(chunks: Any, segments: Any, gradients: Any, header: Any, scalars: Any, ratios: Any, zero: Any) -> None:
         chunk, part = cuda.blockIdx.x >> PARTS_BITS, cuda.blockIdx.x & (PARTS - 1)
@@ -70,7 +72,11 @@ def update_loop(rule: Rule, p: str, g: str, access: Any, threads: int = THREADS)
         multiplier = number(header, multiplier_at)
         if word(segment, SIGN) < 0:
             multiplier = -multiplier
-        h = scalars_of(scalars + number_size * SCALARS * word(segment, COHORT), ratios + number_size * s)
+        scalars += number_size * SCALARS * word(segment, COHORT)
+        ratio = ratios + 2 * number_size * s
+        if has_ratio and word(segment, ADAPTS) == 0:
+            ratio = scalars + number_size * (last - 1)
+        h = scalars_of(scalars, ratio)
         while i + stride + width <= hi:
             first, second = load(pointers, i, multiplier, h), load(pointers, i + stride, multiplier, h)
             store(pointers, i, apply(first))

@@ -10,26 +10,26 @@ from ..rule import Options, Rule
 
 class LarsScalars(NamedTuple):
     mu: float
-    inner: float  # lr where it lives in the buffer, else 1
     outer: float  # 1 where lr lives in the buffer, else lr
     weight_decay: float
     trust_coefficient: float
     eps: float
     cap_scale: float  # LARC's clipping takes min(ratio / lr, 1): 1 / lr, else 1
     cap: float  # and 1, else inf
-    ratio: float
+    stretch: float  # 1, or a power of two taken out of a ratio beyond float32
+    ratio: float  # times lr where that lives in the buffer; without a ratio, that alone
 
 
 def lars(p: Any, g: Any, b: Any, h: LarsScalars) -> tuple[Any, Any]:
     g = g + h.weight_decay * p if h.weight_decay else g
-    d = h.inner * h.ratio * g
+    d = h.ratio * (h.stretch * g)
     b = h.mu * b + d if h.mu else d
     return p - h.outer * b, b
 
 
 def lars_nesterov(p: Any, g: Any, b: Any, h: LarsScalars) -> tuple[Any, Any]:
     g = g + h.weight_decay * p if h.weight_decay else g
-    d = h.inner * h.ratio * g
+    d = h.ratio * (h.stretch * g)
     b = h.mu * b + d
     return p - h.outer * (d + h.mu * b), b
 
@@ -46,7 +46,7 @@ def lars_scalars(t: int, o: Options) -> LarsScalars:
     inner, outer = (lr, 1.0) if o["lr_in_momentum"] else (1.0, lr)
     cap_scale, cap = (1.0 / (lr or 1.0), 1.0) if o["clip"] else (1.0, math.inf)
     return LarsScalars(
-        o["momentum"], inner, outer, o["weight_decay"], o["trust_coefficient"], o["eps"], cap_scale, cap, 1.0
+        o["momentum"], outer, o["weight_decay"], o["trust_coefficient"], o["eps"], cap_scale, cap, 1.0, inner
     )
 
 

@@ -246,12 +246,13 @@ def ratio_on_cpu(rule, w_norm, g_norm, h):
 
 
 def check_ratios(tables, rule, adapting, factor):
-    """The ratio of each layer has the bits of the CPU's; of others it is what it was, one."""
-    expected = np.ones(len(tables.segments))
+    """The ratio of each layer has the bits of the CPU's times the last scalar; others are what they were, one."""
+    expected = np.ones((len(tables.segments), 2))
     for s in adapting:
         w_norm, g_norm = np.sqrt(tables.squares[:, s]).tolist()
         h = tables.scalars["float64"][tables.segments[s, COHORT]]
-        expected[s] = ratio_on_cpu(rule, w_norm, factor * g_norm, h)
+        last = len(rule.Scalars._fields) - 1
+        expected[s] = rule.factors(ratio_on_cpu(rule, w_norm, factor * g_norm, h) * h[last])
     assert tables.ratios["float64"].tolist() == expected.tolist()
     assert tables.ratios["float32"].tolist() == expected.astype(np.float32).tolist()
 

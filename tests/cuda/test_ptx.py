@@ -139,6 +139,8 @@ def test_what_stands_in_the_files(kernels):
             check_update(path.read_text(), rule, *pair)
         else:
             check_head(path.read_text(), cuda_prologue_symbol(rule))
+            order = re.findall(r"\b(membar|atom|bar)\.", path.read_text())  # both counters: fences on either side
+            assert " ".join(order).count("membar atom membar bar") == 2
 
 
 # What a mistake in the compiler's options or in kernels/cuda/access.py would do to the text of Adam.

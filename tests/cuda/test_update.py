@@ -60,7 +60,7 @@ def scalars(rule):
     """What a rule computes with in each cohort: what its case does, and numbers of which none is 0 or 1 by chance."""
     options = build(CASE[rule.name], [np.zeros(1)]).param_groups[0]
     formed = rule.scalars(3, options, rule.carry(options))[0] if rule.carry else rule.scalars(3, options)
-    constants = {"zero": 0.0, "one": 1.0}
+    constants = {"zero": 0.0, "one": 1.0, "stretch": 1.0}
     return np.array([formed, [constants.get(name, 0.3 + 0.05 * k) for k, name in enumerate(formed._fields)]])
 
 
@@ -83,7 +83,8 @@ def make_segments(rule, pair, sizes=SIZES, **options):
     segments = []
     for (n, moved, shift), treatment in zip(kinds, treatments, strict=False):
         values = make_values(rng, pair, n, len(rule.state), **options)
-        segments.append(Segment([place(v, shift * (k == moved)) for k, v in enumerate(values)], *treatment))
+        arrays = [place(v, shift * (k == moved)) for k, v in enumerate(values)]
+        segments.append(Segment(arrays, *treatment, adapts=len(segments) % 3 != 0))
     return segments
 
 
@@ -96,7 +97,10 @@ def copied(segments):
 
 
 def ratios(rule, segments):
-    return np.linspace(0.3, 1.7, len(segments)) if rule.ratio else np.ones(len(segments))
+    """Of those that adapt, one of them beyond float32."""
+    values = np.linspace(0.3, 1.7, len(segments))
+    values[2] = 1e50
+    return np.where([rule.ratio is not None and s.adapts for s in segments], values, 1.0)
 
 
 def update_on_cpu(rule, pair, segments, multiplier, zero):
@@ -115,7 +119,8 @@ def update_on_cuda(
     tables = Tables(segments, len(scalars(rule)))
     for dtype in ("float64", "float32"):
         tables.scalars[dtype][:, : scalars(rule).shape[1]] = scalars(rule)
-        tables.ratios[dtype][:] = ratios(rule, segments)
+        for row, segment, ratio in zip(tables.ratios[dtype], segments, ratios(rule, segments), strict=True):
+            row[:] = rule.factors(ratio * scalars(rule)[segment.cohort, -1]) if segment.adapts else (7.0, 7.0)
     tables.set_header(multiplier, skip=skip)
     if change:
         change(tables)

@@ -141,13 +141,13 @@ def count_up(address: int, index: int) -> int:
 
 
 def scalars_loader(rule: Rule, compute: str) -> Any:
-    dtype, count = DTYPES[compute], len(rule.Scalars._fields)  # type: ignore[attr-defined]
+    dtype, names = DTYPES[compute], rule.Scalars._fields  # type: ignore[attr-defined]
 
     def load(scalars: int, ratio: int) -> Any:
-        places = [scalars + dtype.itemsize * k for k in range(count)]
+        places = {name: scalars + dtype.itemsize * k for k, name in enumerate(names)}
         if rule.ratio is not None:
-            places[-1] = ratio
-        return rule.Scalars(*(_at(place, dtype)[0] for place in places))
+            places |= {name: ratio + dtype.itemsize * k for k, name in enumerate(("stretch", "ratio")) if name in names}
+        return rule.Scalars(*(_at(place, dtype)[0] for place in places.values()))
 
     return load
 
@@ -332,7 +332,7 @@ class Tables:
         self.gradients = allow(np.array([s.arrays[GRADIENT].ctypes.data for s in segments], np.int64))
         self.header = allow(np.zeros(HEADER_WORDS, np.int64))
         self.scalars = {name: allow(np.zeros((cohorts, SCALARS), name)) for name in ("float64", "float32")}
-        self.ratios = {name: allow(np.ones(count, name)) for name in ("float64", "float32")}
+        self.ratios = {name: allow(np.ones((count, 2), name)) for name in ("float64", "float32")}
         self.partials = allow(np.zeros((2, table.count)))
         self.squares = allow(np.zeros((2, count)))
         self.counters = allow(np.zeros(2 * count + 1, np.int64))
