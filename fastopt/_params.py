@@ -43,6 +43,19 @@ class Group(NamedTuple):
         ]
 
 
+def groups_in(params: Any, where: str) -> list[Mapping[str, Any]]:
+    """The param groups in what a constructor is given: several, or one."""
+    if isinstance(params, Mapping) or is_array(params) or not isinstance(params, Iterable):
+        return [{"params": params}]
+    listed: list[Any] = list(params)
+    if not any(isinstance(item, Mapping) for item in listed):
+        return [{"params": listed}]
+    for i, item in enumerate(listed):
+        if not isinstance(item, Mapping) or "params" not in item:
+            raise TypeError(f'{where}: params[{i}] is not a param group, a dict with the key "params".')
+    return listed
+
+
 def collect(params: Any, first_index: int, space: Space | None, where: str) -> Group:
     """The arrays of a param group: a FlatBuffer, a mapping, or a sequence, whose arrays are named by their index.
 

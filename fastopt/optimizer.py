@@ -13,7 +13,7 @@ import numpy as np
 from ._arrays import HOST, Array, Space, is_array
 from ._exclusive import exclusive, finish
 from ._options import NONNEGATIVE, NORM, SCALE, Range, boolean, check_options, unchanged
-from ._params import GradientReader, Memory, collect
+from ._params import GradientReader, Memory, collect, groups_in
 from ._plan import Parameter, Plan, Progress, Treatment, initial_states
 from ._plans import plan_class
 from ._state import check_states, export_state, import_state
@@ -109,7 +109,7 @@ class Optimizer:
         self._groups: list[Known] = []
         self._plan: Plan | None = None
         self._plans: list[Plan] = []  # the last ones, if they can serve again
-        self._add(self._listed(params))
+        self._add(groups_in(params, self._name))
 
     def select_rule(self, options: Options) -> Rule:
         """The update rule for a param group with these options."""
@@ -120,17 +120,6 @@ class Optimizer:
         return Treatment(self.select_rule(options), True)
 
     # --- groups --------------------------------------------------------------------------------------------------
-
-    def _listed(self, params: Params) -> list[Mapping[str, Any]]:
-        if isinstance(params, Mapping) or is_array(params) or not isinstance(params, Iterable):
-            return [{"params": params}]
-        listed: list[Any] = list(params)
-        if any(isinstance(item, Mapping) for item in listed):
-            for i, item in enumerate(listed):
-                if not isinstance(item, Mapping) or "params" not in item:
-                    raise TypeError(f'{self._name}: params[{i}] is not a param group, a dict with the key "params".')
-            return listed
-        return [{"params": listed}]
 
     @exclusive
     def add_param_group(self, group: Mapping[str, Any]) -> None:
