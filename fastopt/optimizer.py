@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
-from typing import Any, ClassVar
+from types import EllipsisType, MappingProxyType
+from typing import Any
 from weakref import ref
 
 import numpy as np
 
-from ._arrays import HOST, Array, Space, is_array
-from ._options import NONNEGATIVE, NORM, SCALE, Range, boolean, check_options, unchanged
-from ._params import GradientReader, Memory, collect
+from ._arrays import Array, Space
+from ._base import Base
+from ._options import own_options, unchanged
+from ._params import GradientReader, Memory, collect, listed_groups
 from ._plan import Parameter, Plan, Progress, Treatment, initial_states
 from ._plans import plan_class
-from ._state import check_states, export_state, import_state
-from ._step import Request, StepInfo
+from ._state import StateView, check_states, export_state, import_state
+from ._step import StepInfo
 from .flat import FlatBuffer, Layout
 from .kernels.dtypes import COMPUTE
 from .kernels.rule import Options, Rule
@@ -36,9 +37,10 @@ class Known:
     dtypes: set[str]
     seen: dict[str, Any]
     options: dict[str, Any]
+    foreign: Collection[str]  # keys of the user's own
 
 
-class Optimizer:
+class Optimizer(Base):
     """Base class: holds parameters and states, and takes steps by the rule that a subclass selects.
 
     On a GPU the option ``capturable`` makes the device keep step counts, options and scalars, so that a step can be
@@ -56,14 +58,26 @@ class Optimizer:
             float32, float64, float16 or bfloat16; they are updated in place and never copied or moved. They are
             NumPy's, or on one GPU: CuPy's, or another library's that shares memory by DLPack.
         defaults: Options of the groups that do not give them.
+        max_grad_norm: Clip: gradients are multiplied by min(1, max_grad_norm / (norm + 1e-6)), where norm is the
+            Euclidean norm of all gradients of all groups after unscaling (Pascanu et al. 2013). >= 0; inf only reports
+            the norm.
+        skip_nonfinite: Change nothing, not even step counts, if a gradient is infinite or NaN (or, in float64, so large
+            that its square is).
+        zero_grads: Set the gradients to zero in the same pass, also in a skipped step.
 
     Attributes:
+        max_grad_norm, skip_nonfinite, zero_grads: As given; they can be set, and ``step`` can override them. They are
+            the program's, like learning rate schedules, and not in ``state_dict``.
         param_groups: One dict per group: "params" (name to array) and the options, which are read anew at each step.
-        state: For each parameter name its state: "step", and views of its state arrays by their names in torch.
+            Other keys are yours and not looked at, unless they seem to be an option misspelt.
+        state: For each parameter name its state: "step", and views of its state arrays by their names in torch. The
+            arrays can be written, all else is changed by ``load_state_dict``.
+        last_info: What the last step did, a ``fastopt.StepInfo``.
 
     Raises:
         TypeError: Something is of the wrong kind or dtype.
-        ValueError: An option is outside its range or unknown, there is no parameter, or parameters share memory.
+        ValueError: An option is outside its range, there is no parameter, or parameters share memory.
+        AttributeError: An option of the param groups is assigned to the optimizer itself.
 
     Example:
         A rule of one's own, here the sign of the gradient:
@@ -86,27 +100,29 @@ class Optimizer:
         [0.5, -0.5]
     """
 
-    ranges: ClassVar[Mapping[str, Range]] = {
-        "lr": NONNEGATIVE,
-        "weight_decay": NONNEGATIVE,
-        "maximize": boolean,
-        "capturable": boolean,
-    }
-    """Range of each option; a subclass adds its own."""
-
     _space: Space  # where the first group's arrays live, and all others must
 
-    def __init__(self, params: Params, defaults: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        params: Params,
+        defaults: Mapping[str, Any],
+        *,
+        max_grad_norm: float | None = None,
+        skip_nonfinite: bool = False,
+        zero_grads: bool = False,
+    ) -> None:
+        super().__init__(max_grad_norm, skip_nonfinite, zero_grads)
         self._name = type(self).__name__
         self._lock = threading.Lock()
         self.defaults = dict(defaults)
+        self._known_options = {**self.defaults, **self.ranges}
         self._normalise(self.defaults, (), 0)
         self.param_groups: list[dict[str, Any]] = []
         self._parameters: list[Parameter] = []
         self._flat_layout: Layout | None = None
         self._groups: list[Known] = []
         self._plan: Plan | None = None
-        for group in self._listed(params):
+        for group in listed_groups(params, self._name):
             self._add(group)
 
     def select_rule(self, options: Options) -> Rule:
@@ -118,17 +134,6 @@ class Optimizer:
         return Treatment(self.select_rule(options), True)
 
     # --- groups --------------------------------------------------------------------------------------------------
-
-    def _listed(self, params: Params) -> list[Mapping[str, Any]]:
-        if isinstance(params, Mapping) or is_array(params) or not isinstance(params, Iterable):
-            return [{"params": params}]
-        listed: list[Any] = list(params)
-        if any(isinstance(item, Mapping) for item in listed):
-            for i, item in enumerate(listed):
-                if not isinstance(item, Mapping) or "params" not in item:
-                    raise TypeError(f'{self._name}: params[{i}] is not a param group, a dict with the key "params".')
-            return listed
-        return [{"params": listed}]
 
     def add_param_group(self, group: Mapping[str, Any]) -> None:
         """Add parameters, for example when layers are unfrozen.
@@ -150,7 +155,7 @@ class Optimizer:
         where = f"{self._name}: params" if not index else f"{self._name}: params of group {index}"
         known = getattr(self, "_space", None)
         space, arrays, layout, flat = collect(group["params"], len(self._parameters), known, where)
-        options = {**self.defaults, **{name: value for name, value in group.items() if name != "params"}}
+        options = {**self.defaults, **own_options(group, self._known_options, self._place(index))}
         self.complete(options)
         dtypes = {a.dtype.name for a in arrays.values()}
         checked = self._normalise(options, dtypes, index)
@@ -164,7 +169,11 @@ class Optimizer:
             places = [space.address(array) for array in arrays.values()]
         ends = (*layout.offsets[1:], layout.total)
         added = [
-            Parameter(name, array, array.size, array.dtype.name, index, offset, end - offset, place, guard=ref(array))
+            Parameter(
+                *(name, array, array.size, array.dtype.name, index, offset, end - offset, place),
+                shape=array.shape,
+                guard=ref(array),
+            )
             for (name, array), offset, end, place in zip(arrays.items(), layout.offsets, ends, places, strict=True)
         ]
         self._check_capturable(checked, space, where)
@@ -175,8 +184,8 @@ class Optimizer:
         self._flat_layout = layout if flat is not None and not self._parameters else None
         self._parameters += added
         shown = MappingProxyType(arrays)
-        self.param_groups.append({"params": shown, **options})
-        self._groups.append(Known(index, shown, dtypes, copy.deepcopy(options), checked))
+        self.param_groups.append({**group, "params": shown, **options})
+        self._groups.append(Known(index, shown, dtypes, copy.deepcopy(options), checked, set(group) - set(options)))
         self._rebuild()
 
     def _states(self) -> Iterable[Array]:
@@ -187,9 +196,7 @@ class Optimizer:
         """Parameters or states changed: what was derived from them is derived anew."""
         named = {p.name: p.array for p in self._parameters}
         memory = Memory(named, self._states(), self._space, self._name)
-        self._reader = GradientReader(
-            list(named), list(named.values()), self._flat_layout, memory, self._space, self._name
-        )
+        self._reader = GradientReader(self._parameters, self._flat_layout, memory, self._space, self._name)
         self._plan = None
 
     def _allocate(self, parameters: list[Parameter], total: int, options: Options, space: Space) -> None:
@@ -209,24 +216,6 @@ class Optimizer:
 
     # --- options -------------------------------------------------------------------------------------------------
 
-    def complete(self, group: dict[str, Any]) -> None:
-        """Fill in options of a group that follow from its others."""
-
-    def check(self, options: Options, where: str) -> None:
-        """Refuse options that do not go together; a subclass says which."""
-
-    def _normalise(self, options: Mapping[str, Any], dtypes: Iterable[str], index: int) -> dict[str, Any]:
-        """The options of a group as they are computed with, checked."""
-        where = f"{self._name}: group {index}: " if index else f"{self._name}: "
-        checked = check_options(options, self.defaults, self.ranges, {COMPUTE[name] for name in dtypes}, where)
-        self.check(checked, where)
-        return checked
-
-    @staticmethod
-    def _check_capturable(options: Options, space: Space, where: str) -> None:
-        if options.get("capturable") and space is HOST:
-            raise ValueError(f"{where}: capturable=True is for CUDA graphs, but these parameters are in host memory.")
-
     def _current_options(self) -> list[dict[str, Any]]:
         """Options of every group, checked again where somebody changed them."""
         if len(self.param_groups) != len(self._groups):
@@ -239,7 +228,10 @@ class Optimizer:
             options = dict(group)
             if options.pop("params", None) is not known.arrays:
                 raise ValueError(f'{self._name}: param_groups[{index}]["params"] was replaced. Make a new optimizer.')
+            for name in known.foreign:
+                options.pop(name, None)
             if not unchanged(options, known.seen):
+                options = own_options(options, self._known_options, self._place(index))
                 self.complete(options)
                 checked = self._normalise(options, known.dtypes, index)
                 self._check_capturable(checked, self._space, f"{self._name}: group {index}")
@@ -247,6 +239,7 @@ class Optimizer:
         for known, seen, checked in changed:  # nothing is taken over before all groups are checked
             self._take_over(known, checked)
             known.seen, known.options = seen, checked
+            known.foreign = self.param_groups[known.index].keys() - seen.keys() - {"params"}
         return [known.options for known in self._groups]
 
     def _take_over(self, known: Known, checked: dict[str, Any]) -> None:
@@ -264,13 +257,14 @@ class Optimizer:
         grads: Grads,
         *,
         grad_scale: float | Array = 1.0,
-        max_norm: float | None = None,
-        skip_nonfinite: bool = False,
-        zero_grads: bool = False,
+        max_grad_norm: float | EllipsisType | None = ...,
+        skip_nonfinite: bool | EllipsisType = ...,
+        zero_grads: bool | EllipsisType = ...,
+        max_norm: float | EllipsisType | None = ...,
     ) -> StepInfo:
         """Update all parameters in one pass over memory.
 
-        With ``max_norm`` or ``skip_nonfinite`` a pass that reads the gradients goes before it.
+        With ``max_grad_norm`` or ``skip_nonfinite`` a pass that reads the gradients goes before it.
 
         Args:
             grads: The gradients: a ``FlatBuffer`` or a mapping with the names of the parameters, or a sequence in their
@@ -279,17 +273,14 @@ class Optimizer:
                 are only read. A strided gradient is copied first.
             grad_scale: Loss scale, in [1e-37, 1e37]: the gradients are divided by it. On a GPU it may be a float32
                 array of one element there, which is read when the step runs.
-            max_norm: Clip: gradients are multiplied by min(1, max_norm / (norm + 1e-6)), where norm is the Euclidean
-                norm of all gradients after unscaling (Pascanu et al. 2013). >= 0; inf only reports the norm.
-            skip_nonfinite: Change nothing, not even step counts, if a gradient is infinite or NaN (or, in float64, so
-                large that its square is).
-            zero_grads: Set the gradients to zero in the same pass, also in a skipped step.
+            max_grad_norm, skip_nonfinite, zero_grads: Override the optimizer's in this step.
+            max_norm: Another name of ``max_grad_norm``.
 
         On a GPU the step is put on the current stream and not waited for; the fields of its result are fetched when
         they are read.
 
         Returns:
-            Whether the step was skipped, and the norm where it was needed.
+            Whether the step was skipped, and the norm where it was needed; also in ``last_info``.
 
         Raises:
             TypeError, ValueError: Gradients or options that do not fit; nothing was written.
@@ -298,21 +289,15 @@ class Optimizer:
         """
         with self._exclusive("step"):
             options = self._current_options()
-            where = f"{self._name}.step"
-            zero = boolean(zero_grads, f"{where}: zero_grads")
-            multiplier, scale_at = 1.0, 0
-            if type(grad_scale) is not float and is_array(grad_scale):
-                scale_at = self._space.scalar(grad_scale, f"{where}: grad_scale")
-            if not scale_at and (type(grad_scale) is not float or grad_scale != 1.0):
-                multiplier = 1.0 / SCALE(grad_scale, f"{where}: grad_scale")
-            if max_norm is not None:
-                max_norm = NORM(max_norm, f"{where}: max_norm")
-            skip = boolean(skip_nonfinite, f"{where}: skip_nonfinite")
-            gradients, alive = self._reader.read(grads, zero)  # alive: another thread may drop them while we read
+            keep = self._keeps(options)
+            request = self._requested(grad_scale, max_grad_norm, max_norm, skip_nonfinite, zero_grads, keep)
+            gradients, alive = self._reader.read(
+                grads, request.zero_grads
+            )  # alive: another thread may drop them while we read
             plan = self._plan_for(gradients, options)
-            request = Request(multiplier, scale_at, max_norm, skip, zero, self._keeps(options))
             info = plan.step(request, options)
             del alive
+            vars(self)["last_info"] = info  # an attribute's assignment is looked at, which takes 0.3 µs
             return info
 
     def upload_options(self) -> None:
@@ -357,13 +342,15 @@ class Optimizer:
     # --- state ---------------------------------------------------------------------------------------------------
 
     @property
-    def state(self) -> dict[str, dict[str, Any]]:
+    def state(self) -> StateView:
         """State of each parameter by name: "step", host scalars, and views of its state arrays."""
         if self._plan is not None:
             self._plan.recount()  # a CUDA graph may have been replayed
-        return {
-            p.name: {"step": p.progress.steps, **(p.progress.carry or {}), **self._views(p)} for p in self._parameters
+        shown = {
+            p.name: StateView({"step": p.progress.steps, **(p.progress.carry or {}), **self._views(p)}, self._name)
+            for p in self._parameters
         }
+        return StateView(shown, self._name)
 
     @staticmethod
     def _views(p: Parameter) -> dict[str, Array]:
@@ -377,7 +364,29 @@ class Optimizer:
             torch), "param_groups" (options, "params" as indices, "param_names"), and "optimizer" and "version".
         """
         with self._exclusive("state_dict"):
-            return export_state(self._name, self.param_groups, self.state, self._space.copy)
+            groups = [{"params": group["params"], **self._options_of(group)} for group in self.param_groups]
+            return export_state(self._name, groups, self.state, self._space.copy)
+
+    def full_state_dict(self) -> dict[str, Any]:
+        """The states as plain arrays, for other programs: "state" and "param_groups" of ``state_dict``.
+
+        Arrays are float32 (float64 for float64 parameters) and whole, however the optimizer stores them.
+        """
+        return {key: value for key, value in self.state_dict().items() if key in ("state", "param_groups")}
+
+    def init_state(self) -> None:
+        """Have all states exist, as before the first step. They do from the constructor on, so it changes nothing.
+
+        Raises:
+            TypeError, ValueError: Options that are wrong.
+        """
+        with self._exclusive("init_state"):
+            self._current_options()
+
+    def refresh(self) -> None:
+        """Say that somebody else wrote the parameters: what was kept of them (LARS's norms) is taken anew."""
+        if self._plan is not None:
+            self._plan.forget_weights()
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take over step counts, states and options that ``state_dict`` of the same optimizer returned.
@@ -402,9 +411,9 @@ class Optimizer:
                     if p.group == known.index:
                         check_states(found, p, self.treat(checked, p.array).rule, checked, where)
             for group, options in zip(self.param_groups, saved.groups, strict=True):
-                params = group["params"]
-                group.clear()
-                group.update({"params": params, **self.defaults, **options})
+                for name in self._options_of(group):
+                    del group[name]
+                group.update({**self.defaults, **options})
             self._current_options()  # allocates what the options now ask for
             for p, found in zip(self._parameters, saved.parameters, strict=True):
                 self._add_states(p, found.arrays)
@@ -423,16 +432,6 @@ class Optimizer:
             for q in members:
                 if COMPUTE[q.dtype] == dtype:
                     q.states.setdefault(name, flat)
-
-    def __getstate__(self) -> Any:
-        raise TypeError(f"{self._name} cannot be pickled; save opt.state_dict() or use fastopt.save.")
-
-    def __repr__(self) -> str:
-        lines = [f"{self._name} ("]
-        for i, group in enumerate(self.param_groups):
-            shown = ", ".join(f"{name}={value!r}" for name, value in group.items() if name != "params")
-            lines.append(f"  group {i}: {len(group['params'])} arrays, {shown}")
-        return "\n".join([*lines, ")"])
 
 
 class _Exclusive:

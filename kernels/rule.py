@@ -36,6 +36,8 @@ class Rule:
             needs it only to keep the step counts itself, with ``skip_nonfinite`` or ``capturable``.
         ratio: Scalar function ``(w_norm, g_norm, h) -> ratio`` in float64 for rules with a trust ratio per layer.
             The loop hands the result to ``step`` as ``h.ratio``, which must then be the last field of ``Scalars``.
+        keeps_zeros: Whether a step leaves a parameter of zeros at zero while its gradients are zero, as the padding of
+            flat buffers must be left. None: found out by trying, which takes some 0.1 ms each time that options change.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Rule:
     carry: Callable[[Options], Any] | None = None
     options: Mapping[str, int] = field(default_factory=dict)
     ratio: Callable[..., float] | None = None
+    keeps_zeros: bool | None = None
 
     def __post_init__(self) -> None:
         fields = self.Scalars._fields  # type: ignore[attr-defined]
