@@ -100,7 +100,12 @@ def check_array(array: object, where: str) -> Array:
         raise ValueError(f"{where} is on a GPU, but the others are in host memory. Keep all of them on one device.")
     if not isinstance(array, np.ndarray):
         kind = f"{type(array).__module__}.{type(array).__qualname__}".removeprefix("builtins.")
-        raise TypeError(f"{where} is a {kind}; needed is a numpy.ndarray.")
+        hint = ""
+        if kind.startswith("torch."):
+            hint = " For tensors use the optimizers of fastopt.torch, or pass their .numpy()."
+        elif hasattr(array, "__array__"):
+            hint = " Pass numpy.asarray of it; as a parameter, which is updated in place, numpy.array of it."
+        raise TypeError(f"{where} is a {kind}; needed is a numpy.ndarray.{hint}")
     if isinstance(array, np.ma.MaskedArray):
         raise TypeError(f"{where} is a masked array, whose mask an update would ignore; pass its .data.")
     return array
@@ -135,7 +140,9 @@ def check_fits(array: Array, parameter: Array, where: str) -> None:
 
 def check_gradient(array: object, parameter: Array, where: str, write: bool) -> Array:
     """The gradient as a C-contiguous array that belongs to ``parameter``; a strided one is copied."""
-    if isinstance(array, np.generic) and not write:  # NumPy's arithmetic makes scalars of 0-d arrays
+    if isinstance(array, np.generic):  # NumPy's arithmetic makes scalars of 0-d arrays
+        if write:
+            raise TypeError(f"{where} is a NumPy scalar, which zero_grads=True cannot zero; pass numpy.array of it.")
         array = np.asarray(array)
     array = check_array(array, where)
     check_fits(array, parameter, where)
@@ -253,8 +260,16 @@ def on_gpu(array: object) -> bool:
     if "cupy" in sys.modules and isinstance(array, sys.modules["cupy"].ndarray):
         return True
     device = getattr(array, "__dlpack_device__", None)
-    if device is not None:
-        return device()[0] in (CUDA, CUDA_MANAGED)
+    if device is not None and not isinstance(array, type):
+        found = device()
+        try:
+            device_type, _ = map(int, found)
+        except (TypeError, ValueError):
+            kind = type(array).__qualname__
+            raise TypeError(
+                f"fastopt: __dlpack_device__() of a {kind} must return two integers, type and number, got {found!r}."
+            ) from None
+        return device_type in (CUDA, CUDA_MANAGED)
     return hasattr(array, "__cuda_array_interface__")
 
 

@@ -105,8 +105,7 @@ class HostPlan(Plan):
     def _launch(self, request: Request, multiplier: float, options: Sequence[Options]) -> None:
         for cohort in self.cohorts:
             cohort.prepare(options[cohort.group])
-        # A merged run updates padding too, which is zero times the multiplier: no longer zero if that is NaN.
-        table = self.updates if math.isfinite(multiplier) else self.layers
+        table = self.updates if not self.flat or self._merges(multiplier, options) else self.layers
         if (multiplier, request.zero_grads) != table.launched_with:
             table.launched_with = None  # if an interrupt comes between the columns
             table.own[:, MULTIPLIER] = table.signs * multiplier

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
+import functools
+import inspect
 import math
 import numbers
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +25,12 @@ class Number:
         """The value as a Python float: scalars are formed in float64 even from a float32 hyperparameter."""
         if isinstance(value, (np.generic, np.ndarray)) and value.shape == ():
             value = value.item()
+        if callable(value):
+            name = where.split()[-1]
+            raise TypeError(
+                f"{where} must be a number in {self.text}, got {value!r}. A schedule of fastopt.schedules is asked "
+                f'before each step: opt.param_groups[0]["{name}"] = schedule(step)'
+            )
         if isinstance(value, bool) or not isinstance(value, numbers.Real):
             raise TypeError(f"{where} must be a number in {self.text}, got {value!r}.")
         try:
@@ -66,14 +75,69 @@ POSITIVE = Number("(0, inf)", lambda x: 0.0 < x < math.inf)
 BELOW_ONE = Number("[0, 1)", lambda x: 0.0 <= x < 1.0)
 UP_TO_ONE = Number("[0, 1]", lambda x: 0.0 <= x <= 1.0)
 BETAS = Pair(BELOW_ONE, BELOW_ONE)
-EPS = Number("(0, inf), or an element without gradient becomes 0 / 0", lambda x: 0.0 < x < math.inf)
+EPS = NONNEGATIVE  # 0 as in torch: an element that never had a gradient then becomes 0 / 0
 
 SCALE = Number("[1e-37, 1e37]", lambda x: 1e-37 <= x <= 1e37)  # its inverse is a float32
 NORM = Number("[0, inf]", lambda x: x >= 0.0)
 
+
+def optional_norm(value: Any, where: str) -> float | None:
+    """None or the value as a norm to clip to."""
+    return None if value is None else NORM(value, where)
+
+
+OF_THE_OPTIMIZER = ("max_grad_norm", "skip_nonfinite", "zero_grads", "master_weights", "flatten")
+"""What is chosen for all param groups together."""
+
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 Range = Callable[[Any, str], Any]
+
+
+def own_options(group: Mapping[str, Any], known: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The options of a param group; the other keys are the user's, whose values are not looked at.
+
+    Refused are what is no group's to choose, and what looks like an option misspelt.
+    """
+    if group.keys() <= known.keys():
+        return dict(group)
+    for name in group:
+        if name in OF_THE_OPTIMIZER:
+            raise ValueError(f"{where}{name} is not an option of a param group but of the optimizer; give it that.")
+        if name not in known and name != "params" and near_name(name, known):
+            raise ValueError(f"{where}{no_option(name, known)}")
+    return {name: value for name, value in group.items() if name in known}
+
+
+def near_name(name: Any, known: Collection[str]) -> str | None:
+    """The option of which a name is a misspelling; ``lr_scale`` and ``initial_lr`` are none of ``lr``."""
+    if not isinstance(name, str) or any(name.startswith(f"{x}_") or name.endswith(f"_{x}") for x in known):
+        return None
+    return next(iter(difflib.get_close_matches(name, known, 1, 0.8)), None)
+
+
+def naming_options(init: Callable[..., None]) -> Callable[..., None]:
+    """A constructor that names its arguments where it is given one that it does not have."""
+    parameters = inspect.signature(init).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return init
+    options = [name for name in parameters if name not in ("self", "params")]
+
+    @functools.wraps(init)
+    def named(self: Any, *args: Any, **kwargs: Any) -> None:
+        for name in kwargs:
+            if name not in parameters:
+                raise TypeError(f"{type(self).__name__}: {no_option(name, options)}")
+        init(self, *args, **kwargs)
+
+    return named
+
+
+def no_option(name: Any, known: Collection[str]) -> str:
+    """The refusal of an option that does not exist."""
+    near = near_name(name, known)
+    hint = f" Did you mean {near!r}?" if near else ""
+    return f"there is no option {name!r}; options are {', '.join(known)}.{hint}"
 
 
 def check_options(
@@ -86,7 +150,7 @@ def check_options(
     checked = dict(options)
     for name, value in options.items():
         if name not in defaults and name not in ranges:
-            raise ValueError(f"{where}there is no option {name!r}; options are {', '.join(defaults)}.")
+            raise ValueError(f"{where}{no_option(name, defaults)}")
         if name in ranges:
             checked[name] = ranges[name](value, where + name)
     if "float32" in computed:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from ._arrays import HOST, Array, Space, addresses, first_hit, first_overlap, is_array, space_of
 from ._plan import Parameter, Progress
+from ._watch import Watch
 from .flat import FlatBuffer, Layout
 from .kernels.dtypes import ITEMSIZE
 
@@ -37,6 +38,7 @@ class Group(NamedTuple):
             Parameter(
                 *(name, array, array.size, array.dtype.name, index, offset, end - offset, place),
                 progress=progress,
+                shape=array.shape,
                 guard=weakref.ref(array),
             )
             for (name, array), offset, end, place in zip(self.arrays.items(), layout.offsets, ends, places, strict=True)
@@ -65,6 +67,7 @@ def collect(params: Any, first_index: int, space: Space | None, where: str) -> G
         raise TypeError(
             f"{where} is a single array; needed is a FlatBuffer, a mapping or a sequence of arrays, such as [array]."
         )
+    by_name = isinstance(params, Mapping)
     if isinstance(params, Mapping):
         named: dict[str, Any] = dict(params)
         for name in named:
@@ -76,10 +79,10 @@ def collect(params: Any, first_index: int, space: Space | None, where: str) -> G
         raise TypeError(f"{where} is {params!r}; needed is a FlatBuffer, a mapping or a sequence of arrays.")
     if not named:
         raise ValueError(f"{where} is empty; an optimizer needs at least one parameter.")
+    places = [f"{where}[{name!r}]" if by_name else f"{where}[{i}]" for i, name in enumerate(named)]
     if space is None:
-        first = next(iter(named))
-        space = space_of(named[first], f"{where}[{first!r}]")
-    arrays = {name: space.parameter(array, f"{where}[{name!r}]") for name, array in named.items()}
+        space = space_of(next(iter(named.values())), places[0])
+    arrays = {name: space.parameter(array, place) for (name, array), place in zip(named.items(), places, strict=True)}
     flat = params if isinstance(params, FlatBuffer) else None
     layout = flat.layout if flat is not None else Layout.of({name: a.shape for name, a in arrays.items()})
     return Group(space, arrays, layout, flat)
@@ -127,9 +130,10 @@ class Gradients(NamedTuple):
 class GradientReader:
     """Turns what ``step`` is given into ``Gradients``, and knows gradients again that did not move.
 
+    It also looks at the parameters again, whether they are as they were when they were checked.
+
     Args:
-        names: Names of all parameters.
-        parameters: The parameters, in the same order.
+        parameters: All parameters, in their order.
         layout: Layout that a flat buffer of gradients must have to be walked in one run; None where parameters are
             not one flat buffer.
         memory: Where gradients must not lie.
@@ -139,58 +143,78 @@ class GradientReader:
 
     def __init__(
         self,
-        names: Sequence[str],
-        parameters: Sequence[Array],
+        parameters: Sequence[Parameter],
         layout: Layout | None,
         memory: Memory,
         space: Space,
         where: str,
     ) -> None:
-        self._names = list(names)
-        self._parameters = list(parameters)
+        self._checked = list(parameters)
+        self._names = [p.name for p in parameters]
+        self._parameters = [p.array for p in parameters]
         self._layout = layout
         self._memory = memory
         self._space = space
+        self._step = f"{where}.step"
         self._where = f"{where}.step: grads"
-        self._seen: list[weakref.ref[Any]] = []
+        self._watch: Watch | None = None  # of the parameters
+        self._seen: Watch | None = None  # of the gradients of the last step, too
+        self._seen_flat: weakref.ref[FlatBuffer] | None = None
         self._candidates: list[Any] | None = None
+        self._candidate_flat: weakref.ref[FlatBuffer] | None = None
         self._seen_for_writing = False
         self._last_starts: NDArray[np.uint64] = np.zeros(0, np.uint64)
 
     def read(self, grads: Any, write: bool) -> tuple[Gradients | None, list[Any]]:
         """Checked gradients, or None where they are the very arrays of the last call; and what keeps them alive."""
-        flat = isinstance(grads, FlatBuffer) and (self._recognises([grads]) or grads.layout == self._layout)
-        listed = [grads] if flat else self._in_order(grads)
-        if self._recognises(listed) and (not write or self._still_writable(listed)):
+        again = self._seen_flat is not None and self._seen_flat() is grads
+        flat = again or (isinstance(grads, FlatBuffer) and grads.layout == self._layout)
+        listed = [grads.data] if flat else self._in_order(grads)
+        if (
+            self._seen is not None
+            and again == (self._seen_flat is not None)
+            and (self._seen_for_writing or not write)
+            and self._seen.unchanged(listed)
+        ):
             return None, listed
-        self._seen = []
+        if self._watch is None or not self._watch.unchanged([]):
+            self._watch = self._look_again()
+        self.forget()
         found = self._read_flat(grads, write) if flat else self._read_arrays(listed, write)
         present = [g for g in listed if g is not None]
         copied = not all(map(operator.is_, found.arrays, present))  # a copy has to be made again each time
         stayed = not copied and np.array_equal(found.starts, self._last_starts)
         self._candidates = listed if stayed else None  # arrays that stay may come again: worth remembering
+        self._candidate_flat = weakref.ref(grads) if flat else None
         self._seen_for_writing = write
         self._last_starts = found.starts
         return found, [*listed, *found.arrays]
 
     def forget(self) -> None:
         """Know no gradients again."""
-        self._seen = []
+        self._seen = self._seen_flat = None
 
     def remember(self) -> None:
-        """The gradients read last are the plan's. Weakly: kept alive, they would double their memory."""
+        """The gradients read last are the plan's. They are not kept alive, which would double their memory."""
         if self._candidates is not None:
-            self._seen = [weakref.ref(_NO_GRADIENT if g is None else g) for g in self._candidates]
+            self._seen = Watch(self._parameters, self._candidates)
+            self._seen_flat = self._candidate_flat
             self._candidates = None
 
-    def _recognises(self, listed: list[Any]) -> bool:
-        if len(self._seen) != len(listed):
-            return False
-        return all(map(operator.is_, [ref() for ref in self._seen], [_NO_GRADIENT if g is None else g for g in listed]))
-
-    def _still_writable(self, listed: list[Any]) -> bool:
-        arrays = (g.data if isinstance(g, FlatBuffer) else g for g in listed if g is not None)
-        return self._seen_for_writing and (self._space is not HOST or all(array.flags.writeable for array in arrays))
+    def _look_again(self) -> Watch:
+        """Refuse parameters that were changed in place since they were checked."""
+        for p in self._checked if self._space is HOST else ():  # CuPy's arrays cannot be
+            array = self._space.parameter(p.array, f"{self._step}: parameter {p.name!r}")
+            if (array.dtype.name, array.shape) != (p.dtype, p.shape):
+                raise ValueError(
+                    f"{self._step}: parameter {p.name!r} was {p.dtype} of shape {p.shape} when it was given and is now "
+                    f"{array.dtype.name} of shape {array.shape}. Make a new optimizer."
+                )
+            if p.size and self._space.address(array) != p.address:
+                raise ValueError(
+                    f"{self._step}: parameter {p.name!r} was given other memory in place. Make a new optimizer."
+                )
+        return Watch(self._parameters)
 
     def _in_order(self, grads: Any) -> list[Any]:
         """The gradients in the order of the parameters."""
@@ -219,11 +243,11 @@ class GradientReader:
         assert self._layout is not None
         arrays = list(grads.values())
         if arrays:
-            self._space.gradient(arrays[0], self._parameters[0], f"{self._where}[{self._names[0]!r}]", write)
+            self._space.gradient(arrays[0], self._parameters[0], f"{self._where}{self._place(0)}", write)
         offsets = np.array(self._layout.offsets, np.uint64)
         start = np.uint64(self._space.address(grads.data))
         starts = start + offsets * np.uint64(grads.dtype.itemsize)
-        found = Gradients([grads], tuple(range(len(arrays))), [grads.dtype] * len(arrays), starts, True)
+        found = Gradients([grads.data], tuple(range(len(arrays))), [grads.dtype] * len(arrays), starts, True)
         self._check_memory(np.array([start]), np.array([grads.nbytes]), [0])
         return found
 
@@ -233,7 +257,7 @@ class GradientReader:
         parameters = [self._parameters[i] for i in present]
         if not self._space.plain(arrays, parameters):
             arrays = [
-                self._space.gradient(g, p, f"{self._where}[{self._names[i]!r}]", write)
+                self._space.gradient(g, p, f"{self._where}{self._place(i)}", write)
                 for g, p, i in zip(arrays, parameters, present, strict=True)
             ]
         starts, nbytes = addresses(arrays, self._space), _nbytes(arrays)
@@ -241,27 +265,25 @@ class GradientReader:
         if write:
             clash = first_overlap(starts, nbytes)
             if clash is not None:
-                a, b = (self._names[present[k]] for k in clash)
+                a, b = (self._place(present[k]) for k in clash)
                 raise ValueError(
-                    f"{self._where}[{a!r}] and [{b!r}] share memory, so zero_grads=True would zero one before it is "
-                    "read. Pass a copy of one."
+                    f"{self._where}{a} and {b} share memory, so zero_grads=True would zero one before it is read. "
+                    "Pass a copy of one."
                 )
         return Gradients(arrays, present, [a.dtype for a in arrays], starts, False)
+
+    def _place(self, index: int) -> str:
+        """A gradient in an error: by its parameter's name, or by its place where it has no other."""
+        name = self._names[index]
+        return f"[{index}]" if name == str(index) else f"[{name!r}]"
 
     def _check_memory(self, starts: NDArray[np.uint64], nbytes: NDArray[np.int64], present: Sequence[int]) -> None:
         hit = self._memory.hit_by(starts, nbytes)
         if hit is not None:
             raise ValueError(
-                f"{self._where}[{self._names[present[hit]]!r}] shares memory with a parameter or a state, "
+                f"{self._where}{self._place(present[hit])} shares memory with a parameter or a state, "
                 "which the step writes. Pass a copy."
             )
-
-
-class _NoGradient:
-    __slots__ = ("__weakref__",)
-
-
-_NO_GRADIENT = _NoGradient()
 
 
 def _nbytes(arrays: Sequence[Array]) -> NDArray[np.int64]:

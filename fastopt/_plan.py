@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Callable, Mapping, Sequence
@@ -12,10 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ._arrays import Array, Space
+from ._padding import keeps_zeros
 from ._step import Request, StepInfo
 from ._table import ROW, Counts
 from .kernels.dtypes import ITEMSIZE
 from .kernels.rule import Options, Rule
+
+MAX_STEP = 2**53  # so far float64 counts
 
 
 class Progress:
@@ -98,6 +102,7 @@ class Parameter:
     states: dict[str, Array] = field(default_factory=dict)  # the flat state arrays, shared with neighbours
     progress: Progress = field(default_factory=Progress)
     copy: Copy | None = None
+    shape: tuple[int, ...] = ()
     guard: Any = None  # a weak reference to the array, which makes NumPy refuse to resize it
 
 
@@ -117,6 +122,7 @@ class Cohort:
     treatment: Treatment
     progress: Progress
     scalars: NDArray[np.float64]
+    _tried: tuple[Options | None, bool] = None, True  # options, and whether zeros stay zeros with them
 
     def complete(self, options: Options) -> Options:
         """The group's options as they hold for this cohort."""
@@ -126,6 +132,8 @@ class Cohort:
         """Form the scalars of the next step, and what will be known after it."""
         options = self.complete(options)
         rule, t = self.treatment.rule, self.progress.steps + 1
+        if t > MAX_STEP:
+            raise OverflowError(f"fastopt: parameters of group {self.group} have taken 2^53 steps, so far steps count.")
         if rule.carry is None:
             self.scalars[:] = rule.scalars(t, options)
             self.progress.follow(t, {})
@@ -137,6 +145,12 @@ class Cohort:
         """What the rule carries into the next step, in its NamedTuple."""
         assert self.treatment.rule.carry is not None
         return self.treatment.rule.carry(options)._replace(**self.progress.carry or {})
+
+    def keeps_zeros(self, options: Options) -> bool:
+        """Whether padding of zeros stays zero with these options of the group, which are another dict once changed."""
+        if self._tried[0] is not options:
+            self._tried = options, keeps_zeros(self.treatment.rule, self.complete(options))
+        return self._tried[1]
 
 
 class Plan(ABC):
@@ -236,6 +250,16 @@ class Plan(ABC):
                 runs.append((k, p.size))
             previous = p
         return runs
+
+    def _merges(self, multiplier: float, options: Sequence[Options]) -> bool:
+        """Whether runs may be taken whole, the padding between arrays included, which must stay zero."""
+        # The gradient there is zero times the multiplier: no longer zero if that is NaN.
+        if not math.isfinite(multiplier):
+            return False
+        for cohort in self.cohorts:  # noqa: SIM110 - a generator takes longer
+            if not cohort.keeps_zeros(options[cohort.group]):
+                return False
+        return True
 
     def _copy_follows(self, k: int, first: int) -> bool:
         """Whether a parameter's copy lies as far behind that of the first in its run as the parameter itself."""

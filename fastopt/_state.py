@@ -3,19 +3,51 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from ._arrays import Array, check_dtype, is_array
-from ._plan import Parameter
+from ._plan import MAX_STEP, Parameter
 from .kernels.dtypes import COMPUTE
 from .kernels.registry import RULES
 from .kernels.rule import Options, Rule
 
 VERSION = 1
-MAX_STEP = 2**53  # so far float64 counts
+
+RESTARTS = {"max_exp_avg_sq"}
+"""States that may be missing where steps were taken: AMSGrad's maximum, switched on later, is one from there on."""
+
+
+class StateView(Mapping[str, Any]):
+    """What an optimizer shows of its states, and of one parameter's: arrays can be written, entries not replaced."""
+
+    __slots__ = ("_entries", "_owner")
+
+    def __init__(self, entries: Mapping[str, Any], owner: str) -> None:
+        self._entries, self._owner = entries, owner
+
+    def __getitem__(self, name: str) -> Any:
+        return self._entries[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __setitem__(self, name: str, value: object) -> None:
+        raise TypeError(
+            f"{self._owner}.state[...]: {name!r} cannot be assigned. Write into an array with [...] = values; all else "
+            "is changed by load_state_dict."
+        )
+
+    def __delitem__(self, name: str) -> None:
+        raise TypeError(f"{self._owner}.state[...]: {name!r} cannot be deleted; states are changed by load_state_dict.")
+
+    def __repr__(self) -> str:
+        return repr(self._entries)
 
 
 class SavedParameter(NamedTuple):
@@ -103,7 +135,7 @@ def _parameter(entry: Mapping[str, Any], name: str, where: str) -> SavedParamete
 def check_states(saved: SavedParameter, p: Parameter, rule: Rule, options: Options, where: str) -> None:
     """Refuse states of the wrong names, shapes or dtypes for a parameter."""
     dtype = COMPUTE[p.dtype]
-    missing = set(rule.state) - set(saved.arrays)
+    missing = set(rule.state) - set(saved.arrays) - RESTARTS
     unknown = set(saved.arrays) - set(rule.state) - set(p.states) - _family_states(rule)
     if missing or unknown:
         raise ValueError(

@@ -24,10 +24,12 @@ class Adadelta(Optimizer):
         params: As for ``fastopt.Optimizer``: arrays of any shape; float32, float64, float16 or bfloat16.
         lr: Learning rate, >= 0.
         rho: Decay rate of both means, in [0, 1).
-        eps: Added under both roots, > 0; must not round to zero in float32 (float64 for float64 parameters).
+        eps: Added under both roots, >= 0, and not so small that it rounds to zero in float32
+            (float64 for float64 parameters). With 0 an element that had no gradient yet becomes 0 / 0, as in torch.
         weight_decay: L2 penalty, >= 0; added to the gradient.
         maximize: Ascend: the gradient is negated before the decay.
         capturable: The step can be captured into a CUDA graph, see ``fastopt.Optimizer``.
+        max_grad_norm, skip_nonfinite, zero_grads: Of every step, see ``fastopt.Optimizer``.
 
     State: ``square_avg`` (v), ``acc_delta`` (u) (float32; float64 for float64 parameters).
 
@@ -58,9 +60,13 @@ class Adadelta(Optimizer):
         *,
         maximize: bool = False,
         capturable: bool = False,
+        max_grad_norm: float | None = None,
+        skip_nonfinite: bool = False,
+        zero_grads: bool = False,
     ) -> None:
+        defaults = dict(lr=lr, rho=rho, eps=eps, weight_decay=weight_decay, maximize=maximize, capturable=capturable)
         super().__init__(
-            params, dict(lr=lr, rho=rho, eps=eps, weight_decay=weight_decay, maximize=maximize, capturable=capturable)
+            params, defaults, max_grad_norm=max_grad_norm, skip_nonfinite=skip_nonfinite, zero_grads=zero_grads
         )
 
     def select_rule(self, options: Options) -> Rule:  # noqa: D102 - see Optimizer

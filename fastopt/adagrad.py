@@ -24,11 +24,13 @@ class Adagrad(Optimizer):
         lr_decay: Fall of the learning rate with the number of steps, >= 0.
         weight_decay: L2 penalty, >= 0; added to the gradient.
         initial_accumulator_value: Start of the accumulator, >= 0.
-        eps: Added to the root, > 0; must not round to zero in float32 (float64 for float64 parameters).
+        eps: Added to the root, >= 0, and not so small that it rounds to zero in float32
+            (float64 for float64 parameters). With 0 an element that had no gradient yet becomes 0 / 0, as in torch.
         maximize: Ascend: the gradient is negated before the decay.
         capturable: The step can be captured into a CUDA graph, see ``fastopt.Optimizer``.
         eps_inside_sqrt: Divide by sqrt(s_t + eps) instead, as TensorFlow, Keras and optax do (their eps is 1e-7 and
             their accumulator starts at 0.1).
+        max_grad_norm, skip_nonfinite, zero_grads: Of every step, see ``fastopt.Optimizer``.
 
     State: ``sum`` (float32; float64 for float64 parameters).
 
@@ -67,6 +69,9 @@ class Adagrad(Optimizer):
         maximize: bool = False,
         capturable: bool = False,
         eps_inside_sqrt: bool = False,
+        max_grad_norm: float | None = None,
+        skip_nonfinite: bool = False,
+        zero_grads: bool = False,
     ) -> None:
         defaults = dict(
             lr=lr,
@@ -78,7 +83,9 @@ class Adagrad(Optimizer):
             capturable=capturable,
             eps_inside_sqrt=eps_inside_sqrt,
         )
-        super().__init__(params, defaults)
+        super().__init__(
+            params, defaults, max_grad_norm=max_grad_norm, skip_nonfinite=skip_nonfinite, zero_grads=zero_grads
+        )
 
     def select_rule(self, options: Options) -> Rule:  # noqa: D102 - see Optimizer
         return RULES["adagrad"]

@@ -25,13 +25,15 @@ class Adam(Optimizer):
         params: As for ``fastopt.Optimizer``: arrays of any shape; float32, float64, float16 or bfloat16.
         lr: Learning rate, >= 0.
         betas: Decay rates of the two moments, each in [0, 1).
-        eps: Added to the denominator, > 0; must not round to zero in float32 (float64 for float64 parameters).
+        eps: Added to the denominator, >= 0, and not so small that it rounds to zero in float32
+            (float64 for float64 parameters). With 0 an element that had no gradient yet becomes 0 / 0, as in torch.
         weight_decay: L2 penalty, >= 0; added to the gradient. ``AdamW`` decouples it.
         amsgrad: Use AMSGrad.
         maximize: Ascend: the gradient is negated before the decay.
         capturable: The step can be captured into a CUDA graph, see ``fastopt.Optimizer``.
         eps_hat: Add eps before the second moment's correction, as the paper's second form, TensorFlow and Keras do:
             lr sqrt(1 - beta2^t) / (1 - beta1^t) m_t / (sqrt(v_t) + eps).
+        max_grad_norm, skip_nonfinite, zero_grads: Of every step, see ``fastopt.Optimizer``.
 
     State: ``exp_avg``, ``exp_avg_sq`` and with AMSGrad ``max_exp_avg_sq`` (float32; float64 for float64 parameters).
 
@@ -72,6 +74,9 @@ class Adam(Optimizer):
         maximize: bool = False,
         capturable: bool = False,
         eps_hat: bool = False,
+        max_grad_norm: float | None = None,
+        skip_nonfinite: bool = False,
+        zero_grads: bool = False,
     ) -> None:
         defaults = dict(
             lr=lr,
@@ -83,7 +88,9 @@ class Adam(Optimizer):
             capturable=capturable,
             eps_hat=eps_hat,
         )
-        super().__init__(params, defaults)
+        super().__init__(
+            params, defaults, max_grad_norm=max_grad_norm, skip_nonfinite=skip_nonfinite, zero_grads=zero_grads
+        )
 
     def select_rule(self, options: Options) -> Rule:  # noqa: D102 - see Optimizer
         return RULES["amsgrad" if options["amsgrad"] else "adam"]
@@ -100,7 +107,8 @@ class AdamW(Optimizer):
         params: As for ``fastopt.Optimizer``: arrays of any shape; float32, float64, float16 or bfloat16.
         lr: Learning rate, >= 0.
         betas: Decay rates of the two moments, each in [0, 1).
-        eps: Added to the denominator, > 0; must not round to zero in float32 (float64 for float64 parameters).
+        eps: Added to the denominator, >= 0, and not so small that it rounds to zero in float32
+            (float64 for float64 parameters). With 0 an element that had no gradient yet becomes 0 / 0, as in torch.
         weight_decay: Decay rate, >= 0, multiplied by lr as in torch.
         amsgrad: Use AMSGrad, as in ``Adam``.
         maximize: Ascend: the gradient is negated.
@@ -108,6 +116,7 @@ class AdamW(Optimizer):
         eps_hat: Add eps before the second moment's correction, as in ``Adam``.
         fully_decoupled: Multiply the decay by the schedule only, as the paper does: by lr / initial_lr, where
             initial_lr is the group's lr at the start. Choose weight_decay about lr times smaller then.
+        max_grad_norm, skip_nonfinite, zero_grads: Of every step, see ``fastopt.Optimizer``.
 
     State: ``exp_avg``, ``exp_avg_sq`` and with AMSGrad ``max_exp_avg_sq`` (float32; float64 for float64 parameters).
 
@@ -143,6 +152,9 @@ class AdamW(Optimizer):
         capturable: bool = False,
         eps_hat: bool = False,
         fully_decoupled: bool = False,
+        max_grad_norm: float | None = None,
+        skip_nonfinite: bool = False,
+        zero_grads: bool = False,
     ) -> None:
         defaults = dict(
             lr=lr,
@@ -155,7 +167,9 @@ class AdamW(Optimizer):
             eps_hat=eps_hat,
             fully_decoupled=fully_decoupled,
         )
-        super().__init__(params, defaults)
+        super().__init__(
+            params, defaults, max_grad_norm=max_grad_norm, skip_nonfinite=skip_nonfinite, zero_grads=zero_grads
+        )
 
     def complete(self, group: dict[str, Any]) -> None:  # noqa: D102 - see Optimizer
         if group.get("fully_decoupled"):

@@ -30,6 +30,7 @@ class ASGD(Optimizer):
         weight_decay: L2 penalty, >= 0; added to the gradient.
         maximize: Ascend: the gradient is negated before the decay.
         capturable: The step can be captured into a CUDA graph, see ``fastopt.Optimizer``.
+        max_grad_norm, skip_nonfinite, zero_grads: Of every step, see ``fastopt.Optimizer``.
 
     State: ``ax`` (a_t; float32; float64 for float64 parameters) and the numbers ``eta`` and ``mu`` of the next step.
     The averaged parameters are ``opt.state[name]["ax"]``.
@@ -68,11 +69,16 @@ class ASGD(Optimizer):
         *,
         maximize: bool = False,
         capturable: bool = False,
+        max_grad_norm: float | None = None,
+        skip_nonfinite: bool = False,
+        zero_grads: bool = False,
     ) -> None:
         defaults = dict(
             lr=lr, lambd=lambd, alpha=alpha, t0=t0, weight_decay=weight_decay, maximize=maximize, capturable=capturable
         )
-        super().__init__(params, defaults)
+        super().__init__(
+            params, defaults, max_grad_norm=max_grad_norm, skip_nonfinite=skip_nonfinite, zero_grads=zero_grads
+        )
 
     def select_rule(self, options: Options) -> Rule:  # noqa: D102 - see Optimizer
         return RULES["asgd"]

@@ -43,6 +43,7 @@ class LARS(Optimizer):
             bits. After writing parameters all the same call ``weights_written()``, or the next step takes its ratios
             from the old weights. On a GPU they are
             always taken anew.
+        max_grad_norm, skip_nonfinite, zero_grads: Of every step, see ``fastopt.Optimizer``.
 
     State: ``momentum_buffer`` (float32; float64 for float64 parameters).
 
@@ -90,6 +91,9 @@ class LARS(Optimizer):
         maximize: bool = False,
         capturable: bool = False,
         keep_weight_norms: bool = False,
+        max_grad_norm: float | None = None,
+        skip_nonfinite: bool = False,
+        zero_grads: bool = False,
     ) -> None:
         defaults = dict(
             lr=lr,
@@ -105,12 +109,13 @@ class LARS(Optimizer):
             capturable=capturable,
             keep_weight_norms=keep_weight_norms,
         )
-        super().__init__(params, defaults)
+        super().__init__(
+            params, defaults, max_grad_norm=max_grad_norm, skip_nonfinite=skip_nonfinite, zero_grads=zero_grads
+        )
 
     def weights_written(self) -> None:
-        """Say that somebody else wrote the parameters: their norms are taken anew in the next step."""
-        if self._plan is not None:
-            self._plan.forget_weights()
+        """Another name of ``refresh``."""
+        self.refresh()
 
     def check(self, options: Options, where: str) -> None:  # noqa: D102 - see Optimizer
         if options["nesterov"] and options["momentum"] == 0.0:

@@ -24,6 +24,7 @@ class Lion(Optimizer):
         weight_decay: Decoupled decay rate, >= 0, multiplied by lr; three to ten times larger than AdamW's.
         maximize: Ascend: the gradient is negated.
         capturable: The step can be captured into a CUDA graph, see ``fastopt.Optimizer``.
+        max_grad_norm, skip_nonfinite, zero_grads: Of every step, see ``fastopt.Optimizer``.
 
     State: ``exp_avg`` (float32; float64 for float64 parameters).
 
@@ -53,9 +54,13 @@ class Lion(Optimizer):
         *,
         maximize: bool = False,
         capturable: bool = False,
+        max_grad_norm: float | None = None,
+        skip_nonfinite: bool = False,
+        zero_grads: bool = False,
     ) -> None:
+        defaults = dict(lr=lr, betas=betas, weight_decay=weight_decay, maximize=maximize, capturable=capturable)
         super().__init__(
-            params, dict(lr=lr, betas=betas, weight_decay=weight_decay, maximize=maximize, capturable=capturable)
+            params, defaults, max_grad_norm=max_grad_norm, skip_nonfinite=skip_nonfinite, zero_grads=zero_grads
         )
 
     def select_rule(self, options: Options) -> Rule:  # noqa: D102 - see Optimizer

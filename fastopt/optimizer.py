@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
-from typing import Any, ClassVar, cast
+from types import EllipsisType, MappingProxyType
+from typing import Any, cast
 
 import numpy as np
 
-from ._arrays import HOST, Array, Space, is_array
+from ._arrays import Array, Space
+from ._base import Base
 from ._exclusive import exclusive, finish
-from ._options import NONNEGATIVE, NORM, SCALE, Range, boolean, check_options, unchanged
+from ._options import own_options, unchanged
 from ._params import GradientReader, Memory, collect, groups_in
 from ._plan import Parameter, Plan, Progress, Treatment, initial_states
 from ._plans import plan_class
-from ._state import check_states, export_state, import_state
-from ._step import Request, StepInfo
+from ._state import StateView, check_states, export_state, import_state
+from ._step import StepInfo
 from .flat import FlatBuffer, Layout
 from .kernels.dtypes import COMPUTE
 from .kernels.rule import Options, Rule
@@ -38,9 +39,10 @@ class Known:
     options: dict[str, Any]
     members: list[Parameter]
     total: int
+    foreign: Collection[str]  # keys of the user's own
 
 
-class Optimizer:
+class Optimizer(Base):
     """Base class: holds parameters and states, and takes steps by the rule that a subclass selects.
 
     On a GPU the option ``capturable`` makes the device keep step counts, options and scalars, so that a step can be
@@ -58,14 +60,26 @@ class Optimizer:
             float32, float64, float16 or bfloat16; they are updated in place and never copied or moved. They are
             NumPy's, or on one GPU: CuPy's, or another library's that shares memory by DLPack.
         defaults: Options of the groups that do not give them.
+        max_grad_norm: Clip: gradients are multiplied by min(1, max_grad_norm / (norm + 1e-6)), where norm is the
+            Euclidean norm of all gradients of all groups after unscaling (Pascanu et al. 2013). >= 0; inf only reports
+            the norm.
+        skip_nonfinite: Change nothing, not even step counts, if a gradient is infinite or NaN (or, in float64, so large
+            that its square is).
+        zero_grads: Set the gradients to zero in the same pass, also in a skipped step.
 
     Attributes:
+        max_grad_norm, skip_nonfinite, zero_grads: As given; they can be set, and ``step`` can override them. They are
+            the program's, like learning rate schedules, and not in ``state_dict``.
         param_groups: One dict per group: "params" (name to array) and the options, which are read anew at each step.
-        state: For each parameter name its state: "step", and views of its state arrays by their names in torch.
+            Other keys are yours and not looked at, unless they seem to be an option misspelt.
+        state: For each parameter name its state: "step", and views of its state arrays by their names in torch. The
+            arrays can be written, all else is changed by ``load_state_dict``.
+        last_info: What the last step did, a ``fastopt.StepInfo``.
 
     Raises:
         TypeError: Something is of the wrong kind or dtype.
-        ValueError: An option is outside its range or unknown, there is no parameter, or parameters share memory.
+        ValueError: An option is outside its range, there is no parameter, or parameters share memory.
+        AttributeError: An option of the param groups is assigned to the optimizer itself.
 
     Example:
         A rule of one's own, here the sign of the gradient:
@@ -88,20 +102,22 @@ class Optimizer:
         [0.5, -0.5]
     """
 
-    ranges: ClassVar[Mapping[str, Range]] = {
-        "lr": NONNEGATIVE,
-        "weight_decay": NONNEGATIVE,
-        "maximize": boolean,
-        "capturable": boolean,
-    }
-    """Range of each option; a subclass adds its own."""
-
     _space: Space  # where the first group's arrays live, and all others must
 
-    def __init__(self, params: Params, defaults: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        params: Params,
+        defaults: Mapping[str, Any],
+        *,
+        max_grad_norm: float | None = None,
+        skip_nonfinite: bool = False,
+        zero_grads: bool = False,
+    ) -> None:
+        super().__init__(max_grad_norm, skip_nonfinite, zero_grads)
         self._name = type(self).__name__
         self._users: list[object] = []
         self.defaults = dict(defaults)
+        self._known_options = {**self.defaults, **self.ranges}
         self._normalise(self.defaults, (), 0)
         self.param_groups: list[dict[str, Any]] = []
         self._parameters: list[Parameter] = []
@@ -145,7 +161,7 @@ class Optimizer:
             where = f"{self._name}: params" if not index else f"{self._name}: params of group {index}"
             collected = collect(group["params"], len(parameters), space, where)
             space, arrays = collected.space, collected.arrays
-            options = {**self.defaults, **{name: value for name, value in group.items() if name != "params"}}
+            options = {**self.defaults, **own_options(group, self._known_options, self._place(index))}
             self.complete(options)
             dtypes = {a.dtype.name for a in arrays.values()}
             checked = self._normalise(options, dtypes, index)
@@ -156,11 +172,14 @@ class Optimizer:
                 )
             self._check_capturable(checked, space, where)
             members, total = collected.records(index), collected.layout.total
-            known = Known(index, MappingProxyType(arrays), dtypes, copy.deepcopy(options), checked, members, total)
+            foreign = group.keys() - options.keys() - {"params"}
+            known = Known(
+                *(index, MappingProxyType(arrays), dtypes, copy.deepcopy(options), checked, members, total, foreign)
+            )
             parameters += members
             names.update(arrays)
             added.append(known)
-            shown.append({"params": known.arrays, **options})
+            shown.append({**group, "params": known.arrays, **options})
         Memory(parameters, self._states(), space, self._name)
         space.load_kernels()
         for known in added:
@@ -182,9 +201,8 @@ class Optimizer:
 
     def _rebuild(self) -> None:
         """Parameters or states changed: what was derived from them is derived anew."""
-        names, arrays = [p.name for p in self._parameters], [p.array for p in self._parameters]
         memory = Memory(self._parameters, self._states(), self._space, self._name)
-        self._reader = GradientReader(names, arrays, self._flat_layout, memory, self._space, self._name)
+        self._reader = GradientReader(self._parameters, self._flat_layout, memory, self._space, self._name)
         self._plan, self._plans = None, []
 
     def _allocate(
@@ -213,24 +231,6 @@ class Optimizer:
 
     # --- options -------------------------------------------------------------------------------------------------
 
-    def complete(self, group: dict[str, Any]) -> None:
-        """Fill in options of a group that follow from its others."""
-
-    def check(self, options: Options, where: str) -> None:
-        """Refuse options that do not go together; a subclass says which."""
-
-    def _normalise(self, options: Mapping[str, Any], dtypes: Iterable[str], index: int) -> dict[str, Any]:
-        """The options of a group as they are computed with, checked."""
-        where = f"{self._name}: group {index}: " if index else f"{self._name}: "
-        checked = check_options(options, self.defaults, self.ranges, {COMPUTE[name] for name in dtypes}, where)
-        self.check(checked, where)
-        return checked
-
-    @staticmethod
-    def _check_capturable(options: Options, space: Space, where: str) -> None:
-        if options.get("capturable") and space is HOST:
-            raise ValueError(f"{where}: capturable=True is for CUDA graphs, but these parameters are in host memory.")
-
     def _current_options(self) -> list[dict[str, Any]]:
         """Options of every group, checked again where somebody changed them."""
         if len(self.param_groups) != len(self._groups):
@@ -243,7 +243,10 @@ class Optimizer:
             options = dict(group)
             if options.pop("params", None) is not known.arrays:
                 raise ValueError(f'{self._name}: param_groups[{index}]["params"] was replaced. Make a new optimizer.')
+            for name in known.foreign:
+                options.pop(name, None)
             if not unchanged(options, known.seen):
+                options = own_options(options, self._known_options, self._place(index))
                 self.complete(options)
                 checked = self._normalise(options, known.dtypes, index)
                 self._check_capturable(checked, self._space, f"{self._name}: group {index}")
@@ -251,6 +254,7 @@ class Optimizer:
         for known, seen, checked in changed:  # nothing is taken over before all groups are checked
             self._take_over(known, checked)
             known.seen, known.options = seen, checked
+            known.foreign = self.param_groups[known.index].keys() - seen.keys() - {"params"}
         return [known.options for known in self._groups]
 
     def _take_over(self, known: Known, checked: dict[str, Any]) -> None:
@@ -269,13 +273,14 @@ class Optimizer:
         grads: Grads,
         *,
         grad_scale: float | Array = 1.0,
-        max_norm: float | None = None,
-        skip_nonfinite: bool = False,
-        zero_grads: bool = False,
+        max_grad_norm: float | EllipsisType | None = ...,
+        skip_nonfinite: bool | EllipsisType = ...,
+        zero_grads: bool | EllipsisType = ...,
+        max_norm: float | EllipsisType | None = ...,
     ) -> StepInfo:
         """Update all parameters in one pass over memory.
 
-        With ``max_norm`` or ``skip_nonfinite`` a pass that reads the gradients goes before it.
+        With ``max_grad_norm`` or ``skip_nonfinite`` a pass that reads the gradients goes before it.
 
         Args:
             grads: The gradients: a ``FlatBuffer`` or a mapping with the names of the parameters, or a sequence in their
@@ -284,17 +289,14 @@ class Optimizer:
                 are only read. A strided gradient is copied first.
             grad_scale: Loss scale, in [1e-37, 1e37]: the gradients are divided by it. On a GPU it may be a float32
                 array of one element there, which is read when the step runs.
-            max_norm: Clip: gradients are multiplied by min(1, max_norm / (norm + 1e-6)), where norm is the Euclidean
-                norm of all gradients after unscaling (Pascanu et al. 2013). >= 0; inf only reports the norm.
-            skip_nonfinite: Change nothing, not even step counts, if a gradient is infinite or NaN (or, in float64, so
-                large that its square is).
-            zero_grads: Set the gradients to zero in the same pass, also in a skipped step.
+            max_grad_norm, skip_nonfinite, zero_grads: Override the optimizer's in this step.
+            max_norm: Another name of ``max_grad_norm``.
 
         On a GPU the step is put on the current stream and not waited for; the fields of its result are fetched when
         they are read.
 
         Returns:
-            Whether the step was skipped, and the norm where it was needed.
+            Whether the step was skipped, and the norm where it was needed; also in ``last_info``.
 
         Raises:
             TypeError, ValueError: Gradients or options that do not fit; nothing was written.
@@ -302,21 +304,14 @@ class Optimizer:
                 without ``capturable``, or before a step of the same kind was taken.
         """
         options = self._current_options()
-        where = f"{self._name}.step"
-        zero = boolean(zero_grads, f"{where}: zero_grads")
-        multiplier, scale_at = 1.0, 0
-        if type(grad_scale) is not float and is_array(grad_scale):
-            scale_at = self._space.scalar(grad_scale, f"{where}: grad_scale")
-        if not scale_at and (type(grad_scale) is not float or grad_scale != 1.0):
-            multiplier = 1.0 / SCALE(grad_scale, f"{where}: grad_scale")
-        if max_norm is not None:
-            max_norm = NORM(max_norm, f"{where}: max_norm")
-        skip = boolean(skip_nonfinite, f"{where}: skip_nonfinite")
-        gradients, alive = self._reader.read(grads, zero)  # alive: another thread may drop them while we read
+        keep = self._keeps(options)
+        request = self._requested(grad_scale, max_grad_norm, max_norm, skip_nonfinite, zero_grads, keep)
+        # alive: another thread may drop the gradients while they are read
+        gradients, alive = self._reader.read(grads, request.zero_grads)
         plan = self._plan_for(gradients, options)
-        request = Request(multiplier, scale_at, max_norm, skip, zero, self._keeps(options))
         info = plan.step(request, options)
         del alive
+        vars(self)["last_info"] = info  # an attribute's assignment is looked at, which takes 0.3 µs
         return info
 
     @exclusive
@@ -367,13 +362,15 @@ class Optimizer:
     # --- state ---------------------------------------------------------------------------------------------------
 
     @property
-    def state(self) -> dict[str, dict[str, Any]]:
+    def state(self) -> StateView:
         """State of each parameter by name: "step", host scalars, and views of its state arrays."""
         if self._plan is not None:
             self._plan.recount()  # a CUDA graph may have been replayed
-        return {
-            p.name: {"step": p.progress.steps, **(p.progress.carry or {}), **self._views(p)} for p in self._parameters
+        shown = {
+            p.name: StateView({"step": p.progress.steps, **(p.progress.carry or {}), **self._views(p)}, self._name)
+            for p in self._parameters
         }
+        return StateView(shown, self._name)
 
     @staticmethod
     def _views(p: Parameter) -> dict[str, Array]:
@@ -387,7 +384,32 @@ class Optimizer:
             A dict like torch's: "state" (by index of the parameter over all groups: "step" and arrays by their names in
             torch), "param_groups" (options, "params" as indices, "param_names"), and "optimizer" and "version".
         """
-        return export_state(self._name, self.param_groups, self.state, self._space.copy)
+        return self._exported(self._space.copy)
+
+    def _exported(self, copy_of: Callable[[Array], Array]) -> dict[str, Any]:
+        groups = [{"params": group["params"], **self._options_of(group)} for group in self.param_groups]
+        return export_state(self._name, groups, self.state, copy_of)
+
+    def full_state_dict(self) -> dict[str, Any]:
+        """The states as plain arrays, for other programs: "state" and "param_groups" of ``state_dict``.
+
+        Arrays are float32 (float64 for float64 parameters) and whole, however the optimizer stores them.
+        """
+        return {key: value for key, value in self.state_dict().items() if key in ("state", "param_groups")}
+
+    @exclusive
+    def init_state(self) -> None:
+        """Have all states exist, as before the first step. They do from the constructor on, so it changes nothing.
+
+        Raises:
+            TypeError, ValueError: Options that are wrong.
+        """
+        self._current_options()
+
+    def refresh(self) -> None:
+        """Say that somebody else wrote the parameters: what was kept of them (LARS's norms) is taken anew."""
+        if self._plan is not None:
+            self._plan.forget_weights()
 
     @exclusive
     def _snapshot(
@@ -396,7 +418,7 @@ class Optimizer:
         """For ``fastopt.save``: copies of arrays and a state dict of the same moment, which can be loaded again."""
         self._current_options()
         copies = {name: copy_of(array) for name, array in arrays.items()}
-        exported = export_state(self._name, self.param_groups, self.state, copy_of)
+        exported = self._exported(copy_of)
         import_state(exported, self._name, self.param_groups, self._name)
         return copies, exported
 
@@ -435,7 +457,7 @@ class Optimizer:
                 known.seen, known.options = seen, checked
                 group = self.param_groups[known.index]
                 group.update(options)
-                for name in group.keys() - options.keys() - {"params"}:
+                for name in self._options_of(group).keys() - options.keys():
                     del group[name]
             for p, name, state in states:
                 p.states[name] = state
@@ -447,13 +469,3 @@ class Optimizer:
             self._rebuild()
 
         finish(take_over)
-
-    def __getstate__(self) -> Any:
-        raise TypeError(f"{self._name} cannot be pickled; save opt.state_dict() or use fastopt.save.")
-
-    def __repr__(self) -> str:
-        lines = [f"{self._name} ("]
-        for i, group in enumerate(self.param_groups):
-            shown = ", ".join(f"{name}={value!r}" for name, value in group.items() if name != "params")
-            lines.append(f"  group {i}: {len(group['params'])} arrays, {shown}")
-        return "\n".join([*lines, ")"])

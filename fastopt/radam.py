@@ -27,11 +27,13 @@ class RAdam(Optimizer):
         params: As for ``fastopt.Optimizer``: arrays of any shape; float32, float64, float16 or bfloat16.
         lr: Learning rate, >= 0.
         betas: Decay rates of the two moments, each in [0, 1).
-        eps: Added to the denominator, > 0; must not round to zero in float32 (float64 for float64 parameters).
+        eps: Added to the denominator, >= 0, and not so small that it rounds to zero in float32
+            (float64 for float64 parameters). With 0 an element that had no gradient yet becomes 0 / 0, as in torch.
         weight_decay: L2 penalty, >= 0; added to the gradient, or a decay rate multiplied by lr where decoupled.
         decoupled_weight_decay: Decay as AdamW does.
         maximize: Ascend: the gradient is negated before the decay.
         capturable: The step can be captured into a CUDA graph, see ``fastopt.Optimizer``.
+        max_grad_norm, skip_nonfinite, zero_grads: Of every step, see ``fastopt.Optimizer``.
 
     State: ``exp_avg``, ``exp_avg_sq`` (float32; float64 for float64 parameters).
 
@@ -68,6 +70,9 @@ class RAdam(Optimizer):
         *,
         maximize: bool = False,
         capturable: bool = False,
+        max_grad_norm: float | None = None,
+        skip_nonfinite: bool = False,
+        zero_grads: bool = False,
     ) -> None:
         defaults = dict(
             lr=lr,
@@ -78,7 +83,9 @@ class RAdam(Optimizer):
             maximize=maximize,
             capturable=capturable,
         )
-        super().__init__(params, defaults)
+        super().__init__(
+            params, defaults, max_grad_norm=max_grad_norm, skip_nonfinite=skip_nonfinite, zero_grads=zero_grads
+        )
 
     def select_rule(self, options: Options) -> Rule:  # noqa: D102 - see Optimizer
         return RULES["radam"]

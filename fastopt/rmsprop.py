@@ -25,13 +25,15 @@ class RMSprop(Optimizer):
         params: As for ``fastopt.Optimizer``: arrays of any shape; float32, float64, float16 or bfloat16.
         lr: Learning rate, >= 0.
         alpha: Decay rate of the running means, in [0, 1).
-        eps: Added to the root, > 0; must not round to zero in float32 (float64 for float64 parameters).
+        eps: Added to the root, >= 0, and not so small that it rounds to zero in float32
+            (float64 for float64 parameters). With 0 an element that had no gradient yet becomes 0 / 0, as in torch.
         weight_decay: L2 penalty, >= 0; added to the gradient.
         momentum: Factor on the buffer, in [0, 1]; 0 means no buffer.
         centered: Divide by an estimate of the variance. torch lets rounding take it below zero and returns NaN.
         maximize: Ascend: the gradient is negated before the decay.
         capturable: The step can be captured into a CUDA graph, see ``fastopt.Optimizer``.
         eps_inside_sqrt: Divide by sqrt(v_t + eps) instead, as TensorFlow does.
+        max_grad_norm, skip_nonfinite, zero_grads: Of every step, see ``fastopt.Optimizer``.
 
     State: ``square_avg``, with ``centered`` also ``grad_avg``, with momentum also ``momentum_buffer`` (float32; float64
     for float64 parameters).
@@ -74,6 +76,9 @@ class RMSprop(Optimizer):
         maximize: bool = False,
         capturable: bool = False,
         eps_inside_sqrt: bool = False,
+        max_grad_norm: float | None = None,
+        skip_nonfinite: bool = False,
+        zero_grads: bool = False,
     ) -> None:
         defaults = dict(
             lr=lr,
@@ -86,7 +91,9 @@ class RMSprop(Optimizer):
             capturable=capturable,
             eps_inside_sqrt=eps_inside_sqrt,
         )
-        super().__init__(params, defaults)
+        super().__init__(
+            params, defaults, max_grad_norm=max_grad_norm, skip_nonfinite=skip_nonfinite, zero_grads=zero_grads
+        )
 
     def select_rule(self, options: Options) -> Rule:  # noqa: D102 - see Optimizer
         centered = "_centered" if options["centered"] else ""

@@ -31,6 +31,7 @@ class Rprop(Optimizer):
         step_sizes: Smallest and largest step size, > 0.
         maximize: Ascend: the gradient is negated before the decay.
         capturable: The step can be captured into a CUDA graph, see ``fastopt.Optimizer``.
+        max_grad_norm, skip_nonfinite, zero_grads: Of every step, see ``fastopt.Optimizer``.
 
     State: ``prev`` (the last gradient), ``step_size`` (float32; float64 for float64 parameters).
 
@@ -65,9 +66,13 @@ class Rprop(Optimizer):
         *,
         maximize: bool = False,
         capturable: bool = False,
+        max_grad_norm: float | None = None,
+        skip_nonfinite: bool = False,
+        zero_grads: bool = False,
     ) -> None:
+        defaults = dict(lr=lr, etas=etas, step_sizes=step_sizes, maximize=maximize, capturable=capturable)
         super().__init__(
-            params, dict(lr=lr, etas=etas, step_sizes=step_sizes, maximize=maximize, capturable=capturable)
+            params, defaults, max_grad_norm=max_grad_norm, skip_nonfinite=skip_nonfinite, zero_grads=zero_grads
         )
 
     def check(self, options: Options, where: str) -> None:  # noqa: D102 - see Optimizer

@@ -40,6 +40,8 @@ class Rule:
             The loop hands the result to ``step`` as ``h.ratio``, times what ``scalars`` has there (in float64, rounded
             once), and that alone where a layer has no ratio. It must be the last field of ``Scalars``; the field before
             it may be ``stretch``, see ``factors``.
+        keeps_zeros: Whether a step leaves a parameter of zeros at zero while its gradients are zero, as the padding of
+            flat buffers must be left. None: found out by trying, which takes some 0.1 ms each time that options change.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Rule:
     carry: Callable[[Options], Any] | None = None
     options: Mapping[str, int] = field(default_factory=dict)
     ratio: Callable[..., float] | None = None
+    keeps_zeros: bool | None = None
 
     @property
     def factors(self) -> Callable[[float], tuple[float, float]]:

@@ -87,9 +87,8 @@ class CudaPlan(Plan):
             raise ValueError("fastopt: capturable=True must be set for all param groups or for none.")
         counts_there = self._progress.there or request.skip_nonfinite or capturable
         decides = counts_there or request.needs_norm or request.scale_at != 0
-        # A merged run updates padding too, which is zero times the multiplier: no longer zero if that is NaN.
-        layers = request.needs_norm or self._has_ratio or not math.isfinite(request.multiplier)
-        table = self._table(norms=layers)
+        norms = request.needs_norm or self._has_ratio
+        table = self._table(norms=norms or not (self.flat and self._merges(request.multiplier, options)))
         prologues = self._prologues(table, request, decides=decides, forms=counts_there)
         info, result = self._new_info(request, stream, capturable)
 

@@ -71,6 +71,13 @@ def test_a_nan_norm_leaves_the_padding_of_a_flat_buffer_zero(gpu: Any) -> None:
     assert gpu.get(flat.data)[3:32].tolist() == [0.0] * 29
 
 
+def test_without_eps_the_padding_of_a_flat_buffer_is_left_alone(gpu: Any) -> None:
+    ones = {"w": np.ones(3, np.float32), "b": np.ones(3, np.float32)}
+    flat, grads = (fastopt.FlatBuffer.from_arrays(moved(gpu, ones)) for _ in range(2))
+    fastopt.Adam(flat, eps=0.0).step(grads)
+    assert gpu.get(flat.data)[3:32].tolist() == [0.0] * 29
+
+
 def test_groups_late_gradients_and_frozen_parameters(gpu: Any) -> None:
     params, grads = problem(shapes=FEW, steps=4)
     for gradient in grads[:2]:

@@ -71,7 +71,7 @@ def test_bad_parameters_are_refused(params: str) -> None:
 
 def test_torch_tensors_are_refused() -> None:
     torch = pytest.importorskip("torch")
-    with refused(TypeError, "SGD: params['0'] is a torch.", "numpy.ndarray"):
+    with refused(TypeError, "SGD: params[0] is a torch.", "numpy.ndarray", "fastopt.torch"):
         fastopt.SGD([torch.ones(3)])
     opt = trained()
     with refused(TypeError, "AdamW.step: grads['b'] is a torch.Tensor", "numpy.ndarray", opt=opt):
@@ -92,6 +92,33 @@ def test_what_one_group_has_another_cannot_have() -> None:
         fastopt.SGD([{"params": {"x": w}}, {"params": {"y": w}}])
     with refused(ValueError, "SGD", "'x' is taken"):
         fastopt.SGD([{"params": {"x": w}}, {"params": {"x": w.copy()}}])
+
+
+class Foreign:
+    """An array of another library, of which NumPy can make one."""
+
+    def __init__(self, device: Any = (1, 0)) -> None:
+        self.device = device
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> Any:
+        return np.ones(3, F32)
+
+    def __dlpack_device__(self) -> Any:
+        return self.device
+
+
+def test_arrays_of_other_libraries_are_refused_with_the_cure() -> None:
+    opt = fastopt.SGD([np.ones(3, F32), np.ones((), F32)])
+    with refused(TypeError, "SGD.step: grads[0] is a ", "Foreign; needed is a numpy.ndarray. Pass numpy.asarray of it"):
+        opt.step([Foreign(), None])
+    for odd in (None, 2, (1,), ("cuda", 0), (1, 2, 3)):
+        with refused(TypeError, "__dlpack_device__() of a Foreign must return two integers", f"got {odd!r}"):
+            opt.step([Foreign(odd), None])
+    for _ in range(3):
+        opt.step([None, F32(1)])
+    with refused(TypeError, "SGD.step: grads[1] is a NumPy scalar, which zero_grads=True cannot zero"):
+        opt.step([None, F32(1)], zero_grads=True)
+    assert opt.state["1"]["step"] == 3
 
 
 @pytest.mark.parametrize("group", [{}, {"lr": 0.1}, [np.ones(3)], None, "params"], ids=repr)
@@ -180,6 +207,7 @@ BAD_STATES: dict[str, tuple[Change, str]] = {
     "groups of groups": (lambda d: d.update(param_groups=[None]), ""),
     "names other": (lambda d: d["param_groups"][0].update(param_names=["w", "c"]), "['w', 'c'] in the state"),
     "names turned": (lambda d: d["param_groups"][0]["param_names"].reverse(), "['b', 'w'] in the state"),
+    "names many": (lambda d: d["param_groups"][0].update(param_names=list("abcdefg")), "'d', 'e', ... 7 in all]"),
     "names missing": (lambda d: d["param_groups"][0].pop("param_names"), "param_names"),
     "indices missing": (lambda d: d["param_groups"][0].pop("params"), "params"),
     "indices too many": (lambda d: d["param_groups"][0]["params"].append(2), ""),
@@ -204,7 +232,8 @@ BAD_STATES: dict[str, tuple[Change, str]] = {
     "host scalar": (lambda d: d["state"][1].update(mu_product=0.5), "'b' has the host scalars ['mu_product']"),
     "option unknown": (lambda d: d["param_groups"][0].update(momentum=0.9), "no option 'momentum'"),
     "option bad": (lambda d: d["param_groups"][0].update(lr=float("nan")), "lr must be in [0, inf), got nan"),
-    "options at odds": (lambda d: d["param_groups"][0].update(amsgrad=True), "['exp_avg', 'exp_avg_sq', 'max_exp"),
+    "step too far": (lambda d: d["state"][1].update(step=2**53 + 1), "must be an integer in [0, 2^53]"),
+    "host scalar infinite": (lambda d: d["state"][1].update(mu_product=float("inf")), "must be an array or a number"),
 }
 
 

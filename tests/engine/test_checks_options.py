@@ -74,7 +74,7 @@ OUT_OF_RANGE: list[tuple[Any, dict[str, Any], str]] = [
     (fastopt.Adadelta, {"rho": 1.0}, "Adadelta: rho must be in [0, 1), got 1.0"),
     (fastopt.RMSprop, {"alpha": 1.0}, "RMSprop: alpha must be in [0, 1), got 1.0"),
     (fastopt.SGD, {"momentum": 1.1}, "SGD: momentum must be in [0, 1], got 1.1"),
-    (fastopt.Adam, {"eps": 0.0}, "Adam: eps must be in (0, inf)"),
+    (fastopt.Adam, {"eps": -1e-8}, "Adam: eps must be in [0, inf)"),
     (fastopt.Adamax, {"eps": 1e-50}, "Adamax: eps=1e-50 rounds to zero in float32"),
     (fastopt.Rprop, {"etas": (1.0, 1.2)}, "Rprop: etas[0] must be in (0, 1), got 1.0"),
     (fastopt.Rprop, {"etas": (0.5, 1.0)}, "Rprop: etas[1] must be in (1, inf), got 1.0"),
@@ -103,20 +103,87 @@ def test_numbers_of_every_kind_are_computed_with_in_float64(lr: Any) -> None:
     assert w.tolist() == [2.0 - float(lr) * 3.0] * 3
 
 
-def test_options_that_a_class_does_not_have_are_refused() -> None:
+def test_options_misspelt_in_a_group_are_refused() -> None:
     opt = trained(fastopt.SGD)
-    with refused(ValueError, "SGD: there is no option 'betas'; options are lr, momentum"):
-        fastopt.SGD([{"params": [np.ones(3)], "betas": (0.9, 0.99)}])
-    with refused(ValueError, "SGD: group 1: there is no option 'betas'", opt=opt):
-        opt.add_param_group({"params": {"x": np.ones(3)}, "betas": (0.9, 0.99)})
-    opt.param_groups[0]["betas"] = (0.9, 0.99)
-    with refused(ValueError, "SGD", "there is no option 'betas'", "momentum", opt=opt):
+    near = "Did you mean 'dampening'?"
+    with refused(ValueError, "SGD: there is no option 'dampning'; options are lr, momentum", near):
+        fastopt.SGD([{"params": [np.ones(3)], "dampning": 0.1}])
+    with refused(ValueError, "SGD: group 1: there is no option 'dampning'", near, opt=opt):
+        opt.add_param_group({"params": {"x": np.ones(3)}, "dampning": 0.1})
+    opt.param_groups[0]["dampning"] = 0.1
+    with refused(ValueError, "SGD: there is no option 'dampning'", near, opt=opt):
         opt.step(gradients())
-    del opt.param_groups[0]["betas"], opt.param_groups[0]["lr"]
+    del opt.param_groups[0]["dampning"], opt.param_groups[0]["lr"]
     with refused(ValueError, "SGD", "the option 'lr' is missing", opt=opt):
         opt.step(gradients())
     opt.param_groups[0]["lr"] = 0.1
     opt.step(gradients())
+
+
+@pytest.mark.parametrize("name", ["max_grad_norm", "skip_nonfinite", "zero_grads", "master_weights", "flatten"])
+def test_what_is_chosen_for_all_groups_is_refused_in_one(name: str) -> None:
+    opt = trained()
+    words = f"{name} is not an option of a param group but of the optimizer"
+    with refused(ValueError, "AdamW: ", words):
+        fastopt.AdamW([{"params": [np.ones(3)], name: 1.0}])
+    with refused(ValueError, "AdamW: group 1: ", words, opt=opt):
+        opt.add_param_group({"params": {"x": np.ones(3)}, name: 1.0})
+    opt.param_groups[0][name] = 1.0
+    with refused(ValueError, "AdamW: ", words, opt=opt):
+        opt.step(gradients())
+
+
+class Untouchable:
+    """What nobody may read, compare or copy."""
+
+    def _refuse(self, *_: Any) -> Any:
+        raise AssertionError("looked at")
+
+    __eq__ = __bool__ = __deepcopy__ = __reduce_ex__ = __repr__ = __array__ = _refuse
+    __hash__ = None  # type: ignore[assignment]
+
+
+def test_other_keys_of_a_group_are_the_users() -> None:
+    mine = {"mask": Untouchable(), "betas": Untouchable(), "lr_scale": Untouchable(), 3: Untouchable()}
+    opt = fastopt.SGD([{"params": {"w": np.ones((3, 2), F32)}, **mine}, {"params": {"b": np.ones(3, F32)}}])
+    for t in range(3):
+        for group in opt.param_groups:
+            group.update(lr=0.1 / (t + 1), mask=Untouchable())
+            group["new"] = mine["mask"]  # in the second group only from here on
+        opt.step(gradients())
+        opt.load_state_dict(opt.state_dict())
+    assert opt.param_groups[0]["betas"] is mine["betas"]
+    assert opt.param_groups[1]["new"] is mine["mask"]
+    assert "mask" not in opt.state_dict()["param_groups"][0]
+    assert "lr=0.03" in repr(opt)
+    assert "mask" not in repr(opt)
+    del opt.param_groups[0]["mask"]
+    opt.step(gradients())
+
+
+def test_arguments_that_a_constructor_does_not_have_are_named_with_those_it_has() -> None:
+    for name, near in {"learning_rate": "options are lr, betas, eps", "beta1": "Did you mean 'betas'?"}.items():
+        with refused(TypeError, f"AdamW: there is no option {name!r}; ", near):
+            fastopt.AdamW([np.ones(3)], **{name: 0.1})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
+def test_a_schedule_is_no_learning_rate(cls: Any) -> None:
+    with refused(TypeError, f"{cls.__name__}: lr must be", "fastopt.schedules", 'opt.param_groups[0]["lr"] = '):
+        cls([np.ones(3)], lr=fastopt.schedules.constant(0.1))
+    opt = trained(cls)
+    for name in opt.defaults:
+        with refused(AttributeError, f'opt.param_groups[0]["{name}"] = 0.3', opt=opt):
+            setattr(opt, name, 0.3)
+
+
+@pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
+def test_flags_may_be_numpys(cls: Any) -> None:
+    flags = {name: np.bool_(value) for name, value in trained(cls).defaults.items() if isinstance(value, bool)}
+    own, numpys = trained(cls), trained(cls, **flags, skip_nonfinite=np.False_, zero_grads=np.False_)
+    numpys.step(gradients(), skip_nonfinite=np.True_)
+    own.step(gradients())
+    assert fingerprint(own)[1:] == fingerprint(numpys)[1:]
 
 
 @pytest.mark.parametrize(
@@ -152,8 +219,9 @@ def test_groups_that_were_not_added_are_refused() -> None:
 
 NOT_POSITIVE = (0.0, -1.0, math.nan, math.inf, True, None, "2", np.array([2.0]), np.array([1.0, 2.0]), 1e-320, 10**400)
 NOT_A_NORM = (-1.0, math.nan, -math.inf, True, "1", np.array([2.0]), np.array([1.0, 2.0]), 1j)
-BAD_ARGUMENTS = [("grad_scale", bad) for bad in NOT_POSITIVE] + [("max_norm", bad) for bad in NOT_A_NORM]
-BAD_ARGUMENTS += [(name, bad) for name in ("zero_grads", "skip_nonfinite") for bad in NO_BOOLEANS]
+BAD_OPTIONS = [("max_grad_norm", bad) for bad in NOT_A_NORM]
+BAD_OPTIONS += [(name, bad) for name in ("zero_grads", "skip_nonfinite") for bad in NO_BOOLEANS]
+BAD_ARGUMENTS = [("grad_scale", bad) for bad in NOT_POSITIVE] + [("max_norm", bad) for bad in NOT_A_NORM] + BAD_OPTIONS
 
 
 @pytest.mark.parametrize(("name", "bad"), BAD_ARGUMENTS, ids=short)
@@ -167,6 +235,17 @@ def test_bad_arguments_of_step_are_refused(name: str, bad: Any) -> None:
     assert str(caught.value).startswith(f"AdamW.step: {name}"), str(caught.value)
     assert fingerprint(opt) == before
     assert all((grads[key] == kept[key]).all() for key in kept)
+
+
+@pytest.mark.parametrize(("name", "bad"), BAD_OPTIONS, ids=short)
+def test_bad_options_of_all_steps_are_refused(name: str, bad: Any) -> None:
+    with pytest.raises((TypeError, ValueError), match=f"AdamW: {name}"):
+        fastopt.AdamW([np.ones(3)], **{name: bad})
+    opt = trained()
+    before = getattr(opt, name)
+    with pytest.raises((TypeError, ValueError), match=f"AdamW: {name}"):
+        setattr(opt, name, bad)
+    assert getattr(opt, name) is before
 
 
 def test_arguments_are_checked_before_gradients_are_zeroed() -> None:

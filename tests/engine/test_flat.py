@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 import pickle
 import weakref
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 import pytest
-from cases import SHAPES
-from compare import DTYPES
+from cases import CASES, RULE_CASES, SHAPES, Case
+from compare import DTYPES, build
 from refusal import refused
 
 import fastopt
 from fastopt import FlatBuffer
+from fastopt._padding import keeps_zeros
 
 every_dtype = pytest.mark.parametrize("dtype", DTYPES)
 
@@ -250,3 +252,60 @@ def test_padding_stays_zero_when_the_norm_is_nan() -> None:
     opt.step(grads, max_norm=1.0)  # without skip_nonfinite all parameters become NaN, as in torch
     assert np.isnan(params["b"]).all()
     assert not padding(params).any()
+
+
+class SignScalars(NamedTuple):
+    lr: float
+
+
+def sign(p: Any, g: Any, h: SignScalars) -> Any:
+    return (p - math.copysign(h.lr, g),)
+
+
+def sign_scalars(t: int, options: Any) -> SignScalars:
+    return SignScalars(options["lr"])
+
+
+class Sign(fastopt.Optimizer):
+    """Takes the sign of a zero, too."""
+
+    rule = fastopt.Rule("flat_sign", sign, SignScalars, sign_scalars)
+
+    def select_rule(self, options: Any) -> fastopt.Rule:
+        return self.rule
+
+
+def test_padding_stays_zero_where_a_rule_moves_zeros() -> None:
+    params = FlatBuffer({"a": (3,), "b": (3,)})
+    opt = Sign(params, {"lr": 0.0})
+    for lr in (0.0, 0.5, 0.5):  # with lr 0 the rule leaves zeros alone
+        opt.param_groups[0]["lr"] = lr
+        opt.step(params.zeros_like())
+    assert not padding(params).any()
+    assert params["b"].tolist() == [-1.0] * 3
+
+
+WITH_EPS = [case for case in RULE_CASES if "eps" in build(case, [np.ones(1)]).defaults]
+
+
+@pytest.mark.parametrize("case", WITH_EPS, ids=lambda case: case.rule)
+def test_padding_stays_zero_without_eps(case: Case) -> None:
+    params = FlatBuffer.from_arrays({"a": np.ones((3, 1)), "b": np.ones((2, 2))})
+    opt, alone = build(case, params), build(case, [array.copy() for array in params.values()])
+    rng = np.random.default_rng(0)
+    for t in range(8):
+        for group in opt.param_groups + alone.param_groups:
+            group["eps"] = 0.0 if t else 1e-3
+        grads = FlatBuffer.from_arrays({name: rng.standard_normal(array.shape) for name, array in params.items()})
+        opt.step(grads)
+        alone.step(list(grads.values()))
+        assert not padding(params).any()
+    for mine, its in zip(params.values(), alone.param_groups[0]["params"].values(), strict=True):
+        assert mine.tobytes() == its.tobytes()
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_every_rule_of_the_library_keeps_zeros_while_eps_is_above_zero(case: Case) -> None:
+    opt = build(case, [np.ones(1)])
+    options = dict(opt.param_groups[0])
+    assert keeps_zeros(opt.select_rule(options), options)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from typing import Any
 
 import numpy as np
@@ -10,6 +12,7 @@ from compare import assert_same_bits, snapshot
 from refusal import CLASSES, fingerprint, gradients, trained
 
 import fastopt
+from fastopt._plan import MAX_STEP
 
 F32 = np.float32
 
@@ -204,6 +207,58 @@ def test_loading_forgets_states_that_were_not_saved() -> None:
     assert fingerprint(other) == fingerprint(plain)
 
 
+def test_amsgrad_switched_on_in_a_state_dict_begins_its_maximum_there() -> None:
+    here, there = trained(fastopt.Adam), trained(fastopt.Adam)
+    saved = here.state_dict()
+    saved["param_groups"][0]["amsgrad"] = True
+    there.load_state_dict(saved)
+    assert not there.state["w"]["max_exp_avg_sq"].any()
+    here.step(gradients())
+    there.step(gradients())  # v grew, so it is the maximum
+    assert (there.state["w"]["max_exp_avg_sq"] == here.state["w"]["exp_avg_sq"]).all()
+    for name in ("exp_avg", "exp_avg_sq"):
+        del saved["state"][1][name]
+        with pytest.raises(ValueError, match="parameter 'b' has the states"):
+            there.load_state_dict(saved)
+
+
+@pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
+def test_states_in_full_and_from_the_beginning(cls: Any) -> None:
+    opt, other = trained(cls), trained(cls)
+    for _ in range(2):
+        opt.init_state()
+        opt.refresh()
+    opt.step(gradients())
+    other.step(gradients())
+    assert fingerprint(opt) == fingerprint(other)
+    full, saved = opt.full_state_dict(), opt.state_dict()
+    assert full.keys() == {"state", "param_groups"}
+    assert full["param_groups"] == saved["param_groups"]
+    for place, entry in saved["state"].items():
+        assert all(np.array_equal(full["state"][place][name], value) for name, value in entry.items())
+        assert all(array.dtype == F32 for array in full["state"][place].values() if isinstance(array, np.ndarray))
+
+
+@pytest.mark.parametrize("take", [pickle.dumps, copy.copy, copy.deepcopy], ids=short)
+def test_an_optimizer_cannot_be_copied(take: Any) -> None:
+    with pytest.raises(TypeError, match=r"AdamW cannot be pickled or copied.*state_dict"):
+        take(trained())
+
+
+def test_steps_are_counted_to_2_53_and_no_further() -> None:
+    opt = trained(fastopt.Adam)
+    saved = opt.state_dict()
+    for entry in saved["state"].values():
+        entry["step"] = MAX_STEP - 1
+    opt.load_state_dict(saved)
+    opt.step(gradients())
+    before = fingerprint(opt)
+    with pytest.raises(OverflowError, match=r"2\^53"):
+        opt.step(gradients())
+    assert fingerprint(opt) == before
+    opt.load_state_dict(opt.state_dict())
+
+
 def test_fully_decoupled_switched_on_in_training() -> None:
     w = np.ones(3)
     opt = fastopt.AdamW([w], lr=0.5, weight_decay=0.5)
@@ -251,8 +306,16 @@ def test_states_are_views() -> None:
     moment[...] = 0.0
     assert not opt.state["w"]["exp_avg"].any()
     assert set(opt.state["w"]) == {"step", "exp_avg", "exp_avg_sq"}
-    opt.state["w"]["step"] = 7  # the dict is made anew each time
-    assert opt.state["w"]["step"] == 2
+    before = fingerprint(opt)
+    for changed in (opt.state, opt.state["w"]):
+        for name in list(changed):
+            with pytest.raises(TypeError, match=rf"Adam.state.*{name}.*load_state_dict"):
+                changed[name] = 7  # type: ignore[index]
+            with pytest.raises(TypeError, match=rf"Adam.state.*{name}.*load_state_dict"):
+                del changed[name]  # type: ignore[attr-defined]
+    with pytest.raises(TypeError, match=r"Adam.state.*load_state_dict"):
+        opt.state = {}
+    assert fingerprint(opt) == before
 
 
 def test_state_dict_of_several_groups() -> None:
@@ -282,7 +345,8 @@ def test_repr_shows_groups_and_options() -> None:
     opt = fastopt.Lion([{"params": [np.ones(2)]}, {"params": [np.ones(3), np.ones(4)], "lr": 0.5}])
     assert repr(opt) == (
         "Lion (\n"
-        "  group 0: 1 arrays, lr=0.0001, betas=(0.9, 0.99), weight_decay=0.0, maximize=False, capturable=False\n"
+        "  max_grad_norm=None, skip_nonfinite=False, zero_grads=False\n"
+        "  group 0: 1 array, lr=0.0001, betas=(0.9, 0.99), weight_decay=0.0, maximize=False, capturable=False\n"
         "  group 1: 2 arrays, lr=0.5, betas=(0.9, 0.99), weight_decay=0.0, maximize=False, capturable=False\n"
         ")"
     )

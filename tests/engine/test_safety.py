@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import warnings
 import weakref
 from typing import Any
 
@@ -13,7 +12,8 @@ from fastopt.kernels.registry import RULES
 from refusal import fingerprint
 
 import fastopt
-from fastopt import _backend
+from fastopt import _backend, _watch
+from fastopt._arrays import HOST
 from fastopt._plan import Treatment
 
 
@@ -33,16 +33,87 @@ def test_a_parameter_cannot_be_resized() -> None:
     assert (w == 0.5).all()
 
 
-def test_a_parameter_whose_dtype_is_changed_in_place_is_updated_as_it_was_checked() -> None:
-    w = np.ones(8, np.float32)
-    opt = fastopt.SGD([w], lr=0.5, momentum=0.9)
-    bits = w.view(np.float32)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # newer versions of NumPy may discourage it
-        w.dtype = np.float16
-    with pytest.raises(ValueError, match="shape"):
-        opt.step([np.ones(8, np.float32)])
-    assert (bits == 1).all()
+def read_only(array: Any) -> None:
+    array.flags.writeable = False
+
+
+def other_dtype(array: Any) -> None:
+    array.dtype = np.int32
+
+
+def other_shape(array: Any) -> None:
+    array.shape = (8, 8)
+
+
+def other_memory(array: Any) -> None:
+    array.__setstate__((1, array.shape, array.dtype, False, bytes(array.nbytes)))
+
+
+@pytest.fixture(params=[True, False], ids=["library", "python"])
+def watched(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Arrays are looked at by the compiled library, or without it."""
+    if not request.param:
+        monkeypatch.setattr(_watch, "_library", lambda: None)
+    elif _watch._library() is None:
+        pytest.skip("built without the library")
+
+
+@pytest.mark.usefixtures("watched")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("steps_before", [0, 1, 3])
+@pytest.mark.parametrize("change", [read_only, other_dtype, other_shape, other_memory])
+def test_a_parameter_that_was_changed_in_place_is_refused(change: Any, steps_before: int) -> None:
+    memory, other = np.ones(65, np.float32), np.ones(3)
+    w = memory[1:]
+    grads = {"o": np.ones(3), "w": np.ones(64, np.float32)}
+    opt = fastopt.SGD({"o": other, "w": w}, lr=0.5, momentum=0.9)
+    for _ in range(steps_before):
+        opt.step(grads)
+    change(w)
+    opt.param_groups[0]["lr"] = 0.25
+    before = memory.tolist(), other.tolist()
+    for _ in range(2):
+        with pytest.raises((TypeError, ValueError), match=r"^SGD.step: parameter 'w' (is|was)"):
+            opt.step(grads)
+    assert (memory.tolist(), other.tolist()) == before
+    assert {entry["step"] for entry in opt.state.values()} == {steps_before}
+    if change is read_only:
+        w.flags.writeable = True
+        opt.step(grads)
+
+
+@pytest.mark.usefixtures("watched")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("change", [other_dtype, other_shape, other_memory])
+def test_gradients_that_were_changed_in_place_are_looked_at_again(change: Any, flat: bool) -> None:
+    params = fastopt.FlatBuffer({"w": (64,)})
+    grads = params.zeros_like()
+    grads.data[:] = 1.0
+    opt = fastopt.SGD(params, lr=0.5)
+    for _ in range(3):
+        opt.step(grads if flat else [grads.data])
+    given = grads.data
+    change(given)
+    if change is other_memory:
+        opt.step(grads if flat else [given])
+    elif not flat:  # of a flat buffer memory and dtype count
+        with pytest.raises((TypeError, ValueError), match=r"^SGD.step: grads\['w'\] (is|has)"):
+            opt.step([given])
+    assert (params.data == -1.5).all()  # other memory is all zeros
+
+
+def test_gradients_that_stay_are_checked_twice_and_then_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    checked = []
+    plain = HOST.plain
+    monkeypatch.setattr(type(HOST), "plain", lambda self, *arrays: checked.append(arrays) or plain(*arrays))
+    opt = fastopt.SGD([np.ones(4), np.ones(4)], lr=0.5)
+    grads = [np.ones(4), None]
+    for _ in range(6):
+        opt.step(grads)
+    assert len(checked) == 2
+    opt.step([np.ones(4), None])
+    assert len(checked) == 3
 
 
 @pytest.mark.parametrize("steps_before", [0, 3])

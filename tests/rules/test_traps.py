@@ -10,7 +10,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from cases import CASES, Case
+from cases import RULE_CASES, Case
 from compare import DTYPES, assert_same_bits, build, case_problem, snapshot
 from fastopt.kernels.layout import CHUNK
 from fastopt.kernels.registry import RULES
@@ -21,7 +21,6 @@ from fastopt._table import Table
 from fastopt.flat import Layout
 
 F32 = np.float32
-RULE_CASES = list({case.rule: case for case in CASES}.values())  # one per rule, with telling options
 every_rule = pytest.mark.parametrize("case", RULE_CASES, ids=lambda case: case.rule)
 
 
@@ -249,3 +248,28 @@ def test_kernels_past_2_to_the_31(dtype: str, isa: str) -> None:
     backend.squares(table, 1, 1)
     assert w.tobytes() == near.tobytes()
     assert table.segments["squares"][0, 1] == pytest.approx(np.sum(g.astype(np.float64) ** 2), rel=1e-12)
+
+
+def test_options_of_all_steps_and_of_one() -> None:
+    always, each = (fastopt.Adam([np.ones(3)], lr=0.1) for _ in range(2))
+    always.max_grad_norm, always.skip_nonfinite, always.zero_grads = 1.0, True, True
+    made = fastopt.Adam([np.ones(3)], lr=0.1, max_grad_norm=1.0, skip_nonfinite=True, zero_grads=True)
+    rng = np.random.default_rng(0)
+    for t in range(4):
+        gradient = np.full(3, np.inf) if t == 2 else 10.0 * rng.standard_normal(3)
+        grads = [gradient.copy() for _ in range(3)]
+        info = each.step([grads[0]], max_grad_norm=1.0, skip_nonfinite=True, zero_grads=True)
+        assert always.step([grads[1]]) == made.step([grads[2]]) == info == always.last_info == each.last_info
+        assert info.skipped == (t == 2)
+        assert not np.any(grads)
+    g = np.full(3, 10.0)
+    info = always.step([g], max_grad_norm=None, skip_nonfinite=False, zero_grads=False)
+    assert (info, g.tolist()) == ((False, None), [10.0] * 3)
+    assert made.step([g], max_norm=None, zero_grads=False) == (False, pytest.approx(10.0 * 3**0.5))
+    each.step([g])
+    for opt in (always, made):
+        assert opt.param_groups[0]["params"]["0"].tobytes() == each.param_groups[0]["params"]["0"].tobytes()
+        assert not {"max_grad_norm", "skip_nonfinite", "zero_grads"} & opt.state_dict()["param_groups"][0].keys()
+        assert "max_grad_norm=1.0, skip_nonfinite=True, zero_grads=True" in repr(opt)
+    with pytest.raises(TypeError, match=r"Adam.step: max_norm is another name of max_grad_norm"):
+        each.step([g], max_norm=1.0, max_grad_norm=1.0)

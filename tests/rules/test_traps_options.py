@@ -7,12 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cases import CASES, Case
+from cases import RULE_CASES, Case
 from compare import assert_same_bits, build, case_problem, snapshot
 
 import fastopt
-
-RULE_CASES = list({case.rule: case for case in CASES}.values())  # one per rule, with telling options
 
 
 def copies(arrays: Any) -> dict[str, Any]:

@@ -185,3 +185,7 @@ def problem(
     kind = dtype if grad_dtype is None else grad_dtype
     params = parameters(rng, shapes, dtype, awkward=awkward)
     return params, [gradients(rng, shapes, kind, awkward=awkward, tiny=tiny) for _ in range(steps)]
+
+
+RULE_CASES = list({case.rule: case for case in CASES}.values())
+"""One per rule, with telling options."""
