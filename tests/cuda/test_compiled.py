@@ -34,7 +34,7 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=600)
 
 
-@pytest.mark.parametrize("name", ["test_plan.py", "test_launch.py", "test_copy.py"])
+@pytest.mark.parametrize("name", ["test_plan.py", "test_launch.py", "test_copy.py", "../torch/test_cuda_amp.py"])
 def test_compiled_kernels_have_the_bits_of_the_cpu(name: str) -> None:
     done = run("-m", "pytest", "-q", "-m", "full", "-p", "no:cacheprovider", str(TESTS / name))
     assert done.returncode == 0, done.stdout[-5000:]

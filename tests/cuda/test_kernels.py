@@ -38,6 +38,7 @@ def prologue(rule):
 
 def run(program: str, cache: Path, **environment: str) -> str:
     """What a process without the simulator prints."""
+    pytest.importorskip("numba_cuda")
     inherited = {name: value for name, value in os.environ.items() if name != "NUMBA_ENABLE_CUDASIM"}
     done = subprocess.run(
         [sys.executable, "-c", COMPILE + program],
@@ -49,6 +50,7 @@ def run(program: str, cache: Path, **environment: str) -> str:
     return done.stdout.strip()
 
 
+@pytest.mark.full
 def test_a_rule_of_the_package_is_compiled_once_for_all_processes(tmp_path: Path) -> None:
     program = "print(update(RULES['sgd'], 'float32', 'float16')); print(prologue(RULES['sgd']))"
     paths = [Path(line) for line in run(program, tmp_path).splitlines()]
@@ -62,6 +64,7 @@ def test_a_rule_of_the_package_is_compiled_once_for_all_processes(tmp_path: Path
     assert {path.suffix for path in paths[0].parent.iterdir()} == {".ptx"}  # nothing half-written
 
 
+@pytest.mark.full
 def test_an_own_rule_is_compiled_by_each_process(tmp_path: Path) -> None:
     program = """
 def sign(p, g, h):
@@ -76,6 +79,7 @@ print(path, prologue(mine).is_file(), ".entry fastopt_cuda_sgd_float32_float32("
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.full
 def test_a_rule_that_computes_in_another_dtype_is_refused(tmp_path: Path) -> None:
     program = """
 def half(p, g, h):
