@@ -25,16 +25,17 @@ def way(request, monkeypatch):
     return request.param
 
 
-@pytest.fixture(params=["cpu", "gpu"])
-def place(request, monkeypatch):
-    """Puts parameters on the CPU, or where the stand-in of a GPU finds them."""
-    if request.param == "cpu":
-        yield lambda params: params
-    else:
-        import torch_stand_in
+@pytest.fixture
+def gpus(monkeypatch):
+    import torch_stand_in
 
-        for gpus in torch_stand_in.torch_gpus(monkeypatch):
-            yield gpus.put
+    yield from torch_stand_in.torch_gpus(monkeypatch)
+
+
+@pytest.fixture(params=["cpu", "gpu"])
+def place(request):
+    """Puts parameters on the CPU, or where the stand-in of a GPU finds them."""
+    return request.getfixturevalue("gpus").put if request.param == "gpu" else lambda params: params
 
 
 def _put_another(state, name):
@@ -60,9 +61,13 @@ def _share(state, name):
 MOVES = [_put_another, _new_memory, _set, _swap, _share]
 
 
-@pytest.mark.parametrize("move", MOVES)
-@pytest.mark.parametrize("name", CLASSES)
-def test_a_tensor_that_the_user_moves_is_stepped_where_it_is(name, move, way):
+@every_class
+def test_tensors_that_the_user_moves_are_stepped_where_they_are(name, way):
+    for move in MOVES:
+        assert_stepped_in_place(name, move)
+
+
+def assert_stepped_in_place(name, move):
     (p, a), (q, b) = make(name), make(name)
     for params, opt in ((p, a), (q, b)):
         train(params, opt, 3)
@@ -74,17 +79,14 @@ def test_a_tensor_that_the_user_moves_is_stepped_where_it_is(name, move, way):
         for params, opt in ((p, a), (q, b)):
             train(params, opt, 1, first=t)
         for key, x in kept.items():
-            assert a.state[p[0]][key] is x
-            assert x.data_ptr() == where[key]
-            assert torch.equal(x, b.state[q[0]][key]), key
+            assert a.state[p[0]][key] is x, move
+            assert x.data_ptr() == where[key], move
+            assert torch.equal(x, b.state[q[0]][key]), (move, key)
     assert all(torch.equal(x, y) for x, y in zip(p, q, strict=True))
 
 
-@pytest.mark.parametrize("move", MOVES)
-def test_the_same_on_a_gpu(move, monkeypatch):
-    import torch_stand_in
-
-    for gpus in torch_stand_in.torch_gpus(monkeypatch):
+def test_the_same_on_a_gpu(gpus):
+    for move in MOVES:
         (p, a), (q, b) = make("NAdam"), make("NAdam")
         gpus.put(p)
         for t in range(5):
@@ -93,9 +95,9 @@ def test_the_same_on_a_gpu(move, monkeypatch):
                 kept = a.state[p[0]]["exp_avg"]
             for params, opt in ((p, a), (q, b)):
                 train(params, opt, 1, first=t)
-        assert a.state[p[0]]["exp_avg"] is kept
-        assert torch.equal(kept, b.state[q[0]]["exp_avg"])
-        assert all(torch.equal(x, y) for x, y in zip(p, q, strict=True))
+        assert a.state[p[0]]["exp_avg"] is kept, move
+        assert torch.equal(kept, b.state[q[0]]["exp_avg"]), move
+        assert all(torch.equal(x, y) for x, y in zip(p, q, strict=True)), move
 
 
 def test_two_processes_that_share_a_state_see_each_others_steps():
@@ -204,9 +206,16 @@ def test_subclasses_without_a_dispatch_of_their_own_are_stepped(name):
         assert all(torch.equal(v, other.state[x][k]) for k, v in opt.state[p].items())
 
 
-@pytest.mark.parametrize("extra", [{}, {"flatten": True}, {"master_weights": True, "max_grad_norm": 1.0}], ids=str)
 @every_class
-def test_nothing_waits_for_the_garbage_collector(name, extra, place):
+def test_nothing_waits_for_the_garbage_collector(name):
+    assert_freed_at_once(name, lambda params: params)
+
+
+def test_nothing_waits_for_the_garbage_collector_on_a_gpu(gpus):
+    assert_freed_at_once("NAdam", gpus.put)
+
+
+def assert_freed_at_once(name, place):
     def alive():
         kinds = torch.Tensor, front.TensorOptimizer, front._update.Update
         return sum(issubclass(type(x), kinds) for x in gc.get_objects())
@@ -216,13 +225,14 @@ def test_nothing_waits_for_the_garbage_collector(name, extra, place):
     gc.disable()
     try:
         before = alive()
-        params, opt = make(name, dtype=torch.bfloat16, **extra)
-        train(place(params), opt, 4)
-        opt.load_state_dict(opt.state_dict())
-        train(params, opt, 1)
-        assert len(opt.state) == len(params)
-        del params, opt
-        assert alive() == before
+        for extra in ({}, {"flatten": True}, {"master_weights": True, "max_grad_norm": 1.0}):
+            params, opt = make(name, dtype=torch.bfloat16, **extra)
+            train(place(params), opt, 3)
+            opt.load_state_dict(opt.state_dict())
+            train(params, opt, 1)
+            assert len(opt.state) == len(params)
+            del params, opt
+            assert alive() == before, extra
     finally:
         gc.enable()
 
