@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
+from ..kernels.rule import Options, Rule
 from ._flat import FlatGroups
-from ._state import CARRIED, STATES, STEP, State
+from ._state import CARRIED, STATES, STEP, State, carried
 
 
 class _Boxed:
@@ -54,6 +55,8 @@ class Checkpoints(torch.optim.Optimizer):
     _flat: FlatGroups | None
     _lock: threading.Lock
     _complete: bool
+    counts_steps: ClassVar[bool]
+    rule_options: ClassVar[Mapping[str, Any]]
 
     @_disable_dynamo
     def state_dict(self) -> dict[str, Any]:
@@ -106,12 +109,13 @@ class Checkpoints(torch.optim.Optimizer):
         Raises:
             ValueError: It has another number of groups or of parameters, or a state has another shape than its
                 parameter; nothing was changed.
+            KeyError: The state of a parameter lacks its step count or another number of its rule; nothing was changed.
             RuntimeError: Another thread steps this optimizer.
         """
         self._check_idle("load_state_dict")
 
         def box(_: Any, loaded: dict[str, Any]) -> dict[str, Any]:
-            self._check_shapes(loaded)
+            self._check_states(loaded)
             return {**loaded, "state": {key: _boxed(state) for key, state in loaded["state"].items()}}
 
         handle = self.register_load_state_dict_pre_hook(box)  # after those of the user
@@ -120,16 +124,22 @@ class Checkpoints(torch.optim.Optimizer):
         finally:
             handle.remove()
 
-    def _check_shapes(self, loaded: dict[str, Any]) -> None:
-        params = [p for group in self.param_groups for p in group["params"]]
-        indices = [i for group in loaded["param_groups"] for i in group["params"]]
-        for index, p in zip(indices, params, strict=False):
-            for name, value in (loaded["state"].get(index) or {}).items():
-                if isinstance(value, Tensor) and value.dim() and value.shape != p.shape:
-                    raise ValueError(
-                        f"{type(self).__name__}.load_state_dict: {name} of parameter {index} has shape "
-                        f"{tuple(value.shape)}, but the parameter has shape {tuple(p.shape)}."
-                    )
+    def _check_states(self, loaded: dict[str, Any]) -> None:
+        where = f"{type(self).__name__}.load_state_dict"
+        for own, group in zip(self.param_groups, loaded["param_groups"], strict=False):
+            numbers = [STEP] * self.counts_steps
+            numbers += carried(self.select_rule({**self.rule_options, **self.defaults, **group}))
+            for index, p in zip(group["params"], own["params"], strict=False):
+                state = loaded["state"].get(index) or {}
+                missing = [name for name in numbers if name not in state]
+                if state and missing:
+                    raise KeyError(f"{where}: parameter {index} has a state that lacks {missing[0]!r}.")
+                for name, value in state.items():
+                    if isinstance(value, Tensor) and value.dim() and value.shape != p.shape:
+                        raise ValueError(
+                            f"{where}: {name} of parameter {index} has shape {tuple(value.shape)}, but the parameter "
+                            f"has shape {tuple(p.shape)}."
+                        )
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "state": self.state, "extras": self._extras}
@@ -153,6 +163,9 @@ class Checkpoints(torch.optim.Optimizer):
                 self._flat.add(group["params"], type(self).__name__)  # type: ignore[union-attr]
         except ValueError:  # parameters that came from another process are shared with it
             self._flat, self._extras = None, {**self._extras, "flatten": False}
+
+    def select_rule(self, options: Options) -> Rule:
+        raise NotImplementedError
 
     def _begin(self, **extras: Any) -> None:
         raise NotImplementedError

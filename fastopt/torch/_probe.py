@@ -106,7 +106,7 @@ def _impl_offset() -> int:
         raise OSError("torch's Python objects are not as expected")
     a, b = torch.zeros(2), torch.zeros(3)
     before = a._cdata, b._cdata
-    torch.utils.swap_tensors(a, b)
+    torch.utils.swap_tensors(a, b)  # type: ignore[no-untyped-call]
     if (_address_at(b, offset), _address_at(a, offset)) != before or (b._cdata, a._cdata) != before:
         raise OSError("torch's Python objects are not as expected")
     return offset

@@ -18,6 +18,7 @@ from torch import Tensor
 from .._plan import Progress
 from ..flat import Layout
 from ..kernels.registry import RULES
+from ..kernels.rule import Rule
 from . import _devices
 from ._devices import Home
 from ._master import MASTER
@@ -28,10 +29,14 @@ STEP = "step"
 STATES = frozenset({MASTER, *(name for rule in RULES.values() for name in rule.state)})
 """Names of the tensors that have their parameter's shape."""
 
-CARRIED = frozenset(
-    name for rule in RULES.values() if rule.carry for name in typing.get_type_hints(rule.carry)["return"]._fields
-)
-"""Names of the numbers beside the step count."""
+
+def carried(rule: Rule) -> tuple[str, ...]:
+    """Names of the numbers that a rule has beside the step count."""
+    return typing.get_type_hints(rule.carry)["return"]._fields if rule.carry else ()
+
+
+CARRIED = frozenset(name for rule in RULES.values() for name in carried(rule))
+"""Those of all rules."""
 
 
 class Watch:
@@ -268,7 +273,8 @@ class Slot:
 
     def holds(self, name: str, value: Any) -> bool:
         """Whether this is the tensor that was made here under this name, with the memory that it was given."""
-        return value is self.entries.get(name, self) and address_of(value) == self._addresses[name]
+        entry = self.entries.get(name)
+        return entry is not None and value is entry and address_of(entry) == self._addresses[name]
 
 
 def layout_of(memory: Tensor) -> tuple[Any, ...]:
