@@ -14,10 +14,8 @@ from torch_problem import CLASSES, every_class, gradients, make, train  # noqa: 
 
 import fastopt.torch as front  # noqa: E402 - needs torch
 
-WAYS = ["C", "Python"]
 
-
-@pytest.fixture(params=WAYS)
+@pytest.fixture(params=["C", "Python"])
 def way(request, monkeypatch):
     """How gradients and states are looked at; without torch's C interface Python does it."""
     if request.param == "Python":
@@ -67,52 +65,27 @@ def test_tensors_that_the_user_moves_are_stepped_where_they_are(name, way):
         assert_stepped_in_place(name, move)
 
 
-def assert_stepped_in_place(name, move):
+def test_tensors_that_the_user_moves_are_stepped_where_they_are_on_a_gpu(gpus):
+    for move in MOVES:
+        assert_stepped_in_place("NAdam", move, gpus.put)
+
+
+def assert_stepped_in_place(name, move, place=lambda params: None):
     (p, a), (q, b) = make(name), make(name)
+    place(p)
     for params, opt in ((p, a), (q, b)):
         train(params, opt, 3)
     for key in a.state[p[0]]:
         move(a.state[p[0]], key)
-    kept = dict(a.state[p[0]])
-    where = {key: x.data_ptr() for key, x in kept.items()}
+    kept = [(key, x, x.data_ptr()) for key, x in a.state[p[0]].items()]
     for t in range(3, 6):  # the third is one that asks torch's C interface
         for params, opt in ((p, a), (q, b)):
             train(params, opt, 1, first=t)
-        for key, x in kept.items():
-            assert a.state[p[0]][key] is x, move
-            assert x.data_ptr() == where[key], move
+        for key, x, address in kept:
+            assert a.state[p[0]][key] is x, (move, key)
+            assert x.data_ptr() == address, (move, key)
             assert torch.equal(x, b.state[q[0]][key]), (move, key)
     assert all(torch.equal(x, y) for x, y in zip(p, q, strict=True))
-
-
-def test_the_same_on_a_gpu(gpus):
-    for move in MOVES:
-        (p, a), (q, b) = make("NAdam"), make("NAdam")
-        gpus.put(p)
-        for t in range(5):
-            if t == 3:
-                move(a.state[p[0]], "exp_avg")
-                kept = a.state[p[0]]["exp_avg"]
-            for params, opt in ((p, a), (q, b)):
-                train(params, opt, 1, first=t)
-        assert a.state[p[0]]["exp_avg"] is kept, move
-        assert torch.equal(kept, b.state[q[0]]["exp_avg"]), move
-        assert all(torch.equal(x, y) for x, y in zip(p, q, strict=True)), move
-
-
-def test_two_processes_that_share_a_state_see_each_others_steps():
-    p, q = (torch.nn.Parameter(torch.zeros(2)) for _ in range(2))
-    a, b = (front.Adam([x], lr=0.1) for x in (p, q))
-    a.init_state()
-    for x in a.state[p].values():
-        x.share_memory_()
-    b.state[q] = dict(a.state[p])  # as another process gets it
-    for _ in range(4):
-        for x, opt in ((p, a), (q, b)):
-            x.grad = torch.ones(2)
-            opt.step()
-            assert a.state[p]["step"].item() == b.state[q]["step"].item()
-    assert b.state[q]["step"].item() == 8
 
 
 @pytest.mark.parametrize(
@@ -139,35 +112,25 @@ def test_a_state_that_cannot_be_stepped_in_place_is_refused(value, error, text):
     assert opt.state[params[1]]["step"] == 3
 
 
-@pytest.mark.parametrize("how", ["load_state_dict", "swap"])
-def test_swapped_parameters_are_stepped_and_not_what_they_were_swapped_with(how, way):
-    torch.manual_seed(0)
-    models = [torch.nn.Linear(4, 8) for _ in range(2)]
-    models[1].load_state_dict(models[0].state_dict())
-    opts = [front.AdamW(models[0].parameters()), torch.optim.AdamW(models[1].parameters())]
-
-    def go(model, opt):
+def test_swapped_parameters_are_stepped_and_not_what_they_were_swapped_with(way):
+    def trained(home):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(4, 8)
+        opt = home.AdamW(model.parameters())
         for t in range(8):
             opt.zero_grad()
             if t == 4:
-                swap(model)
+                model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()})
             model(torch.ones(2, 4)).square().mean().backward()
             opt.step()
+        return list(model.parameters())
 
-    def swap(model):
-        if how == "load_state_dict":
-            torch.__future__.set_swap_module_params_on_conversion(True)
-            try:
-                model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()})
-            finally:
-                torch.__future__.set_swap_module_params_on_conversion(False)
-        else:
-            torch.utils.swap_tensors(model.weight, torch.nn.Parameter(torch.ones(8, 4)))
-
-    for model, opt in zip(models, opts, strict=True):
-        go(model, opt)
-    for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True):
-        torch.testing.assert_close(p, q)
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        for p, q in zip(trained(front), trained(torch.optim), strict=True):
+            torch.testing.assert_close(p, q)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
 
 
 @pytest.mark.parametrize("zero_grads", [False, True])
