@@ -104,6 +104,7 @@ class Parameter:
     copy: Copy | None = None
     shape: tuple[int, ...] = ()
     guard: Any = None  # a weak reference to the array, which makes NumPy refuse to resize it
+    elsewhere: dict[str, int] = field(default_factory=dict)  # addresses of states that lie in no flat array
 
 
 class Treatment(NamedTuple):
@@ -241,6 +242,7 @@ class Plan(ABC):
                 and self._member[k] == self._member[k - 1]
                 and p.offset == previous.offset + previous.extent
                 and not self._adapts(k)
+                and not (p.elsewhere or previous.elsewhere)
                 and all(p.states[name] is previous.states[name] for name in self._rule(k).state)
                 and self._copy_follows(k, runs[-1][0])
             ):
@@ -284,6 +286,9 @@ class Plan(ABC):
             p = self.parameters[k]
             arrays = [p.address, 0]
             for name in self._rule(k).state:
+                if name in p.elsewhere:
+                    arrays.append(p.elsewhere[name])
+                    continue
                 flat = p.states[name]
                 if id(flat) not in states:
                     states[id(flat)] = self._space.address(flat)

@@ -24,11 +24,25 @@ typedef struct {
     void *(*grad)(const void *impl); /* the address of an at::Tensor */
     int32_t (*get_device_index)(void *tensor, int32_t *index);
     int64_t device_type, device_index; /* where all must be; the CPU has no index */
+    int64_t impl_at;                   /* where a Python object of class Tensor has the address of its TensorImpl */
 } torch_functions;
+
+/* A tensor as it was when the plan was made: its Python object, which lives as long as the plan; the TensorImpl that the
+ * object had, which may be another one now; and where its elements began. */
+typedef struct {
+    const char *object;
+    void *impl, *data;
+} known;
+
+/* Tensors that a step writes beside the parameters. */
+typedef struct {
+    const known *tensors;
+    int64_t count;
+} states;
 
 /* A parameter as it was when the plan was made, and the gradient that it must have: the same bytes as in _probe.py. */
 typedef struct {
-    void *impl, *data;
+    known parameter;
     const int64_t *sizes, *strides; /* of both */
     int64_t dim;                    /* -1 for a parameter that must have no gradient */
     int64_t nbytes;                 /* of the gradient */
@@ -54,6 +68,11 @@ static bool hits(const runs *owned, uintptr_t begin, int64_t nbytes) {
     return nbytes && lo && owned->end[lo - 1] > begin;
 }
 
+/* Whether the Python object still has this TensorImpl: only then does that exist. */
+static bool has_impl(const torch_functions *t, const known *k) {
+    return *(void *const *)(k->object + t->impl_at) == k->impl;
+}
+
 static bool is_as(const torch_functions *t, void *tensor, const expected *e, int32_t dtype, void **data) {
     int32_t layout, device, found;
     int64_t dim, *sizes, *strides, elements = 1;
@@ -70,30 +89,47 @@ static bool is_as(const torch_functions *t, void *tensor, const expected *e, int
     return !t->get_data_ptr(tensor, data) && (*data || !elements);
 }
 
-/* Release the gradients that fastopt_gradients held. */
+/* Release the gradients that fastopt_gradients held; those that it did not hold are NULL. */
 void fastopt_release(const torch_functions *t, void **held, int64_t count) {
-    for (int64_t i = 0; i < count; i++) t->delete_tensor_object(held[i]);
+    for (int64_t i = 0; i < count; i++) {
+        if (held[i]) t->delete_tensor_object(held[i]);
+        held[i] = NULL;
+    }
+}
+
+/* Whether all states are where they were. */
+static bool unmoved(const torch_functions *t, const states *s) {
+    for (int64_t i = 0; i < s->count; i++) {
+        known k = s->tensors[i];
+        void *data;
+        if (!has_impl(t, &k) || t->get_data_ptr(&k.impl, &data) || data != k.data) return false;
+    }
+    return true;
 }
 
 /* The addresses of all gradients, which are kept alive until they are released. False, and nothing is held, where a
- * parameter or a gradient is not as expected, or a gradient lies where the step writes. The caller holds Python's lock,
- * so that none goes away meanwhile. */
-bool fastopt_gradients(
-    const torch_functions *t, expected *parameters, int64_t count, const runs *owned, void **pointers, void **held) {
+ * parameter, a state or a gradient is not as expected, or a gradient lies where the step writes. The caller holds
+ * Python's lock, so that none goes away meanwhile. */
+bool fastopt_gradients(const torch_functions *t, expected *parameters, int64_t count, const states *written,
+                       const runs *owned, void **pointers, void **held) {
     int64_t found = 0, i = 0;
     for (; i < count; i++) {
         expected *e = parameters + i;
-        void *data, *gradient = t->grad(e->impl);
+        if (!has_impl(t, &e->parameter)) break;
+        void *data, *gradient = t->grad(e->parameter.impl);
         bool defined;
         if (t->is_defined(gradient, &defined) || defined != (e->dim >= 0)) break;
         if (!defined) continue;
-        if (!is_as(t, &e->impl, e, e->dtype, &data) || data != e->data) break;
+        if (!is_as(t, &e->parameter.impl, e, e->dtype, &data) || data != e->parameter.data) break;
         if (!is_as(t, gradient, e, e->gradient_dtype, pointers + found)) break;
         if (hits(owned, (uintptr_t)pointers[found], e->nbytes)) break;
         if (t->new_tensor_handle(gradient, held + found)) break;
         found++;
     }
-    if (i == count) return true;
+    if (i == count && unmoved(t, written)) return true;
     fastopt_release(t, held, found);
     return false;
 }
+
+/* For the check that Python's tables have the layout of these. */
+int64_t fastopt_expected_size(void) { return sizeof(expected); }

@@ -117,12 +117,15 @@ class DeviceProgress:
     def advance(self, stream: Any) -> None:
         """A step was put on the stream: who wants to know the counts has to fetch them."""
         for c, cohort in enumerate(self._cohorts):
-            cohort.progress.fetch = functools.partial(self._fetch, c, stream)
+            rule = cohort.treatment.rule
+            cohort.progress.fetch = functools.partial(_fetch, self._runtime, self._device, rule, c, stream)
 
-    def _fetch(self, c: int, stream: Any) -> tuple[int, dict[str, float] | None]:
-        row = self._runtime.download(self._device, stream)[c]
-        rule, steps = self._cohorts[c].treatment.rule, int(row[STEPS])
-        if rule.carry is None or steps == 0:
-            return steps, None
-        names = typing.get_type_hints(rule.carry)["return"]._fields
-        return steps, dict(zip(names, row[CARRY:].view(np.float64).tolist(), strict=False))
+
+def _fetch(runtime: Runtime, words: Any, rule: Rule, c: int, stream: Any) -> tuple[int, dict[str, float] | None]:
+    """Steps and carried numbers of a cohort. It knows no cohort, which would know it: a cycle, freed late."""
+    row = runtime.download(words, stream)[c]
+    steps = int(row[STEPS])
+    if rule.carry is None or steps == 0:
+        return steps, None
+    names = typing.get_type_hints(rule.carry)["return"]._fields
+    return steps, dict(zip(names, row[CARRY:].view(np.float64).tolist(), strict=False))

@@ -2,41 +2,47 @@
 
 from __future__ import annotations
 
-from typing import Any
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
-from ._state import STEP, State
+from ..kernels.rule import Options, Rule
+from ._flat import FlatGroups
+from ._state import CARRIED, STATES, STEP, State, carried
 
 
 class _Boxed:
-    """Keeps a tensor from ``torch.optim.Optimizer.load_state_dict``, which would cast it to the parameter's dtype."""
+    """Keeps a tensor from ``torch.optim.Optimizer.load_state_dict``, which would cast it to the parameter's dtype.
+
+    For step counts, too, torch would look for each parameter in the lists of all groups.
+    """
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
 
 
 def _boxed(state: Any) -> Any:
-    """The state of one parameter with its tensors in boxes; "step" is not cast."""
+    """The state of one parameter with its tensors in boxes."""
     if not isinstance(state, dict):
         return state
-    return {k: _Boxed(v) if isinstance(v, Tensor) and k != STEP else v for k, v in state.items()}
+    return {k: _Boxed(v) if isinstance(v, Tensor) else v for k, v in state.items()}
 
 
 def _taken(parameter: Any, state: Any) -> Any:
-    """The state of one parameter as copies of what is in its boxes, on the parameter's device."""
+    """The state of one parameter without boxes: states and numbers as they are, copies of other tensors."""
     if not isinstance(state, dict):
         return state
     taken = {}
     for name, value in state.items():
         if isinstance(value, _Boxed):
-            tensor = value.tensor.detach()
-            value = tensor.clone() if tensor.dim() == 0 else tensor.to(parameter.device, copy=True)
-        elif name == STEP and isinstance(value, Tensor):
-            value = value.detach().clone()
-        elif name != STEP and isinstance(value, float):  # of an older checkpoint; torch would round it to float32
+            value = value.tensor.detach()
+            if name != STEP and name not in CARRIED and (name not in STATES or value.shape != parameter.shape):
+                value = value.clone() if value.dim() == 0 else value.to(parameter.device, copy=True)
+        elif name not in (STEP, *CARRIED) and isinstance(value, float):  # of an older checkpoint
             value = torch.tensor(value, dtype=torch.float64)
         taken[name] = value
     return taken
@@ -45,35 +51,71 @@ def _taken(parameter: Any, state: Any) -> Any:
 class Checkpoints(torch.optim.Optimizer):
     """``state_dict``, ``load_state_dict``, ``copy.deepcopy`` and ``pickle``."""
 
+    _extras: dict[str, Any]
+    _flat: FlatGroups | None
+    _lock: threading.Lock
+    _complete: bool
+    counts_steps: ClassVar[bool]
+    rule_options: ClassVar[Mapping[str, Any]]
+
     @_disable_dynamo
     def state_dict(self) -> dict[str, Any]:
         """A dict as torch.optim's class of the same name returns it, and loads it.
 
-        Tensors are copies: saved, they take their own bytes, not those of the flat memory that holds all states. States
-        of float16 and bfloat16 parameters are float32.
+        Tensors are copies of one moment: later steps do not change them. States of float16 and bfloat16 parameters are
+        float32.
+
+        Raises:
+            RuntimeError: Another thread steps this optimizer.
         """
-        exported = super().state_dict()
-        exported["state"] = {
-            key: {k: v.clone() if isinstance(v, Tensor) else v for k, v in state.items()}
-            if isinstance(state, dict)
-            else state
-            for key, state in exported["state"].items()
-        }
+        self._check_idle("state_dict")
+        return self._copied(super().state_dict(), torch.clone)
+
+    @_disable_dynamo
+    def full_state_dict(self) -> dict[str, Any]:
+        """States and masters in float32 (float64 for parameters of float64), whole where processes hold parts of them.
+
+        For exports; ``state_dict`` is what ``load_state_dict`` resumes from. With distributed parameters all processes
+        must call it, and all get all of it.
+
+        Returns:
+            {"state": {index: {name: tensor}}, "param_groups": [...]}, as ``state_dict``.
+
+        Raises:
+            RuntimeError: Another thread steps this optimizer.
+        """
+        self._check_idle("full_state_dict")
+        return self._copied(super().state_dict(), _whole)
+
+    def _copied(self, exported: dict[str, Any], copy: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+        with self._lock:
+            if isinstance(self.state, State):
+                self.state.watch.settle()
+            exported["state"] = {
+                key: {k: copy(v) if isinstance(v, Tensor) else v for k, v in state.items()}
+                if isinstance(state, dict)
+                else state
+                for key, state in exported["state"].items()
+            }
         return exported
 
     @_disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over a state dict of this class or of torch.optim's class of the same name.
 
-        States stay as precise as they were saved: torch would round those of 16-bit parameters to 16 bits.
+        Tensors are copied once, into the memory that steps work on. States stay as precise as they were saved: torch
+        would round those of 16-bit parameters to 16 bits.
 
         Raises:
             ValueError: It has another number of groups or of parameters, or a state has another shape than its
                 parameter; nothing was changed.
+            KeyError: The state of a parameter lacks its step count or another number of its rule; nothing was changed.
+            RuntimeError: Another thread steps this optimizer.
         """
+        self._check_idle("load_state_dict")
 
         def box(_: Any, loaded: dict[str, Any]) -> dict[str, Any]:
-            self._check_shapes(loaded)
+            self._check_states(loaded)
             return {**loaded, "state": {key: _boxed(state) for key, state in loaded["state"].items()}}
 
         handle = self.register_load_state_dict_pre_hook(box)  # after those of the user
@@ -82,29 +124,59 @@ class Checkpoints(torch.optim.Optimizer):
         finally:
             handle.remove()
 
-    def _check_shapes(self, loaded: dict[str, Any]) -> None:
-        params = [p for group in self.param_groups for p in group["params"]]
-        indices = [i for group in loaded["param_groups"] for i in group["params"]]
-        for index, p in zip(indices, params, strict=False):
-            for name, value in (loaded["state"].get(index) or {}).items():
-                if isinstance(value, Tensor) and value.dim() and value.shape != p.shape:
-                    raise ValueError(
-                        f"{type(self).__name__}.load_state_dict: {name} of parameter {index} has shape "
-                        f"{tuple(value.shape)}, but the parameter has shape {tuple(p.shape)}."
-                    )
+    def _check_states(self, loaded: dict[str, Any]) -> None:
+        where = f"{type(self).__name__}.load_state_dict"
+        for own, group in zip(self.param_groups, loaded["param_groups"], strict=False):
+            numbers = [STEP] * self.counts_steps
+            numbers += carried(self.select_rule({**self.rule_options, **self.defaults, **group}))
+            for index, p in zip(group["params"], own["params"], strict=False):
+                state = loaded["state"].get(index) or {}
+                missing = [name for name in numbers if name not in state]
+                if state and missing:
+                    raise KeyError(f"{where}: parameter {index} has a state that lacks {missing[0]!r}.")
+                for name, value in state.items():
+                    if isinstance(value, Tensor) and value.dim() and value.shape != p.shape:
+                        raise ValueError(
+                            f"{where}: {name} of parameter {index} has shape {tuple(value.shape)}, but the parameter "
+                            f"has shape {tuple(p.shape)}."
+                        )
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "state": self.state, "extras": self._extras}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        state = dict(state)
-        if "extras" in state:  # unpickled or copied: there was no constructor
+        state, groups = dict(state), state["param_groups"]
+        loaded = "extras" not in state
+        if not loaded:  # unpickled or copied: there was no constructor
             self._begin(**state.pop("extras"))
-        state["state"] = State({p: _taken(p, s) for p, s in state["state"].items()})
-        super().__setstate__(state)
-        self.state = State(self.state)
+            self._complete = True
+            self._flatten_again(groups)
+        with self._lock:
+            taken = {p: _taken(p, s) for p, s in state["state"].items()}
+            state["state"] = State.moved(taken, groups, flat=self._flat is not None, copy=loaded)
+            super().__setstate__(state)
 
-    _extras: dict[str, Any]
+    def _flatten_again(self, groups: list[dict[str, Any]]) -> None:
+        """Move the parameters of a copy as those of the original were, or let it be an optimizer that is not flat."""
+        try:
+            for group in groups if self._flat is not None else ():
+                self._flat.add(group["params"], type(self).__name__)  # type: ignore[union-attr]
+        except ValueError:  # parameters that came from another process are shared with it
+            self._flat, self._extras = None, {**self._extras, "flatten": False}
+
+    def select_rule(self, options: Options) -> Rule:
+        raise NotImplementedError
 
     def _begin(self, **extras: Any) -> None:
         raise NotImplementedError
+
+    def _check_idle(self, what: str) -> None:
+        if self._lock.locked():
+            raise RuntimeError(f"{type(self).__name__}.{what}: another thread is using this optimizer.")
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """A copy of all of a tensor, at least float32."""
+    tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor.clone()
+    is_low = tensor.is_floating_point() and tensor.itemsize < 4
+    return tensor.float() if is_low else tensor

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack, to_dlpack
 
 from .._arrays import HOST, Space
 from .._cuda.arrays import Cuda, space
@@ -39,8 +40,15 @@ class Home:
         return torch.zeros(size, dtype=dtype, device=self.device)
 
     def array(self, tensor: Tensor) -> Any:
-        """A flat tensor as plans take it."""
-        return tensor.numpy()
+        """A flat tensor as plans take it; one of 16 bits as integers."""
+        return (tensor.view(torch.int16) if tensor.itemsize == 2 else tensor).numpy()
+
+    def view(self, array: Any, offset: int, memory: Tensor) -> Tensor:
+        """A part of a flat array as a tensor that lies like another, with a storage that covers this part only."""
+        part = array[offset : offset + memory.numel()]
+        if memory.is_contiguous():
+            part = part.reshape(memory.shape)
+        return _laid_out(torch.from_numpy(part), memory)
 
     def capturing(self) -> bool:
         """Whether a step would go into a CUDA graph."""
@@ -65,6 +73,9 @@ class Gpu(Home):
     def array(self, tensor: Tensor) -> Any:
         return tensor
 
+    def view(self, array: Any, offset: int, memory: Tensor) -> Tensor:
+        return _laid_out(from_dlpack(to_dlpack(array[offset : offset + memory.numel()])), memory)
+
     def capturing(self) -> bool:
         with self._runtime.selected():
             return self._runtime.capturing(self._runtime.stream())
@@ -76,6 +87,12 @@ class Gpu(Home):
     def tensor(self, array: Any) -> Tensor:
         """An array of CuPy as a tensor on the same memory."""
         return torch.as_tensor(array, device=self.device)
+
+
+def _laid_out(part: Tensor, memory: Tensor) -> Tensor:
+    if part.dtype is torch.int16:
+        part = part.view(memory.dtype)
+    return part if part.shape == memory.shape else part.as_strided(memory.shape, memory.stride(), 0)
 
 
 class _TorchCuda(Cuda):

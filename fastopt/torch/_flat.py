@@ -11,7 +11,7 @@ from torch import Tensor
 from ..flat import Layout
 from . import _devices
 from ._devices import Home
-from ._tensors import PLAIN, like, parameter_memory
+from ._tensors import PLAIN, parameter_memory, shaped_like
 
 
 class FlatGroup:
@@ -25,10 +25,12 @@ class FlatGroup:
         memories = [parameter_memory(p, where) for p in params]
         layout = Layout.of({str(i): (m.numel(),) for i, m in enumerate(memories)})
         dtype, device = memories[0].dtype, memories[0].device
+        home = _devices.home_of(params[0])
         self._values, self._gradients = (torch.zeros(layout.total, dtype=dtype, device=device) for _ in range(2))
+        arrays = [home.array(flat) for flat in (self._values, self._gradients)]
         self.views = []
-        for p, offset in zip(params, layout.offsets, strict=True):
-            value, view = (like(p, flat, offset)[0] for flat in (self._values, self._gradients))
+        for p, memory, offset in zip(params, memories, layout.offsets, strict=True):
+            value, view = (shaped_like(p, home.view(array, offset, memory)) for array in arrays)
             value.copy_(p.detach())
             if p.grad is not None:
                 view.copy_(p.grad)

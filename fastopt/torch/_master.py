@@ -25,6 +25,10 @@ class Masters:
             for p, master in zip(self._params, self._masters, strict=True):
                 torch.where(p == master.to(p.dtype), master, p.to(master.dtype), out=master)
 
+    def refresh(self) -> None:
+        """Somebody may have written parameters without a trace, as ``.data`` does."""
+        self._versions = []
+
     def wrote(self) -> None:
         """The step rounded the masters to the parameters."""
         self._versions = [p._version for p in self._params]

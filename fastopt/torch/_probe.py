@@ -31,10 +31,12 @@ SHIM = (
 GRAD = "_ZNK3c1010TensorImpl4gradEv"
 DEVICE_TYPES = {"cpu": 0, "cuda": 1}  # c10::DeviceType
 
+KNOWN = np.dtype([("object", np.uint64), ("impl", np.uint64), ("data", np.uint64)])
+"""A tensor: the same bytes as ``known`` in tensors.c."""
+
 EXPECTED = np.dtype(
     [
-        ("impl", np.uint64),
-        ("data", np.uint64),
+        ("parameter", KNOWN),
         ("sizes", np.uint64),
         ("strides", np.uint64),
         ("dim", np.int64),
@@ -58,13 +60,17 @@ class _Library:
         self._functions = [ctypes.cast(function, ctypes.c_void_p).value or 0 for function in functions]
         self.gradients, self.release = own.fastopt_gradients, own.fastopt_release
         self.gradients.restype, self.release.restype = ctypes.c_bool, None
-        self.gradients.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, *[ctypes.c_void_p] * 3]
+        self.gradients.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, *[ctypes.c_void_p] * 4]
+        own.fastopt_expected_size.restype = ctypes.c_int64
+        if own.fastopt_expected_size() != EXPECTED.itemsize:
+            raise OSError(f"{path} belongs to another version of fastopt")
         self.release.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
+        self._impl_at = _impl_offset()
         self.codes = {dtype: self._code(dtype) for dtype in STORED}
 
     def table(self, device: torch.device) -> NDArray[np.uint64]:
-        """What the library is told: torch's functions, and on which device tensors must be."""
-        return np.array([*self._functions, DEVICE_TYPES[device.type], device.index or 0], np.uint64)
+        """What the library is told: torch's functions, where tensors must be, and where objects have their impl."""
+        return np.array([*self._functions, DEVICE_TYPES[device.type], device.index or 0, self._impl_at], np.uint64)
 
     def _code(self, dtype: torch.dtype) -> int:
         """The number that torch's C interface has for a dtype."""
@@ -86,6 +92,30 @@ class _Library:
         return at is not None and ctypes.c_uint64.from_address(at).value == parameter.grad._cdata
 
 
+def _impl_offset() -> int:
+    """Where in a Python object of class Tensor the address of its TensorImpl stands.
+
+    ``torch.utils.swap_tensors`` puts another one there, and the old one may be gone: so it must be looked up in every
+    step. Where that is, no interface says; it is found by looking for it in tensors of several kinds, and tried.
+    """
+    tensors = [torch.zeros(2), torch.nn.Parameter(torch.zeros(3)), torch.zeros(4, dtype=torch.float64)[1:]]
+    for offset in range(0, torch.Tensor.__basicsize__, 8):
+        if all(_address_at(t, offset) == t._cdata for t in tensors):
+            break
+    else:
+        raise OSError("torch's Python objects are not as expected")
+    a, b = torch.zeros(2), torch.zeros(3)
+    before = a._cdata, b._cdata
+    torch.utils.swap_tensors(a, b)  # type: ignore[no-untyped-call]
+    if (_address_at(b, offset), _address_at(a, offset)) != before or (b._cdata, a._cdata) != before:
+        raise OSError("torch's Python objects are not as expected")
+    return offset
+
+
+def _address_at(tensor: Tensor, offset: int) -> int:
+    return ctypes.c_uint64.from_address(id(tensor) + offset).value
+
+
 @functools.cache
 def _library() -> _Library | None:
     """None where torch lacks a function, or fastopt was built without its library: then Python asks."""
@@ -105,6 +135,7 @@ class Probe:
     Args:
         params: All parameters.
         gradient_dtypes: The dtype of the gradient that each of them has; None where it must have none.
+        states: The tensors in ``state`` that a step writes, and where their elements are.
         device: Where they and their gradients are.
         owned: Addresses and bytes of what a step writes, sorted and apart: no gradient may lie there.
     """
@@ -113,24 +144,28 @@ class Probe:
         self,
         params: Sequence[Tensor],
         gradient_dtypes: Sequence[torch.dtype | None],
+        states: Sequence[tuple[Tensor, int]],
         device: torch.device,
         owned: tuple[NDArray[np.uint64], NDArray[np.int64]],
     ) -> None:
         library = _library()
         assert library is not None
-        self._library, self._params = library, params  # their addresses hold while they live
+        self._library = library
+        self._alive = params, states  # the addresses of these objects hold while they live
         self._table = library.table(device)
+        self._known = np.array([(id(t), t._cdata, address) for t, address in states], KNOWN)
+        self._states = np.array([self._known.ctypes.data, len(states)], np.uint64)  # tensors.c's ``states``
         self._expected = np.zeros(len(params), EXPECTED)
         layouts: dict[Any, tuple[NDArray[np.int64], NDArray[np.int64]]] = {}
         for entry, p, dtype in zip(self._expected, params, gradient_dtypes, strict=True):
-            entry["impl"] = p._cdata
+            entry["parameter"] = id(p), p._cdata, p.data_ptr() if dtype is not None else 0
             if dtype is None:
                 entry["dim"] = -1
                 continue
             layout = p.shape, p.stride()
             if layout not in layouts:
                 layouts[layout] = np.array(p.shape, np.int64), np.array(p.stride(), np.int64)
-            entry["data"], entry["dim"], entry["nbytes"] = p.data_ptr(), p.dim(), p.numel() * dtype.itemsize
+            entry["dim"], entry["nbytes"] = p.dim(), p.numel() * dtype.itemsize
             entry["sizes"], entry["strides"] = (x.ctypes.data for x in layouts[layout])
             entry["dtype"], entry["gradient_dtype"] = library.codes[p.dtype], library.codes[dtype]
         self._layouts = layouts
@@ -146,6 +181,7 @@ class Probe:
             self._table.ctypes.data,
             self._expected.ctypes.data,
             len(self._expected),
+            self._states.ctypes.data,
             self._runs.ctypes.data,
             self.pointers.ctypes.data,
             self._held_at,
@@ -165,5 +201,5 @@ class Probe:
         return bool(self._library.gradients(*self._arguments))
 
     def release(self) -> None:
-        """Let the gradients go."""
+        """Let the gradients go, if any are kept alive."""
         self._library.release(self._arguments[0], self._held_at, self._count)

@@ -12,15 +12,16 @@ from torch import Tensor
 from .._step import Request, StepInfo
 from ..kernels.rule import Options
 from . import _devices
+from ._entries import Kind, Treat
 from ._state import State
-from ._update import Kind, Treat, Update
+from ._update import Update
 
 
-def derive(groups: Sequence[Mapping[str, Any]], state: State, treat: Treat, kind: Kind) -> Update | Several:
+def derive(groups: Sequence[Mapping[str, Any]], state: State, kind: Kind) -> Update | Several:
     """What a step needs to know of param groups and state."""
     homes = dict.fromkeys(_devices.home_of(p) for group in groups for p in group["params"]) or {_devices.CPU: None}
     # GPUs first: what a launch may fail of shows before the CPU has written anything.
-    updates = [Update(groups, state, treat, kind, home) for home in sorted(homes, key=lambda home: not home.on_gpu)]
+    updates = [Update(groups, state, kind, home) for home in sorted(homes, key=lambda home: not home.on_gpu)]
     return updates[0] if len(updates) == 1 else Several(updates)
 
 
@@ -37,11 +38,11 @@ class Several:
         """Whether the groups hold the same parameters."""
         return self._updates[0].describes(groups)
 
-    def step(self, request: Request, options: Sequence[Options]) -> StepInfo | None:
+    def step(self, request: Request, options: Sequence[Options], treat: Treat) -> StepInfo | None:
         """Take a step on all devices or on none; None where all must be derived anew. A norm is waited for."""
         self._check_capture(options)
         try:
-            if not all([update.prepare(options, request.zero_grads) for update in self._updates]):  # noqa: C419
+            if not all([update.prepare(options, treat, request.zero_grads) for update in self._updates]):  # noqa: C419
                 return None
             return self._take(request, options)
         finally:
@@ -76,6 +77,16 @@ class Several:
         """Let ``state`` show what only GPUs know; waits for them."""
         for update in self._updates:
             update.settle()
+
+    def make_states(self, options: Sequence[Options], treat: Treat) -> None:
+        """Make all states of the parameters that may get a gradient, without a step."""
+        for update in self._updates:
+            update.make_states(options, treat)
+
+    def refresh(self) -> None:
+        """Let masters follow their parameters in the next step."""
+        for update in self._updates:
+            update.refresh()
 
     def verdict(self) -> Tensor | None:
         """None: the host knows whether the last step was skipped."""

@@ -1,8 +1,10 @@
-"""``optimizer.state`` as torch has it, a dict of tensors for each parameter, on top of flat memory."""
+"""``optimizer.state`` as torch has it, a dict of tensors for each parameter: what a step reads and writes."""
 
 from __future__ import annotations
 
 import functools
+import typing
+import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,31 +15,60 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .._plan import Parameter, Progress
+from .._plan import Progress
 from ..flat import Layout
-from ._devices import CPU, Home
-from ._tensors import COMPUTED, STORED, like
+from ..kernels.registry import RULES
+from ..kernels.rule import Rule
+from . import _devices
+from ._devices import Home
+from ._master import MASTER
+from ._tensors import COMPUTED, address_of, parameter_memory, shaped_like
 
 STEP = "step"
 
+STATES = frozenset({MASTER, *(name for rule in RULES.values() for name in rule.state)})
+"""Names of the tensors that have their parameter's shape."""
+
+
+def carried(rule: Rule) -> tuple[str, ...]:
+    """Names of the numbers that a rule has beside the step count."""
+    return typing.get_type_hints(rule.carry)["return"]._fields if rule.carry else ()
+
+
+CARRIED = frozenset(name for rule in RULES.values() for name in carried(rule))
+"""Those of all rules."""
+
 
 class Watch:
-    """Holds what was derived from the state, until somebody changes the state."""
+    """Knows what was derived from the state, until somebody changes the state.
 
-    __slots__ = ("derived",)
+    The optimizer owns it: a reference from here would be a cycle, which only the garbage collector frees.
+    """
+
+    __slots__ = ("_derived",)
 
     def __init__(self) -> None:
-        self.derived: Any = None
+        self._derived: weakref.ref[Any] | None = None
+
+    @property
+    def derived(self) -> Any:
+        """What was derived, or None."""
+        return None if self._derived is None else self._derived()
+
+    @derived.setter
+    def derived(self, derived: Any) -> None:
+        self._derived = weakref.ref(derived)
 
     def settle(self) -> None:
-        """Somebody reads the state: let it show what until now only a GPU knows."""
-        if self.derived is not None:
-            self.derived.settle()
+        """Somebody reads the state: let it show all steps that were taken."""
+        derived = self.derived
+        if derived is not None:
+            derived.settle()
 
     def drop(self) -> None:
         """Forget what was derived, with the state up to date."""
         self.settle()
-        self.derived = None
+        self._derived = None
 
 
 def _watched(name: str, tell: Callable[[Watch], None] = Watch.drop) -> Callable[..., Any]:
@@ -81,21 +112,29 @@ class _Watched(defaultdict[Any, Any]):
 class ParameterState(_Watched):
     """The state of one parameter."""
 
-    def __init__(self, watch: Watch, items: Mapping[str, Any]) -> None:
+    def __init__(self, watch: Watch, items: Mapping[str, Any], slot: Slot | None = None) -> None:
         super().__init__(None, items)
         self.watch = watch
-        self.slot: Slot | None = None
+        self.slot = slot
+        self.untouched: dict[str, tuple[Tensor, int]] = {}  # made without a step, and their versions then
+
+    def show(self, slot: Slot, tensors: Mapping[str, Tensor]) -> None:
+        """Take what a step reads and writes."""
+        self.slot = slot
+        for name, tensor in tensors.items():
+            dict.__setitem__(self, name, tensor)
+
+    def remember(self) -> None:
+        """The states are what they were made as, without a step."""
+        self.untouched = {name: (tensor, tensor._version) for name, tensor in dict.items(self)}
 
     @property
-    def in_place(self) -> bool:
-        """Whether the entries are still those that were made for the slot."""
-        return self.slot is not None and all(dict.get(self, name) is entry for name, entry in self.slot.entries.items())
-
-    def show(self, slot: Slot) -> None:
-        """Take the entries of the slot."""
-        self.slot = slot
-        for name, entry in slot.entries.items():
-            dict.__setitem__(self, name, entry)
+    def is_untouched(self) -> bool:
+        """Whether the states were made without a step, and nobody wrote them since."""
+        return bool(self.untouched) and all(
+            dict.get(self, name) is tensor and tensor._version == version
+            for name, (tensor, version) in self.untouched.items()
+        )
 
     def __copy__(self) -> dict[str, Any]:  # type: ignore[override]
         return dict(self)
@@ -113,12 +152,48 @@ class State(_Watched):
         for key, value in items.items():
             dict.__setitem__(self, key, value)
 
+    @classmethod
+    def moved(cls, items: Mapping[Any, Any], groups: Iterable[Mapping[str, Any]], *, flat: bool, copy: bool) -> State:
+        """States in memory that is made for parameters together, so that a step can write all numbers at once.
+
+        Args:
+            items: The states.
+            groups: The param groups.
+            flat: Whether parameters are neighbours in memory: then their states are moved, too.
+            copy: Whether ``items`` has tensors of others, which are copied; else they stay what they are.
+        """
+        state = cls(items)
+        alike: dict[Any, list[tuple[Tensor, Tensor]]] = {}
+        for g, group in enumerate(groups):
+            for p in group["params"]:
+                if dict.get(state, p) and isinstance(state._raw(p), dict):
+                    try:
+                        memory = parameter_memory(p, "")
+                    except (NotImplementedError, TypeError, ValueError):
+                        continue  # such as one on the meta device: a step says so, if it gets that far
+                    alike.setdefault((memory.dtype, g if flat else 0, _devices.home_of(p)), []).append((p, memory))
+        for (*_, home), members in alike.items():
+            arena = Arena([memory for _, memory in members], home)
+            for index, (p, memory) in enumerate(members):
+                slot, values = Slot(arena, index, layout_of(memory)), dict(state._raw(p))
+                for name, value in values.items():
+                    if name == STEP or name in CARRIED:
+                        values[name] = slot.add_number(name, number(value))
+                    elif name in STATES and (copy or flat) and isinstance(value, Tensor) and value.shape == p.shape:
+                        values[name] = slot.add_state(name, p, memory)
+                        values[name].copy_(value.detach())
+                state.keep(p, ParameterState(state.watch, values, slot))
+        return state
+
+    def _raw(self, parameter: Tensor) -> Any:
+        return dict.get(self, parameter, {})
+
     def of(self, parameter: Tensor) -> ParameterState:
         """The state of a parameter, watched from now on."""
-        found = dict.get(self, parameter, {})
-        if type(found) is not ParameterState or found.watch is not self.watch:
-            found = ParameterState(self.watch, found)
-        return found
+        state = self._raw(parameter)
+        if type(state) is not ParameterState or state.watch is not self.watch:
+            state = ParameterState(self.watch, state)
+        return state
 
     def keep(self, parameter: Tensor, state: ParameterState) -> None:
         """Let a state that ``of`` returned be that of the parameter."""
@@ -136,10 +211,11 @@ class State(_Watched):
         return defaultdict, (dict,), None, None, iter(self.items())
 
 
-class Block:
-    """States of parameters that got their first gradient together: one flat tensor per name, and their numbers.
+class Arena:
+    """Memory for the states of parameters that get theirs together: one flat array per name, and their numbers.
 
-    The flat tensors are on the parameters' device. The numbers are on the CPU, where torch has step counts, too.
+    A tensor in it has a storage of its own that covers its bytes: whoever saves, copies or shares one takes no others
+    along. The flat arrays are on the parameters' device. The numbers are on the CPU, where torch has step counts, too.
 
     Args:
         memories: The real tensors of the parameters, of one compute dtype.
@@ -148,81 +224,62 @@ class Block:
 
     def __init__(self, memories: Sequence[Tensor], home: Home) -> None:
         self.home = home
-        self.layout = Layout.of({str(i): (m.numel(),) for i, m in enumerate(memories)})
         self.size = len(memories)
+        layout = Layout.of({str(i): (m.numel(),) for i, m in enumerate(memories)})
+        self.offsets, self._total = layout.offsets, layout.total
+        self.extents = np.diff([*layout.offsets, layout.total]).tolist()
         self.arrays: dict[str, Any] = {}
-        self._dtype: torch.dtype = COMPUTED[memories[0].dtype]
-        self._tensors: dict[str, Tensor] = {}
-        self._homes: dict[str, Home] = {}
+        self.numbers: dict[str, NDArray[Any]] = {}
+        self._dtype = COMPUTED[memories[0].dtype]
 
-    def state(self, name: str) -> Tensor:
-        """The flat tensor of a state."""
-        return self._tensor(name, self.layout.total, self._dtype, self.home)
+    def array(self, name: str) -> Any:
+        """The flat array of a state, as plans take it."""
+        if name not in self.arrays:
+            self.arrays[name] = self.home.array(self.home.zeros(self._total, self._dtype))
+        return self.arrays[name]
 
-    def numbers(self, name: str) -> Tensor:
+    def number(self, name: str) -> NDArray[Any]:
         """A number per parameter. Step counts are float32, as in torch; what a rule carries is exact."""
-        return self._tensor(name, self.size, torch.float32 if name == STEP else torch.float64, CPU)
-
-    def _tensor(self, name: str, size: int, dtype: torch.dtype, home: Home) -> Tensor:
-        if name not in self._tensors:
-            self._tensors[name] = home.zeros(size, dtype)
-            self._homes[name] = home
-            self.arrays[name] = home.array(self._tensors[name])
-        return self._tensors[name]
-
-    def tensors(self) -> Iterable[Tensor]:
-        """The flat tensors."""
-        return self._tensors.values()
-
-    def refresh(self) -> None:
-        """Find the memory again, which ``Tensor.share_memory_`` moves."""
-        for name, tensor in self._tensors.items():
-            self.arrays[name] = self._homes[name].array(tensor)
-
-    def record(self, index: int, parameter: Tensor, memory: Tensor, group: int, progress: Progress) -> Parameter:
-        """The plan's record of a parameter."""
-        offsets = (*self.layout.offsets, self.layout.total)
-        return Parameter(
-            name=str(index),
-            array=parameter,  # type: ignore[arg-type]
-            size=memory.numel(),
-            dtype=STORED[memory.dtype].name,
-            group=group,
-            offset=offsets[index],
-            extent=offsets[index + 1] - offsets[index],
-            address=memory.data_ptr(),
-            states=self.arrays,
-            progress=progress,
-        )
+        if name not in self.numbers:
+            self.numbers[name] = np.zeros(self.size, np.float32 if name == STEP else np.float64)
+        return self.numbers[name]
 
 
 @dataclass(eq=False)
 class Slot:
-    """The place of a parameter in a block, how the parameter lies in memory, and what ``state`` shows of it."""
+    """The place of a parameter in an arena, how the parameter lies in memory, and the tensors that were made there."""
 
-    block: Block
+    arena: Arena
     index: int
     layout: tuple[Any, ...]
     entries: dict[str, Tensor] = field(default_factory=dict)
+    _addresses: dict[str, int] = field(default_factory=dict)
 
-    def add_number(self, name: str) -> None:
-        """Show a number."""
-        if name not in self.entries:
-            self.entries[name] = self.block.numbers(name)[self.index]
+    def add_number(self, name: str, value: float) -> Tensor:
+        """A number."""
+        numbers = self.arena.number(name)
+        numbers[self.index] = value
+        return self._add(name, torch.from_numpy(numbers[self.index : self.index + 1].reshape(())))
 
-    def add_state(self, name: str, parameter: Tensor, value: Tensor | None, start: float, where: str) -> None:
-        """Show a state, which begins with ``value`` where there is one, else with ``start``."""
-        if value is not None and value.shape != parameter.shape:
-            raise ValueError(
-                f"{where}: state {name!r} has shape {tuple(value.shape)}, but the parameter has shape "
-                f"{tuple(parameter.shape)}."
-            )
-        entry, flat = like(parameter, self.block.state(name), self.block.layout.offsets[self.index])
-        if value is not None:
-            entry.copy_(value)
-        elif start:
-            flat.fill_(start)
+    def add_state(self, name: str, parameter: Tensor, memory: Tensor) -> Tensor:
+        """A state of zeros for the parameter, whose real tensor is ``memory``."""
+        array, offset = self.arena.array(name), self.arena.offsets[self.index]
+        return self._add(name, shaped_like(parameter, self.arena.home.view(array, offset, memory)))
+
+    def _add(self, name: str, entry: Tensor) -> Tensor:
+        self._addresses[name] = address_of(entry)
         self.entries[name] = entry
+        return entry
+
+    def holds(self, name: str, value: Any) -> bool:
+        """Whether this is the tensor that was made here under this name, with the memory that it was given."""
+        entry = self.entries.get(name)
+        return entry is not None and value is entry and address_of(entry) == self._addresses[name]
+
+
+def layout_of(memory: Tensor) -> tuple[Any, ...]:
+    """How a parameter lies in memory, as far as its states must lie likewise."""
+    return memory.shape, memory.stride(), COMPUTED[memory.dtype]
 
 
 def number(value: Any) -> float:
@@ -231,20 +288,27 @@ def number(value: Any) -> float:
 
 
 class Mirror:
-    """Shows how far cohorts have come in the tensors of ``state``, and notices where somebody else wrote these."""
+    """Shows how far cohorts have come in the tensors of ``state``, and notices where somebody else wrote these.
 
-    def __init__(self, records: Sequence[Parameter], slots: Sequence[Slot]) -> None:
-        places: dict[tuple[int, int], list[int]] = {}
-        for k, (record, slot) in enumerate(zip(records, slots, strict=True)):
-            places.setdefault((id(record.progress), id(slot.block)), []).append(k)
+    Args:
+        numbers: Of each parameter its progress, its slot, and the tensors of its numbers by name.
+    """
+
+    def __init__(self, numbers: Sequence[tuple[Progress, Slot, Mapping[str, Tensor]]]) -> None:
+        places: dict[tuple[int, int, str], list[int]] = {}
         self._shown: list[tuple[NDArray[Any], Any, Progress, str]] = []
+        for k, (progress, slot, tensors) in enumerate(numbers):
+            for name, tensor in tensors.items():
+                if slot.holds(name, tensor):
+                    places.setdefault((id(progress), id(slot.arena), name), []).append(k)
+                else:
+                    self._shown.append((tensor.detach().numpy().reshape(-1), slice(None), progress, name))
+        for (_, _, name), members in places.items():
+            progress, slot, _ = numbers[members[0]]
+            indices = [numbers[k][1].index for k in members]
+            where: Any = slice(None) if indices == list(range(slot.arena.size)) else np.array(indices)
+            self._shown.append((slot.arena.numbers[name], where, progress, name))
         self._values: list[Any] = []
-        for members in places.values():
-            slot, progress = slots[members[0]], records[members[0]].progress
-            indices = [slots[k].index for k in members]
-            where: Any = slice(None) if indices == list(range(slot.block.size)) else np.array(indices)
-            names = [name for name in (STEP, *(progress.carry or {})) if name in slot.entries]
-            self._shown += [(slot.block.arrays[name], where, progress, name) for name in names]
         for array, where, progress, name in self._shown:
             self._values.append(self._value(array, progress, name))
             array[where] = self._values[-1]

@@ -46,7 +46,8 @@ def local(tensor: Tensor, where: str) -> Tensor:
         return wait() if wait is not None else held
     if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
         raise TypeError(f"{where} is a {type(tensor).__name__}, whose memory fastopt does not know how to reach.")
-    return tensor
+    with torch._C.DisableTorchFunctionSubclass():  # a subclass that only adds to Tensor: what it adds is not asked
+        return tensor.as_subclass(Tensor)
 
 
 def real(tensor: Tensor) -> Tensor:
@@ -71,15 +72,39 @@ def same_layout(a: Tensor, b: Tensor) -> bool:
     return all(n == 1 or s == t for n, s, t in zip(a.shape, a.stride(), b.stride(), strict=True))
 
 
-def like(parameter: Tensor, flat: Tensor, offset: int) -> tuple[Tensor, Tensor]:
-    """A part of a flat tensor, shaped and laid out like a parameter, and the same part as real numbers."""
-    held = local(parameter.detach(), "the parameter")
-    memory = real(held)
-    part = flat.as_strided(memory.shape, memory.stride(), offset)
-    view = torch.view_as_complex(part) if held.is_complex() else part
-    if held is parameter or type(parameter) in PLAIN:
-        return view, part
-    return distributed_like(parameter, view), part
+def address_of(tensor: Tensor) -> int:
+    """Where the elements of a tensor, or of this process's part of it, begin."""
+    return (tensor if type(tensor) in PLAIN else local(tensor, "a state")).data_ptr()
+
+
+def shaped_like(parameter: Tensor, part: Tensor) -> Tensor:
+    """A real tensor that lies like a parameter's memory, as ``state`` shows it: complex or distributed, as that is."""
+    view = torch.view_as_complex(part) if parameter.is_complex() else part
+    return distributed_like(parameter, view) if hasattr(parameter, "device_mesh") else view
+
+
+def state_address(value: Any, memory: Tensor, where: str) -> int:
+    """Where a state begins that lies like the real tensor of its parameter, or an error."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{where} is a {type(value).__name__}; needed is a tensor.")
+    held, dtype = local(value.detach(), where), COMPUTED[memory.dtype]
+    plain = held.layout is torch.strided and not held.is_conj() and not held.is_neg()
+    real_part = real(held) if plain else held
+    if real_part.shape != memory.shape:
+        raise ValueError(
+            f"{where} has shape {tuple(real_part.shape)}, but the parameter has shape {tuple(memory.shape)}."
+        )
+    if real_part.dtype != dtype or held.device != memory.device:
+        raise TypeError(
+            f"{where} is {held.dtype} on {held.device}; needed is {dtype} on {memory.device}. Convert it with "
+            f".to({str(memory.device)!r}, {dtype})."
+        )
+    if not plain or not same_layout(real_part, memory):
+        raise ValueError(
+            f"{where} does not lie in memory as its parameter does, whose strides are {memory.stride()}. Copy it into "
+            "torch.zeros_like of the parameter."
+        )
+    return real_part.data_ptr()
 
 
 def distributed_like(parameter: Tensor, part: Tensor) -> Tensor:
@@ -131,6 +156,8 @@ def gradient_memory(gradient: Tensor, memory: Tensor, has_master: bool, where: s
     held = gradient.detach()
     if held.device != memory.device:
         raise ValueError(f"{where}: {name} is on {memory.device}, but its gradient is on {held.device}.")
+    if held._is_zerotensor():  # which has no memory
+        held = held.clone()
     held = real(held.resolve_conj()).resolve_neg()
     if held.shape != memory.shape:
         raise ValueError(
@@ -143,10 +170,9 @@ def gradient_memory(gradient: Tensor, memory: Tensor, has_master: bool, where: s
     return torch.empty_strided(memory.shape, memory.stride(), dtype=held.dtype, device=held.device).copy_(held)
 
 
-def check_apart(memories: Sequence[Tensor], names: Sequence[str], where: str) -> None:
-    """Refuse tensors that share memory: each would be updated twice."""
-    starts = np.array([m.data_ptr() for m in memories], np.uint64)
-    clash = first_overlap(starts, np.array([m.nbytes for m in memories], np.int64))
+def check_apart(starts: Sequence[int], nbytes: Sequence[int], names: Sequence[str], where: str) -> None:
+    """Refuse memory of parameters and states that is shared: each would be updated twice."""
+    clash = first_overlap(np.array(starts, np.uint64), np.array(nbytes, np.int64))
     if clash is not None:
         a, b = (names[k] for k in clash)
         raise ValueError(f"{where}: {a} and {b} share memory; they would be updated twice. Pass one of them.")

@@ -20,13 +20,14 @@ from .._step import Request, StepInfo
 from ..kernels.rule import Options, Rule
 from . import _devices
 from ._checkpoints import Checkpoints
+from ._entries import Kind
 from ._flat import FlatGroups
 from ._lr import DeviceRates
 from ._scale import request_for
 from ._several import Several, derive
 from ._state import State
 from ._tensors import FLOATING, PLAIN, check_apart, parameter_memory
-from ._update import Kind, Update
+from ._update import Update
 
 FIXED = (bool, int, float, str)
 """Types whose objects never change."""
@@ -90,7 +91,9 @@ class TensorOptimizer(Checkpoints):
             )
         capturable = self._adds_capturable and kwargs.pop("capturable", False)
         super().__init__(params, *args, **kwargs)
-        self.state = State(self.state)
+        self._accept(0)
+        self._complete = True
+        self.state = State.moved(self.state, self.param_groups, flat=self._flat is not None, copy=False)
         if boolean(capturable, f"{type(self).__name__}: capturable"):
             self.defaults["capturable"] = True
             for group in self.param_groups:
@@ -120,6 +123,8 @@ class TensorOptimizer(Checkpoints):
         self._extras = extras
         self.last_info = StepInfo()
         self._lock = threading.Lock()
+        self._complete = False  # whether the constructor is done, or there was none
+        self._derived: Update | Several | None = None  # ``state`` knows it, too, but does not keep it alive
         self._seen: list[dict[str, Any]] = []
         self._objects: list[Any] | None = None  # what is in the groups, where nothing but an exchange can change it
         self._options: list[dict[str, Any]] = []
@@ -145,19 +150,24 @@ class TensorOptimizer(Checkpoints):
         Raises:
             TypeError, ValueError: As for the constructor; the optimizer is then unchanged.
         """
-        super().add_param_group(param_group)
-        try:
-            self._check_parameters()
-            if self._flat is not None:
-                self._flat.add(self.param_groups[-1]["params"], type(self).__name__)
-        except (ImportError, RuntimeError, TypeError, ValueError):
-            self.param_groups.pop()
-            raise
+        self._check_idle("add_param_group")
+        with self._lock:
+            super().add_param_group(param_group)
+            if self._complete:
+                try:
+                    self._accept(len(self.param_groups) - 1)
+                except BaseException:
+                    self.param_groups.pop()
+                    raise
 
-    def _check_parameters(self) -> None:
-        """Refuse early what a step would refuse. Other devices and layouts may still change before the first step."""
+    def _accept(self, first: int) -> None:
+        """Refuse early what a step would refuse in groups from this one on, and flatten them.
+
+        Other devices and layouts may still change before the first step.
+        """
+        where = type(self).__name__
         named = [
-            (f"parameter {i} of group {g}", p)
+            (f"parameter {i} of group {g}", p, g >= first)
             for g, group in enumerate(self.param_groups)
             for i, p in enumerate(group["params"])
             if type(p) in PLAIN
@@ -165,12 +175,15 @@ class TensorOptimizer(Checkpoints):
             and p.layout is torch.strided
             and p.dtype in FLOATING
         ]
-        where = type(self).__name__
-        for home in {_devices.home_of(p) for _, p in named}:
+        for home in {_devices.home_of(p) for _, p, new in named if new}:
             if home.on_gpu:
                 home.require()
-        memories = [parameter_memory(p, f"{where}: {name}") for name, p in named]
-        check_apart(memories, [name for name, _ in named], where)
+        memories = [parameter_memory(p, f"{where}: {name}") if new else p for name, p, new in named]
+        starts, nbytes = [m.data_ptr() for m in memories], [m.nbytes for m in memories]
+        check_apart(starts, nbytes, [name for name, *_ in named], where)
+        if self._flat is not None:
+            for group in self.param_groups[first:]:
+                self._flat.add(group["params"], where)
 
     # --- the step ------------------------------------------------------------------------------------------------
 
@@ -209,13 +222,9 @@ class TensorOptimizer(Checkpoints):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if not self._lock.acquire(blocking=False):
-            raise RuntimeError(f"{type(self).__name__}.step: another thread is using this optimizer.")
-        try:
-            with torch.no_grad():
-                self.last_info = self._step()
-        finally:
-            self._lock.release()
+        self._check_idle("step")
+        with self._lock, torch.no_grad():
+            self.last_info = self._step()
         return loss
 
     _watched_step = Optimizer.profile_hook_step(_plain_step)
@@ -235,6 +244,9 @@ class TensorOptimizer(Checkpoints):
         found: Any = getattr(self, "found_inf", None)
         asked = Request(1.0, 0, self._max_norm, self._skip_nonfinite, self._zero_grads)
         options = self._current_options()
+        if not dict.__len__(self.state) and scale is None and found is None and self._asks_for_states(options):
+            self._make_states(options)
+            return StepInfo()
         for _ in range(2):
             update = self._update()
             self._rates.check(update.home, type(self).__name__)
@@ -246,7 +258,7 @@ class TensorOptimizer(Checkpoints):
                 if self._zero_grads:
                     self.zero_grad(set_to_none=False)
                 return StepInfo(True)
-            info = update.step(request, options)
+            info = update.step(request, options, self.treat)
             del alive
             if info is not None:
                 return info
@@ -262,9 +274,61 @@ class TensorOptimizer(Checkpoints):
             where = type(self).__name__
             kind = Kind(where, self.counts_steps, self._master, self._flat)
             watch.drop()
-            watch.derived = derive(self.param_groups, self.state, self.treat, kind)
-        derived: Update | Several = watch.derived
-        return derived
+            self._derived = None
+            self._derived = watch.derived = derive(self.param_groups, self.state, kind)
+        assert self._derived is not None
+        return self._derived
+
+    # --- states without a step -----------------------------------------------------------------------------------
+
+    @_disable_dynamo
+    def init_state(self) -> None:
+        """Make the states of all parameters that require a gradient now, with a step count of 0.
+
+        For tools that want states to exist before the first step. Training is the same with and without, and calling
+        it again changes nothing.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: As ``step``.
+
+        Example:
+            >>> import torch, fastopt.torch
+            >>> w = torch.nn.Parameter(torch.ones(2))
+            >>> opt = fastopt.torch.AdamW([w])
+            >>> opt.init_state()
+            >>> {name: x.tolist() for name, x in opt.state[w].items()}
+            {'step': 0.0, 'exp_avg': [0.0, 0.0], 'exp_avg_sq': [0.0, 0.0]}
+        """
+        self._check_idle("init_state")
+        with self._lock, torch.no_grad():
+            self._make_states(self._current_options())
+
+    def _make_states(self, options: list[dict[str, Any]]) -> None:
+        self._update().make_states(options, self.treat)
+        self.state.watch.drop()  # the first step begins from these states, with the options of then
+
+    def _asks_for_states(self, options: list[dict[str, Any]]) -> bool:
+        """Whether this step is one of torch.distributed.checkpoint's helpers, which wants states and nothing else.
+
+        They set every lr to 0 and all gradients to zero. No state exists, as the caller knows.
+        """
+        if any(group.get("lr") for group in options):
+            return False
+        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if not grads or any(g.layout is not torch.strided or _devices.home_of(g).capturing() for g in grads):
+            return False
+        return not any(bool(g.any()) for g in grads)
+
+    @_disable_dynamo
+    def refresh(self) -> None:
+        """Parameters were written from outside, perhaps through ``.data``: masters follow them in the next step.
+
+        Writes that autograd sees (``copy_``, ``model.load_state_dict``) need no call.
+        """
+        self._check_idle("refresh")
+        with self._lock:
+            if self._derived is not None:
+                self._derived.refresh()
 
     @_disable_dynamo
     def upload_options(self) -> None:
@@ -276,11 +340,13 @@ class TensorOptimizer(Checkpoints):
             TypeError, ValueError: Options that are wrong; nothing was uploaded.
             RuntimeError: No step was taken yet with ``capturable=True``, or not with options of this kind.
         """
-        options = self._current_options()
-        derived = self.state.watch.derived if isinstance(self.state, State) else None
-        if derived is None or not derived.is_capturable:
-            raise RuntimeError(f"{type(self).__name__}.upload_options: no step was taken yet with capturable=True.")
-        derived.upload_options(options)
+        self._check_idle("upload_options")
+        with self._lock:
+            options = self._current_options()
+            derived = self.state.watch.derived if isinstance(self.state, State) else None
+            if derived is None or not derived.is_capturable:
+                raise RuntimeError(f"{type(self).__name__}.upload_options: no step was taken yet with capturable=True.")
+            derived.upload_options(options)
 
     def _tell_skipped(self, found: Tensor) -> None:
         """Write 1 where the last step was skipped, else 0; not waited for."""

@@ -114,14 +114,16 @@ def test_weights_move_where_those_of_torch_stay_stuck():
     assert w.tolist() == [0.98046875] * 4  # 0.98 to the nearest bfloat16
 
 
-def test_parameters_that_somebody_writes_are_taken_over():
+@pytest.mark.parametrize("traced", [True, False])
+def test_parameters_that_somebody_writes_are_taken_over(traced):
     w = torch.nn.Parameter(torch.ones(2, dtype=torch.bfloat16))
     opt = front.SGD([w], lr=1e-4, master_weights=True)
     for _ in range(3):
         w.grad = torch.ones(2, dtype=torch.bfloat16)
         opt.step()
-    with torch.no_grad():
-        w[1] = 5.0
+    (w.detach() if traced else w.data)[1] = 5.0
+    if not traced:
+        opt.refresh()
     w.grad = torch.ones(2, dtype=torch.bfloat16)
     opt.step()
     torch.testing.assert_close(opt.state[w]["master_param"], torch.tensor([0.9996, 4.9999]), rtol=1e-6, atol=0)

@@ -9,44 +9,12 @@ import pickle
 import pytest
 
 torch = pytest.importorskip("torch")
+from torch_problem import CLASSES, every_class, gradients, make, train  # noqa: E402
+
 import fastopt.torch as front  # noqa: E402 - needs torch
 
-CLASSES = {
-    "SGD": {"momentum": 0.9, "dampening": 0.5},
-    "Adagrad": {"lr_decay": 0.1},
-    "Adadelta": {},
-    "RMSprop": {"momentum": 0.9, "centered": True},
-    "Rprop": {},
-    "ASGD": {"t0": 1.0, "lambd": 0.1},
-    "Adam": {"amsgrad": True},
-    "AdamW": {},
-    "Adamax": {},
-    "NAdam": {},
-    "RAdam": {},
-    "Lion": {},
-    "LARS": {"lr": 0.1},
-}
 IN_TORCH = [name for name in CLASSES if name not in ("Lion", "LARS")]
-every_class = pytest.mark.parametrize("name", CLASSES)
 every_torch_class = pytest.mark.parametrize("name", IN_TORCH)
-
-
-def make(name, *, dtype=torch.float32, home=front, seed=0, **options):
-    torch.manual_seed(seed)
-    params = [torch.nn.Parameter(torch.randn(shape, dtype=dtype)) for shape in ((5, 7), (3,), (), (0, 2))]
-    return params, getattr(home, name)(params, **CLASSES[name], **options)
-
-
-def gradients(params, t):
-    torch.manual_seed(1000 + t)
-    return [torch.randn(p.shape).to(p.dtype) for p in params]
-
-
-def train(params, opt, steps, first=0):
-    for t in range(first, first + steps):
-        for p, g in zip(params, gradients(params, t), strict=True):
-            p.grad = g
-        opt.step()
 
 
 def copy_into(params, others):

@@ -1,0 +1,293 @@
+"""fastopt.torch: what ``state`` shows is what a step reads and writes, in memory of its own."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+
+import pytest
+
+torch = pytest.importorskip("torch")
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+from torch_problem import CLASSES, every_class, gradients, make, train  # noqa: E402
+
+import fastopt.torch as front  # noqa: E402 - needs torch
+
+
+@pytest.fixture(params=["C", "Python"])
+def way(request, monkeypatch):
+    """How gradients and states are looked at; without torch's C interface Python does it."""
+    if request.param == "Python":
+        monkeypatch.setattr(front._update.Probe, "available", lambda: False)
+    return request.param
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    import torch_stand_in
+
+    yield from torch_stand_in.torch_gpus(monkeypatch)
+
+
+@pytest.fixture(params=["cpu", "gpu"])
+def place(request):
+    """Puts parameters on the CPU, or where the stand-in of a GPU finds them."""
+    return request.getfixturevalue("gpus").put if request.param == "gpu" else lambda params: params
+
+
+def _put_another(state, name):
+    state[name] = state[name].clone()
+
+
+def _new_memory(state, name):
+    state[name].data = state[name].clone()
+
+
+def _set(state, name):
+    state[name].set_(state[name].clone())
+
+
+def _swap(state, name):
+    torch.utils.swap_tensors(state[name], state[name].clone())
+
+
+def _share(state, name):
+    state[name].share_memory_()
+
+
+MOVES = [_put_another, _new_memory, _set, _swap, _share]
+
+
+@every_class
+def test_tensors_that_the_user_moves_are_stepped_where_they_are(name, way):
+    for move in MOVES:
+        assert_stepped_in_place(name, move)
+
+
+def test_tensors_that_the_user_moves_are_stepped_where_they_are_on_a_gpu(gpus):
+    for move in MOVES:
+        assert_stepped_in_place("NAdam", move, gpus.put)
+
+
+def assert_stepped_in_place(name, move, place=lambda params: None):
+    (p, a), (q, b) = make(name), make(name)
+    place(p)
+    for params, opt in ((p, a), (q, b)):
+        train(params, opt, 3)
+    for key in a.state[p[0]]:
+        move(a.state[p[0]], key)
+    kept = [(key, x, x.data_ptr()) for key, x in a.state[p[0]].items()]
+    for t in range(3, 6):  # the third is one that asks torch's C interface
+        for params, opt in ((p, a), (q, b)):
+            train(params, opt, 1, first=t)
+        for key, x, address in kept:
+            assert a.state[p[0]][key] is x, (move, key)
+            assert x.data_ptr() == address, (move, key)
+            assert torch.equal(x, b.state[q[0]][key]), (move, key)
+    assert all(torch.equal(x, y) for x, y in zip(p, q, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "text"),
+    [
+        (lambda p: torch.zeros(4), ValueError, r"has shape \(4,\), but the parameter has shape \(5, 7\)"),
+        (lambda p: torch.zeros(5, 7).double(), TypeError, r"is torch.float64 on cpu; needed is torch.float32 on cpu"),
+        (lambda p: torch.zeros(7, 5).t(), ValueError, "does not lie in memory as its parameter does"),
+        (lambda p: torch.zeros(1).expand(5, 7), ValueError, "does not lie in memory as its parameter does"),
+        (lambda p: torch.zeros(5, 7, device="meta"), TypeError, "is torch.float32 on meta"),
+        (lambda p: 0.5, TypeError, "is a float; needed is a tensor"),
+        (lambda p: p.detach(), ValueError, "share memory; they would be updated twice"),
+    ],
+)
+def test_a_state_that_cannot_be_stepped_in_place_is_refused(value, error, text):
+    params, opt = make("AdamW")
+    train(params, opt, 3)
+    opt.state[params[0]]["exp_avg"] = value(params[0])
+    before = copy.deepcopy([x.detach() for x in params]), opt.state[params[0]]["exp_avg_sq"].clone()
+    with pytest.raises(error, match=f"AdamW: .*parameter 0 of group 0.* {text}"):
+        train(params, opt, 1, first=3)
+    assert all(torch.equal(x, y) for x, y in zip(params, before[0], strict=True))
+    assert torch.equal(opt.state[params[0]]["exp_avg_sq"], before[1])
+    assert opt.state[params[1]]["step"] == 3
+
+
+def test_swapped_parameters_are_stepped_and_not_what_they_were_swapped_with(way):
+    def trained(home):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(4, 8)
+        opt = home.AdamW(model.parameters())
+        for t in range(8):
+            opt.zero_grad()
+            if t == 4:
+                model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()})
+            model(torch.ones(2, 4)).square().mean().backward()
+            opt.step()
+        return list(model.parameters())
+
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        for p, q in zip(trained(front), trained(torch.optim), strict=True):
+            torch.testing.assert_close(p, q)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+
+
+@pytest.mark.parametrize("zero_grads", [False, True])
+def test_a_gradient_without_memory_is_zero(zero_grads, place):
+    p, q = (torch.nn.Parameter(torch.full((3,), 2.0)) for _ in range(2))
+    (a, b) = front.AdamW(place([p]), zero_grads=zero_grads), torch.optim.AdamW([q])
+    for x, opt in ((p, a), (q, b)):
+        for _ in range(4):
+            x.grad = None
+            torch.sgn(x).sum().backward()
+            opt.step()
+    torch.testing.assert_close(p, q)
+    assert a.state[p]["step"] == 4
+
+
+class OwnParameter(torch.nn.Parameter):
+    pass
+
+
+class OwnTensor(torch.Tensor):
+    pass
+
+
+@every_class
+def test_subclasses_without_a_dispatch_of_their_own_are_stepped(name):
+    params, opt = make(name)
+    own = [OwnParameter(params[0].detach().clone()), params[1].detach().clone().as_subclass(OwnTensor)]
+    other = getattr(front, name)([x.requires_grad_() for x in own], **CLASSES[name])
+    for t in range(3):
+        for p, x, g in zip(params, own, gradients(params, t), strict=False):
+            p.grad, x.grad = g, g.clone().as_subclass(type(x) if type(x) is OwnTensor else torch.Tensor)
+        opt.step()
+        other.step()
+    for p, x in zip(params, own, strict=False):
+        assert torch.equal(p, x.as_subclass(torch.Tensor))
+        assert all(torch.equal(v, other.state[x][k]) for k, v in opt.state[p].items())
+
+
+@every_class
+def test_nothing_waits_for_the_garbage_collector(name):
+    assert_freed_at_once(name, lambda params: params)
+
+
+def test_nothing_waits_for_the_garbage_collector_on_a_gpu(gpus):
+    assert_freed_at_once("NAdam", gpus.put)
+
+
+def assert_freed_at_once(name, place):
+    def alive():
+        kinds = torch.Tensor, front.TensorOptimizer, front._update.Update
+        return sum(issubclass(type(x), kinds) for x in gc.get_objects())
+
+    train(*make(name), 1)  # torch imports more in the first step of a process, and keeps the frames
+    gc.collect()
+    gc.disable()
+    try:
+        before = alive()
+        for extra in ({}, {"flatten": True}, {"master_weights": True, "max_grad_norm": 1.0}):
+            params, opt = make(name, dtype=torch.bfloat16, **extra)
+            train(place(params), opt, 3)
+            opt.load_state_dict(opt.state_dict())
+            train(params, opt, 1)
+            assert len(opt.state) == len(params)
+            del params, opt
+            assert alive() == before, extra
+    finally:
+        gc.enable()
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("extra", [{}, {"flatten": True}, {"master_weights": True}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_every_tensor_has_just_its_own_bytes(dtype, extra, place, tmp_path):
+    model = torch.nn.Sequential(*(torch.nn.Conv2d(2, 2, 3) for _ in range(10))).to(memory_format=torch.channels_last)
+    model = model.to(dtype)
+    opt = front.NAdam(place(list(model.parameters())), **extra)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    opt.step()
+    tensors = [x for p in model.parameters() for x in (p, p.grad, *opt.state[p].values())]
+    assert all(x.untyped_storage().nbytes() == x.nbytes for x in tensors)
+    assert all(x.stride() == p.stride() for p in model.parameters() for x in opt.state[p].values() if x.dim())
+    if extra.get("flatten"):
+        pytest.importorskip("safetensors.torch").save_model(model, str(tmp_path / "model.safetensors"))
+
+
+@pytest.mark.parametrize("extra", [{}, {"flatten": True}], ids=str)
+def test_pickles_grow_with_what_is_in_them(extra):
+    def size(count):
+        params = torch.nn.ParameterList(torch.zeros(1000) for _ in range(count))
+        opt = front.AdamW(params, **extra)
+        for p in params:
+            p.grad = torch.ones(1000)
+        opt.step()
+        return len(pickle.dumps(opt)), len(pickle.dumps(params))
+
+    assert all(large <= 4.2 * small for small, large in zip(size(50), size(200), strict=True))
+
+
+class Allocated(TorchDispatchMode):
+    """Counts the bytes of all storages that operations return."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            mine = {x.untyped_storage()._cdata for x in args if isinstance(x, torch.Tensor)}
+            storage = result.untyped_storage()
+            if storage._cdata not in mine:
+                self.seen[storage._cdata] = storage  # kept alive, so that no other gets its address
+        return result
+
+    @property
+    def nbytes(self):
+        return sum(storage.nbytes() for storage in self.seen.values())
+
+
+@pytest.mark.parametrize("extra", [{}, {"flatten": True}, {"master_weights": True}], ids=str)
+def test_loading_and_the_next_step_need_one_copy_of_the_states(extra):
+    def one():
+        params = [torch.nn.Parameter(torch.zeros(100_000, dtype=torch.bfloat16)) for _ in range(4)]
+        return params, front.AdamW(params, **extra)
+
+    (params, opt), (others, again) = one(), one()
+    train(params, opt, 1)
+    saved = opt.state_dict()
+    size = sum(x.nbytes for state in saved["state"].values() for x in state.values())
+    for p in others:
+        p.grad = p.grad if extra.get("flatten") else torch.zeros_like(p)
+    with Allocated() as allocated:
+        again.load_state_dict(saved)
+        if not extra.get("master_weights"):  # whose comparison with their parameters needs memory for one of these
+            again.step()
+    assert allocated.nbytes <= 1.02 * size
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
+def test_a_copy_of_a_flat_optimizer_is_flat_and_zeroes_its_gradients(how):
+    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 2))
+    first = model, front.AdamW(model.parameters(), lr=0.1, flatten=True)
+
+    def go(model, opt):
+        for _ in range(3):
+            opt.zero_grad()
+            model(torch.ones(2, 4)).square().mean().backward()
+            opt.step()
+
+    go(*first)
+    second = how(first)
+    go(*first)
+    go(*second)
+    for p, q in zip(first[0].parameters(), second[0].parameters(), strict=True):
+        assert torch.equal(p, q)
+        assert torch.equal(p.grad, q.grad)
+    assert len(second[1].state.watch.derived.plan.updates.sizes) == 1
