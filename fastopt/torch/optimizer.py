@@ -292,11 +292,17 @@ class TensorOptimizer(Checkpoints):
 
     @_disable_dynamo
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget the gradients, or set them to zero; with ``flatten=True`` always the latter."""
+        """Forget the gradients, or set them to zero; with ``flatten=True`` always the latter, where it moved them."""
         if self._flat is None:
             super().zero_grad(set_to_none)
-        else:
-            self._flat.zero()
+            return
+        self._flat.zero()
+        for p in (p for group in self.param_groups for p in group["params"]):
+            if p.grad is not None and not self._flat.has(p):
+                if set_to_none:
+                    p.grad = None
+                else:
+                    p.grad = p.grad.detach().zero_()
 
     # --- options -------------------------------------------------------------------------------------------------
 
