@@ -49,6 +49,14 @@ def local(tensor: Tensor, where: str) -> Tensor:
     return tensor
 
 
+def local_gradient(gradient: Tensor, parameter: Tensor, where: str) -> Tensor:
+    """As ``local``, of a gradient as its parameter is placed: moved or summed up over processes where it was not."""
+    placements = getattr(parameter, "placements", None)
+    if placements is not None and getattr(gradient, "placements", placements) != placements:
+        gradient = cast(Any, gradient).redistribute(placements=placements)
+    return local(gradient, where)
+
+
 def real(tensor: Tensor) -> Tensor:
     """The tensor itself, or the real and imaginary parts of a complex one."""
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor

@@ -155,6 +155,48 @@ def test_fsdp2_shards():
     assert "done" in python(TWO_PROCESSES + body + START)
 
 
+MESH = """
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+    from torch.distributed.device_mesh import init_device_mesh
+
+    WHOLE = torch.arange(12.0).view(4, 3)
+    OPTIONS = {"max_grad_norm": {"max_grad_norm": 1.0}, "skip_nonfinite": {"skip_nonfinite": True}}
+    scaler = front.GradScaler("cpu", init_scale=1.0)
+    scaler.scale(torch.ones(()))
+
+    def place(*placements, grad=WHOLE):
+        mesh = init_device_mesh("cpu", (2, 1))
+        p = torch.nn.Parameter(distribute_tensor(torch.ones(4, 3), mesh, placements))
+        p.grad = distribute_tensor(grad, mesh, placements)
+        return p
+
+    def step(p, name):
+        opt = (front.LARS if name == "LARS" else front.SGD)([p], lr=0.5, **OPTIONS.get(name, {}))
+        if name == "GradScaler":
+            scaler.step(opt)
+            scaler.update()
+        else:
+            opt.step()
+        return opt
+"""
+
+
+def test_gradients_of_another_placement_are_those_of_the_whole():
+    body = """
+    def run(rank):
+        for first, other in ((Replicate(), Partial()), (Shard(0), Shard(1))):
+            for zero in (False, True):
+                p = place(first, Replicate())
+                p.grad = place(Shard(1), Replicate()).grad
+                if other.is_partial():
+                    p.grad = DTensor.from_local(WHOLE * rank, p.device_mesh, [other, Replicate()])
+                front.SGD([p], lr=0.5, zero_grads=zero).step()
+                assert torch.equal(p.full_tensor(), 1 - 0.5 * WHOLE)
+                assert bool(p.grad.full_tensor().any()) is not zero
+    """
+    assert "done" in python(TWO_PROCESSES + MESH + body + START)
+
+
 def test_a_compiled_step_falls_back_to_the_ordinary_one():
     torch._dynamo.reset()
     w, v = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(3))
