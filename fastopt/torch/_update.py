@@ -164,7 +164,8 @@ class Update:
         for i in these:
             entry = self._entries[i]
             entry.state.show(entry.slot)
-            self._state.keep(self._params[i], entry.state)
+            if entry.slot.entries:
+                self._state.keep(self._params[i], entry.state)
         self._hidden.difference_update(these)
 
     def settle(self) -> None:
