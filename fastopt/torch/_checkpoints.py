@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -73,6 +74,7 @@ class Checkpoints(torch.optim.Optimizer):
         """
 
         def box(_: Any, loaded: dict[str, Any]) -> dict[str, Any]:
+            loaded = {**self.check_loaded(loaded)}
             self._check_shapes(loaded)
             return {**loaded, "state": {key: _boxed(state) for key, state in loaded["state"].items()}}
 
@@ -94,7 +96,7 @@ class Checkpoints(torch.optim.Optimizer):
                     )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "state": self.state, "extras": self._extras}
+        return {**super().__getstate__(), "state": self.state, "extras": self._extras()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         state = dict(state)
@@ -104,7 +106,12 @@ class Checkpoints(torch.optim.Optimizer):
         super().__setstate__(state)
         self.state = State(self.state)
 
-    _extras: dict[str, Any]
+    def _extras(self) -> dict[str, Any]:
+        raise NotImplementedError
 
     def _begin(self, **extras: Any) -> None:
+        raise NotImplementedError
+
+    def check_loaded(self, loaded: Mapping[str, Any]) -> Mapping[str, Any]:
+        """A state dict that is about to be loaded, or an error where it is of another class."""
         raise NotImplementedError
