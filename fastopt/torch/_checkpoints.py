@@ -109,7 +109,7 @@ class Checkpoints(torch.optim.Optimizer):
     def _extras(self) -> dict[str, Any]:
         raise NotImplementedError
 
-    def _begin(self, **extras: Any) -> None:
+    def _begin(self, *args: Any, **extras: Any) -> None:
         raise NotImplementedError
 
     def check_loaded(self, loaded: Mapping[str, Any]) -> Mapping[str, Any]:
