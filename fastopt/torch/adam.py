@@ -18,6 +18,8 @@ from .optimizer import TensorOptimizer
 class Adam(TensorOptimizer, torch.optim.Adam):
     """``torch.optim.Adam`` in one pass; formulas in ``fastopt.Adam``, further arguments in ``TensorOptimizer``.
 
+    ``eps_hat``: as there. ``fully_decoupled``: as in ``fastopt.AdamW``, with ``decoupled_weight_decay=True``.
+
     State: ``step``, ``exp_avg``, ``exp_avg_sq``, with ``amsgrad`` also ``max_exp_avg_sq``.
     """
 
@@ -74,7 +76,8 @@ class Adam(TensorOptimizer, torch.optim.Adam):
 
 
 class AdamW(TensorOptimizer, torch.optim.AdamW):
-    """``torch.optim.AdamW`` in one pass; formulas in ``fastopt.AdamW``, further arguments in ``TensorOptimizer``.
+    """``torch.optim.AdamW`` in one pass; formulas in ``fastopt.AdamW``, as is what ``eps_hat`` and
+    ``fully_decoupled`` do; further arguments in ``TensorOptimizer``.
 
     State: ``step``, ``exp_avg``, ``exp_avg_sq``, with ``amsgrad`` also ``max_exp_avg_sq``.
 

@@ -147,9 +147,8 @@ class TensorOptimizer(StepOptions, Checkpoints):
         cls.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
         if TensorOptimizer in cls.__bases__:
             inherited = inspect.signature(super().__init__).parameters
-            names = set(inherited)
-            if any(p.kind is p.VAR_KEYWORD for p in inherited.values()):  # whatever the class has but what is added
-                names = own.parameters.keys() - {"capturable"}
+            takes_all = any(p.kind is p.VAR_KEYWORD for p in inherited.values())
+            names = own.parameters.keys() - {"capturable"} if takes_all else inherited.keys()
             cls._torch_names = frozenset(names - {"self", "params"})
             if "capturable" not in cls._torch_names:
                 cls.rule_options = {"capturable": False, **cls.rule_options}
@@ -376,10 +375,7 @@ class TensorOptimizer(StepOptions, Checkpoints):
         self._flat.zero()
         for p in self._parameters():
             if p.grad is not None and not self._flat.has(p):
-                if set_to_none:
-                    p.grad = None
-                else:
-                    p.grad = p.grad.detach().zero_()
+                p.grad = None if set_to_none else p.grad.detach().zero_()
 
     # --- options -------------------------------------------------------------------------------------------------
 

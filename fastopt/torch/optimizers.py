@@ -19,7 +19,8 @@ from .optimizer import TensorOptimizer
 
 
 class SGD(TensorOptimizer, torch.optim.SGD):
-    """``torch.optim.SGD`` in one pass; formulas in ``fastopt.SGD``, further arguments in ``TensorOptimizer``.
+    """``torch.optim.SGD`` in one pass; formulas in ``fastopt.SGD``, as is what ``lr_in_momentum`` does; further
+    arguments in ``TensorOptimizer``.
 
     State: ``momentum_buffer``, unless momentum is 0.
 
@@ -66,7 +67,8 @@ class SGD(TensorOptimizer, torch.optim.SGD):
 
 
 class Adagrad(TensorOptimizer, torch.optim.Adagrad):
-    """``torch.optim.Adagrad`` in one pass; formula in ``fastopt.Adagrad``, further arguments in ``TensorOptimizer``.
+    """``torch.optim.Adagrad`` in one pass; formula in ``fastopt.Adagrad``, as is what ``eps_inside_sqrt`` does; further
+    arguments in ``TensorOptimizer``.
 
     State: ``step``, ``sum``.
     """
@@ -135,7 +137,8 @@ class Adadelta(TensorOptimizer, torch.optim.Adadelta):
 
 
 class RMSprop(TensorOptimizer, torch.optim.RMSprop):
-    """``torch.optim.RMSprop`` in one pass; formulas in ``fastopt.RMSprop``, further arguments in ``TensorOptimizer``.
+    """``torch.optim.RMSprop`` in one pass; formulas in ``fastopt.RMSprop``, as is what ``eps_inside_sqrt`` does;
+    further arguments in ``TensorOptimizer``.
 
     State: ``step``, ``square_avg``, with ``centered`` also ``grad_avg``, with momentum also ``momentum_buffer``.
     """

@@ -95,15 +95,12 @@ def test_twenty_steps_beside_the_loop_of_torch(case, dtype, rtol, atol):
 
 
 @pytest.mark.parametrize("name", IN_TORCH)
-def test_signature_defaults_and_groups_are_those_of_torch(name):
+def test_signature_and_defaults_are_those_of_torch(name):
     ours, theirs = getattr(front, name), getattr(torch.optim, name)
     own, expected = inspect.signature(ours.__init__).parameters, inspect.signature(theirs.__init__).parameters
     assert [(k, p.kind, p.default) for k, p in own.items() if k in expected] == [
         (k, p.kind, p.default) for k, p in expected.items()
     ]
-    w = torch.nn.Parameter(torch.ones(2))
-    groups = [cls([w]).param_groups for cls in (ours, theirs)]
-    assert groups[0] == groups[1]
     assert issubclass(ours, theirs)
 
 

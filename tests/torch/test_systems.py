@@ -154,8 +154,6 @@ MESH = """
 
     WHOLE = torch.arange(12.0).view(4, 3)
     OPTIONS = {"max_grad_norm": {"max_grad_norm": 1.0}, "skip_nonfinite": {"skip_nonfinite": True}}
-    scaler = front.GradScaler("cpu", init_scale=1.0)
-    scaler.scale(torch.ones(()))
 
     def place(*placements, grad=WHOLE):
         mesh = init_device_mesh("cpu", (2, 1))
@@ -165,11 +163,9 @@ MESH = """
 
     def step(p, name):
         opt = (front.LARS if name == "LARS" else front.SGD)([p], lr=0.5, **OPTIONS.get(name, {}))
-        if name == "GradScaler":
-            scaler.step(opt)
-            scaler.update()
-        else:
-            opt.step()
+        opt.scaler = front.GradScaler("cpu", init_scale=1.0)
+        opt.scaler.scale(torch.ones(()))
+        opt.scaler.step(opt) if name == "GradScaler" else opt.step()
         return opt
 """
 
@@ -232,7 +228,8 @@ SKIPPED = """
         for name in ("skip_nonfinite", "GradScaler"):
             opt = step(p := place(Shard(0), Replicate(), grad=bad), name)
             assert opt.last_info.skipped and torch.equal(p.to_local(), torch.ones(2, 3))
-        assert scaler.get_scale() == 0.5
+        opt.scaler.update()
+        assert opt.scaler.get_scale() == 0.5
 """
 
 
