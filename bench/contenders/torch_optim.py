@@ -186,7 +186,8 @@ class FrontAmp(Front):
         import fastopt.torch
 
         scale = case.step["grad_scale"]
-        self.scaler: Any = fastopt.torch.GradScaler("cpu", init_scale=scale, growth_interval=2**30)
+        # Gradients stay scaled: torch's contender keeps a scale of 1, and nobody reads them after a step.
+        self.scaler: Any = fastopt.torch.GradScaler("cpu", scale, growth_interval=2**30, unscale_grads=False)
         self.scaler.scale(torch.ones(()))
 
     def step(self) -> None:  # noqa: D102

@@ -15,6 +15,9 @@ Example:
 
 from __future__ import annotations
 
+import sys
+from typing import Any
+
 try:
     import torch  # noqa: F401 - to say what to install where it is missing
 except ModuleNotFoundError as error:
@@ -22,10 +25,11 @@ except ModuleNotFoundError as error:
         raise
     raise ImportError("fastopt.torch needs PyTorch: pip install torch") from None
 
+from .adam import Adam, Adamax, AdamW, NAdam, RAdam
 from .amp import GradScaler
 from .further import LARS, Lion
 from .optimizer import TensorOptimizer
-from .optimizers import ASGD, SGD, Adadelta, Adagrad, Adam, Adamax, AdamW, NAdam, RAdam, RMSprop, Rprop
+from .optimizers import ASGD, SGD, Adadelta, Adagrad, RMSprop, Rprop
 
 __all__ = [
     "ASGD",
@@ -44,3 +48,10 @@ __all__ = [
     "Rprop",
     "TensorOptimizer",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    text = f"fastopt.torch has no {name!r}; it has {', '.join(__all__)}."
+    # Of an AttributeError "from fastopt.torch import Name" keeps no word, and hasattr() expects one.
+    imported = sys._getframe(1).f_code.co_name == "_handle_fromlist"
+    raise ImportError(text) if imported and name[:1].isupper() else AttributeError(text)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
+from .._exclusive import exclusive
 from ..kernels.rule import Options, Rule
 from ._flat import FlatGroups
 from ._state import CARRIED, STATES, STEP, State, carried
@@ -53,12 +53,13 @@ class Checkpoints(torch.optim.Optimizer):
 
     _extras: dict[str, Any]
     _flat: FlatGroups | None
-    _lock: threading.Lock
+    _users: list[object]
     _complete: bool
     counts_steps: ClassVar[bool]
     rule_options: ClassVar[Mapping[str, Any]]
 
     @_disable_dynamo
+    @exclusive
     def state_dict(self) -> dict[str, Any]:
         """A dict as torch.optim's class of the same name returns it, and loads it.
 
@@ -68,10 +69,10 @@ class Checkpoints(torch.optim.Optimizer):
         Raises:
             RuntimeError: Another thread steps this optimizer.
         """
-        self._check_idle("state_dict")
         return self._copied(super().state_dict(), torch.clone)
 
     @_disable_dynamo
+    @exclusive
     def full_state_dict(self) -> dict[str, Any]:
         """States and masters in float32 (float64 for parameters of float64), whole where processes hold parts of them.
 
@@ -84,19 +85,17 @@ class Checkpoints(torch.optim.Optimizer):
         Raises:
             RuntimeError: Another thread steps this optimizer.
         """
-        self._check_idle("full_state_dict")
         return self._copied(super().state_dict(), _whole)
 
     def _copied(self, exported: dict[str, Any], copy: Callable[[Tensor], Tensor]) -> dict[str, Any]:
-        with self._lock:
-            if isinstance(self.state, State):
-                self.state.watch.settle()
-            exported["state"] = {
-                key: {k: copy(v) if isinstance(v, Tensor) else v for k, v in state.items()}
-                if isinstance(state, dict)
-                else state
-                for key, state in exported["state"].items()
-            }
+        if isinstance(self.state, State):
+            self.state.watch.settle()
+        exported["state"] = {
+            key: {k: copy(v) if isinstance(v, Tensor) else v for k, v in state.items()}
+            if isinstance(state, dict)
+            else state
+            for key, state in exported["state"].items()
+        }
         return exported
 
     @_disable_dynamo
@@ -112,9 +111,9 @@ class Checkpoints(torch.optim.Optimizer):
             KeyError: The state of a parameter lacks its step count or another number of its rule; nothing was changed.
             RuntimeError: Another thread steps this optimizer.
         """
-        self._check_idle("load_state_dict")
 
         def box(_: Any, loaded: dict[str, Any]) -> dict[str, Any]:
+            loaded = {**self.check_loaded(loaded)}
             self._check_states(loaded)
             return {**loaded, "state": {key: _boxed(state) for key, state in loaded["state"].items()}}
 
@@ -142,7 +141,7 @@ class Checkpoints(torch.optim.Optimizer):
                         )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "state": self.state, "extras": self._extras}
+        return {**super().__getstate__(), "state": self.state, "extras": self._extras()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         state, groups = dict(state), state["param_groups"]
@@ -151,10 +150,13 @@ class Checkpoints(torch.optim.Optimizer):
             self._begin(**state.pop("extras"))
             self._complete = True
             self._flatten_again(groups)
-        with self._lock:
-            taken = {p: _taken(p, s) for p, s in state["state"].items()}
-            state["state"] = State.moved(taken, groups, flat=self._flat is not None, copy=loaded)
-            super().__setstate__(state)
+        self._load_state(state, loaded)
+
+    @exclusive
+    def _load_state(self, state: dict[str, Any], loaded: bool) -> None:
+        taken = {p: _taken(p, s) for p, s in state["state"].items()}
+        state["state"] = State.moved(taken, state["param_groups"], flat=self._flat is not None, copy=loaded)
+        super().__setstate__(state)
 
     def _flatten_again(self, groups: list[dict[str, Any]]) -> None:
         """Move the parameters of a copy as those of the original were, or let it be an optimizer that is not flat."""
@@ -162,17 +164,20 @@ class Checkpoints(torch.optim.Optimizer):
             for group in groups if self._flat is not None else ():
                 self._flat.add(group["params"], type(self).__name__)  # type: ignore[union-attr]
         except ValueError:  # parameters that came from another process are shared with it
-            self._flat, self._extras = None, {**self._extras, "flatten": False}
+            self._flat = None
 
     def select_rule(self, options: Options) -> Rule:
         raise NotImplementedError
 
-    def _begin(self, **extras: Any) -> None:
+    def _extras(self) -> dict[str, Any]:
         raise NotImplementedError
 
-    def _check_idle(self, what: str) -> None:
-        if self._lock.locked():
-            raise RuntimeError(f"{type(self).__name__}.{what}: another thread is using this optimizer.")
+    def _begin(self, *args: Any, **extras: Any) -> None:
+        raise NotImplementedError
+
+    def check_loaded(self, loaded: Mapping[str, Any]) -> Mapping[str, Any]:
+        """A state dict that is about to be loaded, or an error where it is of another class."""
+        raise NotImplementedError
 
 
 def _whole(tensor: Tensor) -> Tensor:

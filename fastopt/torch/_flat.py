@@ -48,9 +48,15 @@ class FlatGroups:
 
     def __init__(self) -> None:
         self._groups: list[FlatGroup] = []
+        self._members: set[int] = set()
+
+    def has(self, parameter: Tensor) -> bool:
+        """Whether a parameter was moved."""
+        return id(parameter) in self._members
 
     def add(self, params: Sequence[Tensor], where: str) -> None:
-        """Move the tensors of a new group."""
+        """Move the tensors of a new group, but for those that are frozen."""
+        params = [p for p in params if p.requires_grad]
         strange = [p for p in params if type(p) not in PLAIN or p.untyped_storage().is_shared()]
         if strange:
             raise ValueError(
@@ -61,15 +67,16 @@ class FlatGroups:
         for p in params:
             alike.setdefault((p.dtype, _devices.home_of(p)), []).append(p)
         self._groups += [FlatGroup(members, where) for members in alike.values()]
+        self._members.update(map(id, params))
 
     def gather(self) -> None:
-        """Bring gradients that autograd put elsewhere back; without gradient there is zero."""
+        """Bring gradients that autograd put elsewhere back; without gradient there is zero, unless it was frozen."""
         for group in self._groups:
             grads = [p.grad for p in group.params]
             if all(map(operator.is_, grads, group.views)):
                 continue
             for p, grad, view in zip(group.params, grads, group.views, strict=True):
-                if grad is not view:
+                if grad is not view and (grad is not None or p.requires_grad):
                     if grad is None:
                         view.zero_()
                     else:
@@ -77,9 +84,11 @@ class FlatGroups:
                     p.grad = view
 
     def zero(self) -> None:
-        """Set all gradients to zero and keep them where they are."""
+        """Set all gradients to zero and keep them where they are; frozen parameters have none."""
         for group in self._groups:
             group.zero()
             for p, view in zip(group.params, group.views, strict=True):
-                if p.grad is not view:
+                if not p.requires_grad:
+                    p.grad = None
+                elif p.grad is not view:
                     p.grad = view

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from .._step import Request
 from ._devices import Home
+from ._tensors import local
 
 
 def request_for(asked: Request, scale: Any, found: Any, home: Home | None) -> tuple[Request | None, Tensor | None]:
@@ -42,3 +44,27 @@ def _placed(number: Any, home: Home) -> Tensor:
     if isinstance(number, Tensor):
         return number.to(home.device, torch.float32, non_blocking=True)
     return torch.full((), float(number), dtype=torch.float32, device=home.device)
+
+
+def unscale(params: Iterable[Tensor], scale: Any, skipped: bool | Tensor) -> None:
+    """Divide gradients by the scale, unless the step was skipped, as torch's fused steps leave them. Waits for no GPU.
+
+    Args:
+        params: The parameters.
+        scale: The loss scale, a tensor or a number.
+        skipped: Whether the step was skipped; a tensor, not 0 where it was, if only a GPU knows.
+    """
+    if skipped is True:
+        return
+    places: dict[torch.device, list[Tensor]] = {}
+    for p in params:
+        if p.grad is not None:
+            if 0 in local(p.grad, "a gradient").stride():  # an expanded tensor cannot be written
+                p.grad = p.grad.clone(memory_format=torch.contiguous_format)
+            gradient = local(p.grad, "a gradient").detach()
+            places.setdefault(gradient.device, []).append(gradient)
+    for device, gradients in places.items():
+        inverse = torch.as_tensor(scale, dtype=torch.float64).to(device, non_blocking=True).reciprocal().float()
+        if isinstance(skipped, Tensor):
+            inverse = torch.where(skipped.to(device, non_blocking=True) != 0, 1.0, inverse)
+        torch._foreach_mul_(gradients, inverse)

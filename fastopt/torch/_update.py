@@ -22,7 +22,7 @@ from ._entries import Entries, Kind, Treat
 from ._master import MASTER, Masters
 from ._probe import Probe
 from ._state import Mirror, State
-from ._tensors import PLAIN, STORED, address_of, gradient_memory, local, parameter_memory
+from ._tensors import PLAIN, STORED, address_of, gradient_memory, local, local_gradient, parameter_memory
 
 
 class Update:
@@ -236,15 +236,19 @@ class Update:
 
     def _point(self, grads: list[Tensor], options: Sequence[Options], treat: Treat, write: bool) -> Sequence[Tensor]:
         """Point the plan at the gradients; returns what it reads, which must live until the step is over."""
+        held = grads
         if not (self._plain and set(map(type, grads)) <= PLAIN):
-            grads = [local(g, name) for g, name in zip(grads, self._names, strict=True)]
-        memories, self._copied = grads, []
+            held = [local(g, name) for g, name in zip(grads, self._names, strict=True)]
+            grads = self._local(grads)
+        memories = grads
         if not self._are_plain(grads):
             memories = self._brought(grads)
             dtypes = [m.dtype for m in memories]
             if dtypes != self._dtypes:
                 self._make_plan(dtypes, options, treat, self._kind.flat is not None)
-            self._copied = [g for g, m in zip(grads, memories, strict=True) if g.data_ptr() != m.data_ptr()]
+        self._copied = []
+        if memories is not held:
+            self._copied = [g for g, m in zip(held, memories, strict=True) if g.data_ptr() != m.data_ptr()]
         starts = np.array([m.data_ptr() for m in memories], np.uint64)
         hit = first_hit(starts, self._extent, *self._owned)
         if hit is not None:
@@ -254,6 +258,10 @@ class Update:
             )
         self._aim(starts, options, treat, write)
         return memories
+
+    def _local(self, grads: Sequence[Tensor]) -> list[Tensor]:
+        """What this process holds of gradients, placed as their parameters are."""
+        return [local_gradient(g, p, n) for g, p, n in zip(grads, self._stepped, self._names, strict=True)]
 
     def _are_plain(self, grads: list[Tensor]) -> bool:
         """Whether nothing about any gradient needs a closer look."""
@@ -316,8 +324,7 @@ class Update:
         self._names = [self._entries.name(i) for i in present]
         self._stepped = [self._params[i] for i in present]
         memories = [parameter_memory(p, name) for p, name in zip(self._stepped, self._names, strict=True)]
-        held = [local(g, name) for g, name in zip(grads, self._names, strict=True)]
-        dtypes = [m.dtype for m in self._brought(held)]
+        dtypes = [m.dtype for m in self._brought(self._local(grads))]
         self.home.require()
         self._entries.admit(present, memories, options, treat)
         self._hidden.update(present)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from .._options import boolean
 from .optimizer import TensorOptimizer
 
 
@@ -13,13 +14,18 @@ class GradScaler(torch.amp.GradScaler):
     """``torch.amp.GradScaler`` that leaves the check for infinities and NaN to the step of fastopt's optimizers.
 
     torch's own scaler works too; but before a step it reads and writes all gradients to see whether they are finite.
-    With this one that is found while the step reads them for the norm, and gradients are not written. A step with
-    gradients that are not finite changes nothing, also the first. On a GPU nothing is waited for. Other optimizers are
-    treated as by torch.
+    With this one that is found while the step reads them for the norm. A step with gradients that are not finite
+    changes nothing, also the first. On a GPU nothing is waited for. Other optimizers are treated as by torch.
 
     Args:
-        device: "cpu" or "cuda", as for torch's.
-        **kwargs: As for torch's.
+        device: "cuda" or "cpu", as for torch's.
+        init_scale: Scale to begin with.
+        growth_factor: Factor on the scale after ``growth_interval`` steps without overflow.
+        backoff_factor: Factor on the scale after an overflow.
+        growth_interval: Steps without overflow after which the scale grows.
+        enabled: False makes the scaler do nothing.
+        unscale_grads: Leave ``.grad`` unscaled after ``step``, as torch's does. That takes a pass of its own, which
+            False saves: ``.grad`` then stays multiplied by the scale. (With ``zero_grads=True`` there is no such pass.)
 
     Example:
         >>> import torch, fastopt.torch
@@ -29,11 +35,22 @@ class GradScaler(torch.amp.GradScaler):
         >>> scaler.step(opt)
         >>> scaler.update()
         >>> w.tolist(), w.grad.tolist()
-        ([0.5, 0.0], [8.0, 16.0])
+        ([0.5, 0.0], [1.0, 2.0])
     """
 
-    def __init__(self, device: str = "cpu", **kwargs: Any) -> None:
-        super().__init__(device, **kwargs)
+    def __init__(
+        self,
+        device: str = "cuda",
+        init_scale: float = 2.0**16,
+        growth_factor: float = 2.0,
+        backoff_factor: float = 0.5,
+        growth_interval: int = 2000,
+        enabled: bool = True,
+        *,
+        unscale_grads: bool = True,
+    ) -> None:
+        super().__init__(device, init_scale, growth_factor, backoff_factor, growth_interval, enabled)
+        self._unscale_grads = boolean(unscale_grads, "GradScaler: unscale_grads")
 
     def _check_inf_per_device(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         """Called by torch's ``step`` where the user did not unscale before."""
@@ -42,17 +59,19 @@ class GradScaler(torch.amp.GradScaler):
         scale, _ = self._check_scale_growth_tracker("_check_inf_per_device")
         found: dict[Any, torch.Tensor] = {scale.device: torch.zeros((), dtype=torch.float32, device=scale.device)}
         self._per_optimizer_states[id(optimizer)]["found_inf_per_device"] = found
-        optimizer._skip_nonfinite = True
+        optimizer._checks_for_scaler = True
         return found
 
     def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> float | None:
         """Take a step with unscaled gradients, unless some are not finite; as torch's."""
+        if not isinstance(optimizer, TensorOptimizer):
+            return super().step(optimizer, *args, **kwargs)
+        optimizer._unscales = self._unscale_grads
         try:
             result = super().step(optimizer, *args, **kwargs)
-            if isinstance(optimizer, TensorOptimizer) and optimizer._skip_nonfinite:
+            if optimizer._checks_for_scaler:
                 for found in self._per_optimizer_states[id(optimizer)]["found_inf_per_device"].values():
                     optimizer._tell_skipped(found)
         finally:
-            if isinstance(optimizer, TensorOptimizer):
-                optimizer._skip_nonfinite = False
+            optimizer._checks_for_scaler, optimizer._unscales = False, True
         return result

@@ -6,11 +6,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import ParamsT
 
 from .._plan import Treatment
 from ..kernels.registry import RULES
 from ..kernels.rule import Options, Rule
-from ._tensors import PLAIN
+from ._options import arguments, check_rate
+from ._tensors import holds_part
 from .optimizer import TensorOptimizer
 
 
@@ -20,38 +22,14 @@ def _refuse(wrong: bool, what: str, value: Any) -> None:
         raise ValueError(f"Invalid {what}: {value}")
 
 
-class _Lion(torch.optim.Optimizer):
-    def __init__(
-        self,
-        params: Any,
-        lr: float | Tensor = 1e-4,
-        betas: tuple[float, float] = (0.9, 0.99),
-        weight_decay: float = 0,
-        *,
-        maximize: bool = False,
-        foreach: bool | None = None,
-        capturable: bool = False,
-        differentiable: bool = False,
-        fused: bool | None = None,
-    ) -> None:
-        _refuse(not lr >= 0.0, "learning rate", lr)
-        for index, beta in enumerate(betas):
-            _refuse(not 0.0 <= beta < 1.0, f"beta parameter at index {index}", beta)
-        _refuse(not weight_decay >= 0.0, "weight_decay value", weight_decay)
-        defaults = dict(
-            lr=lr,
-            betas=betas,
-            weight_decay=weight_decay,
-            maximize=maximize,
-            foreach=foreach,
-            capturable=capturable,
-            differentiable=differentiable,
-            fused=fused,
-        )
+class _WithDefaults(torch.optim.Optimizer):
+    """torch's base class, with the defaults as keywords, as its subclasses have them."""
+
+    def __init__(self, params: ParamsT, **defaults: Any) -> None:
         super().__init__(params, defaults)
 
 
-class Lion(TensorOptimizer, _Lion):
+class Lion(TensorOptimizer, _WithDefaults):
     """Lion (arXiv:2302.06675) in one pass; formula in ``fastopt.Lion``, further arguments in ``TensorOptimizer``.
 
     Args:
@@ -75,55 +53,37 @@ class Lion(TensorOptimizer, _Lion):
 
     counts_steps = False
 
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-4,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 0,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        max_grad_norm: float | None = None,
+        skip_nonfinite: bool = False,
+        zero_grads: bool = False,
+        master_weights: bool = False,
+        flatten: bool = False,
+    ) -> None:
+        given = arguments(locals())
+        check_rate(lr, "Lion")
+        _refuse(not lr >= 0.0, "learning rate", lr)
+        for index, beta in enumerate(betas):
+            _refuse(not 0.0 <= beta < 1.0, f"beta parameter at index {index}", beta)
+        _refuse(not weight_decay >= 0.0, "weight_decay value", weight_decay)
+        super().__init__(**given)
+
     def select_rule(self, options: Options) -> Rule:  # noqa: D102 - see TensorOptimizer
         return RULES["lion"]
 
 
-class _LARS(torch.optim.Optimizer):
-    def __init__(
-        self,
-        params: Any,
-        lr: float | Tensor,
-        momentum: float = 0.9,
-        weight_decay: float = 0.0,
-        *,
-        trust_coefficient: float = 1e-3,
-        eps: float = 0.0,
-        nesterov: bool = False,
-        lr_in_momentum: bool = True,
-        clip: bool = False,
-        adapt: bool | None = None,
-        maximize: bool = False,
-        foreach: bool | None = None,
-        differentiable: bool = False,
-        fused: bool | None = None,
-    ) -> None:
-        _refuse(not lr >= 0.0, "learning rate", lr)
-        _refuse(not momentum >= 0.0, "momentum value", momentum)
-        _refuse(not weight_decay >= 0.0, "weight_decay value", weight_decay)
-        _refuse(not trust_coefficient >= 0.0, "trust_coefficient value", trust_coefficient)
-        _refuse(not eps >= 0.0, "epsilon value", eps)
-        if nesterov and momentum <= 0:
-            raise ValueError("Nesterov momentum requires a momentum")
-        defaults = dict(
-            lr=lr,
-            momentum=momentum,
-            weight_decay=weight_decay,
-            trust_coefficient=trust_coefficient,
-            eps=eps,
-            nesterov=nesterov,
-            lr_in_momentum=lr_in_momentum,
-            clip=clip,
-            adapt=adapt,
-            maximize=maximize,
-            foreach=foreach,
-            differentiable=differentiable,
-            fused=fused,
-        )
-        super().__init__(params, defaults)
-
-
-class LARS(TensorOptimizer, _LARS):
+class LARS(TensorOptimizer, _WithDefaults):
     """LARS (arXiv:1708.03888, in MLPerf's form) with true norms per tensor; formula and arguments in ``fastopt.LARS``,
     further arguments in ``TensorOptimizer``.
 
@@ -132,7 +92,8 @@ class LARS(TensorOptimizer, _LARS):
     State: ``momentum_buffer``.
 
     Raises:
-        NotImplementedError: A parameter is a DTensor, of which a process holds only a part: the norm is not known.
+        NotImplementedError: A process holds only a part of a parameter (a DTensor that is sharded): the norm is not
+            known.
 
     Example:
         >>> import torch, fastopt.torch
@@ -146,6 +107,41 @@ class LARS(TensorOptimizer, _LARS):
 
     counts_steps = False
 
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        *,
+        trust_coefficient: float = 1e-3,
+        eps: float = 0.0,
+        nesterov: bool = False,
+        lr_in_momentum: bool = True,
+        clip: bool = False,
+        adapt: bool | None = None,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        max_grad_norm: float | None = None,
+        skip_nonfinite: bool = False,
+        zero_grads: bool = False,
+        master_weights: bool = False,
+        flatten: bool = False,
+    ) -> None:
+        given = arguments(locals())
+        check_rate(lr, "LARS")
+        _refuse(not lr >= 0.0, "learning rate", lr)
+        _refuse(not momentum >= 0.0, "momentum value", momentum)
+        _refuse(not weight_decay >= 0.0, "weight_decay value", weight_decay)
+        _refuse(not trust_coefficient >= 0.0, "trust_coefficient value", trust_coefficient)
+        _refuse(not eps >= 0.0, "epsilon value", eps)
+        if nesterov and momentum <= 0:
+            raise ValueError("Nesterov momentum requires a momentum")
+        super().__init__(**given)
+
     def select_rule(self, options: Options) -> Rule:  # noqa: D102
         return RULES["lars_nesterov" if options["nesterov"] else "lars"]
 
@@ -153,10 +149,10 @@ class LARS(TensorOptimizer, _LARS):
         return *super().structure(options), options["adapt"]
 
     def treat(self, options: Options, parameter: Tensor) -> Treatment:  # noqa: D102
-        if type(parameter) not in PLAIN and hasattr(parameter, "device_mesh"):
+        if holds_part(parameter):
             raise NotImplementedError(
-                "LARS: a parameter is a DTensor, and the norm of its whole is not known to one process. Use an "
-                "optimizer whose rule has no norms, or DDP."
+                f"LARS: a parameter is a {type(parameter).__name__} that is sharded, and the norm of its whole is not "
+                "known to one process. Use an optimizer whose rule has no norms, or DDP."
             )
         rule, adapt = self.select_rule(options), options["adapt"]
         if adapt is None and parameter.ndim <= 1:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import math
-import threading
-from collections.abc import Callable, Mapping
-from operator import is_
-from typing import Any, ClassVar, overload
+from collections.abc import Callable, Iterable, Mapping
+from operator import is_, itemgetter
+from typing import Any, ClassVar, TypeVar, overload
 
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.optim.optimizer import Optimizer, _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from .._options import NORM, boolean
+from .._exclusive import exclusive
+from .._options import boolean
 from .._plan import Treatment
 from .._step import Request, StepInfo
 from ..kernels.rule import Options, Rule
@@ -23,20 +24,27 @@ from ._checkpoints import Checkpoints
 from ._entries import Kind
 from ._flat import FlatGroups
 from ._lr import DeviceRates
-from ._scale import request_for
+from ._options import (
+    StepOptions,
+    check_keywords,
+    check_loaded_group,
+    check_loaded_state,
+    check_rate,
+    is_fixed,
+    plain,
+    refuse_extras,
+    without_numpy,
+)
+from ._scale import request_for, unscale
 from ._several import Several, derive
 from ._state import State
-from ._tensors import FLOATING, PLAIN, check_apart, parameter_memory
+from ._tensors import FLOATING, PLAIN, check_apart, holds_part, parameter_memory
 from ._update import Update
 
-FIXED = (bool, int, float, str)
-"""Types whose objects never change."""
-
-EXTRAS = {"max_grad_norm": None, "zero_grads": False, "master_weights": False, "flatten": False}
-"""What every constructor takes beside torch's arguments, and the defaults."""
+Made = TypeVar("Made", bound="TensorOptimizer")
 
 
-class TensorOptimizer(Checkpoints):
+class TensorOptimizer(StepOptions, Checkpoints):
     """What all optimizers of ``fastopt.torch`` share; torch's class of the same name supplies the rest.
 
     Parameters and ``.grad`` stay where they are; a step is one pass over memory for all parameters of all groups. What
@@ -45,8 +53,10 @@ class TensorOptimizer(Checkpoints):
     Args:
         params: As for ``torch.optim``: an iterable of tensors, of (name, tensor) pairs, or of dicts with "params".
         max_grad_norm: Clip: gradients are multiplied by min(1, max_grad_norm / (norm + 1e-6)) inside the step, where
-            norm is the Euclidean norm of all gradients, after unscaling. ``.grad`` is not changed. inf only reports the
-            norm, in ``last_info.grad_norm``.
+            norm is the Euclidean norm of all gradients of all groups, after unscaling. ``.grad`` is not changed. inf
+            only reports the norm, in ``last_info.grad_norm``.
+        skip_nonfinite: Change nothing, not even step counts, where a gradient is infinite or NaN, as a ``GradScaler``
+            does; it needs none. ``last_info.skipped`` says so.
         zero_grads: Set gradients to zero in the same pass, also in a skipped step.
         master_weights: Keep float16 and bfloat16 parameters in float32, too, as the state ``master_param``. Steps are
             taken on these, and the parameters are their roundings: small steps add up instead of being rounded away.
@@ -54,24 +64,32 @@ class TensorOptimizer(Checkpoints):
         flatten: Move parameters and gradients into flat memory (``p.data`` and ``p.grad`` become views of it), for the
             last bit of speed with many small parameters. ``zero_grad`` then zeroes gradients and never sets them to
             None, so that a parameter without gradient is one with a gradient of zero: it decays, and its momentum goes
-            on. Make optimizers after ``model.to`` and before DDP; other references to the old memory go stale.
-        **kwargs: The other arguments of torch's class. ``foreach`` and ``fused`` are accepted and make no difference.
+            on. Parameters with ``requires_grad=False`` stay where they are. Make optimizers after ``model.to`` and
+            before DDP; other references to the old memory go stale.
+        **options: The other arguments of the class. ``foreach`` and ``fused`` are accepted and make no difference.
             ``capturable=True``, which all classes take, lets steps on a GPU be captured into CUDA graphs; it makes no
-            difference on the CPU.
+            difference on the CPU. Numbers may be Python's, NumPy's or tensors of one element.
+
+    ``max_grad_norm``, ``skip_nonfinite`` and ``zero_grads`` are attributes, too, which may be set between steps. They
+    belong to the program: ``state_dict()`` does not have them.
 
     Attributes:
         last_info: What the last step did, a ``fastopt.StepInfo``: ``skipped`` and ``grad_norm``. On a GPU reading a
             field waits for the step.
 
     Raises:
-        TypeError, ValueError: As torch's class; and for parameters that share memory, that are not dense, or whose
-            dtype no kernel computes.
-        NotImplementedError: ``differentiable=True``.
+        TypeError, ValueError: As torch's class; for parameters that share memory, that are not dense, or whose dtype
+            no kernel computes; and for the arguments above in a param group: they are the whole optimizer's.
+        NotImplementedError: ``differentiable=True``; in a step, what needs the norm of gradients of which a process
+            holds only a part (DTensors that are sharded).
         ImportError: A parameter is on a GPU, and CuPy is not installed.
     """
 
     rule_options: ClassVar[Mapping[str, Any]] = {}
-    """Options of the rules that torch's class does not have."""
+    """Flags of the rules that torch's class does not have; in a param group only where they differ from this."""
+
+    option_names: ClassVar[frozenset[str]] = frozenset()
+    """What is read of a param group; all else there is the user's."""
 
     counts_steps: ClassVar[bool] = True
     """Whether ``state`` has a step count, as in torch."""
@@ -79,57 +97,90 @@ class TensorOptimizer(Checkpoints):
     state: Any  # a State, until somebody puts another dict in its place
 
     _step_supports_amp_scaling = True  # GradScaler then leaves unscaling and skipping to the step
-    _adds_capturable = False  # SGD and Adagrad of torch need no such argument
-    _skip_nonfinite = False  # fastopt.torch.GradScaler leaves the check to the step, too
+    _checks_for_scaler = False  # fastopt.torch.GradScaler leaves the check to the step, too
+    _unscales = True  # ... and may want the gradients to stay scaled
+    _torch_names: ClassVar[frozenset[str]] = frozenset()  # the arguments of torch's class
 
-    def __init__(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        self._begin(**{name: kwargs.pop(name, default) for name, default in EXTRAS.items()})
-        if kwargs.get("differentiable"):
+    def __new__(cls: type[Made], *args: Any, **kwargs: Any) -> Made:
+        """Say which keyword is meant, where one is wrong."""
+        check_keywords(cls, kwargs)
+        return super().__new__(cls)
+
+    def __init__(
+        self,
+        params: Any,
+        *,
+        max_grad_norm: float | None = None,
+        skip_nonfinite: bool = False,
+        zero_grads: bool = False,
+        master_weights: bool = False,
+        flatten: bool = False,
+        **options: Any,
+    ) -> None:
+        where = type(self).__name__
+        self._begin(max_grad_norm, skip_nonfinite, zero_grads, master_weights, flatten)
+        if options.get("differentiable"):
             raise NotImplementedError(
-                f"{type(self).__name__}: differentiable=True is not supported, because kernels have no gradient. "
-                "Use torch.optim."
+                f"{where}: differentiable=True is not supported, because kernels have no gradient. Use torch.optim."
             )
-        capturable = self._adds_capturable and kwargs.pop("capturable", False)
-        super().__init__(params, *args, **kwargs)
+        options = {name: without_numpy(value) for name, value in options.items()}
+        check_rate(options.get("lr", 0.0), where)
+        flags = {}
+        for name in options.keys() - self._torch_names:
+            value = options.pop(name)
+            if name in self.rule_options:
+                flags[name] = boolean(value, f"{where}: {name}")
+            elif name not in ("foreach", "fused"):  # which older versions do not take everywhere
+                raise TypeError(f"{where}.__init__() got an unexpected keyword argument {name!r}.")
+        flags = {name: value for name, value in flags.items() if value is not self.rule_options[name]}
+        super().__init__(params, **options)
+        self.defaults.update(flags)
+        for group in self.param_groups:
+            for name, value in flags.items():
+                group.setdefault(name, value)
         self._accept(0)
         self._complete = True
         self.state = State.moved(self.state, self.param_groups, flat=self._flat is not None, copy=False)
-        if boolean(capturable, f"{type(self).__name__}: capturable"):
-            self.defaults["capturable"] = True
-            for group in self.param_groups:
-                group.setdefault("capturable", True)
 
     def __init_subclass__(cls) -> None:
-        """Show the signature of torch's class and what is added to it."""
-        inherited = inspect.signature(super().__init__)
+        """Find out what torch's class takes, and what is read of a param group."""
         own = inspect.signature(cls.__init__)
-        cls._adds_capturable = "capturable" not in inherited.parameters
-        if any(p.kind is p.VAR_KEYWORD for p in own.parameters.values()):
-            added = {"capturable": False, **EXTRAS} if cls._adds_capturable else EXTRAS
-            keywords = [
-                inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default)
-                for name, default in added.items()
-            ]
-            parameters = [*list(inherited.parameters.values())[1:], *keywords]
-            cls.__signature__ = inherited.replace(parameters=parameters)  # type: ignore[attr-defined]
+        parameters = [p for p in own.parameters.values() if p.name != "self"]
+        cls.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
+        if TensorOptimizer in cls.__bases__:
+            inherited = inspect.signature(super().__init__).parameters
+            takes_all = any(p.kind is p.VAR_KEYWORD for p in inherited.values())
+            names = own.parameters.keys() - {"capturable"} if takes_all else inherited.keys()
+            cls._torch_names = frozenset(names - {"self", "params"})
+            if "capturable" not in cls._torch_names:
+                cls.rule_options = {"capturable": False, **cls.rule_options}
+            cls.option_names = cls._torch_names.union(cls.rule_options, ["initial_lr"])
 
-    def _begin(self, **extras: Any) -> None:
-        norm, where = extras["max_grad_norm"], type(self).__name__
-        self._max_norm = None if norm is None else NORM(norm, f"{where}: max_grad_norm")
-        self._zero_grads, self._master, flatten = (
-            boolean(extras[name], f"{where}: {name}") for name in ("zero_grads", "master_weights", "flatten")
-        )
-        self._flat = FlatGroups() if flatten else None
-        self._extras = extras
+    def _begin(
+        self,
+        max_grad_norm: float | None = None,
+        skip_nonfinite: bool = False,
+        zero_grads: bool = False,
+        master_weights: bool = False,
+        flatten: bool = False,
+    ) -> None:
+        where = type(self).__name__
+        self._begin_options(max_grad_norm, skip_nonfinite, zero_grads)
+        self._master = boolean(master_weights, f"{where}: master_weights")
+        self._flat = FlatGroups() if boolean(flatten, f"{where}: flatten") else None
         self.last_info = StepInfo()
-        self._lock = threading.Lock()
+        self._users: list[object] = []  # who is using this optimizer now
         self._complete = False  # whether the constructor is done, or there was none
         self._derived: Update | Several | None = None  # ``state`` knows it, too, but does not keep it alive
+        self._read: list[tuple[list[str], Callable[[Any], Any], Any]] | None = None  # what groups held, if it is fixed
         self._seen: list[dict[str, Any]] = []
-        self._objects: list[Any] | None = None  # what is in the groups, where nothing but an exchange can change it
         self._options: list[dict[str, Any]] = []
         self._structure: list[Any] = []
         self._rates = DeviceRates()
+        self._part: str | None = None  # a parameter of which this process holds only a part
+
+    def _extras(self) -> dict[str, Any]:
+        return {**super()._extras(), "master_weights": self._master, "flatten": self._flat is not None}
 
     def select_rule(self, options: Options) -> Rule:
         """The update rule for a param group with these options."""
@@ -139,26 +190,31 @@ class TensorOptimizer(Checkpoints):
         """What is done to one parameter of a group; LARS leaves some out of the trust ratio."""
         return Treatment(self.select_rule(options), True)
 
+    def begin_group(self, group: dict[str, Any]) -> None:
+        """Note what an option needs to know of the start of a group."""
+
     def structure(self, options: Options) -> tuple[Any, ...]:
         """The part of the options that decides on kernels and states."""
         return self.select_rule(options), bool(options.get("maximize"))
 
     @_disable_dynamo
+    @exclusive
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters, for example when layers are unfrozen.
 
         Raises:
             TypeError, ValueError: As for the constructor; the optimizer is then unchanged.
         """
-        self._check_idle("add_param_group")
-        with self._lock:
-            super().add_param_group(param_group)
-            if self._complete:
-                try:
-                    self._accept(len(self.param_groups) - 1)
-                except BaseException:
-                    self.param_groups.pop()
-                    raise
+        where = type(self).__name__
+        if isinstance(param_group, dict):
+            refuse_extras(param_group, f"{where}: group {len(self.param_groups)}")
+        super().add_param_group(param_group)
+        if self._complete:
+            try:
+                self._accept(len(self.param_groups) - 1)
+            except BaseException:
+                self.param_groups.pop()
+                raise
 
     def _accept(self, first: int) -> None:
         """Refuse early what a step would refuse in groups from this one on, and flatten them.
@@ -181,8 +237,9 @@ class TensorOptimizer(Checkpoints):
         memories = [parameter_memory(p, f"{where}: {name}") if new else p for name, p, new in named]
         starts, nbytes = [m.data_ptr() for m in memories], [m.nbytes for m in memories]
         check_apart(starts, nbytes, [name for name, *_ in named], where)
-        if self._flat is not None:
-            for group in self.param_groups[first:]:
+        for group in self.param_groups[first:]:
+            self.begin_group(group)
+            if self._flat is not None:
                 self._flat.add(group["params"], where)
 
     # --- the step ------------------------------------------------------------------------------------------------
@@ -222,8 +279,7 @@ class TensorOptimizer(Checkpoints):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._check_idle("step")
-        with self._lock, torch.no_grad():
+        with torch.no_grad():
             self.last_info = self._step()
         return loss
 
@@ -239,28 +295,36 @@ class TensorOptimizer(Checkpoints):
             or _global_optimizer_post_hooks
         )
 
+    @exclusive
     def _step(self) -> StepInfo:
         scale: Any = getattr(self, "grad_scale", None)  # GradScaler sets both around a step
         found: Any = getattr(self, "found_inf", None)
-        asked = Request(1.0, 0, self._max_norm, self._skip_nonfinite, self._zero_grads)
+        asked = self._asked
+        if self._checks_for_scaler:
+            asked = dataclasses.replace(asked, skip_nonfinite=True)
         options = self._current_options()
         if not dict.__len__(self.state) and scale is None and found is None and self._asks_for_states(options):
             self._make_states(options)
             return StepInfo()
         for _ in range(2):
             update = self._update()
+            if self._part is not None and asked.needs_norm:
+                self._refuse_part(self._part)
             self._rates.check(update.home, type(self).__name__)
             request: Request | None = asked
             alive: Tensor | None = None  # what the step reads
             if scale is not None or found is not None:
                 request, alive = request_for(asked, scale, found, update.home)
             if request is None:
-                if self._zero_grads:
+                if self.zero_grads:
                     self.zero_grad(set_to_none=False)
                 return StepInfo(True)
             info = update.step(request, options, self.treat)
             del alive
             if info is not None:
+                if scale is not None and self._unscales and not self.zero_grads:
+                    verdict = update.verdict()
+                    unscale(self._parameters(), scale, info.skipped if verdict is None else verdict)
                 return info
             self.state.watch.drop()  # something moved or was changed: once more, from what is there now
         raise AssertionError("what was just derived cannot be stale")
@@ -274,6 +338,8 @@ class TensorOptimizer(Checkpoints):
             where = type(self).__name__
             kind = Kind(where, self.counts_steps, self._master, self._flat)
             watch.drop()
+            parts = (name for name, p in self._named_parameters() if holds_part(p))
+            self._part = next(parts, None)
             self._derived = None
             self._derived = watch.derived = derive(self.param_groups, self.state, kind)
         assert self._derived is not None
@@ -282,6 +348,7 @@ class TensorOptimizer(Checkpoints):
     # --- states without a step -----------------------------------------------------------------------------------
 
     @_disable_dynamo
+    @exclusive
     def init_state(self) -> None:
         """Make the states of all parameters that require a gradient now, with a step count of 0.
 
@@ -299,8 +366,7 @@ class TensorOptimizer(Checkpoints):
             >>> {name: x.tolist() for name, x in opt.state[w].items()}
             {'step': 0.0, 'exp_avg': [0.0, 0.0], 'exp_avg_sq': [0.0, 0.0]}
         """
-        self._check_idle("init_state")
-        with self._lock, torch.no_grad():
+        with torch.no_grad():
             self._make_states(self._current_options())
 
     def _make_states(self, options: list[dict[str, Any]]) -> None:
@@ -320,17 +386,25 @@ class TensorOptimizer(Checkpoints):
         return not any(bool(g.any()) for g in grads)
 
     @_disable_dynamo
+    @exclusive
     def refresh(self) -> None:
         """Parameters were written from outside, perhaps through ``.data``: masters follow them in the next step.
 
         Writes that autograd sees (``copy_``, ``model.load_state_dict``) need no call.
         """
-        self._check_idle("refresh")
-        with self._lock:
-            if self._derived is not None:
-                self._derived.refresh()
+        if self._derived is not None:
+            self._derived.refresh()
+
+    def _named_parameters(self) -> Iterable[tuple[str, Tensor]]:
+        for g, group in enumerate(self.param_groups):
+            for i, p in enumerate(group["params"]):
+                yield f"parameter {i} of group {g}", p
+
+    def _parameters(self) -> Iterable[Tensor]:
+        return (p for group in self.param_groups for p in group["params"])
 
     @_disable_dynamo
+    @exclusive
     def upload_options(self) -> None:
         """Write the options of ``param_groups`` to device memory, where a CUDA graph's next replay finds them.
 
@@ -340,13 +414,11 @@ class TensorOptimizer(Checkpoints):
             TypeError, ValueError: Options that are wrong; nothing was uploaded.
             RuntimeError: No step was taken yet with ``capturable=True``, or not with options of this kind.
         """
-        self._check_idle("upload_options")
-        with self._lock:
-            options = self._current_options()
-            derived = self.state.watch.derived if isinstance(self.state, State) else None
-            if derived is None or not derived.is_capturable:
-                raise RuntimeError(f"{type(self).__name__}.upload_options: no step was taken yet with capturable=True.")
-            derived.upload_options(options)
+        options = self._current_options()
+        derived = self.state.watch.derived if isinstance(self.state, State) else None
+        if derived is None or not derived.is_capturable:
+            raise RuntimeError(f"{type(self).__name__}.upload_options: no step was taken yet with capturable=True.")
+        derived.upload_options(options)
 
     def _tell_skipped(self, found: Tensor) -> None:
         """Write 1 where the last step was skipped, else 0; not waited for."""
@@ -358,23 +430,33 @@ class TensorOptimizer(Checkpoints):
 
     @_disable_dynamo
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget the gradients, or set them to zero; with ``flatten=True`` always the latter."""
+        """Forget the gradients, or set them to zero; with ``flatten=True`` always the latter, where it moved them."""
         if self._flat is None:
             super().zero_grad(set_to_none)
-        else:
-            self._flat.zero()
+            return
+        self._flat.zero()
+        for p in self._parameters():
+            if p.grad is not None and not self._flat.has(p):
+                p.grad = None if set_to_none else p.grad.detach().zero_()
 
     # --- options -------------------------------------------------------------------------------------------------
 
     def _current_options(self) -> list[dict[str, Any]]:
         """Options of every group as numbers."""
-        objects = [x for group in self.param_groups for item in group.items() for x in item]
         # Reading every option takes as long as a small step; but the same objects say the same, unless they can change.
-        if self._objects is not None and len(objects) == len(self._objects) and all(map(is_, objects, self._objects)):
-            return self._options
+        if self._read is not None and len(self._read) == len(self.param_groups):
+            for group, (keys, take, values) in zip(self.param_groups, self._read, strict=True):
+                if list(group) != keys or not all(map(is_, take(group), values)):
+                    break
+            else:
+                return self._options
+        where = type(self).__name__
+        for index, group in enumerate(self.param_groups):
+            refuse_extras(group, f"{where}: group {index}")
+        known = [{name: group[name] for name in group if name in self.option_names} for group in self.param_groups]
         current = [
-            {name: _plain(value) for name, value in group.items() if name != "params"}
-            for group in self._rates.placed(self.param_groups)
+            {name: plain(value, f"{where}: group {index}: {name}") for name, value in group.items()}
+            for index, group in enumerate(self._rates.placed(known))
         ]
         if current != self._seen:
             options = [self.complete(o, i) for i, o in enumerate(current)]
@@ -382,8 +464,11 @@ class TensorOptimizer(Checkpoints):
             if structure != self._structure and isinstance(self.state, State):
                 self.state.watch.drop()
             self._options, self._structure, self._seen = options, structure, current
-        values = [value for group in self.param_groups for name, value in group.items() if name != "params"]
-        self._objects = objects if all(map(_is_fixed, values)) else None
+        self._read = None
+        if all(is_fixed(value) for group in known for value in group.values()):
+            takers = [itemgetter("params", *group) for group in known]
+            groups = zip(self.param_groups, takers, strict=True)
+            self._read = [(list(group), take, take(group)) for group, take in groups]
         return self._options
 
     def complete(self, options: dict[str, Any], index: int) -> dict[str, Any]:
@@ -392,29 +477,35 @@ class TensorOptimizer(Checkpoints):
         where = f"{type(self).__name__}: group {index}: "
         if options.get("differentiable"):
             raise NotImplementedError(f"{where}differentiable=True is not supported.")
+        for name in self.rule_options.keys() - self._torch_names:
+            options[name] = boolean(options[name], where + name)
         rule = self.select_rule(options)
         for name in {*rule.options, *rule.initial.values()} & {*options, *self.defaults}:
-            value = options.get(name)
-            for number in value if isinstance(value, tuple) else (value,):
-                if not isinstance(number, (int, float)):
-                    raise TypeError(f"{where}{name} must be a number, got {value!r}.")
-                if math.isnan(number):
-                    raise ValueError(f"{where}{name} must be a number, got {value!r}.")
+            value, count = options.get(name), rule.options.get(name, 1)
+            numbers = value if isinstance(value, tuple) else (value,)
+            if len(numbers) != count or not all(isinstance(x, (int, float)) for x in numbers):
+                raise TypeError(f"{where}{name} must be {'a number' if count == 1 else 'two numbers'}, got {value!r}.")
+            if any(map(math.isnan, numbers)):
+                raise ValueError(f"{where}{name} must be a number, got {value!r}.")
         return options
+
+    def check_loaded(self, loaded: Mapping[str, Any]) -> Mapping[str, Any]:
+        """A state dict that is about to be loaded, or an error where it is of another class.
+
+        Flags that torch's class does not have stay as they are where the state dict has none.
+        """
+        where = f"{type(self).__name__}.load_state_dict: "
+        groups = []
+        for index, (group, now) in enumerate(zip(loaded["param_groups"], self.param_groups, strict=False)):
+            check_loaded_group(group, self.defaults, f"{where}group {index} of the state dict")
+            kept = {name: now[name] for name in self.rule_options if name in now and name not in group}
+            groups.append({**group, **kept})
+            rule = self.select_rule({**self.rule_options, **self.defaults, **groups[-1]})
+            for key in group["params"]:
+                state = loaded["state"].get(key)
+                if isinstance(state, dict):
+                    check_loaded_state(state, rule, f"{where}the state of parameter {key}")
+        return {**loaded, "param_groups": groups + list(loaded["param_groups"])[len(groups) :]}
 
 
 TensorOptimizer.step.hooked = True  # type: ignore[attr-defined]  # torch need not wrap it
-
-
-def _is_fixed(value: Any) -> bool:
-    """Whether the object cannot say something else later."""
-    return value is None or type(value) in FIXED or (type(value) is tuple and all(map(_is_fixed, value)))
-
-
-def _plain(value: Any) -> Any:
-    """A tensor as a number; a list as a tuple, since its items may change."""
-    if isinstance(value, Tensor):
-        return value.item()
-    if isinstance(value, (list, tuple)):
-        return tuple(map(_plain, value))
-    return value

@@ -1,4 +1,6 @@
-"""The optimizers of torch.optim: each is torch's class, and which of fastopt's rules its options select."""
+"""The optimizers of torch.optim but for Adam's family: each is torch's class, and which of fastopt's rules its options
+select. Constructors are written out, because tools that make command lines and completions read the source.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +8,19 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
 
 from ..kernels.registry import RULES
 from ..kernels.rule import Options, Rule
+from ._options import arguments
 from ._tensors import COMPUTED
 from .optimizer import TensorOptimizer
 
 
 class SGD(TensorOptimizer, torch.optim.SGD):
-    """``torch.optim.SGD`` in one pass; formulas in ``fastopt.SGD``, further arguments in ``TensorOptimizer``.
+    """``torch.optim.SGD`` in one pass; formulas in ``fastopt.SGD``, as is what ``lr_in_momentum`` does; further
+    arguments in ``TensorOptimizer``.
 
     State: ``momentum_buffer``, unless momentum is 0.
 
@@ -31,6 +37,29 @@ class SGD(TensorOptimizer, torch.optim.SGD):
     counts_steps = False
     rule_options: ClassVar[Mapping[str, Any]] = {"lr_in_momentum": False}
 
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0,
+        dampening: float = 0,
+        weight_decay: float | Tensor = 0,
+        nesterov: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        capturable: bool = False,
+        lr_in_momentum: bool = False,
+        max_grad_norm: float | None = None,
+        skip_nonfinite: bool = False,
+        zero_grads: bool = False,
+        master_weights: bool = False,
+        flatten: bool = False,
+    ) -> None:
+        super().__init__(**arguments(locals()))
+
     def select_rule(self, options: Options) -> Rule:  # noqa: D102 - see TensorOptimizer
         if options["momentum"] == 0.0:
             return RULES["sgd"]
@@ -38,15 +67,36 @@ class SGD(TensorOptimizer, torch.optim.SGD):
 
 
 class Adagrad(TensorOptimizer, torch.optim.Adagrad):
-    """``torch.optim.Adagrad`` in one pass; formula in ``fastopt.Adagrad``, further arguments in ``TensorOptimizer``.
+    """``torch.optim.Adagrad`` in one pass; formula in ``fastopt.Adagrad``, as is what ``eps_inside_sqrt`` does; further
+    arguments in ``TensorOptimizer``.
 
     State: ``step``, ``sum``.
     """
 
     rule_options: ClassVar[Mapping[str, Any]] = {"eps_inside_sqrt": False}
 
-    def __init__(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        super().__init__(params, *args, **kwargs)
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-2,
+        lr_decay: float = 0,
+        weight_decay: float = 0,
+        initial_accumulator_value: float = 0,
+        eps: float = 1e-10,
+        foreach: bool | None = None,
+        *,
+        maximize: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        capturable: bool = False,
+        eps_inside_sqrt: bool = False,
+        max_grad_norm: float | None = None,
+        skip_nonfinite: bool = False,
+        zero_grads: bool = False,
+        master_weights: bool = False,
+        flatten: bool = False,
+    ) -> None:
+        super().__init__(**arguments(locals()))
         for p, state in self.state.items():
             if COMPUTED.get(p.dtype, p.dtype) != p.dtype:  # torch's constructor rounds the start to 16 bits
                 start = self.defaults["initial_accumulator_value"]
@@ -62,17 +112,61 @@ class Adadelta(TensorOptimizer, torch.optim.Adadelta):
     State: ``step``, ``square_avg``, ``acc_delta``.
     """
 
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1.0,
+        rho: float = 0.9,
+        eps: float = 1e-6,
+        weight_decay: float = 0,
+        foreach: bool | None = None,
+        *,
+        capturable: bool = False,
+        maximize: bool = False,
+        differentiable: bool = False,
+        max_grad_norm: float | None = None,
+        skip_nonfinite: bool = False,
+        zero_grads: bool = False,
+        master_weights: bool = False,
+        flatten: bool = False,
+    ) -> None:
+        super().__init__(**arguments(locals()))
+
     def select_rule(self, options: Options) -> Rule:  # noqa: D102
         return RULES["adadelta"]
 
 
 class RMSprop(TensorOptimizer, torch.optim.RMSprop):
-    """``torch.optim.RMSprop`` in one pass; formulas in ``fastopt.RMSprop``, further arguments in ``TensorOptimizer``.
+    """``torch.optim.RMSprop`` in one pass; formulas in ``fastopt.RMSprop``, as is what ``eps_inside_sqrt`` does;
+    further arguments in ``TensorOptimizer``.
 
     State: ``step``, ``square_avg``, with ``centered`` also ``grad_avg``, with momentum also ``momentum_buffer``.
     """
 
     rule_options: ClassVar[Mapping[str, Any]] = {"eps_inside_sqrt": False}
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-2,
+        alpha: float = 0.99,
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        momentum: float = 0,
+        centered: bool = False,
+        capturable: bool = False,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        differentiable: bool = False,
+        *,
+        eps_inside_sqrt: bool = False,
+        max_grad_norm: float | None = None,
+        skip_nonfinite: bool = False,
+        zero_grads: bool = False,
+        master_weights: bool = False,
+        flatten: bool = False,
+    ) -> None:
+        super().__init__(**arguments(locals()))
 
     def select_rule(self, options: Options) -> Rule:  # noqa: D102
         centered = "_centered" if options["centered"] else ""
@@ -86,6 +180,25 @@ class Rprop(TensorOptimizer, torch.optim.Rprop):
     State: ``step``, ``prev``, ``step_size``.
     """
 
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-2,
+        etas: tuple[float, float] = (0.5, 1.2),
+        step_sizes: tuple[float, float] = (1e-6, 50),
+        *,
+        capturable: bool = False,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        differentiable: bool = False,
+        max_grad_norm: float | None = None,
+        skip_nonfinite: bool = False,
+        zero_grads: bool = False,
+        master_weights: bool = False,
+        flatten: bool = False,
+    ) -> None:
+        super().__init__(**arguments(locals()))
+
     def select_rule(self, options: Options) -> Rule:  # noqa: D102
         return RULES["rprop"]
 
@@ -96,67 +209,26 @@ class ASGD(TensorOptimizer, torch.optim.ASGD):
     State: ``step``, ``eta``, ``mu``, ``ax``.
     """
 
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-2,
+        lambd: float = 1e-4,
+        alpha: float = 0.75,
+        t0: float = 1e6,
+        weight_decay: float = 0,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        differentiable: bool = False,
+        capturable: bool = False,
+        *,
+        max_grad_norm: float | None = None,
+        skip_nonfinite: bool = False,
+        zero_grads: bool = False,
+        master_weights: bool = False,
+        flatten: bool = False,
+    ) -> None:
+        super().__init__(**arguments(locals()))
+
     def select_rule(self, options: Options) -> Rule:  # noqa: D102
         return RULES["asgd"]
-
-
-class Adam(TensorOptimizer, torch.optim.Adam):
-    """``torch.optim.Adam`` in one pass; formulas in ``fastopt.Adam``, further arguments in ``TensorOptimizer``.
-
-    State: ``step``, ``exp_avg``, ``exp_avg_sq``, with ``amsgrad`` also ``max_exp_avg_sq``.
-    """
-
-    rule_options: ClassVar[Mapping[str, Any]] = {"eps_hat": False, "fully_decoupled": False}
-
-    def select_rule(self, options: Options) -> Rule:  # noqa: D102
-        rule = "amsgrad" if options["amsgrad"] else "adam"
-        return RULES[rule + ("w" if options["decoupled_weight_decay"] else "")]
-
-
-class AdamW(TensorOptimizer, torch.optim.AdamW):
-    """``torch.optim.AdamW`` in one pass; formulas in ``fastopt.AdamW``, further arguments in ``TensorOptimizer``.
-
-    State: ``step``, ``exp_avg``, ``exp_avg_sq``, with ``amsgrad`` also ``max_exp_avg_sq``.
-
-    Example:
-        >>> import torch, fastopt.torch
-        >>> model = torch.nn.Linear(2, 1)
-        >>> opt = fastopt.torch.AdamW(model.parameters(), lr=1e-3, max_grad_norm=1.0)
-        >>> model(torch.ones(1, 2)).sum().backward()
-        >>> opt.step()
-        >>> round(opt.last_info.grad_norm, 4)
-        1.7321
-    """
-
-    rule_options = Adam.rule_options
-    select_rule = Adam.select_rule
-
-
-class Adamax(TensorOptimizer, torch.optim.Adamax):
-    """``torch.optim.Adamax`` in one pass; formula in ``fastopt.Adamax``, further arguments in ``TensorOptimizer``.
-
-    State: ``step``, ``exp_avg``, ``exp_inf``.
-    """
-
-    def select_rule(self, options: Options) -> Rule:  # noqa: D102
-        return RULES["adamax"]
-
-
-class NAdam(TensorOptimizer, torch.optim.NAdam):
-    """``torch.optim.NAdam`` in one pass; formula in ``fastopt.NAdam``, further arguments in ``TensorOptimizer``.
-
-    State: ``step``, ``mu_product``, ``exp_avg``, ``exp_avg_sq``.
-    """
-
-    def select_rule(self, options: Options) -> Rule:  # noqa: D102
-        return RULES["nadam"]
-
-
-class RAdam(TensorOptimizer, torch.optim.RAdam):
-    """``torch.optim.RAdam`` in one pass; formula in ``fastopt.RAdam``, further arguments in ``TensorOptimizer``.
-
-    State: ``step``, ``exp_avg``, ``exp_avg_sq``.
-    """
-
-    def select_rule(self, options: Options) -> Rule:  # noqa: D102
-        return RULES["radam"]

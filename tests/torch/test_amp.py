@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import copy
+import inspect
+import types
 
 import pytest
 
 torch = pytest.importorskip("torch")
+from torch_problem import set_gradients  # noqa: E402
+
 import fastopt.torch as front  # noqa: E402 - needs torch
 
 CLASSES = [name for name in front.__all__ if name not in ("TensorOptimizer", "GradScaler")]
@@ -36,7 +40,7 @@ def test_a_scale_that_is_a_power_of_two_changes_no_bit(name, scaler):
         kept = [p.grad.clone() for p in w]
         scale.step(opt)
         scale.update()
-        assert all(torch.equal(p.grad, g) for p, g in zip(w, kept, strict=True)), "gradients are only read"
+        assert all(torch.equal(p.grad, g / 1024.0) for p, g in zip(w, kept, strict=True))
         plain.zero_grad()
         loss_of(v, t).backward()
         plain.step()
@@ -45,12 +49,18 @@ def test_a_scale_that_is_a_power_of_two_changes_no_bit(name, scaler):
     assert not hasattr(opt, "grad_scale")
 
 
-@every_scaler
+NO_SCALER = types.SimpleNamespace(
+    scale=lambda loss: loss, step=lambda opt: opt.step(), update=lambda: None, get_scale=lambda: 512.0
+)
+
+
+@pytest.mark.parametrize("scaler", [*SCALERS, "skip_nonfinite"])
 @pytest.mark.parametrize("name", CLASSES)
 @pytest.mark.parametrize("bad", [0, 2], ids=["first step", "third step"])
 def test_an_overflow_skips_the_step_and_changes_nothing(name, scaler, bad):
-    (w, opt), (v, plain) = make(name, max_grad_norm=10.0), make(name, max_grad_norm=10.0)
-    scale = SCALERS[scaler]("cpu", init_scale=1024.0)
+    alone = scaler == "skip_nonfinite"
+    (w, opt), (v, plain) = make(name, max_grad_norm=10.0, skip_nonfinite=alone), make(name, max_grad_norm=10.0)
+    scale = NO_SCALER if alone else SCALERS[scaler]("cpu", init_scale=1024.0)
     for t in range(5):
         opt.zero_grad()
         scale.scale(loss_of(w, t)).backward()
@@ -128,6 +138,50 @@ def test_clipping_is_that_of_torch(max_norm):
         assert opt.last_info.grad_norm == pytest.approx(norm.item(), rel=1e-6)
     for p, q in zip(w, v, strict=True):
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+@every_scaler
+@pytest.mark.parametrize("theirs", [{"foreach": False}, {"fused": True}], ids=["for-loop", "fused"])
+def test_gradients_are_left_as_by_torch(scaler, theirs):
+    """Unscaled after a step; a skipped one leaves them scaled as fused does, where the for-loop has unscaled them."""
+    (w, opt), (v, _) = make(), make()
+    other = torch.optim.AdamW(v, lr=0.1, **theirs)
+    scales = SCALERS[scaler]("cpu", init_scale=3.0), torch.amp.GradScaler("cpu", init_scale=3.0)
+    for t in range(3):
+        left = []
+        for params, o, scale in ((w, opt, scales[0]), (v, other, scales[1])):
+            scale.scale(torch.ones(()))
+            set_gradients(params, t)
+            if t == 1:
+                params[1].grad[3] = torch.inf
+            scale.step(o)
+            scale.update(3.0)
+            factor = 3.0 if t == 1 and o is other and "fused" not in theirs else 1.0
+            left.append([p.grad * factor for p in params])
+        torch.testing.assert_close(*left, rtol=1e-6, atol=0)
+
+
+def test_the_scaler_may_leave_gradients_scaled_and_unscales_expanded_ones():
+    own, theirs = (inspect.signature(cls).parameters for cls in (front.GradScaler, torch.amp.GradScaler))
+    assert [(k, p.kind, p.default) for k, p in own.items()][:-1] == [(k, p.kind, p.default) for k, p in theirs.items()]
+    for unscale in (True, False):
+        scaler = front.GradScaler("cpu", 8.0, 2.0, 0.5, 10, True, unscale_grads=unscale)
+        scaler.scale(torch.ones(()))
+        p = torch.nn.Parameter(torch.ones(3))
+        p.grad = torch.full((1,), 16.0).expand(3)
+        scaler.step(front.SGD([p], lr=0.25))
+        assert p.tolist() == [0.5] * 3
+        assert p.grad.tolist() == [2.0 if unscale else 16.0] * 3
+
+
+@pytest.mark.parametrize(("found", "gradient"), [(0.0, 1.0), (1.0, 1.0), (0.0, torch.inf), (1.0, torch.inf)])
+def test_skip_nonfinite_and_the_verdict_of_a_scaler_skip_either_of_them(found, gradient):
+    w = torch.nn.Parameter(torch.ones(2))
+    opt = front.SGD([w], lr=0.5, skip_nonfinite=True)
+    w.grad, opt.found_inf = torch.full((2,), gradient), torch.tensor(found)
+    opt.step()
+    assert opt.last_info.skipped is (found == 1.0 or gradient == torch.inf)
+    assert w.tolist() == [1.0 if opt.last_info.skipped else 0.5] * 2
 
 
 def test_without_scaler_infinities_pass_on_as_in_torch():

@@ -135,7 +135,7 @@ def skipping(gpus, name="AdamW"):
     """An optimizer whose device counts, after two steps of which one was skipped."""
     w, opt = make(name)
     gpus.put(w)
-    opt._skip_nonfinite = True
+    opt.skip_nonfinite = True
     for t in range(2):
         set_gradients(w, t)
         if t == 0:

@@ -226,6 +226,30 @@ def test_flat_survives_moved_parameters_and_eps_of_zero():
     assert all(torch.equal(x, y) for x, y in zip(p, q, strict=True))
 
 
+@pytest.mark.parametrize("name", ["AdamW", "SGD", "LARS"])
+def test_flat_leaves_frozen_parameters_where_they_are_until_they_are_unfrozen(name):
+    def run(**options):
+        p = params_of()
+        p[1].requires_grad_(False)
+        place = p[1].data_ptr()
+        opt = getattr(front, name)(p, lr=0.1, weight_decay=0.5, **options)
+        for t in range(8):
+            if t == 3:
+                assert p[1].grad is None
+                assert p[1] not in opt.state
+                assert torch.equal(p[1], params_of()[1])
+                p[1].requires_grad_(True)
+            if t == 6:
+                p[0].requires_grad_(False)  # as freezing does in torch, it takes effect with zero_grad
+            opt.zero_grad(set_to_none=t % 2 == 0)
+            sum((x.square() * (i + t)).sum() for i, x in enumerate(p) if x.requires_grad).backward()
+            opt.step()
+        assert p[1].data_ptr() == place
+        return p
+
+    assert all(map(torch.equal, run(flatten=True), run()))
+
+
 def test_flat_checkpoint_goes_to_torch():
     p = params_of()
     opt = front.AdamW(p, flatten=True)

@@ -1,0 +1,183 @@
+"""Options of optimizers: keywords of constructors, attributes, values in param groups, and checkpoints of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import inspect
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from .._options import NORM, boolean
+from .._step import Request
+from ..kernels.registry import RULES
+from ..kernels.rule import Rule
+
+EXTRAS = ("max_grad_norm", "skip_nonfinite", "zero_grads", "master_weights", "flatten")
+"""What every constructor takes beside the options of param groups."""
+
+FIXED = (bool, int, float, str)
+"""Types whose objects never change."""
+
+OTHER_NAMES = {
+    "beta1": "betas",
+    "beta2": "betas",
+    "clip_grad_norm": "max_grad_norm",
+    "epsilon": "eps",
+    "learning_rate": "lr",
+    "max_norm": "max_grad_norm",
+}
+"""What other libraries call arguments."""
+
+
+class StepOptions:
+    """The options of a step, which are the whole optimizer's, as attributes that are checked when they are set."""
+
+    def _begin_options(self, max_grad_norm: float | None, skip_nonfinite: bool, zero_grads: bool) -> None:
+        self._asked = Request()
+        self.max_grad_norm, self.skip_nonfinite, self.zero_grads = max_grad_norm, skip_nonfinite, zero_grads
+
+    @property
+    def max_grad_norm(self) -> float | None:
+        """Largest norm of all gradients; None for no clipping."""
+        return self._asked.max_norm
+
+    @max_grad_norm.setter
+    def max_grad_norm(self, value: float | None) -> None:
+        where = f"{type(self).__name__}: max_grad_norm"
+        norm = None if value is None else NORM(plain(value, where), where)
+        self._asked = dataclasses.replace(self._asked, max_norm=norm)
+
+    @property
+    def skip_nonfinite(self) -> bool:
+        """Whether a step with a gradient that is not finite is skipped."""
+        return self._asked.skip_nonfinite
+
+    @skip_nonfinite.setter
+    def skip_nonfinite(self, value: bool) -> None:
+        flag = boolean(value, f"{type(self).__name__}: skip_nonfinite")
+        self._asked = dataclasses.replace(self._asked, skip_nonfinite=flag)
+
+    @property
+    def zero_grads(self) -> bool:
+        """Whether a step sets gradients to zero."""
+        return self._asked.zero_grads
+
+    @zero_grads.setter
+    def zero_grads(self, value: bool) -> None:
+        flag = boolean(value, f"{type(self).__name__}: zero_grads")
+        self._asked = dataclasses.replace(self._asked, zero_grads=flag)
+
+    def _extras(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in EXTRAS[:3]}
+
+    def __repr__(self) -> str:
+        head, groups = super().__repr__().split("\n", 1)
+        return "\n".join([head, *(f"{name}: {value}" for name, value in self._extras().items()), groups])
+
+    def _refuse_part(self, part: str) -> None:
+        """Refuse a step that depends on all gradients, where this process has only some of their elements."""
+        asked, cure = "fastopt.torch.GradScaler", "use torch.amp.GradScaler"
+        if self.max_grad_norm is not None:
+            asked, cure = "max_grad_norm", "clip with torch.nn.utils.clip_grad_norm_ (FSDP1: the module's method)"
+        elif self.skip_nonfinite:
+            asked, cure = "skip_nonfinite", "use torch.amp.GradScaler, or look at the norm of clip_grad_norm_"
+        raise NotImplementedError(
+            f"{type(self).__name__}: {asked} needs the gradients of all processes, but {part} is sharded, and this "
+            f"process knows only its own part. Leave it out, and {cure}."
+        )
+
+
+def arguments(local: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of a constructor by name, from its ``locals()``."""
+    return {name: value for name, value in local.items() if name not in ("self", "__class__")}
+
+
+def check_keywords(cls: type, keywords: Iterable[str]) -> None:
+    """Refuse a keyword that the constructor of a class does not take, and name the one that may be meant."""
+    taken = inspect.signature(cls.__init__).parameters  # type: ignore[misc]
+    if any(p.kind is p.VAR_KEYWORD for p in taken.values()):
+        return
+    for name in keywords:
+        if name not in taken:
+            near = [OTHER_NAMES.get(name, name)]
+            if near[0] not in taken:
+                near = difflib.get_close_matches(name, taken, 1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise TypeError(f"{cls.__name__}.__init__() got an unexpected keyword argument {name!r}.{hint}")
+
+
+def check_rate(lr: Any, where: str) -> None:
+    """Refuse an lr that torch's constructors would compare with 0 in vain."""
+    if callable(lr) and not isinstance(lr, Tensor):
+        raise TypeError(
+            f"{where}: lr must be a number or a tensor of one element, got {lr!r}. For a function of the step use "
+            "torch.optim.lr_scheduler.LambdaLR."
+        )
+    if isinstance(lr, str) or lr is None:
+        raise TypeError(f"{where}: lr must be a number or a tensor of one element, got {lr!r}.")
+
+
+def refuse_extras(group: Mapping[str, Any], where: str) -> None:
+    """Refuse a param group with an option that only the whole optimizer has."""
+    wrong = group.keys() & set(EXTRAS)
+    if wrong:
+        raise ValueError(
+            f"{where}: {min(wrong)} is an option of the whole optimizer, not of a param group. Pass it to the "
+            f"constructor, as {min(wrong)}=..."
+        )
+
+
+def without_numpy(value: Any) -> Any:
+    """An argument with NumPy's numbers, which cannot change, as Python's: torch's constructors refuse some of them."""
+    if isinstance(value, np.generic):
+        return value.item()
+    if type(value) in (list, tuple) and any(isinstance(x, (np.generic, np.ndarray)) for x in value):
+        return type(value)(plain(x, "") for x in value)
+    return value
+
+
+def plain(value: Any, where: str) -> Any:
+    """An option as Python's numbers; lists, arrays and tensors of several as tuples, since their items may change."""
+    if isinstance(value, (Tensor, np.ndarray, np.generic)):
+        if value.ndim == 0 or value.shape == (1,):
+            return value.item()
+        if value.ndim > 1:
+            raise TypeError(f"{where} must be a number, got an array of shape {tuple(value.shape)}.")
+        value = value.tolist()
+    if isinstance(value, (list, tuple)):
+        return tuple(plain(x, where) for x in value)
+    return value
+
+
+def is_fixed(value: Any) -> bool:
+    """Whether the object cannot say something else later."""
+    return value is None or type(value) in FIXED or (type(value) is tuple and all(map(is_fixed, value)))
+
+
+def check_loaded_group(group: Mapping[str, Any], defaults: Mapping[str, Any], where: str) -> None:
+    """Refuse a param group of a checkpoint that lacks hyperparameters; flags are younger than some checkpoints."""
+    refuse_extras(group, where)
+    missing = [n for n, v in defaults.items() if n not in group and v is not None and not isinstance(v, bool)]
+    if missing:
+        options = ", ".join(sorted(set(group) - {"params", "param_names"}))
+        raise ValueError(
+            f"{where} lacks {', '.join(missing)}: it is of another class, with the options {options}. Load it into an "
+            "optimizer of that class."
+        )
+
+
+def check_loaded_state(names: Iterable[str], rule: Rule, where: str) -> None:
+    """Refuse a state of a checkpoint with arrays that only rules of other classes have."""
+    if RULES.get(rule.name) is not rule:
+        return  # of the user's own
+    home = rule.step.__module__  # one file has the variants of a rule
+    own = {name for other in RULES.values() if other.step.__module__ == home for name in other.state}
+    foreign = sorted(set(names) & {name for other in RULES.values() for name in other.state} - own)
+    if foreign:
+        raise ValueError(
+            f"{where} has {', '.join(foreign)}, which is of another class. Load it into an optimizer of that class."
+        )
