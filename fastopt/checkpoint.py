@@ -158,7 +158,7 @@ def load(
             _check_states(path, contents, opt)
         stored, state_dict = _read_tensors(path, file, contents, with_states=opt is not None)
     with _no_interrupt():
-        if opt is not None:
+        if opt is not None and state_dict is not None:
             try:
                 opt.load_state_dict(state_dict)  # before the parameters, because it may refuse
             except (KeyError, TypeError, ValueError, RecursionError) as error:

@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -45,41 +44,34 @@ print(fastopt.torch.AdamW.__module__.split(".")[:2])
     assert python(program) == "['fastopt', 'torch']\n"
 
 
-def without(monkeypatch: pytest.MonkeyPatch, *modules: str) -> None:
-    """Let modules be missing, as far as anyone asks."""
+@pytest.mark.parametrize(
+    ("isa", "missing", "said"),
+    [
+        (None, (), "rules ×"),
+        (None, ("fastopt._native",), "compiled on first use"),
+        ("numba", (), "compiled on first use"),
+        (None, ("fastopt._native", "numba"), "none, for Numba is missing"),
+        ("numba", ("numba",), "none, for Numba is missing"),
+    ],
+)
+def test_info_tells_where_kernels_come_from(
+    monkeypatch: pytest.MonkeyPatch, isa: str | None, missing: tuple[str, ...], said: str
+) -> None:
+    pytest.importorskip("numba")
     find, version = importlib.util.find_spec, importlib.metadata.version
 
     def version_of(package: str) -> str:
-        if package in modules:
+        if package in missing:
             raise importlib.metadata.PackageNotFoundError(package)
         return version(package)
 
-    def spec(name: str, *arguments: Any) -> Any:
-        return None if name in modules else find(name, *arguments)
-
-    monkeypatch.setattr(importlib.util, "find_spec", spec)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *_: None if name in missing else find(name))
     monkeypatch.setattr(importlib.metadata, "version", version_of)
-    monkeypatch.setattr(_backend, "current", lambda: _backend.load(os.environ.get("FASTOPT_ISA")))
-
-
-@pytest.mark.parametrize("isa", [None, "numba"])
-@pytest.mark.parametrize("missing", [(), ("numba",), ("fastopt._native",), ("fastopt._native", "numba")])
-def test_info_tells_where_kernels_come_from(
-    monkeypatch: pytest.MonkeyPatch, isa: str | None, missing: tuple[str, ...]
-) -> None:
-    pytest.importorskip("numba")
-    if isa:
-        monkeypatch.setenv("FASTOPT_ISA", isa)
-    else:
-        monkeypatch.delenv("FASTOPT_ISA", raising=False)
-    without(monkeypatch, *missing)
-    monkeypatch.setattr(_info, "bandwidth", lambda: "")
+    monkeypatch.setattr(_backend, "current", lambda: _backend.load(isa))
+    monkeypatch.setattr(_info, "bandwidth", str)
     facts = _info.facts()
-    jit, numba = isa == "numba" or "fastopt._native" in missing, "numba" not in missing
-    assert ("compiled on first use" in facts["kernels"]) == (jit and numba)
-    assert facts["kernels"].startswith("none") == (jit and not numba)
-    assert ("rules ×" in facts["kernels"]) == (not jit)
-    assert ("needed to step: pip install numba" in facts["Numba"]) == (jit and not numba)
+    assert said in facts["kernels"]
+    assert ("needed to step: pip install numba" in facts["Numba"]) == ("none" in said)
 
 
 def test_info_without_enough_memory(monkeypatch: pytest.MonkeyPatch) -> None:

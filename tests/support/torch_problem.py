@@ -15,10 +15,14 @@ def params_of(shapes=SHAPES, *, dtype=torch.float32, seed=0):
     return [torch.nn.Parameter(torch.randn(shape).to(dtype)) for shape in shapes]
 
 
-def set_gradients(params, t, scale=1.0):
+def gradients(params, t):
     torch.manual_seed(1000 + t)
-    for p in params:
-        p.grad = (torch.randn(p.shape).to(p.dtype) * scale).to(p.device)
+    return [torch.randn(p.shape).to(p.dtype) for p in params]
+
+
+def set_gradients(params, t, scale=1.0):
+    for p, g in zip(params, gradients(params, t), strict=True):
+        p.grad = (g * scale).to(p.device)
 
 
 CLASSES = {
@@ -79,21 +83,6 @@ LAYOUTS = {
 }
 
 
-CLASSES = {
-    "SGD": {"momentum": 0.9, "dampening": 0.5},
-    "Adagrad": {"lr_decay": 0.1},
-    "Adadelta": {},
-    "RMSprop": {"momentum": 0.9, "centered": True},
-    "Rprop": {},
-    "ASGD": {"t0": 1.0, "lambd": 0.1},
-    "Adam": {"amsgrad": True},
-    "AdamW": {},
-    "Adamax": {},
-    "NAdam": {},
-    "RAdam": {},
-    "Lion": {},
-    "LARS": {"lr": 0.1},
-}
 every_class = pytest.mark.parametrize("name", CLASSES)
 
 
@@ -101,15 +90,3 @@ def make(name, *, dtype=torch.float32, home=front, seed=0, **options):
     torch.manual_seed(seed)
     params = [torch.nn.Parameter(torch.randn(shape, dtype=dtype)) for shape in ((5, 7), (3,), (), (0, 2))]
     return params, getattr(home, name)(params, **CLASSES[name], **options)
-
-
-def gradients(params, t):
-    torch.manual_seed(1000 + t)
-    return [torch.randn(p.shape).to(p.dtype) for p in params]
-
-
-def train(params, opt, steps, first=0):
-    for t in range(first, first + steps):
-        for p, g in zip(params, gradients(params, t), strict=True):
-            p.grad = g
-        opt.step()
