@@ -246,7 +246,9 @@ class Optimizer(Base):
             for name in known.foreign:
                 options.pop(name, None)
             if not unchanged(options, known.seen):
-                options = own_options(options, self._known_options, self._place(index))
+                if options.keys() != known.seen.keys():
+                    options = own_options(options, self._known_options, self._place(index))
+                    known.foreign = group.keys() - options.keys() - {"params"}
                 self.complete(options)
                 checked = self._normalise(options, known.dtypes, index)
                 self._check_capturable(checked, self._space, f"{self._name}: group {index}")
@@ -254,7 +256,6 @@ class Optimizer(Base):
         for known, seen, checked in changed:  # nothing is taken over before all groups are checked
             self._take_over(known, checked)
             known.seen, known.options = seen, checked
-            known.foreign = self.param_groups[known.index].keys() - seen.keys() - {"params"}
         return [known.options for known in self._groups]
 
     def _take_over(self, known: Known, checked: dict[str, Any]) -> None:

@@ -33,20 +33,12 @@ def test_a_parameter_cannot_be_resized() -> None:
     assert (w == 0.5).all()
 
 
-def read_only(array: Any) -> None:
-    array.flags.writeable = False
-
-
-def other_dtype(array: Any) -> None:
-    array.dtype = np.int32
-
-
-def other_shape(array: Any) -> None:
-    array.shape = (8, 8)
-
-
-def other_memory(array: Any) -> None:
-    array.__setstate__((1, array.shape, array.dtype, False, bytes(array.nbytes)))
+CHANGES: dict[str, Any] = {
+    "read-only": lambda a: a.setflags(write=False),
+    "dtype": lambda a: setattr(a, "dtype", np.int32),
+    "shape": lambda a: setattr(a, "shape", (8, 8)),
+    "memory": lambda a: a.__setstate__((1, a.shape, a.dtype, False, bytes(a.nbytes))),
+}
 
 
 @pytest.fixture(params=[True, False], ids=["library", "python"])
@@ -61,15 +53,15 @@ def watched(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.usefixtures("watched")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("steps_before", [0, 1, 3])
-@pytest.mark.parametrize("change", [read_only, other_dtype, other_shape, other_memory])
-def test_a_parameter_that_was_changed_in_place_is_refused(change: Any, steps_before: int) -> None:
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_parameter_that_was_changed_in_place_is_refused(change: str, steps_before: int) -> None:
     memory, other = np.ones(65, np.float32), np.ones(3)
     w = memory[1:]
     grads = {"o": np.ones(3), "w": np.ones(64, np.float32)}
     opt = fastopt.SGD({"o": other, "w": w}, lr=0.5, momentum=0.9)
     for _ in range(steps_before):
         opt.step(grads)
-    change(w)
+    CHANGES[change](w)
     opt.param_groups[0]["lr"] = 0.25
     before = memory.tolist(), other.tolist()
     for _ in range(2):
@@ -77,7 +69,7 @@ def test_a_parameter_that_was_changed_in_place_is_refused(change: Any, steps_bef
             opt.step(grads)
     assert (memory.tolist(), other.tolist()) == before
     assert {entry["step"] for entry in opt.state.values()} == {steps_before}
-    if change is read_only:
+    if change == "read-only":
         w.flags.writeable = True
         opt.step(grads)
 
@@ -85,8 +77,8 @@ def test_a_parameter_that_was_changed_in_place_is_refused(change: Any, steps_bef
 @pytest.mark.usefixtures("watched")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("flat", [False, True])
-@pytest.mark.parametrize("change", [other_dtype, other_shape, other_memory])
-def test_gradients_that_were_changed_in_place_are_looked_at_again(change: Any, flat: bool) -> None:
+@pytest.mark.parametrize("change", ["dtype", "shape", "memory"])
+def test_gradients_that_were_changed_in_place_are_looked_at_again(change: str, flat: bool) -> None:
     params = fastopt.FlatBuffer({"w": (64,)})
     grads = params.zeros_like()
     grads.data[:] = 1.0
@@ -94,8 +86,8 @@ def test_gradients_that_were_changed_in_place_are_looked_at_again(change: Any, f
     for _ in range(3):
         opt.step(grads if flat else [grads.data])
     given = grads.data
-    change(given)
-    if change is other_memory:
+    CHANGES[change](given)
+    if change == "memory":
         opt.step(grads if flat else [given])
     elif not flat:  # of a flat buffer memory and dtype count
         with pytest.raises((TypeError, ValueError), match=r"^SGD.step: grads\['w'\] (is|has)"):

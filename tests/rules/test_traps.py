@@ -178,7 +178,7 @@ def test_wrong_dtype_or_length_read_as_garbage() -> None:
     w = np.ones(8, F32)
     opt = fastopt.SGD([w])
     for bad in (np.ones(7, F32), np.ones(9, F32), np.ones(8), np.ones(8, np.float16).view(np.int16)):
-        with pytest.raises((TypeError, ValueError), match=r"SGD.step: grads\['0'\]"):
+        with pytest.raises((TypeError, ValueError), match=r"SGD.step: grads\[0\]"):
             opt.step([bad])
     assert (w == 1).all()
 
