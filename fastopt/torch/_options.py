@@ -121,14 +121,18 @@ def check_rate(lr: Any, where: str) -> None:
         raise TypeError(f"{where}: lr must be a number or a tensor of one element, got {lr!r}.")
 
 
-def refuse_extras(group: Mapping[str, Any], where: str) -> None:
-    """Refuse a param group with an option that only the whole optimizer has."""
-    wrong = group.keys() & set(EXTRAS)
-    if wrong:
-        raise ValueError(
-            f"{where}: {min(wrong)} is an option of the whole optimizer, not of a param group. Pass it to the "
-            f"constructor, as {min(wrong)}=..."
-        )
+def refuse_extras(group: Mapping[str, Any], own: Mapping[str, Any], where: str) -> None:
+    """Refuse a param group with an option that only the whole optimizer has, unless it says the same.
+
+    ``ZeroRedundancyOptimizer`` gives its keywords both to the constructor and to every group.
+    """
+    for name in own.keys() & group.keys():
+        value = group[name]
+        if value is not own[name] and not (isinstance(value, (bool, int, float)) and value == own[name]):
+            raise ValueError(
+                f"{where}: {name} is an option of the whole optimizer, not of a param group. Pass it to the "
+                f"constructor, as {name}=..."
+            )
 
 
 def without_numpy(value: Any) -> Any:
@@ -160,7 +164,6 @@ def is_fixed(value: Any) -> bool:
 
 def check_loaded_group(group: Mapping[str, Any], defaults: Mapping[str, Any], where: str) -> None:
     """Refuse a param group of a checkpoint that lacks hyperparameters; flags are younger than some checkpoints."""
-    refuse_extras(group, where)
     missing = [n for n, v in defaults.items() if n not in group and v is not None and not isinstance(v, bool)]
     if missing:
         options = ", ".join(sorted(set(group) - {"params", "param_names"}))

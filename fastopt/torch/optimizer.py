@@ -164,10 +164,9 @@ class TensorOptimizer(StepOptions, Checkpoints):
         master_weights: bool = False,
         flatten: bool = False,
     ) -> None:
-        where = type(self).__name__
         self._begin_options(max_grad_norm, skip_nonfinite, zero_grads)
-        self._master = boolean(master_weights, f"{where}: master_weights")
-        self._flat = FlatGroups() if boolean(flatten, f"{where}: flatten") else None
+        self._master = boolean(master_weights, f"{type(self).__name__}: master_weights")
+        self._flat = FlatGroups() if boolean(flatten, f"{type(self).__name__}: flatten") else None
         self.last_info = StepInfo()
         self._users: list[object] = []  # who is using this optimizer now
         self._complete = False  # whether the constructor is done, or there was none
@@ -205,9 +204,9 @@ class TensorOptimizer(StepOptions, Checkpoints):
         Raises:
             TypeError, ValueError: As for the constructor; the optimizer is then unchanged.
         """
-        where = type(self).__name__
+        where, extras = type(self).__name__, self._extras()
         if isinstance(param_group, dict):
-            refuse_extras(param_group, f"{where}: group {len(self.param_groups)}")
+            refuse_extras(param_group, extras, f"{where}: group {len(self.param_groups)}")
         super().add_param_group(param_group)
         if self._complete:
             try:
@@ -338,8 +337,7 @@ class TensorOptimizer(StepOptions, Checkpoints):
             where = type(self).__name__
             kind = Kind(where, self.counts_steps, self._master, self._flat)
             watch.drop()
-            parts = (name for name, p in self._named_parameters() if holds_part(p))
-            self._part = next(parts, None)
+            self._part = next((name for name, p in self._named_parameters() if holds_part(p)), None)
             self._derived = None
             self._derived = watch.derived = derive(self.param_groups, self.state, kind)
         assert self._derived is not None
@@ -451,8 +449,9 @@ class TensorOptimizer(StepOptions, Checkpoints):
             else:
                 return self._options
         where = type(self).__name__
+        extras = self._extras()
         for index, group in enumerate(self.param_groups):
-            refuse_extras(group, f"{where}: group {index}")
+            refuse_extras(group, extras, f"{where}: group {index}")
         known = [{name: group[name] for name in group if name in self.option_names} for group in self.param_groups]
         current = [
             {name: plain(value, f"{where}: group {index}: {name}") for name, value in group.items()}
@@ -466,9 +465,9 @@ class TensorOptimizer(StepOptions, Checkpoints):
             self._options, self._structure, self._seen = options, structure, current
         self._read = None
         if all(is_fixed(value) for group in known for value in group.values()):
-            takers = [itemgetter("params", *group) for group in known]
-            groups = zip(self.param_groups, takers, strict=True)
-            self._read = [(list(group), take, take(group)) for group, take in groups]
+            names = [["params", *o, *(extras.keys() & g)] for o, g in zip(known, self.param_groups, strict=True)]
+            takers = zip(self.param_groups, (itemgetter(*n) for n in names), strict=True)
+            self._read = [(list(group), take, take(group)) for group, take in takers]
         return self._options
 
     def complete(self, options: dict[str, Any], index: int) -> dict[str, Any]:
@@ -497,6 +496,7 @@ class TensorOptimizer(StepOptions, Checkpoints):
         where = f"{type(self).__name__}.load_state_dict: "
         groups = []
         for index, (group, now) in enumerate(zip(loaded["param_groups"], self.param_groups, strict=False)):
+            refuse_extras(group, self._extras(), f"{where}group {index} of the state dict")
             check_loaded_group(group, self.defaults, f"{where}group {index} of the state dict")
             kept = {name: now[name] for name in self.rule_options if name in now and name not in group}
             groups.append({**group, **kept})
