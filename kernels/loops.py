@@ -63,7 +63,7 @@ def cpu_loop(rule: Rule, p: str, g: str, features: Features) -> Callable[..., fl
     new_lanes, add_row, add_rest, take = squares.new_lanes(), squares.add_row(), squares.add_rest(), take_sum
 
     def loop(lo: Any, hi: Any, buffers: Any, scalars: Any, own: Any) -> float:
-        mode = enter()  # type: ignore[call-arg]
+        mode: Any = enter()  # type: ignore[call-arg]
         h = scalars_of(scalars, factors(own[RATIO] * scalars[last]))
         pointers = pointers_of(buffers)
         multiplier = compute(own[MULTIPLIER])
@@ -83,7 +83,7 @@ def cpu_loop(rule: Rule, p: str, g: str, features: Features) -> Callable[..., fl
                 for i in range(start, start + BLOCK, LANES):
                     add_row(lanes, pointers[0], i)
                 if (start + BLOCK - lo) % REDUCED == 0:
-                    total += take(lanes)  # type: ignore[call-arg]
+                    total += take(lanes)
         for i in range(tail, hi):
             store(pointers, i, step(*load(pointers, i, multiplier, h)))
             if zero_gradient:
@@ -93,9 +93,9 @@ def cpu_loop(rule: Rule, p: str, g: str, features: Features) -> Callable[..., fl
                 add_row(lanes, pointers[0], tail)
                 tail += LANES
             add_rest(lanes, pointers[0], tail, hi)
-            total += take(lanes)  # type: ignore[call-arg]
-        total = settled(total)  # type: ignore[call-arg]
-        leave(mode)  # type: ignore[call-arg]
+            total += take(lanes)
+        total = settled(total)
+        leave(mode)
         return total
 
     return loop
@@ -107,7 +107,7 @@ def rounding_loop(dtype: str, features: Features) -> Callable[..., None]:
     ahead, round_one = access.ahead([1], write=True), access.round_one()  # parameters were just written
 
     def loop(lo: Any, hi: Any, parameter: Any, copy: Any) -> None:
-        mode = enter()  # type: ignore[call-arg]
+        mode: Any = enter()  # type: ignore[call-arg]
         pointers = parameter, copy
         tail = hi - (hi - lo) % BLOCK
         for start in range(lo, tail, BLOCK):
@@ -116,7 +116,7 @@ def rounding_loop(dtype: str, features: Features) -> Callable[..., None]:
                 round_one(pointers, i)
         for i in range(tail, hi):
             round_one(pointers, i)
-        leave(mode)  # type: ignore[call-arg]
+        leave(mode)
 
     return loop
 
@@ -128,11 +128,11 @@ def ratio_function(rule: Rule) -> Callable[..., float]:
     trust_ratio = njit(error_model="numpy", forceinline=True)(rule.ratio)
 
     def ratio(w_norm: Any, g_norm: Any, scalars: Any) -> float:
-        mode = enter()  # type: ignore[call-arg]
+        mode: Any = enter()  # type: ignore[call-arg]
         h = scalars_of(scalars, (1.0, 1.0))
-        result = settled(trust_ratio(settled(w_norm), settled(g_norm), h))  # type: ignore[call-arg]
-        leave(mode)  # type: ignore[call-arg]
-        return result  # type: ignore[no-any-return]
+        result = settled(trust_ratio(settled(w_norm), settled(g_norm), h))
+        leave(mode)
+        return result
 
     return ratio
 

@@ -43,7 +43,7 @@ def norm_loop(dtype: str, features: Features) -> Callable[..., float]:
     new_lanes, add_row, add_rest, take = squares.new_lanes(), squares.add_row(ahead=True), squares.add_rest(), take_sum
 
     def norm(lo: Any, hi: Any, x: Any) -> float:
-        mode = enter()  # type: ignore[call-arg]
+        mode: Any = enter()  # type: ignore[call-arg]
         lanes = new_lanes()
         total = 0.0
         for start in range(lo, hi, BLOCK):
@@ -53,9 +53,9 @@ def norm_loop(dtype: str, features: Features) -> Callable[..., float]:
                 add_row(lanes, x, i)
             if tail < stop:
                 add_rest(lanes, x, tail, stop)
-            total += take(lanes)  # type: ignore[call-arg]
-        total = settled(total)  # type: ignore[call-arg]
-        leave(mode)  # type: ignore[call-arg]
+            total += take(lanes)
+        total = settled(total)
+        leave(mode)
         return total
 
     return norm

@@ -79,15 +79,15 @@ class Scheduler:
             s, lo, end = chunk[0] * words, chunk[1], chunk[2]
             if table[s + round_at] == 0:
                 return update_part(table, at, s, lo, end)  # type: ignore[no-any-return]
-            mode = enter()  # type: ignore[call-arg]
+            mode: Any = enter()  # type: ignore[call-arg]
             squares = 0.0
             while lo < end:
                 hi = min(lo + BLOCK, end)
                 squares += update_part(table, at, s, lo, hi)
                 _round(table[s + round_at], (lo, hi, table[s + arrays_at + PARAMETER], table[s + copy_at]))
                 lo = hi
-            squares = settled(squares)  # type: ignore[call-arg]
-            leave(mode)  # type: ignore[call-arg]
+            squares = settled(squares)
+            leave(mode)
             return squares
 
         @njit(nogil=True)
@@ -97,11 +97,11 @@ class Scheduler:
 
         @njit(nogil=True)
         def trust_ratio(address: int, squares: Any, multiplier: float, scalars: int) -> float:
-            mode = enter()  # type: ignore[call-arg]
+            mode: Any = enter()  # type: ignore[call-arg]
             w_norm, g_norm = math.sqrt(squares[PARAMETER]), abs(multiplier) * math.sqrt(squares[GRADIENT])
-            ratio = settled(_ratio(address, (w_norm, g_norm, scalars)))  # type: ignore[call-arg]
-            leave(mode)  # type: ignore[call-arg]
-            return ratio  # type: ignore[no-any-return]
+            ratio = settled(_ratio(address, (w_norm, g_norm, scalars)))
+            leave(mode)
+            return ratio
 
         @njit(nogil=True)
         def commit(counts: Any) -> None:
@@ -198,7 +198,7 @@ def _words(segments: Any) -> Any:
 @njit
 def _sum_lanes(x: Any) -> float:
     """Lane j adds numbers j, j + 32, ... in order; then the lanes are added pairwise (reductions.py)."""
-    mode = enter()  # type: ignore[call-arg]
+    mode: Any = enter()  # type: ignore[call-arg]
     lanes = np.zeros(LANES)
     for i in range(len(x)):
         lanes[i % LANES] += x[i]
@@ -207,9 +207,9 @@ def _sum_lanes(x: Any) -> float:
         for j in range(width):
             lanes[j] += lanes[j + width]
         width //= 2
-    total = settled(lanes[0])  # type: ignore[call-arg]
-    leave(mode)  # type: ignore[call-arg]
-    return total  # type: ignore[no-any-return]
+    total = settled(lanes[0])
+    leave(mode)
+    return total
 
 
 @njit
