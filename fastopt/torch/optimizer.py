@@ -222,7 +222,8 @@ class TensorOptimizer(Checkpoints):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._check_idle("step")
+        if self._lock.locked():
+            self._check_idle("step")
         with self._lock, torch.no_grad():
             self.last_info = self._step()
         return loss
