@@ -63,7 +63,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def _with_command(report: Any) -> Any:
     """A report of a skipped file or test that also tells how to install the package whose lack it names."""
-    if report.skipped and "could not import" in report.longrepr[2]:
+    if report.skipped and isinstance(report.longrepr, tuple) and "could not import" in report.longrepr[2]:  # no xfail
         report.longrepr = (*report.longrepr[:2], f"{report.longrepr[2]}: pip install -e '.[test-full]'")
     return report
 
