@@ -31,7 +31,7 @@ SHIM = (
 GRAD = "_ZNK3c1010TensorImpl4gradEv"
 DEVICE_TYPES = {"cpu": 0, "cuda": 1}  # c10::DeviceType
 
-KNOWN = np.dtype([("object", np.uint64), ("impl", np.uint64), ("data", np.uint64)])
+KNOWN = np.dtype([("object", np.uint64), ("impl", np.uint64), ("data", np.uint64), ("storage", np.uint64)])
 """A tensor: the same bytes as ``known`` in tensors.c."""
 
 EXPECTED = np.dtype(
@@ -153,12 +153,12 @@ class Probe:
         self._library = library
         self._alive = params, states  # the addresses of these objects hold while they live
         self._table = library.table(device)
-        self._known = np.array([(id(t), t._cdata, address) for t, address in states], KNOWN)
+        self._known = np.array([(id(t), t._cdata, address, t.untyped_storage()._cdata) for t, address in states], KNOWN)
         self._states = np.array([self._known.ctypes.data, len(states)], np.uint64)  # tensors.c's ``states``
         self._expected = np.zeros(len(params), EXPECTED)
         layouts: dict[Any, tuple[NDArray[np.int64], NDArray[np.int64]]] = {}
         for entry, p, dtype in zip(self._expected, params, gradient_dtypes, strict=True):
-            entry["parameter"] = id(p), p._cdata, p.data_ptr() if dtype is not None else 0
+            entry["parameter"] = id(p), p._cdata, p.data_ptr() if dtype is not None else 0, 0
             if dtype is None:
                 entry["dim"] = -1
                 continue
