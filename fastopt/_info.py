@@ -25,7 +25,8 @@ def facts() -> dict[str, str]:
         library = importlib.util.find_spec("fastopt._native")
         kernels = f"{len(RULES)} rules × {len(PAIRS)} dtype pairs, in {library and library.origin}"
     else:
-        compiled = "none, for Numba is missing to compile them" if numba.startswith("not") else "compiled on first use"
+        has_numba = importlib.util.find_spec("numba") is not None
+        compiled = "compiled on first use" if has_numba else "none, for Numba is missing to compile them"
         kernels = f"{compiled}: {backend.compiles}"
     return {
         "fastopt": __version__,

@@ -150,10 +150,10 @@ class Checkpoints(torch.optim.Optimizer):
             self._begin(**state.pop("extras"))
             self._complete = True
             self._flatten_again(groups)
-        self._load_state(state, loaded)
+        self._load_state_dict(state, loaded)
 
     @exclusive
-    def _load_state(self, state: dict[str, Any], loaded: bool) -> None:
+    def _load_state_dict(self, state: dict[str, Any], loaded: bool) -> None:
         taken = {p: _taken(p, s) for p, s in state["state"].items()}
         state["state"] = State.moved(taken, state["param_groups"], flat=self._flat is not None, copy=loaded)
         super().__setstate__(state)

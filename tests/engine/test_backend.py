@@ -74,7 +74,8 @@ def test_without_libgomp_numba_compiles_the_kernels(monkeypatch: pytest.MonkeyPa
 def test_without_libgomp_and_numba_no_optimizer_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
     hide(monkeypatch, "numba")
     backend = _backend.load()
-    assert row_of_kernels(monkeypatch, backend).startswith("none: the compiled library cannot be loaded (libgomp.so.1")
+    row = "none, for Numba is missing to compile them: the compiled library cannot be loaded (libgomp.so.1"
+    assert row_of_kernels(monkeypatch, backend).startswith(row)
     with pytest.raises(ImportError, match=r'libgomp1.*install Numba: pip install "fastopt\[jit\]"'):
         fastopt.SGD([np.ones(3)], lr=0.1)
 

@@ -141,8 +141,8 @@ def test_every_kernel_is_in_the_library() -> None:
     wanted |= {norm_symbol(dtype, isa) for dtype in COMPUTE for isa in _backend.ISAS}
     wanted |= {round_symbol(dtype, isa) for dtype in COPIES for isa in _backend.ISAS}
     wanted |= {ratio_symbol(name, isa) for name in RULE_NAMES if RULES[name].ratio for isa in _backend.ISAS}
-    parts = ("update", "squares", "layers", "isa", "segment_size", "default_threads")
-    scheduler = {f"fastopt_{part}" for part in (*parts, "gradients", "release")}
+    parts = ("update", "squares", "layers", "isa", "layout", "default_threads", "look", "unchanged")
+    scheduler = {f"fastopt_{part}" for part in (*parts, "gradients", "release", "expected_size")}
     exported = {name for name in functions() if name.startswith("fastopt_")}
     assert wanted - exported == set()
     assert exported - wanted == scheduler

@@ -23,17 +23,10 @@ def way(request, monkeypatch):
     return request.param
 
 
-@pytest.fixture
-def gpus(monkeypatch):
-    import torch_stand_in
-
-    yield from torch_stand_in.torch_gpus(monkeypatch)
-
-
-@pytest.fixture(params=["cpu", "gpu"])
+@pytest.fixture(params=["cpu", pytest.param("gpu", marks=pytest.mark.full)])
 def place(request):
     """Puts parameters on the CPU, or where the stand-in of a GPU finds them."""
-    return request.getfixturevalue("gpus").put if request.param == "gpu" else lambda params: params
+    return request.getfixturevalue("stand_ins").put if request.param == "gpu" else lambda params: params
 
 
 def _put_another(state, name):

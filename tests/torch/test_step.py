@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import threading
 import warnings
 
 import pytest
@@ -356,26 +355,3 @@ def test_differentiable_is_refused():
     w = torch.nn.Parameter(torch.ones(2))
     with pytest.raises(NotImplementedError, match="differentiable=True is not supported"):
         front.AdamW([w], differentiable=True)
-
-
-def test_two_threads_on_one_optimizer():
-    w = torch.nn.Parameter(torch.ones(2))
-    opt, entered, leave = front.SGD([w]), threading.Event(), threading.Event()
-    w.grad = torch.ones(2)
-    original = opt._step
-
-    def slow():
-        entered.set()
-        leave.wait()
-        return original()
-
-    opt._step = slow
-    thread = threading.Thread(target=opt.step)
-    thread.start()
-    entered.wait()
-    try:
-        with pytest.raises(RuntimeError, match="another thread"):
-            opt.step()
-    finally:
-        leave.set()
-        thread.join()
