@@ -51,7 +51,6 @@ def _taken(parameter: Any, state: Any) -> Any:
 class Checkpoints(torch.optim.Optimizer):
     """``state_dict``, ``load_state_dict``, ``copy.deepcopy`` and ``pickle``."""
 
-    _extras: dict[str, Any]
     _flat: FlatGroups | None
     _users: list[object]
     _complete: bool

@@ -19,8 +19,10 @@ STORM = Path(__file__).parents[1] / "support" / "storm.py"
 
 
 @pytest.mark.parametrize("interrupts", [150, pytest.param(2000, marks=pytest.mark.full)])
-@pytest.mark.parametrize("front_end", ["numpy"])
+@pytest.mark.parametrize("front_end", ["numpy", "torch"])
 def test_a_storm_of_interrupts_leaves_nothing_locked_or_torn(front_end: str, interrupts: int) -> None:
+    if front_end == "torch":
+        pytest.importorskip("torch")
     command = [sys.executable, str(STORM), front_end, str(interrupts), str(interrupts)]
     done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "2"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import collections
 import json
+import os
 import random
 import signal
 import sys
@@ -41,7 +42,7 @@ class NumPy:
         ]
         self.lists = [self.params[: 3 * cut], self.params[3 * cut :]]
         self.grads = [[self.array(len(p), str(p.dtype).removeprefix("torch.")) + 1 for p in ps] for ps in self.lists]
-        self.file = tempfile.NamedTemporaryFile(suffix=".safetensors")  # noqa: SIM115
+        self.folder = tempfile.TemporaryDirectory()
         self.step()
         self.keep()
 
@@ -59,8 +60,14 @@ class NumPy:
         self.kept = [opt.state_dict() for opt in self.opts]
 
     def save(self) -> None:
-        for opt in self.opts:
-            fastopt.save(self.file.name, {}, opt)
+        for i, opt in enumerate(self.opts):
+            fastopt.save(f"{self.folder.name}/{i}", {}, opt)
+
+    def restore(self) -> None:
+        for i, opt in enumerate(self.opts):
+            if not os.path.exists(f"{self.folder.name}/{i}"):  # the first save was interrupted
+                fastopt.save(f"{self.folder.name}/{i}", {}, opt)
+            fastopt.load(f"{self.folder.name}/{i}", {}, opt)
 
     def load(self) -> None:
         for opt, kept in zip(self.opts, self.kept, strict=True):
@@ -70,7 +77,7 @@ class NumPy:
         opt = self.package.Adam([self.array(3, "float32")])
         opt.add_param_group({"params": {"more": self.array(3, "float32")}})
 
-    actions = (step, clipped, step, keep, load, step, save, step, grow)
+    actions = (step, clipped, step, keep, load, step, save, step, restore, grow)
 
     def states(self) -> list[dict[str, Any]]:
         """Of every parameter."""
