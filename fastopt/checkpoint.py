@@ -20,20 +20,18 @@ Any safetensors reader can open such a file; nothing in it is executed on load.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import math
 import os
-import signal
-import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import IO, TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
 from . import __version__
 from ._arrays import Array, dtype_of, is_array, space_of, to_host
+from ._exclusive import finish
 from ._files import check_regular, check_replaceable, replacing
 from .optimizer import Optimizer
 
@@ -132,7 +130,8 @@ def load(
 
     Names, shapes and dtypes are checked before the arrays are read, and the file is verified whole before anything is
     written: after an error parameters and optimizer are as they were. Writing comes last (``load_state_dict``, then the
-    parameters), and Ctrl-C waits until it is done. It needs as much free memory as the file is large.
+    parameters); where Ctrl-C interrupts that, it is done once more before that goes on. It needs as much free memory as
+    the file is large.
 
     Args:
         path: File written by ``save``.
@@ -157,14 +156,17 @@ def load(
         if opt is not None:
             _check_states(path, contents, opt)
         stored, state_dict = _read_tensors(path, file, contents, with_states=opt is not None)
-    with _no_interrupt():
+
+    def take_over() -> None:
         if opt is not None and state_dict is not None:
-            try:
-                opt.load_state_dict(state_dict)  # before the parameters, because it may refuse
-            except (KeyError, TypeError, ValueError, RecursionError) as error:
-                raise CheckpointError(f"load: {path} does not fit opt: {error}") from error
+            opt.load_state_dict(state_dict)  # before the parameters, because it may refuse
         for name, want in targets.items():
             space_of(want, f"load: params[{name!r}]").assign(want, stored[name])
+
+    try:
+        finish(take_over)
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"load: {path} does not fit opt: {error}") from error
 
 
 # --- what is saved -----------------------------------------------------------------------------------------------
@@ -333,23 +335,6 @@ def _read_tensors(
     if expected != digest.hexdigest():
         raise CheckpointError(f"load: {path} is corrupted: its checksum does not match its content.")
     return params, contents.head
-
-
-@contextlib.contextmanager
-def _no_interrupt() -> Iterator[None]:
-    """Ctrl-C waits until the block is left. (Python runs handlers of signals in the main thread only.)"""
-    handler = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(handler):
-        yield
-        return
-    caught: list[Any] = []
-    try:
-        signal.signal(signal.SIGINT, lambda *arguments: caught.append(arguments))
-        yield
-    finally:
-        signal.signal(signal.SIGINT, handler)
-        if caught:
-            handler(*caught[-1])
 
 
 # --- the form of the file ----------------------------------------------------------------------------------------

@@ -60,14 +60,13 @@ class NumPy:
         self.kept = [opt.state_dict() for opt in self.opts]
 
     def save(self) -> None:
-        for i, opt in enumerate(self.opts):
-            fastopt.save(f"{self.folder.name}/{i}", {}, opt)
+        for i, (opt, params) in enumerate(zip(self.opts, self.lists, strict=True)):
+            fastopt.save(f"{self.folder.name}/{i}", params, opt)
 
     def restore(self) -> None:
-        for i, opt in enumerate(self.opts):
-            if not os.path.exists(f"{self.folder.name}/{i}"):  # the first save was interrupted
-                fastopt.save(f"{self.folder.name}/{i}", {}, opt)
-            fastopt.load(f"{self.folder.name}/{i}", {}, opt)
+        for i, (opt, params) in enumerate(zip(self.opts, self.lists, strict=True)):
+            if os.path.exists(f"{self.folder.name}/{i}"):  # else the first save was interrupted
+                fastopt.load(f"{self.folder.name}/{i}", params, opt)
 
     def load(self) -> None:
         for opt, kept in zip(self.opts, self.kept, strict=True):
