@@ -41,7 +41,7 @@ else:
 
 def on_device(array: Any, device: int = 0) -> Any:
     """A CuPy array with the values of a NumPy array, in host memory that says it is a GPU's."""
-    values = np.ascontiguousarray(array)
+    values = np.asarray(array, order="C")  # ascontiguousarray would give a scalar a dimension
     memory = np.zeros(values.nbytes + 512, np.uint8)
     start = -memory.ctypes.data % 256
     memory[start : start + values.nbytes] = values.reshape(-1).view(np.uint8)
