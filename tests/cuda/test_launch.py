@@ -168,9 +168,9 @@ def test_capturable_on_the_host_is_refused() -> None:
 
 def test_memories_do_not_mix(stand_in: Any) -> None:
     here, there, other = np.ones(3, F32), stand_in.put(np.ones(3, F32)), stand_in.put(np.ones(3, F32), device=1)
-    with refused(ValueError, "params['1']", "numpy.ndarray in host memory", "cuda:0", "cupy.asarray"):
+    with refused(ValueError, "params[1]", "numpy.ndarray in host memory", "cuda:0", "cupy.asarray"):
         fastopt.SGD([there, here])
-    with refused(ValueError, "params['1']", "on a GPU", "host memory"):
+    with refused(ValueError, "params[1]", "on a GPU", "host memory"):
         fastopt.SGD([here, there])
     with refused(ValueError, "params['b']", "cuda:1", "cuda:0", "one device"):
         fastopt.SGD({"a": there, "b": other})

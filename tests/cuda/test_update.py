@@ -230,7 +230,8 @@ def momentum_upwards(p, g, b, h):
 
 
 def momentum_in_another_order(p, g, b, h):
-    b = h.inner * (h.weight_decay * p + g) + h.mu * b
+    g = h.weight_decay * p + g if h.weight_decay else g
+    b = h.inner * g + h.mu * b
     return p - b * h.outer, b
 
 
