@@ -236,6 +236,8 @@ class Plan(ABC):
         runs: list[tuple[int, int]] = []
         previous = None
         for k, p in enumerate(self.parameters):
+            if previous is not None and self.flat and not p.size:
+                continue  # an empty array may lie anywhere, also behind memory of somebody else
             if (
                 previous is not None
                 and self.flat

@@ -18,7 +18,7 @@ from ._devices import Home
 from ._flat import FlatGroups
 from ._master import MASTER
 from ._state import STEP, Arena, ParameterState, Slot, State, layout_of, number
-from ._tensors import STORED, address_of, check_apart, local, real, state_address
+from ._tensors import STORED, address_of, check_apart, local, parameter_memory, real, state_address
 
 Treat = Callable[[Options, Tensor], Treatment]
 
@@ -51,6 +51,12 @@ class Entry:
     fresh: bool  # whether ``state`` shows nothing yet, or what was made without a step
     numbers: dict[str, Tensor] = field(default_factory=dict)
     tensors: dict[str, Tensor] = field(default_factory=dict)  # of the parameter's shape
+    seen: Any = None  # where the parameter and these were
+
+    def places(self, memory: Tensor) -> Any:
+        """Where the parameter, whose real tensor is ``memory``, and its state are now, and how the parameter lies."""
+        shown = (*self.numbers.values(), *self.tensors.values())
+        return memory.data_ptr(), layout_of(memory), list(map(address_of, shown))
 
     @property
     def counted(self) -> tuple[Progress, Slot, dict[str, Tensor]]:
@@ -151,7 +157,16 @@ class Entries:
             record.address, record.dtype = address_of(master), COMPUTE[record.dtype]
         if untouched:
             state.remember()
+        entry.seen = entry.places(memory)
         return entry
+
+    def moved(self) -> bool:
+        """Whether some parameter or state, with a gradient now or without, is not where it was."""
+        try:
+            memories = {i: parameter_memory(self._params[i], self.name(i)) for i in self._entries}
+        except (NotImplementedError, TypeError, ValueError):  # nothing that could be stepped where it was
+            return True
+        return any(entry.places(memories[i]) != entry.seen for i, entry in self._entries.items())
 
     def _progress(self, i: int, rule: Rule, state: ParameterState, options: Options) -> Progress:
         """How far the parameter has come, by what its state says."""
@@ -211,7 +226,7 @@ class Entries:
         elif slot.holds(name, value):
             if entry.fresh:  # it began with the options of then
                 _fill(value, start)
-        elif _was_made(state, slot, name, value):
+        elif _was_made(state, slot, name, value) and value.shape == parameter.shape:
             value = slot.add_state(name, parameter, memory).copy_(value)
         else:
             where = f"{self._kind.name}: state {name!r} of {self.name(i)}"

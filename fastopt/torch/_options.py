@@ -36,6 +36,8 @@ OTHER_NAMES = {
 class StepOptions:
     """The options of a step, which are the whole optimizer's, as attributes that are checked when they are set."""
 
+    _read: Any
+
     def _begin_options(self, max_grad_norm: float | None, skip_nonfinite: bool, zero_grads: bool) -> None:
         self._asked = Request()
         self.max_grad_norm, self.skip_nonfinite, self.zero_grads = max_grad_norm, skip_nonfinite, zero_grads
@@ -48,8 +50,7 @@ class StepOptions:
     @max_grad_norm.setter
     def max_grad_norm(self, value: float | None) -> None:
         where = f"{type(self).__name__}: max_grad_norm"
-        norm = None if value is None else NORM(plain(value, where), where)
-        self._asked = dataclasses.replace(self._asked, max_norm=norm)
+        self._ask(max_norm=None if value is None else NORM(plain(value, where), where))
 
     @property
     def skip_nonfinite(self) -> bool:
@@ -58,8 +59,7 @@ class StepOptions:
 
     @skip_nonfinite.setter
     def skip_nonfinite(self, value: bool) -> None:
-        flag = boolean(value, f"{type(self).__name__}: skip_nonfinite")
-        self._asked = dataclasses.replace(self._asked, skip_nonfinite=flag)
+        self._ask(skip_nonfinite=boolean(value, f"{type(self).__name__}: skip_nonfinite"))
 
     @property
     def zero_grads(self) -> bool:
@@ -68,8 +68,11 @@ class StepOptions:
 
     @zero_grads.setter
     def zero_grads(self, value: bool) -> None:
-        flag = boolean(value, f"{type(self).__name__}: zero_grads")
-        self._asked = dataclasses.replace(self._asked, zero_grads=flag)
+        self._ask(zero_grads=boolean(value, f"{type(self).__name__}: zero_grads"))
+
+    def _ask(self, **fields: Any) -> None:
+        self._asked = dataclasses.replace(self._asked, **fields)
+        self._read = None  # param groups may hold an option of the optimizer if they say the same
 
     def _extras(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in EXTRAS[:3]}

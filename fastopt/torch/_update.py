@@ -105,6 +105,8 @@ class Update:
         if present != self._present:
             if any(_devices.home_of(self._params[i]) is not self.home for i in present):
                 return False
+            if self._present is not None and (self._entries.moved() or not self._mirror.holds()):
+                return False
             self._choose(present, grads, options, treat)
         elif self._is_stale():
             return False
@@ -225,7 +227,7 @@ class Update:
         params = self._stepped if self._plain else [local(p.detach(), self._where) for p in self._stepped]
         return (
             [p.data_ptr() for p in params] != self._pointers
-            or [p.nbytes for p in params] != self._nbytes
+            or [(p.dtype, p.shape, p.stride()) for p in params] != self._layouts
             or not self._undisturbed()
         )
 
@@ -339,7 +341,7 @@ class Update:
             ]
         )
         self._plain = all(type(p) in PLAIN for p in self._stepped)
-        self._pointers, self._nbytes = [m.data_ptr() for m in memories], [m.nbytes for m in memories]
+        self._pointers, self._layouts = [m.data_ptr() for m in memories], [(p.dtype, p.shape, p.stride()) for p in raw]
         self._shown = [t for e in self._entered for t in (*e.numbers.values(), *e.tensors.values())]
         self._shown_at = list(map(address_of, self._shown))
         self._contiguous = [p.is_contiguous() for p in raw]

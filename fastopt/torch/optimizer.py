@@ -164,6 +164,7 @@ class TensorOptimizer(StepOptions, Checkpoints):
         master_weights: bool = False,
         flatten: bool = False,
     ) -> None:
+        self._read: list[tuple[list[str], Callable[[Any], Any], Any]] | None = None  # what groups held, if it is fixed
         self._begin_options(max_grad_norm, skip_nonfinite, zero_grads)
         self._master = boolean(master_weights, f"{type(self).__name__}: master_weights")
         self._flat = FlatGroups() if boolean(flatten, f"{type(self).__name__}: flatten") else None
@@ -171,7 +172,6 @@ class TensorOptimizer(StepOptions, Checkpoints):
         self._users: list[object] = []  # who is using this optimizer now
         self._complete = False  # whether the constructor is done, or there was none
         self._derived: Update | Several | None = None  # ``state`` knows it, too, but does not keep it alive
-        self._read: list[tuple[list[str], Callable[[Any], Any], Any]] | None = None  # what groups held, if it is fixed
         self._seen: list[dict[str, Any]] = []
         self._options: list[dict[str, Any]] = []
         self._structure: list[Any] = []
@@ -303,8 +303,11 @@ class TensorOptimizer(StepOptions, Checkpoints):
             asked = dataclasses.replace(asked, skip_nonfinite=True)
         options = self._current_options()
         if not dict.__len__(self.state) and scale is None and found is None and self._asks_for_states(options):
-            self._make_states(options)
-            return StepInfo()
+            lr = self.defaults["lr"]  # states may begin with it
+            groups = zip(options, self.param_groups, strict=True)
+            begin = [{**o, "lr": plain(g.get("initial_lr", lr), "lr")} for o, g in groups]
+            self._make_states(begin)
+            return StepInfo(False, 0.0 if asked.needs_norm else None)
         for _ in range(2):
             update = self._update()
             if self._part is not None and asked.needs_norm:

@@ -284,3 +284,70 @@ def test_a_copy_of_a_flat_optimizer_is_flat_and_zeroes_its_gradients(how):
         assert torch.equal(p, q)
         assert torch.equal(p.grad, q.grad)
     assert len(second[1].state.watch.derived.plan.updates.sizes) == 1
+
+
+# --- changes that come together --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("what", ["parameter", "parameter now", "state", "count"])
+def test_what_changes_with_the_pattern_of_gradients_is_seen(way, what):
+    """Beside torch's, with new memory while or just when another parameter has a gradient, and before."""
+
+    def run(home):
+        params, opt = make("AdamW", home=home)
+        p, q, *rest = params
+        for t in range(12):
+            train([p, q, *rest], opt, 1, first=t)
+            if t % 4 == 3:
+                q.grad = None
+                if what != "parameter now":
+                    p.grad = torch.ones_like(p)
+                    opt.step()
+                if what.startswith("parameter"):
+                    q.data, p.data = torch.full_like(q, 0.5), p.data.clone()
+                elif what == "state":
+                    opt.state[q]["exp_avg"].data = torch.full_like(q, 0.5)
+                else:
+                    opt.state[q]["step"].fill_(50.0)
+        return params
+
+    for p, q in zip(run(front), run(torch.optim), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+def test_a_parameter_that_was_transposed_in_place_is_seen(way):
+    ends = []
+    for home in (front, torch.optim):
+        p = torch.nn.Parameter(torch.arange(4.0).view(2, 2))
+        opt = home.SGD([p], lr=1.0)
+        for t in range(6):
+            p.grad = torch.zeros(2, 2)
+            p.grad[0, 1] = 1.0
+            opt.step()
+            if t == 3:
+                p.data = p.data.t()
+        ends.append(p.detach())
+    assert torch.equal(*ends)
+
+
+def test_a_state_of_another_shape_is_not_spread():
+    p = torch.nn.Parameter(torch.zeros(1, 3))
+    opt = front.AdamW([p])
+    train([p], opt, 3)
+    p.grad, p.data = None, torch.zeros(5, 3)
+    p.grad = torch.ones(5, 3)
+    with pytest.raises(ValueError, match="shape"):
+        opt.step()
+    assert not p.any()
+
+
+def test_an_empty_parameter_extends_nothing_that_is_flat():
+    p, empty = torch.nn.Parameter(torch.ones(5)), torch.nn.Parameter(torch.empty(0))
+    opt = front.AdamW([p, empty], lr=0.1, weight_decay=0.5, flatten=True)
+    memory = torch.full((64,), 7.0)
+    p.data = memory[:5]
+    for _ in range(3):
+        p.grad.fill_(1.0)
+        opt.step()
+    assert (memory[5:] == 7.0).all()
+    assert (memory[:5] != 7.0).all()
