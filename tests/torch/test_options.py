@@ -216,3 +216,21 @@ def test_a_state_dict_of_another_class_is_refused_while_loading(home, source, ta
     with pytest.raises(ValueError, match=f"{target}.load_state_dict: .*{message}"):
         opt.load_state_dict(other.state_dict())
     torch.testing.assert_close(opt.state_dict(), before, rtol=0, atol=0)
+
+
+def test_an_option_of_the_step_that_a_group_repeats_is_compared_again_when_it_changes():
+    w = torch.nn.Parameter(torch.ones(2))
+    opt = front.SGD([{"params": [w], "max_grad_norm": 1.0}], lr=1.0, max_grad_norm=1.0)
+    w.grad = torch.ones(2)
+    opt.step()
+    opt.max_grad_norm = None
+    with pytest.raises(ValueError, match="max_grad_norm"):
+        opt.step()
+
+
+def test_a_step_that_only_makes_states_tells_the_norm_that_was_asked_for():
+    w = torch.nn.Parameter(torch.ones(2))
+    opt = front.AdamW([w], lr=0.0, max_grad_norm=1.0)
+    w.grad = torch.zeros(2)
+    opt.step()
+    assert opt.last_info == (False, 0.0)
