@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+import importlib
 
 import pytest
 from torch_problem import front, params_of, set_gradients, torch, train
 
-hooks = torch.optim.optimizer
+hooks = importlib.import_module("torch.optim.optimizer")
 
 
 class Overridden(front.AdamW):
