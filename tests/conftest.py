@@ -113,41 +113,59 @@ def always_threaded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_host_plan, "SERIAL_BELOW", 1)
 
 
-@pytest.fixture(params=["stand-in", pytest.param("real", marks=pytest.mark.gpu)])
-def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """A GPU: a real one where the tests marked gpu run, else the stand-in."""
+def _gpu(monkeypatch: pytest.MonkeyPatch, real: bool = False) -> Iterator[Any]:
     pytest.importorskip("cupy")
     import gpus
 
     gpus.forget_devices()
-    yield gpus.RealGpu() if request.param == "real" else gpus.StandInGpu(monkeypatch)
+    yield gpus.RealGpu() if real else gpus.StandInGpu(monkeypatch)
     gpus.forget_devices()
+
+
+def _torch_gpus(monkeypatch: pytest.MonkeyPatch, real: bool = False) -> Iterator[Any]:
+    pytest.importorskip("cupy")
+    import torch_stand_in
+
+    yield from torch_stand_in.torch_gpus(monkeypatch, real=real)
+
+
+@pytest.fixture(params=["stand-in", pytest.param("real", marks=pytest.mark.gpu)])
+def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A GPU: a real one where the tests marked gpu run, else the stand-in."""
+    yield from _gpu(monkeypatch, request.param == "real")
 
 
 @pytest.fixture
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """A GPU that counts what is asked of it, and that can be made to fail."""
-    pytest.importorskip("cupy")
-    import gpus
-
-    gpus.forget_devices()
-    yield gpus.StandInGpu(monkeypatch)
-    gpus.forget_devices()
+    yield from _gpu(monkeypatch)
 
 
 @pytest.fixture(params=["stand-in", pytest.param("real", marks=pytest.mark.gpu)])
 def gpus(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """GPUs for torch's tensors: real ones where the tests marked gpu run, else the stand-in."""
-    pytest.importorskip("cupy")
-    import torch_stand_in
+    yield from _torch_gpus(monkeypatch, request.param == "real")
 
-    yield from torch_stand_in.torch_gpus(monkeypatch, real=request.param == "real")
+
+@pytest.fixture(params=["cpu", pytest.param("gpu", marks=pytest.mark.full)])
+def place(request: pytest.FixtureRequest) -> Any:
+    """Puts torch's parameters on the CPU, or where the stand-in of a GPU finds them."""
+    return request.getfixturevalue("stand_ins").put if request.param == "gpu" else lambda params: params
+
+
+@pytest.fixture
+def fake(stand_in: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The GPU of the benchmark's tests, of which a sample takes no time."""
+    from gpu_fake import FakeGpu
+
+    from bench.gpu import measure
+
+    for name, value in {"SAMPLE_SECONDS": {"device": 1e-9, "wall": 1e-9}, "HOST_STEPS": 2, "TRIALS": 1}.items():
+        monkeypatch.setattr(measure, name, value)
+    return FakeGpu(stand_in)
 
 
 @pytest.fixture
 def stand_ins(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """GPUs for torch's tensors that count what is asked of them."""
-    pytest.importorskip("cupy")
-    import torch_stand_in
-
-    yield from torch_stand_in.torch_gpus(monkeypatch, real=False)
+    yield from _torch_gpus(monkeypatch)

@@ -35,44 +35,31 @@ def compared(
     return status, capsys.readouterr().out
 
 
-@pytest.mark.parametrize("seed", range(10))
-def test_noise_is_no_news(seed: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rng = np.random.default_rng(seed)
-    runs = record(rng, fastopt=1.0, stream=1.0), record(rng, fastopt=1.01, stream=1.0)
-    status, shown = compared(tmp_path, capsys, *runs)
-    assert status == 0
-    assert "0 of 1 measurements of fastopt got slower" in shown
+ONE = {"fastopt": 1.0, "stream": 1.0}
+ALONE = {"fastopt": 1.0}
+RUNS: dict[str, tuple[dict[str, float], dict[str, float], tuple[str, ...], int, str]] = {
+    "noise": (ONE, ONE | {"fastopt": 1.01}, (), 0, "0 of 1 measurements of fastopt got slower"),
+    "slower": (ONE, ONE | {"fastopt": 1.12}, (), 1, "1 of 1 measurements of fastopt got slower"),
+    "faster": (ONE | {"fastopt": 1.12}, ONE, (), 0, "0 of 1 measurements of fastopt got slower"),
+    "not by so much": (ONE, ONE | {"fastopt": 1.12}, ("--threshold", "0.3"), 0, "0 of 1"),
+    "a busier machine": (ONE, {"fastopt": 1.5, "stream": 1.5}, (), 0, "0 of 1"),
+    "without a control": (ALONE, {"fastopt": 1.5}, (), 1, "slower"),  # it is all one can see
+    "another library": (ONE | {"numpy": 1.0}, ONE | {"numpy": 2.0}, (), 0, "0 of 1"),
+    "another library, shown": (ONE | {"numpy": 1.0}, ONE | {"numpy": 2.0}, ("--all",), 0, "numpy"),
+}
 
 
 @pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("runs", RUNS)
 def test_what_got_slower_is_named_and_the_status_is_1(
-    seed: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    runs: str, seed: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rng = np.random.default_rng(seed)
-    runs = record(rng, fastopt=1.0, stream=1.0), record(rng, fastopt=1.12, stream=1.0)
-    status, shown = compared(tmp_path, capsys, *runs)
-    assert status == 1
-    assert "slower" in shown
-    assert "1 of 1 measurements" in shown
-    assert compared(tmp_path, capsys, *runs[::-1])[0] == 0  # what got faster is no reproach
-    assert compared(tmp_path, capsys, *runs, "--threshold", "0.3")[0] == 0
-
-
-def test_a_busier_machine_is_no_news(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rng = np.random.default_rng(0)
-    runs = record(rng, fastopt=1.0, stream=1.0), record(rng, fastopt=1.5, stream=1.5)
-    assert compared(tmp_path, capsys, *runs)[0] == 0
-    alone = record(rng, fastopt=1.0), record(rng, fastopt=1.5)  # without a control it is all one can see
-    assert compared(tmp_path, capsys, *alone)[0] == 1
-
-
-def test_others_are_shown_when_asked_and_are_no_reproach(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rng = np.random.default_rng(0)
-    runs = record(rng, fastopt=1.0, numpy=1.0, stream=1.0), record(rng, fastopt=1.0, numpy=2.0, stream=1.0)
-    status, shown = compared(tmp_path, capsys, *runs)
-    assert status == 0
-    assert "numpy" not in shown
-    assert "numpy" in compared(tmp_path, capsys, *runs, "--all")[1]
+    before, after, options, expected, said = RUNS[runs]
+    status, shown = compared(tmp_path, capsys, record(rng, **before), record(rng, **after), *options)
+    assert status == expected
+    assert said in shown
+    assert ("numpy" in shown) == ("--all" in options)
 
 
 def test_another_machine_is_mentioned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -127,9 +114,3 @@ def test_files_that_are_something_else_are_one_line_and_status_2(
     assert error.startswith("bench compare: ")
     assert message in error
     assert error.count("\n") == 1
-
-
-@pytest.mark.parametrize("threshold", ["-1", "nan", "many"])
-def test_a_bad_threshold_is_refused(threshold: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["compare", str(tmp_path), str(tmp_path), f"--threshold={threshold}"]) == 2
-    assert "--threshold must be" in capsys.readouterr().err

@@ -27,12 +27,12 @@ pytestmark = pytest.mark.full
 ROOT = Path(__file__).parents[2]
 
 CLASSES = {
-    "numba": ("numba_loop", "NumbaLoop"),
-    "torch compile": ("torch_compile", "TorchCompile"),
-    "optax": ("optax_jit", "Optax"),
-    "deepspeed": ("deepspeed_cpu", "DeepSpeed"),
-    "optimi": ("optimi_torch", "Optimi"),
-    "bitsandbytes": ("bitsandbytes_cpu", "BitsAndBytes"),
+    "numba": ("numba_loop", "NumbaLoop", "numba"),
+    "torch compile": ("torch_compile", "TorchCompile", "torch"),
+    "optax": ("optax_jit", "Optax", "optax"),
+    "deepspeed": ("deepspeed_cpu", "DeepSpeed", "deepspeed ninja"),
+    "optimi": ("optimi_torch", "Optimi", "torch-optimi"),
+    "bitsandbytes": ("bitsandbytes_cpu", "BitsAndBytes", "bitsandbytes"),
 }
 SHAPES = {"one": (1,), "seven": (7,), "matrix": (5, 7), "thousand": (1000,)}
 LR = {"SGD": 1.0, "Adadelta": 1.0}
@@ -46,7 +46,7 @@ EXTRA: dict[str, Any] = {
 
 
 def kind_of(name: str) -> type[Contender]:
-    module, kind = CLASSES[name]
+    module, kind, _ = CLASSES[name]
     found: type[Contender] = getattr(importlib.import_module(f"bench.contenders.{module}"), kind)
     return found
 
@@ -146,22 +146,12 @@ def test_a_wrong_contender_is_found(kind: type[Contender]) -> None:
 # --- what is said ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("name", "command"),
-    [
-        ("numba", "pip install numba"),
-        ("torch compile", "pip install torch"),
-        ("optax", "pip install optax"),
-        ("deepspeed", "pip install deepspeed ninja"),
-        ("optimi", "pip install torch-optimi"),
-        ("bitsandbytes", "pip install bitsandbytes"),
-    ],
-)
-def test_what_is_missing_is_told_with_the_command(name: str, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", CLASSES)
+def test_what_is_missing_is_told_with_the_command(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     kind = kind_of(name)
     monkeypatch.setattr("shutil.which", lambda program: program)
     monkeypatch.setattr("importlib.util.find_spec", lambda package: None)
-    assert kind.missing() == f"not installed: {command}"
+    assert kind.missing() == f"not installed: pip install {CLASSES[name][2]}"
     monkeypatch.setattr("importlib.util.find_spec", lambda package: object())
     assert kind.missing() is None
 

@@ -23,7 +23,6 @@ import fastopt
 from bench.__main__ import main
 from bench.gpu import command as bench_gpu
 from bench.gpu import contenders as gpu_contenders
-from bench.gpu import measure as gpu_measure
 from bench.gpu import registers, smoke
 from bench.gpu.cases import STAGES, SUITE, Bar, Case
 from bench.gpu.contenders import CONTENDERS
@@ -33,14 +32,6 @@ from bench.gpu.measure import measure
 
 pytestmark = pytest.mark.full
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture
-def fake(stand_in: Any, monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
-    monkeypatch.setattr(gpu_measure, "SAMPLE_SECONDS", {"device": 1e-9, "wall": 1e-9})
-    monkeypatch.setattr(gpu_measure, "HOST_STEPS", 2)
-    monkeypatch.setattr(gpu_measure, "TRIALS", 1)
-    return FakeGpu(stand_in)
 
 
 # --- the command line ------------------------------------------------------------------------------------------------
@@ -167,23 +158,6 @@ def test_a_stage_is_its_cases_and_a_limit_leaves_cases_out(capsys: pytest.Captur
 
 def test_every_case_belongs_to_a_stage() -> None:
     assert sorted(SUITE) == sorted(name for stage in STAGES.values() for name in stage)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["nothing"], "there is no case 'nothing'; cases are bandwidth, rest, copy, "),
-        (["--out", "/no/such/folder/x.json"], "the folder of /no/such/folder/x.json does not exist"),
-        (["--show", "/no/such/file"], "there is no file /no/such/file"),
-    ],
-)
-def test_bad_arguments_of_gpu_are_one_line_and_status_2(
-    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert gpu(arguments) == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert error.count("\n") == 1
 
 
 def test_without_cupy_or_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,7 +20,6 @@ QUIET = (
     *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
 )
 WIDTHS = (1280, 360)
-CHARTS = {"models": 5, "sizes": 1, "arrays": 1, "threads": 2, "rules": 1, "dtypes": 1, "options": 3, "startup": 2}
 
 pytestmark = [
     pytest.mark.full,
@@ -110,7 +109,7 @@ def assert_fits(page: Any, width: int) -> None:
 @pytest.mark.parametrize("width", WIDTHS)
 def test_every_chart_is_drawn_and_fits(visit, width, scheme):
     page = visit("plausible", width, color_scheme=scheme)
-    expected = {f"{name}-{k}" for name, number in CHARTS.items() for k in range(number)}
+    expected = {f"{name}-{k}" for name, number in bench_records.CHARTS.items() for k in range(number)}
     assert set(page.evaluate(MEASURE)) == expected
     assert_fits(page, width)
 

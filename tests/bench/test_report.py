@@ -56,25 +56,6 @@ def test_a_page_of_a_file_measures_nothing(tmp_path: Path, monkeypatch: pytest.M
     assert len(list((tmp_path / "out").glob("*.png"))) == 3
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--from", "/no/such/file.json"], "/no/such/file.json cannot be read: No such file or directory"),
-        (["--out", "/proc/no"], "--out '/proc/no' is not a folder that can be written"),
-        (["--threads", "0"], "--threads must be at least 1"),
-        (["--threads", "two"], "--threads must be a whole number, got 'two'"),
-    ],
-)
-def test_bad_arguments_of_report_are_one_line_and_status_2(
-    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["report", *arguments]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("bench report: ")
-    assert message in error
-    assert error.count("\n") == 1
-
-
 def test_the_figures_of_the_readme_are_those_of_the_file() -> None:
     record = Record.read(ROOT / "bench" / "results" / "cpu.json")
     text = (ROOT / "README.md").read_text()

@@ -62,6 +62,8 @@ def test_a_case_is_checked_timed_and_written(tmp_path: Path, capsys: pytest.Capt
 
 
 def checked(kind: type[Contender], case: Case) -> None:
+    if kind.package:
+        pytest.importorskip(kind.package)
     params, grads = worker.data(case)
     expected = worker.expectation(case, params, grads)
     worker.check(kind(case, params, grads, 1), case, expected)
@@ -71,8 +73,6 @@ def checked(kind: type[Contender], case: Case) -> None:
 @pytest.mark.parametrize("name", ["fastopt", "numpy", "torch fused", "torch loop", "torch foreach", "fastopt.torch"])
 def test_answers_are_right_in_every_dtype(name: str, dtype: str) -> None:
     kind = CONTENDERS[name]
-    if kind.package:
-        pytest.importorskip(kind.package)
     case = Case("x", "Adam", {"lr": 1e-3, "weight_decay": 0.1}, {"w": (40, 50), "b": (3,)}, (), dtype)
     if kind.refusal(case):
         pytest.skip(str(kind.refusal(case)))
@@ -96,10 +96,7 @@ def test_eager_numpy_has_every_optimizer(optimizer: str, hyper: dict[str, Any]) 
 
 @pytest.mark.parametrize("name", ["fastopt", "fastopt.torch", "torch fused", "torch foreach"])
 def test_answers_with_zeroed_gradients(name: str) -> None:
-    kind = CONTENDERS[name]
-    if kind.package:
-        pytest.importorskip(kind.package)
-    checked(kind, Case("x", "Adam", {"lr": 1e-3}, {"w": (2000,)}, (), step={"zero_grads": True}))
+    checked(CONTENDERS[name], Case("x", "Adam", {"lr": 1e-3}, {"w": (2000,)}, (), step={"zero_grads": True}))
 
 
 def test_a_wrong_answer_is_noticed_although_the_first_step_is_right() -> None:
@@ -108,10 +105,7 @@ def test_a_wrong_answer_is_noticed_although_the_first_step_is_right() -> None:
 
 
 def test_a_wrong_answer_is_shown_and_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = Case("x", "Adam", {"lr": 1e-3}, {"w": (50,)}, ("fastopt", "numpy"))
-    monkeypatch.setattr(measure, "Worker", lambda threads: FakeWorker())
-    with Measurement(1, FEW) as measurement:
-        result = measurement.run(case)
+    result = measured(monkeypatch, FEW, "fastopt", "numpy")
     assert result.problems == {"numpy": "wrong answer: w is off by 1"}
     assert list(result.timings) == ["fastopt"]
 
@@ -134,10 +128,15 @@ class FakeWorker:
         pass
 
 
-def test_a_contender_that_dies_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+def measured(monkeypatch: pytest.MonkeyPatch, effort: Effort, *contenders: str) -> Result:
+    """The result of contenders in a fake worker."""
     monkeypatch.setattr(measure, "Worker", lambda threads: FakeWorker())
-    with Measurement(1, FEW) as measurement:
-        result = measurement.run(Case("x", "Adam", {"lr": 1e-3}, {"w": (50,)}, ("fastopt", "stream")))
+    with Measurement(1, effort) as measurement:
+        return measurement.run(Case("x", "Adam", {"lr": 1e-3}, {"w": (50,)}, contenders))
+
+
+def test_a_contender_that_dies_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    result = measured(monkeypatch, FEW, "fastopt", "stream")
     assert result.problems == {"stream": "its process died"}
     assert len(result.timings["fastopt"].samples) == 3
     assert "stream" not in result.timings
@@ -161,9 +160,7 @@ def test_a_process_serves_one_case_after_another() -> None:
 
 
 def test_no_more_rounds_than_are_needed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measure, "Worker", lambda threads: FakeWorker())
-    with Measurement(1, Effort(rounds=21)) as measurement:
-        result = measurement.run(Case("x", "Adam", {"lr": 1e-3}, {"w": (50,)}, ("fastopt",)))
+    result = measured(monkeypatch, Effort(rounds=21), "fastopt")
     assert len(result.timings["fastopt"].samples) == measure.FEWEST  # they all agree
 
 
@@ -186,31 +183,6 @@ def test_a_case_beyond_memory_is_refused_before_anything_is_allocated(
     result = Measurement(1, FEW).run(Case("x", "Adam", {"lr": 1e-3}, {"w": (10**15,)}, ("fastopt",)))
     assert result.skipped is not None
     assert "GB are free" in result.skipped
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["nothing"], "there is no case 'nothing'; there are adam-1000x1000, "),
-        (["adam", "--rounds", "0"], "--rounds and --threads must be at least 1"),
-        (["adam", "--contenders", "fastopt,me"], "there is no contender 'me'; there are fastopt, "),
-        (["adam", "--size", "1k"], "name cases, or describe one by options: not both"),
-        (["--optimizer", "nope"], "there is no optimizer 'nope'; there are sgd, "),
-        (["--model", "nope"], "there is no model 'nope'; there are resnet50, "),
-        (["--model", "gpt2", "--size", "1k"], "--model brings its own --size and --arrays"),
-        (["--size", "much"], "--size must be a number like 1000, 64k, 16M or 1G, got 'much'"),
-        (["--size", "10", "--arrays", "11"], "--arrays must be in [1, 10], the number of elements, got 11"),
-        (["adam", "--json", "/proc/no/x.json"], "the folder of --json '/proc/no' is not a folder that can be written"),
-    ],
-)
-def test_bad_arguments_of_step_are_one_line_and_status_2(
-    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["step", *arguments]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("bench step: ")
-    assert message in error
-    assert error.count("\n") == 1
 
 
 def test_a_case_of_ones_own(tmp_path: Path) -> None:

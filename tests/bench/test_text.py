@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import math
@@ -14,22 +13,15 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("psutil")
 pytest.importorskip("rich")
-image = pytest.importorskip("matplotlib.image")
+
+from bench_train import assert_picture, command  # noqa: E402
 
 import fastopt  # noqa: E402
-from bench import train  # noqa: E402
 from bench.training import text, text_data, text_model, text_race  # noqa: E402
 
 pytestmark = pytest.mark.full
 SMALL = ["--task", "text", "--width", "32", "--layers", "1", "--context", "16", "--batch-size", "4", "--steps", "8"]
 SHAPE = text_race.Shape(width=32, layers=1, context=16, batch_size=4, steps=8, seed=0)
-
-
-def command(*arguments):
-    parser = argparse.ArgumentParser(prog="bench")
-    train.add_parser(parser.add_subparsers(required=True))
-    args = parser.parse_args(["train", *map(str, arguments)])
-    return args.func(args)
 
 
 @pytest.fixture(scope="module")
@@ -166,10 +158,7 @@ def test_command_prints_a_table_and_writes_figure_and_samples(tmp_path, capsys, 
     printed = capsys.readouterr().out
     for part in ("bytes of", "torch fused", "same loss curve: ", "whole training step: ", "figures/text.png\n"):
         assert part in printed
-    assert (tmp_path / "figures" / "text.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
-    pixels = image.imread(tmp_path / "figures" / "text.png")
-    assert min(pixels.shape[:2]) > 600
-    assert pixels[..., :3].std() > 0.02
+    assert_picture(tmp_path / "figures" / "text.png", 600)
     record = json.loads((tmp_path / "deep" / "samples.json").read_text())
     assert (record["task"], record["settings"]["clip"], record["settings"]["steps"]) == ("text", 1.0, 8)
     assert list(record["runs"]) == ["fastopt.torch", "torch fused", "torch default"]
@@ -188,34 +177,6 @@ def test_command_fails_if_the_curves_differ(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(fastopt.torch, "AdamW", Wrong)
     assert command(*SMALL, "--out", tmp_path) == 1
     assert "WRONG: the loss of fastopt.torch differs from that of torch fused by" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("arguments", "line"),
-    [
-        (["--task", "chess"], "there is no task 'chess'; there are digits, text."),
-        (["--steps", "5"], "--steps belongs to --task text, not to digits."),
-        (["--json", "x"], "--json belongs to --task text, not to digits."),
-        ([*SMALL, "--epochs", "1"], "--epochs belongs to --task digits, not to text."),
-        ([*SMALL, "--hidden", "8"], "--hidden belongs to --task digits, not to text."),
-        ([*SMALL, "--schedule", "step"], "--schedule belongs to --task digits, not to text."),
-        ([*SMALL, "--sweep"], "--sweep belongs to --task digits, not to text."),
-        ([*SMALL, "--optimizer", "all"], "--optimizer must be one of AdamW, Adam,"),
-        ([*SMALL, "--steps", "1"], "--steps must be at least 2: the first one is not counted in times."),
-        ([*SMALL, "--width", "33"], "--width must be a multiple of 32, the width of a head, got 33."),
-        ([*SMALL, "--lr", "nan"], "--lr must be in (0, inf), got nan."),
-        ([*SMALL, "--clip", "0"], "--clip must be in (0, inf), got 0."),
-        ([*SMALL, "--json", "."], "--json must name a file, got the folder '.'."),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
-)
-def test_bad_input_of_the_text_task_is_refused_in_one_line(arguments, line, tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert command(*arguments, "--out", tmp_path / "out") == 2
-    printed = capsys.readouterr()
-    assert printed.out == ""
-    assert printed.err.startswith(f"bench train: {line}")
-    assert printed.err.count("\n") == 1
 
 
 def test_without_torch_the_command_to_install_it_is_named(tmp_path, capsys, monkeypatch):

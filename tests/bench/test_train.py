@@ -1,27 +1,20 @@
 """The training benchmark: gradients, learning, determinism, refusals, figures; small settings."""
 
-import argparse
-
 import numpy as np
 import pytest
 
 pytest.importorskip("sklearn")
 pytest.importorskip("rich")
-image = pytest.importorskip("matplotlib.image")
 
-import fastopt  # noqa: E402
-from bench import train  # noqa: E402
-from bench.training import digits, figures, mlp, steps, sweep  # noqa: E402
+from bench_train import assert_picture, command
+from refusal import CLASSES
+
+import fastopt
+from bench import train
+from bench.training import digits, figures, mlp, steps, sweep
 
 pytestmark = pytest.mark.full
 SMALL = ["--hidden", "16", "--epochs", "1"]
-
-
-def command(*arguments):
-    parser = argparse.ArgumentParser(prog="bench")
-    train.add_parser(parser.add_subparsers(required=True))
-    args = parser.parse_args(["train", *map(str, arguments)])
-    return args.func(args)
 
 
 def short_run(seed=0, epochs=3, recipe=train.NAMES["adamw"], batch_size=64):
@@ -33,14 +26,6 @@ def short_run(seed=0, epochs=3, recipe=train.NAMES["adamw"], batch_size=64):
     for _ in mlp.fit(model, data, optimizer, schedule, history, batch_size=batch_size, epochs=epochs, seed=seed):
         pass
     return model, history
-
-
-def assert_picture(path):
-    """A PNG in colour whose pixels differ."""
-    assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
-    pixels = image.imread(path)
-    assert min(pixels.shape[:2]) > 300
-    assert pixels[..., :3].std() > 0.02
 
 
 @pytest.mark.parametrize("widths", [(5, 3), (5, 7, 3), (5, 7, 6, 3)], ids=str)
@@ -102,45 +87,6 @@ def test_schedules_start_within_the_learning_rate_and_stay_there(name):
     assert train.SCHEDULES[name](0.5, 1)(0) >= 0
 
 
-@pytest.mark.parametrize(
-    ("arguments", "text"),
-    [
-        (["--optimizer", "adamv"], "--optimizer must be all or one of SGD, Momentum,"),
-        (["--schedule", "zigzag"], "--schedule must be one of constant, cosine,"),
-        (["--batch-size", "0"], "--batch-size must be in [1, 1536], the number of training images, got 0."),
-        (["--batch-size", "1537"], "--batch-size must be in [1, 1536], the number of training images, got 1537."),
-        (["--batch-size", "many"], "--batch-size must be a whole number, got 'many'."),
-        (["--lr", "0"], "--lr must be in (0, inf), got 0."),
-        (["--lr", "nan"], "--lr must be in (0, inf), got nan."),
-        (["--lr", "fast"], "--lr must be a number, got 'fast'."),
-        (["--optimizer", "all", "--lr", "1"], "--lr belongs to one optimizer"),
-        (["--epochs", "0"], "--epochs must be at least 1, got 0."),
-        (["--seed=-1"], "--seed must be at least 0, got -1."),
-        (["--hidden", "8,0"], "--hidden must list widths of at least 1, got '8,0'."),
-        (["--sweep", "--lr", "1"], "--sweep sets --lr itself"),
-        (["--sweep", "--batch-size", "32"], "--sweep sets --batch-size itself"),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
-)
-def test_bad_input_is_refused_in_one_line(arguments, text, tmp_path, capsys):
-    out = tmp_path / "out"
-    assert command(*arguments, "--out", out) == 2
-    printed = capsys.readouterr()
-    assert printed.out == ""
-    assert printed.err.startswith(f"bench train: {text}")
-    assert printed.err.count("\n") == 1
-    assert not out.exists()
-
-
-def test_a_folder_that_cannot_be_written_is_refused(tmp_path, capsys):
-    (tmp_path / "file").write_text("")
-    for out in (tmp_path / "file", tmp_path / "file" / "below"):
-        assert command("--out", out) == 2
-        text = capsys.readouterr().err
-        assert text.startswith(f"bench train: --out {str(out)!r} is not a folder that can be written: ")
-        assert text.count("\n") == 1
-
-
 @pytest.fixture
 def small(monkeypatch):
     """A model whose steps take no time."""
@@ -195,10 +141,8 @@ def test_a_run_that_diverges_at_once_is_said_and_drawn(tmp_path, capsys, monkeyp
 
 
 def test_recipes_and_bowl_show_every_optimizer_of_the_library():
-    public = (getattr(fastopt, name) for name in fastopt.__all__)
-    classes = {value for value in public if isinstance(value, type) and hasattr(value, "step")} - {fastopt.Optimizer}
-    assert {recipe.make for recipe in train.RECIPES} == classes
-    assert {recipe.make for recipe in figures.BOWL} == classes
+    for recipes in (train.RECIPES, figures.BOWL):
+        assert {recipe.make for recipe in recipes} == set(CLASSES)
 
 
 @pytest.mark.parametrize("recipe", figures.BOWL, ids=lambda recipe: recipe.name)

@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import safetensors
 import safetensors.numpy
+from refusal import CLASSES
 
 import fastopt
 from fastopt import checkpoint
@@ -80,6 +81,15 @@ def saved(path):
     save(path, params, opt)
     fresh = make_arrays(seed=1)
     return path, fresh, make_optimizer("AdamW", fresh)
+
+
+@contextlib.contextmanager
+def left_alone(path):
+    """The block changes neither the file nor its folder."""
+    before = path.read_bytes()
+    yield
+    assert os.listdir(path.parent) == [path.name]
+    assert path.read_bytes() == before
 
 
 def assert_refused(message, path, params, opt=None):
@@ -230,8 +240,7 @@ def test_checkpoints_of_older_builds_go_on_with_the_same_bits(name):
 
 def test_new_options_need_a_new_format_version():
     """Where this fails: raise ``_VERSION`` in checkpoint.py if it was released, and bring options.json up to date."""
-    kinds = [k for k in vars(fastopt).values() if isinstance(k, type) and issubclass(k, fastopt.Optimizer)]
-    options = {k.__name__: k([np.ones(1)], lr=1.0).defaults for k in kinds if k is not fastopt.Optimizer}
+    options = {kind.__name__: kind([np.ones(1)], lr=1.0).defaults for kind in CLASSES}
     known = json.loads((OLDER / "options.json").read_text())
     assert known == {"version": checkpoint._VERSION, "options": {name: sorted(o) for name, o in options.items()}}
 
@@ -254,20 +263,16 @@ class Stop(Exception):
 @pytest.mark.parametrize("where", ["os.fsync", "os.replace", "safetensors.safe_open", "fastopt.checkpoint._write"])
 def test_failure_while_writing_leaves_the_old_file(saved, monkeypatch, where):
     path, fresh, opt = saved
-    before = path.read_bytes()
 
     def write_half_then_stop(*args, **kwargs):
         if "_write" in where:
-            args[0].write(before[:99])
+            args[0].write(path.read_bytes()[:99])
         raise Stop
 
     monkeypatch.setattr(where, write_half_then_stop)
     for target in (path, path.with_name("new")):
-        with pytest.raises(Stop):
+        with left_alone(path), pytest.raises(Stop):
             save(target, fresh, opt)
-    monkeypatch.undo()
-    assert os.listdir(path.parent) == [path.name]
-    assert path.read_bytes() == before
 
 
 def test_file_and_folder_are_synced_around_the_rename(path, monkeypatch):
@@ -342,15 +347,13 @@ def test_only_regular_files_are_replaced_and_read(path, kind):
 
 def test_a_full_disk_is_an_operating_system_error(saved):
     path, fresh, opt = saved
-    before, limits = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size // 2, limits[1]))
     try:
-        with pytest.raises(OSError, match="File too large"):
+        with left_alone(path), pytest.raises(OSError, match="File too large"):
             save(path, fresh, opt)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert os.listdir(path.parent) == [path.name]
-    assert path.read_bytes() == before
 
 
 def test_what_is_saved_while_another_thread_steps_is_of_one_moment(path):
@@ -390,11 +393,10 @@ def test_what_is_saved_while_another_thread_steps_is_of_one_moment(path):
 def test_nothing_is_saved_that_load_would_refuse(saved, monkeypatch, change, message):
     path, params, opt = saved
     load(path, params, opt)
-    before = path.read_bytes()
     change(opt, monkeypatch)
-    with pytest.raises(CheckpointError, match=rf"save: opt could not be loaded again: .*{message}"):
+    refusal = rf"save: opt could not be loaded again: .*{message}"
+    with left_alone(path), pytest.raises(CheckpointError, match=refusal):
         save(path, params, opt)
-    assert path.read_bytes() == before
 
 
 def test_options_that_were_changed_since_the_last_step_can_be_loaded(path):
@@ -422,11 +424,8 @@ NOT_STORABLE = [
 @pytest.mark.parametrize(("params", "opt", "error", "message"), NOT_STORABLE, ids=[case[3] for case in NOT_STORABLE])
 def test_what_cannot_be_stored_leaves_the_old_file(saved, params, opt, error, message):
     path, _, _ = saved
-    before = path.read_bytes()
-    with pytest.raises(error, match=message):
+    with left_alone(path), pytest.raises(error, match=message):
         save(path, params, opt)
-    assert os.listdir(path.parent) == [path.name]
-    assert path.read_bytes() == before
 
 
 def test_files_and_folders_that_are_not_there(tmp_path):

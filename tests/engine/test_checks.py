@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from refusal import fingerprint, gradients, refused, trained
+from refusal import BAD, gradients, refused, trained
 
 import fastopt
 
@@ -244,12 +244,8 @@ def test_bad_state_dicts_are_refused(change: str) -> None:
     saved = other.state_dict()
     apply, words = BAD_STATES[change]
     apply(saved)
-    before = fingerprint(opt)
-    with pytest.raises((TypeError, ValueError)) as caught:
+    with refused(BAD, words, begins="AdamW", opt=opt):
         opt.load_state_dict(saved)
-    assert str(caught.value).startswith("AdamW")
-    assert words in str(caught.value)
-    assert fingerprint(opt) == before
 
 
 @pytest.mark.parametrize("saved", [None, {}, [], "state"], ids=repr)

@@ -12,17 +12,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from refusal import CLASSES, fingerprint, gradients, refused, trained
+from refusal import BAD, CLASSES, Untouchable, fingerprint, gradients, refused, short, trained
 
 import fastopt
 from fastopt import _backend
 
 F32 = np.float32
-
-
-def short(value: Any) -> str:
-    """A test id."""
-    return getattr(value, "__name__", None) or repr(value)[:40]
 
 
 # --- hyperparameters -------------------------------------------------------------------------------------------------
@@ -46,9 +41,8 @@ def bad_options(cls: Any) -> Iterator[tuple[str, Any]]:
 @pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
 def test_every_option_refuses_what_it_cannot_mean(cls: Any) -> None:
     for name, bad in bad_options(cls):
-        with pytest.raises((TypeError, ValueError)) as caught:
+        with refused(BAD, begins=f"{cls.__name__}: {name}"):
             cls([np.ones(3)], **{"lr": 0.1} | {name: bad})
-        assert str(caught.value).startswith(f"{cls.__name__}: {name}"), str(caught.value)
 
 
 @pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
@@ -59,11 +53,8 @@ def test_every_option_refuses_it_between_steps_too(cls: Any) -> None:
         if isinstance(bad, (int, float)) and bad == group[name]:
             continue  # 0.0 for False: whoever sets it has changed nothing
         good, group[name] = group[name], bad
-        before = fingerprint(opt)
-        with pytest.raises((TypeError, ValueError)) as caught:
+        with refused(BAD, begins=f"{cls.__name__}: {name}", opt=opt):
             opt.step(gradients())
-        assert str(caught.value).startswith(f"{cls.__name__}: {name}"), str(caught.value)
-        assert fingerprint(opt) == before
         group[name] = good
     opt.step(gradients())
 
@@ -131,16 +122,6 @@ def test_what_is_chosen_for_all_groups_is_refused_in_one(name: str) -> None:
     opt.param_groups[0][name] = 1.0
     with refused(ValueError, "AdamW: ", words, opt=opt):
         opt.step(gradients())
-
-
-class Untouchable:
-    """What nobody may read, compare or copy."""
-
-    def _refuse(self, *_: Any) -> Any:
-        raise AssertionError("looked at")
-
-    __eq__ = __bool__ = __deepcopy__ = __reduce_ex__ = __repr__ = __array__ = _refuse
-    __hash__ = None  # type: ignore[assignment]
 
 
 def test_other_keys_of_a_group_are_the_users() -> None:
@@ -229,16 +210,13 @@ def test_bad_arguments_of_step_are_refused(name: str, bad: Any) -> None:
     opt = trained()
     grads = gradients()
     kept = {key: grad.copy() for key, grad in grads.items()}
-    before = fingerprint(opt)
-    with pytest.raises((TypeError, ValueError)) as caught:
+    with refused(BAD, begins=f"AdamW.step: {name}", opt=opt):
         opt.step(grads, **{name: bad})
-    assert str(caught.value).startswith(f"AdamW.step: {name}"), str(caught.value)
     if hasattr(opt, name):
-        with pytest.raises((TypeError, ValueError), match=f"^AdamW: {name}"):
+        with refused(BAD, begins=f"AdamW: {name}", opt=opt):
             setattr(opt, name, bad)
-        with pytest.raises((TypeError, ValueError), match=f"^AdamW: {name}"):
+        with refused(BAD, begins=f"AdamW: {name}"):
             fastopt.AdamW([np.ones(3)], **{name: bad})
-    assert fingerprint(opt) == before
     assert all((grads[key] == kept[key]).all() for key in kept)
 
 

@@ -194,6 +194,8 @@ def test_what_is_no_buffer_is_refused() -> None:
     ):
         with refused(TypeError, f"FlatBuffer.from_arrays: arrays['b'] is a {kind}; needed is a numpy.ndarray"):
             FlatBuffer.from_arrays({"w": ones, "b": bad})
+    with refused(TypeError, begins="FlatBuffer.from_arrays: arrays['w'] is complex"):
+        FlatBuffer.from_arrays({"w": np.ones(3, complex)}, dtype="float32")
     with refused(TypeError, "FlatBuffer.from_arrays: arrays['0'] is a masked array"):
         FlatBuffer.from_arrays([np.ma.masked_array(ones)])
     for name in (1, None, b"w", ("w",)):
@@ -206,6 +208,9 @@ def test_what_is_no_buffer_is_refused() -> None:
             FlatBuffer({"w": (3,)}, dtype)
         with refused(TypeError, "FlatBuffer: dtype is", "float32, float64, float16, bfloat16"):
             FlatBuffer({"w": (3,)}).zeros_like(dtype)
+    for dtype in ("single-precision", "float 32", 7, [], {}):
+        with refused(TypeError, begins="FlatBuffer: dtype"):
+            FlatBuffer({"w": (3,)}, dtype)
     with refused(TypeError, "FlatBuffer: dtype has the byte order of another machine"):
         FlatBuffer({"w": (3,)}, ">f4")
 
@@ -220,12 +225,6 @@ def test_shapes_of_numpy_integers() -> None:
     assert FlatBuffer({"w": [np.int64(2), np.uint8(3)]}).shapes == {"w": (2, 3)}
 
 
-@pytest.mark.parametrize("dtype", ["single-precision", "float 32", 7, [], {}], ids=repr)
-def test_what_is_no_dtype_is_refused(dtype: Any) -> None:
-    with pytest.raises(TypeError, match=r"^FlatBuffer: dtype"):
-        FlatBuffer({"w": (3,)}, dtype)
-
-
 @pytest.mark.parametrize(
     "arrays",
     [np.ones((2, 3)), np.ones(()), 5, None, "wb", [[1.0, 2.0]]],
@@ -234,11 +233,6 @@ def test_what_is_no_dtype_is_refused(dtype: Any) -> None:
 def test_what_holds_no_arrays_is_refused(arrays: Any) -> None:
     with pytest.raises(TypeError, match=r"^FlatBuffer.from_arrays: arrays"):
         FlatBuffer.from_arrays(arrays)
-
-
-def test_complex_numbers_are_not_cut() -> None:
-    with pytest.raises(TypeError, match=r"^FlatBuffer.from_arrays: arrays\['w'\] is complex"):
-        FlatBuffer.from_arrays({"w": np.ones(3, complex)}, dtype="float32")
 
 
 # --- steps -----------------------------------------------------------------------------------------------------------

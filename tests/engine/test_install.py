@@ -7,24 +7,14 @@ import importlib.util
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from fresh import python
 
 from fastopt import _backend, _info
 
 ROOT = Path(__file__).parents[2]
-
-
-def python(code: str, **environment: str) -> str:
-    """What a fresh interpreter prints, started away from the repository and from pytest's paths."""
-    inherited = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd="/", env=inherited | environment, capture_output=True, text=True, timeout=60
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def test_nothing_but_the_package_can_be_imported() -> None:
@@ -41,7 +31,7 @@ assert "torch" in dir(fastopt) and "fastopt.torch" not in sys.modules
 print(fastopt.torch.AdamW.__module__.split(".")[:2])
 """
     pytest.importorskip("torch")
-    assert python(program) == "['fastopt', 'torch']\n"
+    assert python(program) == "['fastopt', 'torch']"
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
+from work import work
 
 import fastopt
 from fastopt._host_plan import HostPlan
@@ -63,25 +63,6 @@ def test_alternating_patterns_of_tensors_do_not_make_plans_anew(built: list[Plan
         params[n % 2].grad, params[1 - n % 2].grad = torch.ones(4), None
         opt.step()
     assert len(built) <= 4
-
-
-def work(action: Callable[[], Any]) -> int:
-    """Bytecodes that an action runs."""
-    count = 0
-
-    def trace(frame: Any, event: str, _: Any) -> Any:
-        nonlocal count
-        frame.f_trace_opcodes, frame.f_trace_lines = True, False
-        count += event == "opcode"
-        return trace
-
-    before = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        action()
-    finally:
-        sys.settrace(before)
-    return count
 
 
 def make(arrays: int, groups: int) -> fastopt.Optimizer:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import threading
@@ -13,11 +12,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fresh import python
 
 import fastopt
 from fastopt import _backend
 
 SHAPES = {"large": (530, 400), "bias": (17,), "middle": (201, 301)}  # enough for threads to be used
+SUPPORT = str(Path(__file__).parents[1] / "support")
 ENOUGH = sum(int(np.prod(shape)) for shape in SHAPES.values())
 OPTIMIZERS: dict[str, Callable[[Any], fastopt.Optimizer]] = {
     "Adam": lambda params: fastopt.Adam(params, lr=0.1),
@@ -37,14 +38,6 @@ def run(name: str, seed: int, steps: int = 5) -> bytes:
     for _ in range(steps):
         opt.step(grads, max_norm=1.0)
     return params.data.tobytes()
-
-
-def python(code: str, *args: str, timeout: float = 60.0, **environment: str) -> str:
-    """What a fresh interpreter prints; one that hangs or fails fails the test."""
-    command = [sys.executable, "-c", code, *args]
-    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=timeout)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
 
 
 def test_these_arrays_are_large_enough_for_threads() -> None:
@@ -238,7 +231,7 @@ for case in CASES:
         opt.load_state_dict(opt.state_dict())
 print([m for m in {LATE} if m in sys.modules])
 """
-    assert python(code, PYTHONPATH=str(Path(__file__).parents[1] / "support")) == "[]"
+    assert python(code, PYTHONPATH=SUPPORT) == "[]"
 
 
 @pytest.mark.parametrize("threads", [1, 3])
@@ -253,5 +246,5 @@ sys.path.insert(0, sys.argv[1])
 import test_process
 print(*(hashlib.sha256(test_process.run(name, 7)).hexdigest() for name in test_process.OPTIMIZERS))
 """
-    digests = {python(code, str(Path(__file__).parent), OMP_NUM_THREADS=str(n)) for n in (1, 2, 5)}
+    digests = {python(code, str(Path(__file__).parent), PYTHONPATH=SUPPORT, OMP_NUM_THREADS=str(n)) for n in (1, 2, 5)}
     assert len(digests) == 1

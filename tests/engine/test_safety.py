@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from fastopt.kernels.registry import RULES
-from refusal import fingerprint
+from refusal import refused
 
 import fastopt
 from fastopt import _backend, _watch
@@ -172,10 +172,8 @@ def test_options_that_cannot_be_completed_are_refused_before_anything_is_loaded(
     group = saved["param_groups"][0]
     del group["initial_lr"]
     group["lr"] = 0.0
-    before = fingerprint(opt)
-    with pytest.raises(ValueError, match="initial lr"):
+    with refused(ValueError, "initial lr", opt=opt):
         opt.load_state_dict(saved)
-    assert fingerprint(opt) == before
 
 
 def test_a_state_dict_shares_no_option() -> None:

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from cases import CASES, torch_hyper
 from compare import PARAMETER, assert_close, build, case_problem, snapshot
+from torch_compare import default_dtype
+from torch_problem import torch
 
 import fastopt
-
-torch = pytest.importorskip("torch")
 
 TORCH_CASES = [case for case in CASES if torch_hyper(case) is not None]
 STEPS = 20
@@ -19,10 +19,8 @@ FACTORS = {"constant lr": (1.0,), "changing lr": (1.0, 0.5, 2.0, 0.0, 0.25, 0.3,
 @pytest.fixture(autouse=True)
 def _float64_by_default():
     """torch keeps host scalars (ASGD's eta, NAdam's mu_product) in its default dtype: here float64, as fastopt does."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(before)
+    with default_dtype(torch.float64):
+        yield
 
 
 def torch_snapshot(tensors, opt):

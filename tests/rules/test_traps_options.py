@@ -84,7 +84,7 @@ def test_amsgrad_maximum_never_stored() -> None:
         assert state["max_exp_avg_sq"].tolist() == [2.0] * 3
 
 
-def test_eps_that_rounds_to_zero_and_beta_of_exactly_1() -> None:
+def test_eps_that_rounds_to_zero() -> None:
     for dtype, eps in (("float16", 1e-50), ("float32", 1e-50), ("float64", -5e-324)):
         with pytest.raises(ValueError, match="eps"):
             fastopt.Adam([np.ones(3, dtype)], eps=eps)
@@ -92,8 +92,6 @@ def test_eps_that_rounds_to_zero_and_beta_of_exactly_1() -> None:
     w = np.ones(3, np.float16)
     fastopt.Adam([w], eps=1e-8).step([np.zeros(3, np.float16)])  # zero in float16, but computed with in float32
     assert (w == 1).all()
-    with pytest.raises(ValueError, match=r"betas\[1\] must be in \[0, 1\), got 1.0"):
-        fastopt.Adam([w], betas=(0.9, 1.0))
 
 
 def test_saved_views_that_pickle_the_whole_buffer() -> None:

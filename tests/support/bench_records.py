@@ -21,6 +21,7 @@ MACHINE = {
     "revision": "0123456789abcdef0123456789abcdef01234567",
     "date": "2026-11-21 10:00 UTC",
 }
+CHARTS = {"models": 5, "sizes": 1, "arrays": 1, "threads": 2, "rules": 1, "dtypes": 1, "options": 3, "startup": 2}
 HOSTILE = "<script>throw Error('escaped badly')</script>"
 MODELS = {
     "resnet50": (25_557_032, 161),

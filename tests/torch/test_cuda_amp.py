@@ -5,12 +5,9 @@ from __future__ import annotations
 import copy
 
 import pytest
-
-torch = pytest.importorskip("torch")
-from cuda_problem import SIMULATED  # noqa: E402
-from torch_problem import CLASSES, SCALERS, assert_same, set_gradients  # noqa: E402
-
-import fastopt.torch as front  # noqa: E402 - needs torch
+from cuda_problem import SIMULATED
+from torch_compare import assert_same, unchanged
+from torch_problem import CLASSES, SCALERS, front, loss_of, set_gradients, torch, train
 
 every_scaler = pytest.mark.parametrize("scaler", SCALERS.values(), ids=SCALERS)
 SHAPES = ((5, 7), (3,))
@@ -20,11 +17,6 @@ def make(name="AdamW", **options):
     torch.manual_seed(0)
     w = [torch.nn.Parameter(torch.randn(shape)) for shape in SHAPES]
     return w, getattr(front, name)(w, lr=0.1, **options)
-
-
-def loss_of(w, t):
-    torch.manual_seed(t)
-    return sum((p * torch.randn(p.shape).to(p.device)).square().sum() for p in w)
 
 
 # --- GradScaler ------------------------------------------------------------------------------------------------------
@@ -83,31 +75,6 @@ def test_state_appears_with_the_first_step_that_is_taken(gpus, name, scaler):
 
 
 @every_scaler
-def test_unscaling_before_the_step_on_a_gpu(stand_ins, scaler):
-    (w, opt), (v, plain) = make(), make()
-    stand_ins.put(w)
-    scale = scaler(stand_ins.type, init_scale=1024.0)
-    for t in range(3):
-        opt.zero_grad()
-        scale.scale(loss_of(w, t)).backward()
-        if t == 1:
-            w[0].grad[2, 3] = torch.nan
-        scale.unscale_(opt)
-        if t == 1:
-            w[0].grad.zero_()  # too late: torch skips this step
-        torch.nn.utils.clip_grad_norm_(w, 5.0)
-        scale.step(opt)
-        scale.update()
-        if t != 1:
-            plain.zero_grad()
-            loss_of(v, t).backward()
-            torch.nn.utils.clip_grad_norm_(v, 5.0)
-            plain.step()
-    assert_same(w, v, opt, plain)
-    assert scale.get_scale() == 512.0
-
-
-@every_scaler
 @pytest.mark.parametrize("extra", [{"zero_grads": True}, {"flatten": True}, {"master_weights": True}], ids=str)
 def test_with_further_arguments(gpus, scaler, extra):
     (w, opt), (v, plain) = make(**extra), make(**extra)
@@ -153,14 +120,11 @@ def test_steps_that_the_device_counts_are_fetched_when_the_state_is_read(stand_i
     assert read == 1
     assert opt.state[w[1]]["step"].item() == 1
     assert device.downloads == read, "known by now"
-    set_gradients(w, 2)
-    opt.step()
+    train(w, opt, 1, first=2)
     assert {k: s["step"].item() for k, s in opt.state_dict()["state"].items()} == {0: 2, 1: 2}
-    set_gradients(w, 3)
-    opt.step()
+    train(w, opt, 1, first=3)
     assert dict(opt.state[w[0]])["step"].item() == 3
-    set_gradients(w, 4)
-    opt.step()
+    train(w, opt, 1, first=4)
     again = copy.deepcopy((w, opt))
     assert again[1].state[again[0][0]]["step"].item() == 4
 
@@ -168,26 +132,22 @@ def test_steps_that_the_device_counts_are_fetched_when_the_state_is_read(stand_i
 def test_what_somebody_writes_to_counts_of_the_device_holds(gpus):
     w, opt = skipping(gpus)
     opt.state[w[0]]["step"].fill_(6.0)
-    set_gradients(w, 2)
-    opt.step()
+    train(w, opt, 1, first=2)
     assert [opt.state[p]["step"].item() for p in w] == [7, 2]
     set_gradients(w, 3)
     kept = opt.state[w[1]]["step"]
     opt.step()
     kept.fill_(9.0)  # without reading before
-    set_gradients(w, 4)
-    opt.step()
+    train(w, opt, 1, first=4)
     assert [opt.state[p]["step"].item() for p in w] == [9, 10]
 
 
 def test_a_change_of_entries_keeps_what_the_device_counted(gpus):
     w, opt = skipping(gpus)
     entry = opt.state[w[0]]
-    set_gradients(w, 2)
-    opt.step()
+    train(w, opt, 1, first=2)
     entry["exp_avg"] = torch.zeros_like(w[0])
-    set_gradients(w, 3)
-    opt.step()
+    train(w, opt, 1, first=3)
     assert [opt.state[p]["step"].item() for p in w] == [3, 3]
 
 
@@ -282,10 +242,8 @@ def test_an_lr_on_another_device_is_refused(gpus):
     (lr,) = gpus.put([torch.tensor(0.5)])
     opt.param_groups[0]["lr"] = lr
     set_gradients(w, 0)
-    before = [p.detach().clone() for p in w]
-    with pytest.raises(ValueError, match=r"lr on .* must be on the one device of all parameters"):
+    with unchanged(w), pytest.raises(ValueError, match=r"lr on .* must be on the one device of all parameters"):
         opt.step()
-    assert all(torch.equal(p, q) for p, q in zip(w, before, strict=True))
 
 
 @pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")
@@ -296,10 +254,8 @@ def test_captures_that_are_refused(gpus, capturable):
     set_gradients(w, 0)
     if not capturable:
         opt.step()
-    before = [p.detach().clone() for p in w]
-    with gpus.capture(), pytest.raises(RuntimeError, match="capturable=True"):
+    with unchanged(w), gpus.capture(), pytest.raises(RuntimeError, match="capturable=True"):
         opt.step()
-    assert all(torch.equal(p, q) for p, q in zip(w, before, strict=True))
     opt.step()
     assert opt.state[w[0]]["step"].item() == 2 - capturable
 
@@ -308,10 +264,8 @@ def test_groups_of_a_graph_are_alike(gpus):
     w = gpus.put(make()[0])
     opt = front.AdamW([{"params": w[:1], "capturable": True}, {"params": w[1:]}])
     set_gradients(w, 0)
-    before = [p.detach().clone() for p in w]
-    with pytest.raises(ValueError, match="capturable=True must be set for all param groups or for none"):
+    with unchanged(w), pytest.raises(ValueError, match="capturable=True must be set for all param groups or for none"):
         opt.step()
-    assert all(torch.equal(p, q) for p, q in zip(w, before, strict=True))
 
 
 def test_upload_options_needs_a_capturable_step(gpus):
@@ -333,7 +287,6 @@ def test_capturable_where_torch_has_no_such_argument(name):
     opt.add_param_group({"params": [torch.nn.Parameter(torch.ones(2))]})
     assert opt.param_groups[1]["capturable"] is True
     assert "capturable" not in make(name)[1].param_groups[0]
-    set_gradients(w, 0)
-    opt.step()
+    train(w, opt, 1)
     with pytest.raises(TypeError, match=f"{name}: capturable must be True or False"):
         make(name, capturable=1)

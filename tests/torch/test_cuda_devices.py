@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-import copy
+import functools
 import io
 import math
 
 import pytest
-
-torch = pytest.importorskip("torch")
-from torch_problem import CLASSES, IN_TORCH, SCALERS, assert_same, set_gradients, train  # noqa: E402
-
-import fastopt.torch as front  # noqa: E402 - needs torch
+from torch_compare import assert_same, copy_into, default_dtype, unchanged
+from torch_problem import (
+    CLASSES,
+    SCALERS,
+    every_class,
+    every_torch_class,
+    front,
+    params_of,
+    set_gradients,
+    torch,
+    train,
+)
 
 SHAPES = ((5, 7), (3,), (2, 2), (4,))
-every_class = pytest.mark.parametrize("name", CLASSES)
+four = functools.partial(params_of, SHAPES)
 EXTRAS = [{}, {"max_grad_norm": 0.5}, {"zero_grads": True}, {"flatten": True, "max_grad_norm": 0.5}]
-
-
-def params_of(dtype=torch.float32):
-    torch.manual_seed(0)
-    return [torch.nn.Parameter(torch.randn(shape).to(dtype)) for shape in SHAPES]
 
 
 def spread(gpus, params):
@@ -35,7 +37,7 @@ def spread(gpus, params):
 
 @every_class
 def test_an_optimizer_may_have_parameters_on_several_devices(gpus, name):
-    there, here = spread(gpus, params_of()), params_of()
+    there, here = spread(gpus, four()), four()
     a, b = (getattr(front, name)(p, **CLASSES[name]) for p in (there, here))
     train(there, a, 3)
     train(here, b, 3)
@@ -46,7 +48,7 @@ def test_an_optimizer_may_have_parameters_on_several_devices(gpus, name):
 @pytest.mark.parametrize("extra", EXTRAS, ids=str)
 @pytest.mark.parametrize("name", ["AdamW", "LARS"])
 def test_norms_are_those_of_all_gradients(gpus, name, extra):
-    there, here = spread(gpus, params_of()), params_of()
+    there, here = spread(gpus, four()), four()
     groups = [[{"params": p[:2], "lr": 0.1}, {"params": p[2:], "lr": 0.01}] for p in (there, here)]
     a, b = (getattr(front, name)(group, lr=0.1, **extra) for group in groups)
     for t in range(3):
@@ -68,7 +70,7 @@ def test_norms_are_those_of_all_gradients(gpus, name, extra):
 @pytest.mark.parametrize("place", [0, 1, 3])
 @pytest.mark.parametrize("zero", [False, True])
 def test_an_overflow_anywhere_skips_the_step_everywhere(stand_ins, scaler, place, zero):
-    there, here = spread(stand_ins, params_of()), params_of()
+    there, here = spread(stand_ins, four()), four()
     a, b = (front.AdamW(p, lr=0.1, zero_grads=zero) for p in (there, here))
     scale = scaler("cpu", init_scale=8.0)
     scale.scale(torch.ones(()))
@@ -91,7 +93,7 @@ def test_an_overflow_anywhere_skips_the_step_everywhere(stand_ins, scaler, place
 
 
 def test_a_norm_that_is_not_finite_stays_so_without_scaler(gpus):
-    there, here = spread(gpus, params_of()), params_of()
+    there, here = spread(gpus, four()), four()
     a, b = (front.SGD(p, lr=0.1, max_grad_norm=1.0, flatten=True) for p in (there, here))
     for p, opt in ((there, a), (here, b)):
         set_gradients(p, 0)
@@ -102,28 +104,24 @@ def test_a_norm_that_is_not_finite_stays_so_without_scaler(gpus):
 
 
 def test_a_refusal_on_one_device_writes_on_none(gpus):
-    p = spread(gpus, params_of())
+    p = spread(gpus, four())
     opt = front.AdamW(p, lr=0.1)
     train(p, opt, 3)
     for bad in range(4):
         set_gradients(p, 3)
         p[bad].grad = torch.ones(SHAPES[bad], device=p[bad].device).to_sparse()
-        before, state = [x.detach().clone() for x in p], copy.deepcopy(opt.state_dict())
-        with pytest.raises(RuntimeError, match=f"sparse gradients: that of parameter {bad} of group 0"):
+        refusal = f"sparse gradients: that of parameter {bad} of group 0"
+        with unchanged(p, opt), pytest.raises(RuntimeError, match=refusal):
             opt.step()
-        assert all(torch.equal(x, y) for x, y in zip(p, before, strict=True))
-        torch.testing.assert_close(opt.state_dict()["state"], state["state"], rtol=0, atol=0)
 
 
 @pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")
 def test_a_graph_of_several_devices_is_refused(gpus):
-    p = spread(gpus, params_of())
+    p = spread(gpus, four())
     opt = front.AdamW(p, lr=0.1, capturable=True)
     train(p, opt, 2)
-    before = [x.detach().clone() for x in p]
-    with gpus.capture(), pytest.raises(RuntimeError, match="parameters that are all on one GPU"):
+    with unchanged(p), gpus.capture(), pytest.raises(RuntimeError, match="parameters that are all on one GPU"):
         opt.step()
-    assert all(torch.equal(x, y) for x, y in zip(p, before, strict=True))
 
 
 # --- moving ----------------------------------------------------------------------------------------------------------
@@ -131,7 +129,7 @@ def test_a_graph_of_several_devices_is_refused(gpus):
 
 @every_class
 def test_parameters_that_move_take_their_state_along(gpus, name):
-    p, q = params_of()[:2], params_of()[:2]
+    p, q = four()[:2], four()[:2]
     a, b = (getattr(front, name)(x, **CLASSES[name]) for x in (p, q))
     train(p, a, 2)
     for x in gpus.put(p):  # model.cuda()
@@ -148,7 +146,7 @@ def test_parameters_that_move_take_their_state_along(gpus, name):
 @every_class
 @pytest.mark.parametrize("way", ["to a GPU", "from a GPU"])
 def test_checkpoints_move_between_devices(gpus, name, way):
-    first, second, through = (params_of()[:2] for _ in range(3))
+    first, second, through = (four()[:2] for _ in range(3))
     gpus.put(second if way == "to a GPU" else first)
     a, b, c = (getattr(front, name)(p, **CLASSES[name]) for p in (first, second, through))
     train(first, a, 2)
@@ -156,39 +154,31 @@ def test_checkpoints_move_between_devices(gpus, name, way):
     torch.save(a.state_dict(), file)
     file.seek(0)
     b.load_state_dict(torch.load(file, weights_only=True))
-    with torch.no_grad():
-        for p, q in zip(second, first, strict=True):
-            p.copy_(q)
+    copy_into(second, first)
     train(second, b, 2, first=2)
     train(through, c, 4)
     assert_same(second, through, b, c)
 
 
-@pytest.mark.parametrize("name", IN_TORCH)
+@every_torch_class
 @pytest.mark.parametrize("way", ["from torch", "to torch"])
 def test_checkpoints_of_torch(gpus, name, way):
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)  # torch then keeps eta, mu and mu_product as exactly as fastopt does
-    try:
-        p, q = params_of(torch.float64)[:2], params_of(torch.float64)[:2]
+    with default_dtype(torch.float64):  # torch then keeps eta, mu and mu_product as exactly as fastopt does
+        p, q = four(dtype=torch.float64)[:2], four(dtype=torch.float64)[:2]
         a, b = getattr(front, name)(gpus.put(p), **CLASSES[name]), getattr(torch.optim, name)(q, **CLASSES[name])
         one, other = ((q, b), (p, a)) if way == "from torch" else ((p, a), (q, b))
         train(*one, 2)
         other[1].load_state_dict(one[1].state_dict())
-        with torch.no_grad():
-            for x, y in zip(other[0], one[0], strict=True):
-                x.copy_(y)
+        copy_into(other[0], one[0])
         train(p, a, 2, first=2)
         train(q, b, 2, first=2)
         for x, y in zip(p, q, strict=True):
             torch.testing.assert_close(x.cpu(), y, rtol=1e-12, atol=1e-12)
             assert set(a.state[x]) == set(b.state[y])
-    finally:
-        torch.set_default_dtype(before)
 
 
 def test_a_graphs_counts_are_saved(gpus):
-    p = gpus.put(params_of())
+    p = gpus.put(four())
     opt = front.AdamW(p, lr=0.1, capturable=True)
     train(p, opt, 1)
     with gpus.capture() as replay:
@@ -197,7 +187,7 @@ def test_a_graphs_counts_are_saved(gpus):
         replay()
     saved = opt.state_dict()
     assert [state["step"].item() for state in saved["state"].values()] == [4.0] * 4
-    q = params_of()
+    q = four()
     other = torch.optim.AdamW(q)
     other.load_state_dict(saved)
     assert other.state[q[0]]["step"].item() == 4.0

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import pytest
-
-torch = pytest.importorskip("torch")
-from torch_problem import CLASSES, IN_TORCH, assert_same, set_gradients, train  # noqa: E402
-
-import fastopt.torch as front  # noqa: E402 - needs torch
+from torch_compare import assert_close, assert_same, copy_into
+from torch_problem import CLASSES, every_class, every_torch_class, front, set_gradients, torch, train
 
 pytestmark = pytest.mark.gpu
 
 SHAPES = ((300, 70), (33,), (), (0, 2), (1 << 20,), (8, 3, 5, 5))
-every_class = pytest.mark.parametrize("name", CLASSES)
 
 
 def make(name, device="cuda", home=front, **options):
@@ -50,13 +46,12 @@ def no_waits():
 # --- numbers ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", IN_TORCH)
+@every_torch_class
 def test_close_to_foreach_of_torch(name):
     ours, theirs = make(name), make(name, home=torch.optim, foreach=True)
     train(*ours, 5)
     train(*theirs, 5)
-    for p, q in zip(ours[0], theirs[0], strict=True):
-        torch.testing.assert_close(p, q, rtol=2e-5, atol=2e-6)
+    assert_close(ours[0], theirs[0], rtol=2e-5, atol=2e-6)
 
 
 # --- streams and waits -----------------------------------------------------------------------------------------------
@@ -136,8 +131,7 @@ def test_a_whole_step_of_training_in_a_graph():
 
     theirs = run(torch.optim, True)
     for captured in (False, True):
-        for p, q in zip(run(front, captured, max_grad_norm=float("inf")), theirs, strict=True):
-            torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+        assert_close(run(front, captured, max_grad_norm=float("inf")), theirs, rtol=1e-4, atol=1e-5)
 
 
 # --- devices ---------------------------------------------------------------------------------------------------------
@@ -149,20 +143,15 @@ def test_checkpoints_go_to_torch_and_come_back(name, options):
     ours, theirs = make(name, **options), make(name, home=torch.optim, **options)
     train(*theirs, 3)
     ours[1].load_state_dict(theirs[1].state_dict())
-    with torch.no_grad():
-        for p, q in zip(ours[0], theirs[0], strict=True):
-            p.copy_(q)
+    copy_into(ours[0], theirs[0])
     train(*ours, 2, first=3)
     train(*theirs, 2, first=3)
     theirs[1].load_state_dict(ours[1].state_dict())
-    with torch.no_grad():
-        for p, q in zip(ours[0], theirs[0], strict=True):
-            torch.testing.assert_close(p, q, rtol=2e-5, atol=2e-6)
-            q.copy_(p)
+    assert_close(ours[0], theirs[0], rtol=2e-5, atol=2e-6)
+    copy_into(theirs[0], ours[0])
     train(*ours, 2, first=5)
     train(*theirs, 2, first=5)
-    for p, q in zip(ours[0], theirs[0], strict=True):
-        torch.testing.assert_close(p, q, rtol=2e-5, atol=2e-6)
+    assert_close(ours[0], theirs[0], rtol=2e-5, atol=2e-6)
 
 
 def test_training_with_autograd_and_autocast():
@@ -186,5 +175,4 @@ def test_training_with_autograd_and_autocast():
         run(front, front.GradScaler),
         run(front, front.GradScaler, flatten=True),
     ):
-        for p, q in zip(ours, theirs, strict=True):
-            torch.testing.assert_close(p, q, rtol=1e-2, atol=1e-3)
+        assert_close(ours, theirs, rtol=1e-2, atol=1e-3)

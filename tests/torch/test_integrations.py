@@ -77,11 +77,17 @@ def logits(model):
 
 
 @needs("transformers", "accelerate")
-@pytest.mark.parametrize("arguments", [{}, {"gradient_accumulation_steps": 2}], ids=str)
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        lambda cls: {"optimizer": (cls, {"lr": 1e-2})},
+        lambda cls: {"optimizer": (cls, {"lr": 1e-2}), "gradient_accumulation_steps": 2},
+        lambda cls: {"handed_over": lambda model: cls(model.parameters(), lr=1e-2)},
+    ],
+    ids=["class", "accumulated", "handed over"],
+)
 def test_trainer_clips_and_schedules_as_with_torch(tmp_path, arguments):
-    ours, theirs = (
-        trained(tmp_path / name, (cls, {"lr": 1e-2}), **arguments, save_strategy="no") for name, cls in AdamW.items()
-    )
+    ours, theirs = (trained(tmp_path / name, **arguments(cls), save_strategy="no") for name, cls in AdamW.items())
     assert_close(logits(ours), logits(theirs), 1e-4)
 
 
@@ -90,17 +96,6 @@ def test_trainer_with_clipping_in_the_step(tmp_path):
     inside = {"lr": 1e-2, "max_grad_norm": 0.5}
     ours = trained(tmp_path / "fastopt", (AdamW["fastopt"], inside), max_grad_norm=0, save_strategy="no")
     theirs = trained(tmp_path / "torch", (AdamW["torch"], {"lr": 1e-2}), save_strategy="no")
-    assert_close(logits(ours), logits(theirs), 1e-4)
-
-
-@needs("transformers", "accelerate")
-def test_trainer_takes_an_optimizer_that_is_handed_over(tmp_path):
-    ours, theirs = (
-        trained(
-            tmp_path / name, handed_over=lambda model, cls=cls: cls(model.parameters(), lr=1e-2), save_strategy="no"
-        )
-        for name, cls in AdamW.items()
-    )
     assert_close(logits(ours), logits(theirs), 1e-4)
 
 

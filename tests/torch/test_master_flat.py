@@ -2,39 +2,22 @@
 
 from __future__ import annotations
 
-import copy
+import functools
 
 import pytest
+from torch_compare import assert_same_bits
+from torch_problem import SHAPES, every_class, front, params_of, set_gradients, torch, train
 
-torch = pytest.importorskip("torch")
-import fastopt.torch as front  # noqa: E402 - needs torch
-
-SHAPES = ((5, 7), (3,), (), (0, 2), (33,), (2, 3, 4, 5))
-CLASSES = [name for name in front.__all__ if name not in ("TensorOptimizer", "GradScaler")]
-
-
-def params_of(dtype=torch.float32):
-    torch.manual_seed(0)
-    return [torch.nn.Parameter(torch.randn(shape).to(dtype)) for shape in SHAPES]
-
-
-def gradients(t, dtype=torch.float32):
-    torch.manual_seed(100 + t)
-    return [torch.randn(shape).to(dtype) for shape in SHAPES]
-
-
-def set_gradients(params, t):
-    for p, g in zip(params, gradients(t, params[0].dtype), strict=True):
-        p.grad = g
+every_shape = functools.partial(params_of, (*SHAPES, (33,), (2, 3, 4, 5)))
 
 
 # --- master weights --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", CLASSES)
+@every_class
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_masters_are_the_float32_run_and_parameters_their_rounding(name, dtype):
-    low, full = params_of(dtype), [torch.nn.Parameter(p.detach().float()) for p in params_of(dtype)]
+    low, full = every_shape(dtype=dtype), [torch.nn.Parameter(p.detach().float()) for p in every_shape(dtype=dtype)]
     a, b = getattr(front, name)(low, lr=0.01, master_weights=True), getattr(front, name)(full, lr=0.01)
     for t in range(4):
         set_gradients(low, t)
@@ -79,7 +62,7 @@ def test_masters_of_other_layouts():
 
 
 def test_a_skipped_step_writes_neither_parameters_nor_masters():
-    p = params_of(torch.bfloat16)
+    p = every_shape(dtype=torch.bfloat16)
     opt, scaler = front.AdamW(p, master_weights=True), front.GradScaler("cpu", init_scale=1.0)
 
     def step(number):
@@ -93,14 +76,6 @@ def test_a_skipped_step_writes_neither_parameters_nor_masters():
     before, after = step(1.0), step(float("inf"))
     assert opt.last_info.skipped
     assert all(torch.equal(x, y) for x, y in zip(before[0] + before[1], after[0] + after[1], strict=True))
-
-
-def test_flat_masters_are_one_segment():
-    p = params_of(torch.bfloat16)
-    opt = front.AdamW(p, master_weights=True, flatten=True)
-    set_gradients(p, 0)
-    opt.step()
-    assert len(opt.state.watch.derived.plan.updates.sizes) == 1
 
 
 def test_weights_move_where_those_of_torch_stay_stuck():
@@ -129,42 +104,20 @@ def test_parameters_that_somebody_writes_are_taken_over(traced):
     torch.testing.assert_close(opt.state[w]["master_param"], torch.tensor([0.9996, 4.9999]), rtol=1e-6, atol=0)
 
 
-def test_masters_are_saved_and_resumed():
-    def run(stop):
-        p = params_of(torch.bfloat16)
-        opt = front.AdamW(p, lr=1e-4, master_weights=True)
-        for t in range(6):
-            if t == stop:
-                saved = copy.deepcopy(([x.detach() for x in p], opt.state_dict()))
-                p = [torch.nn.Parameter(x) for x in saved[0]]
-                opt = front.AdamW(p, lr=1e-4, master_weights=True)
-                opt.load_state_dict(saved[1])
-            set_gradients(p, t)
-            opt.step()
-        return p, opt
-
-    (p, a), (q, b) = run(None), run(3)
-    for x, y in zip(p, q, strict=True):
-        assert torch.equal(x, y)
-        assert all(torch.equal(a.state[x][k], b.state[y][k]) for k in a.state[x])
-
-
 def test_float32_parameters_have_no_master():
-    p = params_of()
-    opt = front.AdamW(p, master_weights=True)
-    set_gradients(p, 0)
-    opt.step()
+    p = every_shape()
+    train(p, opt := front.AdamW(p, master_weights=True), 1)
     assert set(opt.state[p[0]]) == {"step", "exp_avg", "exp_avg_sq"}
 
 
 # --- flatten ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", CLASSES)
+@every_class
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("how", ["in place", "new tensors", "set to None"])
 def test_flat_has_the_same_bits(name, dtype, how):
-    p, q = params_of(dtype), params_of(dtype)
+    p, q = every_shape(dtype=dtype), every_shape(dtype=dtype)
     groups = [{"params": q[:3], "lr": 0.02}, {"params": q[3:], "lr": 0.01}]
     others = [{"params": p[:3], "lr": 0.02}, {"params": p[3:], "lr": 0.01}]
     a = getattr(front, name)(others, lr=0.01, max_grad_norm=5.0)
@@ -176,60 +129,37 @@ def test_flat_has_the_same_bits(name, dtype, how):
                 x.grad = None
         else:
             b.zero_grad()
-        for x, g in zip(q, gradients(t, dtype), strict=True):
-            if how == "in place":
-                x.grad += g
-            else:
-                x.grad = g
+        if how == "in place":
+            for x, y in zip(q, p, strict=True):
+                x.grad += y.grad
+        else:
+            set_gradients(q, t)
         a.step()
         b.step()
-        assert all(torch.equal(x, y) for x, y in zip(p, q, strict=True))
-        assert all(torch.equal(x.grad, y.grad) for x, y in zip(p, q, strict=True))
+        assert_same_bits(p, q)
+        assert_same_bits([x.grad for x in p], [y.grad for y in q])
     assert a.last_info == b.last_info
 
 
-def test_flat_is_one_segment():
-    p = params_of()
-    opt = front.AdamW(p, flatten=True)
-    set_gradients(p, 0)
-    opt.step()
+@pytest.mark.parametrize("masters", [False, True])
+def test_flat_is_one_segment(masters):
+    p = every_shape(dtype=torch.bfloat16)
+    train(p, opt := front.AdamW(p, master_weights=masters, flatten=True), 1)
     assert len(opt.state.watch.derived.plan.updates.sizes) == 1
 
 
-def test_flat_training_with_autograd():
-    def run(home, **options):
-        torch.manual_seed(0)
-        model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2))
-        opt = home.AdamW(model.parameters(), lr=0.01, **options)
-        for t in range(5):
-            opt.zero_grad()
-            if t == 3:
-                model.zero_grad()
-            model(torch.randn(6, 4)).square().mean().backward()
-            opt.step()
-        return list(model.parameters())
-
-    for p, q in zip(run(front, flatten=True), run(torch.optim), strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
-
-
 def test_flat_survives_moved_parameters_and_eps_of_zero():
-    p, q = params_of(), params_of()
+    p, q = every_shape(), every_shape()
     a, b = front.AdamW(p, eps=0.0), front.AdamW(q, eps=0.0, flatten=True)
-    for t in range(4):
-        if t == 2:
-            q[1].data = q[1].data.clone()
-        set_gradients(p, t)
-        set_gradients(q, t)
-        a.step()
-        b.step()
-    assert all(torch.equal(x, y) for x, y in zip(p, q, strict=True))
+    train(q, b, 2)
+    q[1].data = q[1].data.clone()
+    assert_same_bits(train(p, a, 4), train(q, b, 2, first=2))
 
 
 @pytest.mark.parametrize("name", ["AdamW", "SGD", "LARS"])
 def test_flat_leaves_frozen_parameters_where_they_are_until_they_are_unfrozen(name):
     def run(**options):
-        p = params_of()
+        p = every_shape()
         p[1].requires_grad_(False)
         place = p[1].data_ptr()
         opt = getattr(front, name)(p, lr=0.1, weight_decay=0.5, **options)
@@ -237,7 +167,7 @@ def test_flat_leaves_frozen_parameters_where_they_are_until_they_are_unfrozen(na
             if t == 3:
                 assert p[1].grad is None
                 assert p[1] not in opt.state
-                assert torch.equal(p[1], params_of()[1])
+                assert torch.equal(p[1], every_shape()[1])
                 p[1].requires_grad_(True)
             if t == 6:
                 p[0].requires_grad_(False)  # as freezing does in torch, it takes effect with zero_grad
@@ -251,11 +181,9 @@ def test_flat_leaves_frozen_parameters_where_they_are_until_they_are_unfrozen(na
 
 
 def test_flat_checkpoint_goes_to_torch():
-    p = params_of()
-    opt = front.AdamW(p, flatten=True)
-    set_gradients(p, 0)
-    opt.step()
-    q = params_of()
+    p = every_shape()
+    train(p, opt := front.AdamW(p, flatten=True), 1)
+    q = every_shape()
     other = torch.optim.AdamW(q)
     other.load_state_dict(opt.state_dict())
     assert torch.equal(other.state[q[0]]["exp_avg"], opt.state[p[0]]["exp_avg"])

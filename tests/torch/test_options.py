@@ -7,28 +7,16 @@ import inspect
 
 import numpy as np
 import pytest
-
-torch = pytest.importorskip("torch")
-from torch_problem import assert_close, both, params_of, set_gradients  # noqa: E402
-
-import fastopt.torch as front  # noqa: E402 - needs torch
+from refusal import Untouchable
+from torch_compare import assert_close
+from torch_problem import CLASSES, both, every_class, every_torch_class, front, params_of, set_gradients, torch, train
 
 EXTRAS = {"max_grad_norm", "skip_nonfinite", "zero_grads", "master_weights", "flatten"}
-CLASSES = [name for name in front.__all__ if name not in ("TensorOptimizer", "GradScaler")]
-IN_TORCH = [name for name in CLASSES if name not in ("Lion", "LARS")]
-
-
-def train(params, opt, steps=3):
-    for t in range(steps):
-        set_gradients(params, t)
-        opt.step()
-    return params
-
 
 # --- constructors ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", CLASSES)
+@every_class
 def test_constructors_name_all_they_take(name):
     cls = getattr(front, name)
     parameters = inspect.signature(cls.__init__).parameters
@@ -62,6 +50,7 @@ def test_a_class_that_there_is_not_is_an_error_that_names_those_there_are():
     with pytest.raises(AttributeError, match="has no 'Muon'; it has ASGD, LARS, SGD"):
         front.Muon  # noqa: B018
     assert not hasattr(front, "Adafactor")
+    assert {"TensorOptimizer", "GradScaler", *CLASSES} == set(front.__all__)  # the tests' own table has every class
 
 
 # --- options of the step ---------------------------------------------------------------------------------------------
@@ -121,18 +110,7 @@ def test_what_is_the_whole_optimizers_is_refused_in_a_param_group(name):
 # --- param groups ----------------------------------------------------------------------------------------------------
 
 
-class Untouchable:
-    """The user's own: whoever looks at it fails."""
-
-    __hash__ = None
-
-    def __getattribute__(self, name):
-        raise AssertionError(name)
-
-    __eq__ = __bool__ = __len__ = __iter__ = __array__ = lambda self, *args: self.touched
-
-
-@pytest.mark.parametrize("name", IN_TORCH)
+@every_torch_class
 def test_keys_of_the_users_own_are_not_looked_at(name):
     def run(home):
         p = params_of()
@@ -164,7 +142,7 @@ def test_numbers_of_numpy_and_tensors_are_numbers(kind, later):
 
 
 @pytest.mark.parametrize("options", [{}, {"maximize": True, "foreach": False, "lr": 0.5}], ids=str)
-@pytest.mark.parametrize("name", IN_TORCH)
+@every_torch_class
 def test_the_state_dict_after_a_step_has_the_form_of_torchs(name, options):
     def saved(home):
         p = params_of()

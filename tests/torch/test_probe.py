@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import pytest
-
-torch = pytest.importorskip("torch")
-from torch_problem import LAYOUTS, SHAPES, params_of, set_gradients  # noqa: E402
-
-import fastopt.torch as front  # noqa: E402 - needs torch
+from torch_problem import LAYOUTS, SHAPES, front, params_of, set_gradients, torch, train
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
@@ -44,9 +40,7 @@ def test_the_c_interface_and_python_take_the_same_steps(layout, dtype, monkeypat
 def test_the_c_interface_notices_what_changed(change):
     p = [torch.nn.Parameter(torch.ones(1)), torch.nn.Parameter(torch.ones(3))]
     opt = front.SGD(p, lr=0.5)
-    for t in range(4):
-        set_gradients(p, t)
-        opt.step()
+    train(p, opt, 4)
     probe = opt.state.watch.derived._probe
     set_gradients(p, 9)
     assert probe.hold()

@@ -8,13 +8,10 @@ import numpy as np
 import pytest
 from cases import CASES, torch_hyper
 from compare import DTYPES, PARAMETER, assert_close, assert_same_bits, build, case_problem, snapshot
-
-torch = pytest.importorskip("torch")
-import fastopt.torch as front  # noqa: E402 - needs torch
+from torch_compare import default_dtype
+from torch_problem import every_class, every_torch_class, front, torch
 
 FRONT_CASES = [case for case in CASES if not case.hyper.get("keep_weight_norms")]
-CLASSES = [name for name in front.__all__ if name not in ("TensorOptimizer", "GradScaler")]
-IN_TORCH = [name for name in CLASSES if name not in ("Lion", "LARS")]
 every_case = pytest.mark.parametrize("case", FRONT_CASES, ids=lambda case: case.id)
 
 
@@ -71,9 +68,7 @@ def test_bits_are_those_of_the_numpy_optimizers(case, dtype):
 @pytest.mark.parametrize(("dtype", "rtol", "atol"), [("float32", 1e-5, 1e-6), ("float64", 2e-14, 2e-15)])
 def test_twenty_steps_beside_the_loop_of_torch(case, dtype, rtol, atol):
     # Tolerances of test_beside_torch.py, which tells their origin. torch keeps host scalars in its default dtype.
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    try:
+    with default_dtype(torch.float64):
         params, gradients = case_problem(case, dtype, 20, awkward=False)
         ours, theirs = make_tensors(params), make_tensors(params)
         opt = getattr(front, case.optimizer)(list(ours.values()), **case.hyper)
@@ -90,11 +85,9 @@ def test_twenty_steps_beside_the_loop_of_torch(case, dtype, rtol, atol):
                 assert set(opt.state[ours_p]) == set(loop.state[theirs_p])
             got, want = front_snapshot(ours, opt, t), front_snapshot(theirs, loop, t)
             assert_close(got, want, rtol=rtol, atol=atol, where=f"{case.id}, step {t}")
-    finally:
-        torch.set_default_dtype(before)
 
 
-@pytest.mark.parametrize("name", IN_TORCH)
+@every_torch_class
 def test_signature_and_defaults_are_those_of_torch(name):
     ours, theirs = getattr(front, name), getattr(torch.optim, name)
     own, expected = inspect.signature(ours.__init__).parameters, inspect.signature(theirs.__init__).parameters
@@ -104,7 +97,7 @@ def test_signature_and_defaults_are_those_of_torch(name):
     assert issubclass(ours, theirs)
 
 
-@pytest.mark.parametrize("name", IN_TORCH)
+@every_torch_class
 @pytest.mark.parametrize("bad", [{"lr": -1.0}, {"weight_decay": -1.0}, {"eps": -1.0}, {"betas": (1.0, 0.9)}])
 def test_bad_options_have_the_error_of_torch(name, bad):
     if not set(bad) <= set(inspect.signature(getattr(torch.optim, name)).parameters):
@@ -129,7 +122,7 @@ def test_eps_may_be_zero(case):
     torch.testing.assert_close(w, v)
 
 
-@pytest.mark.parametrize("name", CLASSES)
+@every_class
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
 def test_complex_parameters_are_pairs_of_real_ones(name, dtype):
     torch.manual_seed(0)

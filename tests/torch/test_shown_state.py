@@ -7,12 +7,8 @@ import gc
 import pickle
 
 import pytest
-
-torch = pytest.importorskip("torch")
-from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
-from torch_problem import CLASSES, every_class, gradients, make, train  # noqa: E402
-
-import fastopt.torch as front  # noqa: E402 - needs torch
+from torch_compare import unchanged
+from torch_problem import CLASSES, every_class, front, gradients, make, torch, train
 
 
 @pytest.fixture(params=["C", "Python"])
@@ -23,33 +19,13 @@ def way(request, monkeypatch):
     return request.param
 
 
-@pytest.fixture(params=["cpu", pytest.param("gpu", marks=pytest.mark.full)])
-def place(request):
-    """Puts parameters on the CPU, or where the stand-in of a GPU finds them."""
-    return request.getfixturevalue("stand_ins").put if request.param == "gpu" else lambda params: params
-
-
-def _put_another(state, name):
-    state[name] = state[name].clone()
-
-
-def _new_memory(state, name):
-    state[name].data = state[name].clone()
-
-
-def _set(state, name):
-    state[name].set_(state[name].clone())
-
-
-def _swap(state, name):
-    torch.utils.swap_tensors(state[name], state[name].clone())
-
-
-def _share(state, name):
-    state[name].share_memory_()
-
-
-MOVES = [_put_another, _new_memory, _set, _swap, _share]
+MOVES = (
+    lambda state, name: state.__setitem__(name, state[name].clone()),
+    lambda state, name: setattr(state[name], "data", state[name].clone()),
+    lambda state, name: state[name].set_(state[name].clone()),
+    lambda state, name: torch.utils.swap_tensors(state[name], state[name].clone()),
+    lambda state, name: state[name].share_memory_(),
+)
 
 
 @every_class
@@ -75,9 +51,9 @@ def assert_stepped_in_place(name, move, place=lambda params: None):
         for params, opt in ((p, a), (q, b)):
             train(params, opt, 1, first=t)
         for key, x, address in kept:
-            assert a.state[p[0]][key] is x, (move, key)
-            assert x.data_ptr() == address, (move, key)
-            assert torch.equal(x, b.state[q[0]][key]), (move, key)
+            assert a.state[p[0]][key] is x, (MOVES.index(move), key)
+            assert x.data_ptr() == address, (MOVES.index(move), key)
+            assert torch.equal(x, b.state[q[0]][key]), (MOVES.index(move), key)
     assert all(torch.equal(x, y) for x, y in zip(p, q, strict=True))
 
 
@@ -97,11 +73,9 @@ def test_a_state_that_cannot_be_stepped_in_place_is_refused(value, error, text):
     params, opt = make("AdamW")
     train(params, opt, 3)
     opt.state[params[0]]["exp_avg"] = value(params[0])
-    before = copy.deepcopy([x.detach() for x in params]), opt.state[params[0]]["exp_avg_sq"].clone()
-    with pytest.raises(error, match=f"AdamW: .*parameter 0 of group 0.* {text}"):
+    kept = [opt.state[params[0]]["exp_avg_sq"]]
+    with unchanged(params), unchanged(kept), pytest.raises(error, match=f"AdamW: .*parameter 0 of group 0.* {text}"):
         train(params, opt, 1, first=3)
-    assert all(torch.equal(x, y) for x, y in zip(params, before[0], strict=True))
-    assert torch.equal(opt.state[params[0]]["exp_avg_sq"], before[1])
     assert opt.state[params[1]]["step"] == 3
 
 
@@ -225,7 +199,7 @@ def test_pickles_grow_with_what_is_in_them(extra):
     assert all(large <= 4.2 * small for small, large in zip(size(50), size(200), strict=True))
 
 
-class Allocated(TorchDispatchMode):
+class Allocated(torch.utils._python_dispatch.TorchDispatchMode):
     """Counts the bytes of all storages that operations return."""
 
     def __init__(self):

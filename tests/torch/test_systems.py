@@ -2,35 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import pathlib
-import subprocess
-import sys
-import textwrap
-
 import pytest
-
-torch = pytest.importorskip("torch")
-import fastopt.torch as front  # noqa: E402 - needs torch
-
-
-def python(program, *, timeout=120, **variables):
-    """Run a program in a process of its own, outside the repository; its output."""
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", textwrap.dedent(program)],
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        cwd=pathlib.Path(__file__).anchor,
-        env={**os.environ, **variables},
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def test_importing_fastopt_does_not_import_torch():
-    assert python("import sys, fastopt; print('torch' in sys.modules)").strip() == "False"
+from fresh import python
+from torch_problem import front, torch
 
 
 def test_without_torch_the_error_names_the_extra():

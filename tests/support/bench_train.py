@@ -1,0 +1,23 @@
+"""What tests of the training benchmarks share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+image = pytest.importorskip("matplotlib.image")
+from bench.__main__ import main  # noqa: E402
+
+
+def command(*arguments: Any) -> int:
+    """Run ``bench train``; its exit status."""
+    return main(["train", *map(str, arguments)])
+
+
+def assert_picture(path: Any, side: int = 300) -> None:
+    """A PNG in colour whose pixels differ."""
+    assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    pixels = image.imread(path)
+    assert min(pixels.shape[:2]) > side
+    assert pixels[..., :3].std() > 0.02
