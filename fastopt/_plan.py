@@ -234,14 +234,14 @@ class Plan(ABC):
     def _find_runs(self) -> list[tuple[int, int]]:
         """First parameter and number of elements of each run that one segment can serve."""
         runs: list[tuple[int, int]] = []
-        previous = None
+        last, previous = 0, None
         for k, p in enumerate(self.parameters):
             if previous is not None and self.flat and not p.size:
                 continue  # an empty array may lie anywhere, also behind memory of somebody else
             if (
                 previous is not None
                 and self.flat
-                and self._member[k] == self._member[k - 1]
+                and self._member[k] == self._member[last]
                 and p.offset == previous.offset + previous.extent
                 and not self._adapts(k)
                 and not (p.elsewhere or previous.elsewhere)
@@ -252,7 +252,7 @@ class Plan(ABC):
                 runs[-1] = first, p.offset - self.parameters[first].offset + p.size
             else:
                 runs.append((k, p.size))
-            previous = p
+            last, previous = k, p
         return runs
 
     def _merges(self, multiplier: float, options: Sequence[Options]) -> bool:

@@ -18,7 +18,7 @@ import fastopt
 STORM = Path(__file__).parents[1] / "support" / "storm.py"
 
 
-@pytest.mark.parametrize("interrupts", [150, pytest.param(2000, marks=pytest.mark.full)])
+@pytest.mark.parametrize("interrupts", [150, pytest.param(400, marks=pytest.mark.full)])
 @pytest.mark.parametrize("front_end", ["numpy", "torch"])
 def test_a_storm_of_interrupts_leaves_nothing_locked_or_torn(front_end: str, interrupts: int) -> None:
     if front_end == "torch":
