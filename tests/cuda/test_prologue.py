@@ -212,7 +212,7 @@ def put_cohort(tables, c, rule, options, *, number=0, steps=0, lr=None):
         words.view(np.float64)[CARRY : CARRY + len(carry)] = carry
 
 
-@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+@pytest.mark.parametrize("rule", list(RULES.values())[::2], ids=list(RULES)[::2])  # test_compiled.py takes all
 def test_scalars_formed_on_the_device(rule):
     """Four cohorts: one from its options, two whose lr lies on the device, one of another rule."""
     options, count = options_of(rule), len(rule.Scalars._fields)

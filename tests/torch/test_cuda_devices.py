@@ -67,8 +67,7 @@ def test_norms_are_those_of_all_gradients(gpus, name, extra):
 
 
 @pytest.mark.parametrize("scaler", SCALERS.values(), ids=SCALERS)
-@pytest.mark.parametrize("place", [0, 1, 3])
-@pytest.mark.parametrize("zero", [False, True])
+@pytest.mark.parametrize(("place", "zero"), [(0, True), (3, False)])
 def test_an_overflow_anywhere_skips_the_step_everywhere(stand_ins, scaler, place, zero):
     there, here = spread(stand_ins, four()), four()
     a, b = (front.AdamW(p, lr=0.1, zero_grads=zero) for p in (there, here))
