@@ -15,6 +15,7 @@ import pytest
 
 os.environ.setdefault("NUMBA_ENABLE_CUDASIM", "1")  # before Numba is imported: kernels for CUDA run in its simulator
 sys.path.insert(0, str(pathlib.Path(__file__).parent / "support"))  # pytest's importlib mode leaves sys.path alone
+sys.path.append(str(pathlib.Path(__file__).parents[1]))  # for bench; last, for fastopt comes from where it is installed
 
 from isas import native_isas
 

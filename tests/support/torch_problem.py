@@ -7,6 +7,8 @@ import pytest
 torch = pytest.importorskip("torch")
 import fastopt.torch as front  # noqa: E402 - needs torch
 
+TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
+
 SHAPES = ((5, 7), (3,), (), (0, 2), (1,))
 
 

@@ -6,7 +6,7 @@ import copy
 import importlib
 
 import pytest
-from torch_problem import front, params_of, set_gradients, torch, train
+from torch_problem import TORCH, front, params_of, set_gradients, torch, train
 
 hooks = importlib.import_module("torch.optim.optimizer")
 
@@ -104,7 +104,7 @@ def test_a_gradient_where_the_step_writes_is_refused_at_every_step(where):
     params = [torch.nn.Parameter(torch.ones(1000)), torch.nn.Parameter(torch.ones(1000))]
     opt = front.AdamW(params, lr=0.1)
     train(params, opt, 5)
-    assert opt.state.watch.derived._probe is not None
+    assert (opt.state.watch.derived._probe is not None) == (TORCH >= (2, 9))
     before = [p.detach().clone() for p in params]
     memory = {"parameter": params[0].detach(), "state": opt.state[params[0]]["exp_avg"].view(-1)}
     if where == "the last byte":

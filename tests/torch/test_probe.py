@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from torch_problem import LAYOUTS, SHAPES, front, params_of, set_gradients, torch, train
+from torch_problem import LAYOUTS, SHAPES, TORCH, front, params_of, set_gradients, torch, train
+
+pytestmark = pytest.mark.skipif(TORCH < (2, 9), reason="torch's C interface has what is asked from 2.9 on")
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
