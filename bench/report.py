@@ -30,7 +30,7 @@ def add_parser(commands: Any) -> None:
         "report",
         help="run a suite and write a page with tables and plots",
         description="Run a suite of cases, interleaved and checked, and write every sample (report.json) and a page to "
-        "look at (report.html). The quick suite takes three to four minutes on two cores.",
+        "look at (report.html). The quick suite takes three to six minutes on two cores.",
     )
     parser.add_argument("--full", action="store_true", help="every case and contender: an hour, and much memory")
     parser.add_argument("--threads", metavar="N", default=str(step.THREADS), help="of everybody (default: %(default)s)")
