@@ -1,7 +1,7 @@
 /* Reads where the gradients of PyTorch's parameters are, a thousand in some 50 µs, where Python needs 400.
  *
  * It needs no header of torch: tensors are asked through the functions of torch's stable C interface
- * (torch/csrc/inductor/aoti_torch/c/shim.h), and c10::TensorImpl::grad, whose addresses fastopt/torch/_probe.py finds.
+ * (torch/csrc/inductor/aoti_torch/c/shim.h), and two of its C++ functions; fastopt/torch/_probe.py finds the addresses.
  * A tensor handle of that interface points to an at::Tensor, which is nothing but a pointer to a TensorImpl.
  */
 #include <stdbool.h>
@@ -24,6 +24,7 @@ typedef struct {
     int32_t (*delete_tensor_object)(void *handle);
     void *(*grad)(const void *impl); /* the address of an at::Tensor */
     int32_t (*get_device_index)(void *tensor, int32_t *index);
+    void (*bump_version)(const void *tensor); /* torch::autograd::impl::bump_version, which throws for inference tensors */
     int64_t device_type, device_index; /* where all must be; the CPU has no index */
     int64_t impl_at;                   /* where a Python object of class Tensor has the address of its TensorImpl */
 } torch_functions;
@@ -33,7 +34,7 @@ typedef struct {
 typedef struct {
     const char *object;
     void *impl, *data;
-    const void *storage; /* to be fetched early, never followed */
+    const void *storage; /* to be fetched early, never followed: of memory that may be gone nothing is read */
 } known;
 
 /* Tensors that a step writes beside the parameters. */
@@ -48,7 +49,9 @@ typedef struct {
     const int64_t *sizes, *strides; /* of both */
     int64_t dim;                    /* -1 for a parameter that must have no gradient */
     int64_t nbytes;                 /* of the gradient */
+    int64_t before;                 /* as many runs begin before the end of the gradient */
     int32_t dtype, gradient_dtype;
+    const void *holder, *gradient, *gradient_storage; /* where they were last, to be fetched early, never followed */
 } expected;
 
 /* Runs of memory that a step writes, sorted and apart: where each begins, and the byte after its last. */
@@ -57,15 +60,20 @@ typedef struct {
     int64_t count;
 } runs;
 
-/* Whether some of these bytes are in one of the runs: if so, in the last that begins before their end. */
-static bool hits(const runs *owned, uintptr_t begin, int64_t nbytes) {
-    int64_t lo = 0, hi = owned->count; /* runs before lo begin before the end, those from hi on do not */
-    while (lo < hi) {
-        int64_t middle = lo + (hi - lo) / 2;
-        if (owned->begin[middle] < begin + nbytes)
-            lo = middle + 1;
-        else
-            hi = middle;
+/* Whether some of these bytes are in one of the runs: if so, in the last that begins before their end. How many begin
+ * before it is kept, for they will be as many in the next step. */
+static bool hits(const runs *owned, uintptr_t begin, int64_t nbytes, int64_t *before) {
+    uintptr_t end = begin + nbytes;
+    int64_t lo = *before, hi = owned->count;
+    if ((lo && owned->begin[lo - 1] >= end) || (lo < hi && owned->begin[lo] < end)) {
+        for (lo = 0; lo < hi;) { /* runs before lo begin before the end, those from hi on do not */
+            int64_t middle = lo + (hi - lo) / 2;
+            if (owned->begin[middle] < end)
+                lo = middle + 1;
+            else
+                hi = middle;
+        }
+        *before = lo;
     }
     return nbytes && lo && owned->end[lo - 1] > begin;
 }
@@ -99,17 +107,23 @@ void fastopt_release(const torch_functions *t, void **held, int64_t count) {
     }
 }
 
+/* Each tensor lies in cache lines of its own, which nobody read since the last step. */
+static void fetch_impl(const void *impl) {
+    for (int line = 0; line < 4; line++) __builtin_prefetch((const char *)impl + 64 * line);
+}
+
+static void fetch(const torch_functions *t, const known *k) {
+    __builtin_prefetch(k->object + t->impl_at);
+    fetch_impl(k->impl);
+    __builtin_prefetch(k->storage);
+}
+
 /* Whether all states are where they were. */
 static bool unmoved(const torch_functions *t, const states *s) {
     for (int64_t i = 0; i < s->count; i++) {
         known k = s->tensors[i];
         void *data;
-        if (i + AHEAD < s->count) { /* each lies in cache lines of its own, which nobody read since the last step */
-            const known *next = s->tensors + i + AHEAD;
-            __builtin_prefetch(next->object + t->impl_at);
-            for (int line = 0; line < 4; line++) __builtin_prefetch((const char *)next->impl + 64 * line);
-            __builtin_prefetch(next->storage);
-        }
+        if (i + AHEAD < s->count) fetch(t, s->tensors + i + AHEAD);
         if (!has_impl(t, &k) || t->get_data_ptr(&k.impl, &data) || data != k.data) return false;
     }
     return true;
@@ -121,22 +135,41 @@ static bool unmoved(const torch_functions *t, const states *s) {
 bool fastopt_gradients(const torch_functions *t, expected *parameters, int64_t count, const states *written,
                        const runs *owned, void **pointers, void **held) {
     int64_t found = 0, i = 0;
+    if (!unmoved(t, written)) return false; /* first: parameters and gradients will be wanted again after this */
     for (; i < count; i++) {
         expected *e = parameters + i;
+        if (i + AHEAD < count) {
+            const expected *next = e + AHEAD;
+            fetch(t, &next->parameter);
+            __builtin_prefetch(next->holder);
+            fetch_impl(next->gradient);
+            __builtin_prefetch(next->gradient_storage);
+        }
         if (!has_impl(t, &e->parameter)) break;
         void *data, *gradient = t->grad(e->parameter.impl);
         bool defined;
         if (t->is_defined(gradient, &defined) || defined != (e->dim >= 0)) break;
         if (!defined) continue;
+        e->holder = gradient, e->gradient = *(void **)gradient;
         if (!is_as(t, &e->parameter.impl, e, e->dtype, &data) || data != e->parameter.data) break;
         if (!is_as(t, gradient, e, e->gradient_dtype, pointers + found)) break;
-        if (hits(owned, (uintptr_t)pointers[found], e->nbytes)) break;
+        if (hits(owned, (uintptr_t)pointers[found], e->nbytes, &e->before)) break;
         if (t->new_tensor_handle(gradient, held + found)) break;
         found++;
     }
-    if (i == count && unmoved(t, written)) return true;
+    if (i == count) return true;
     fastopt_release(t, held, found);
     return false;
+}
+
+/* Tell autograd that the parameters with a gradient were written. False, and it knows nothing, if one of them got another
+ * TensorImpl. */
+bool fastopt_bump_versions(const torch_functions *t, const expected *parameters, int64_t count) {
+    for (int64_t i = 0; i < count; i++)
+        if (parameters[i].dim >= 0 && !has_impl(t, &parameters[i].parameter)) return false;
+    for (int64_t i = 0; i < count; i++)
+        if (parameters[i].dim >= 0) t->bump_version(&parameters[i].parameter.impl);
+    return true;
 }
 
 /* For the check that Python's tables have the layout of these. */

@@ -29,6 +29,7 @@ SHIM = (
     "delete_tensor_object",
 )
 GRAD = "_ZNK3c1010TensorImpl4gradEv"
+BUMP_VERSION = "_ZN5torch8autograd4impl12bump_versionERKN2at6TensorE"
 DEVICE_TYPES = {"cpu": 0, "cuda": 1}  # c10::DeviceType
 
 KNOWN = np.dtype([("object", np.uint64), ("impl", np.uint64), ("data", np.uint64), ("storage", np.uint64)])
@@ -41,8 +42,12 @@ EXPECTED = np.dtype(
         ("strides", np.uint64),
         ("dim", np.int64),
         ("nbytes", np.int64),
+        ("before", np.int64),
         ("dtype", np.int32),
         ("gradient_dtype", np.int32),
+        ("holder", np.uint64),
+        ("gradient", np.uint64),
+        ("gradient_storage", np.uint64),
     ]
 )
 """A parameter: the same bytes as ``expected`` in tensors.c."""
@@ -56,7 +61,7 @@ class _Library:
         folder = pathlib.Path(torch.__file__).parent / "lib"
         shim, c10 = (ctypes.CDLL(str(folder / name)) for name in ("libtorch_cpu.so", "libc10.so"))
         functions = [getattr(shim, f"aoti_torch_{name}") for name in SHIM] + [getattr(c10, GRAD)]
-        functions.append(shim.aoti_torch_get_device_index)
+        functions += [shim.aoti_torch_get_device_index, getattr(shim, BUMP_VERSION)]
         self._functions = [ctypes.cast(function, ctypes.c_void_p).value or 0 for function in functions]
         self.gradients, self.release = own.fastopt_gradients, own.fastopt_release
         self.gradients.restype, self.release.restype = ctypes.c_bool, None
@@ -65,6 +70,9 @@ class _Library:
         if own.fastopt_expected_size() != EXPECTED.itemsize:
             raise OSError(f"{path} belongs to another version of fastopt")
         self.release.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
+        self.bump_versions = own.fastopt_bump_versions
+        self.bump_versions.restype = ctypes.c_bool
+        self.bump_versions.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
         self._impl_at = _impl_offset()
         self.codes = {dtype: self._code(dtype) for dtype in STORED}
 
@@ -130,7 +138,7 @@ def _library() -> _Library | None:
 
 
 class Probe:
-    """Knows plain parameters on one device, with or without gradient, as they are now.
+    """Knows plain parameters on one device, with or without gradient, as they are now; none is an inference tensor.
 
     Args:
         params: All parameters.
@@ -158,7 +166,8 @@ class Probe:
         self._expected = np.zeros(len(params), EXPECTED)
         layouts: dict[Any, tuple[NDArray[np.int64], NDArray[np.int64]]] = {}
         for entry, p, dtype in zip(self._expected, params, gradient_dtypes, strict=True):
-            entry["parameter"] = id(p), p._cdata, p.data_ptr() if dtype is not None else 0, 0
+            storage = p.untyped_storage()._cdata
+            entry["parameter"] = id(p), p._cdata, p.data_ptr() if dtype is not None else 0, storage
             if dtype is None:
                 entry["dim"] = -1
                 continue
@@ -167,6 +176,8 @@ class Probe:
                 layouts[layout] = np.array(p.shape, np.int64), np.array(p.stride(), np.int64)
             entry["dim"], entry["nbytes"] = p.dim(), p.numel() * dtype.itemsize
             entry["sizes"], entry["strides"] = (x.ctypes.data for x in layouts[layout])
+            if p.grad is not None:
+                entry["gradient_storage"] = p.grad.untyped_storage()._cdata
             entry["dtype"], entry["gradient_dtype"] = library.codes[p.dtype], library.codes[dtype]
         self._layouts = layouts
         self._count = sum(dtype is not None for dtype in gradient_dtypes)
@@ -203,3 +214,7 @@ class Probe:
     def release(self) -> None:
         """Let the gradients go, if any are kept alive."""
         self._library.release(self._arguments[0], self._held_at, self._count)
+
+    def bump_versions(self) -> bool:
+        """Tell autograd that the parameters with a gradient were written; False if one is not the tensor it was."""
+        return bool(self._library.bump_versions(*self._arguments[:3]))

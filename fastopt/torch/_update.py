@@ -129,6 +129,8 @@ class Update:
     def _is_simple(self, grads: Sequence[Tensor]) -> bool:
         """Whether parameters and gradients are what kernels read and write, with nothing in between."""
         types = {*map(type, grads), *map(type, self._shown)}
+        if any(p.is_inference() for p in self._params):
+            return False
         return self._plain and not self._complex and not self._copied and types <= PLAIN and Probe.available()
 
     def take(self, request: Request, options: Sequence[Options]) -> StepInfo:
@@ -149,7 +151,8 @@ class Update:
         """Let versions and ``state`` follow the parameters. Once more does no harm."""
         self._mirror.show()
         if not skipped:
-            torch.autograd.graph.increment_version(self._stepped)
+            if self._probe is None or not self._probe.bump_versions():
+                torch.autograd.graph.increment_version(self._stepped)
             self._masters.wrote()
             if self.home.on_gpu:
                 self._unsettled = any(c.progress.fetch is not None for c in self.plan.cohorts)
