@@ -46,6 +46,11 @@ class StateView(Mapping[str, Any]):
     def __delitem__(self, name: str) -> None:
         raise TypeError(f"{self._owner}.state[...]: {name!r} cannot be deleted; states are changed by load_state_dict.")
 
+    def _refuse(self, *_: object, **__: object) -> None:
+        raise TypeError(f"{self._owner}.state[...] has the entries that its rule has; load_state_dict changes them.")
+
+    clear = pop = popitem = setdefault = update = _refuse
+
     def __repr__(self) -> str:
         return repr(self._entries)
 

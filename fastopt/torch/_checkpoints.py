@@ -11,6 +11,7 @@ from torch._compile import _disable_dynamo
 
 from .._exclusive import exclusive
 from ..kernels.rule import Options, Rule
+from ._entries import MAY_LACK
 from ._flat import FlatGroups
 from ._state import CARRIED, STATES, STEP, State, carried
 
@@ -107,7 +108,8 @@ class Checkpoints(torch.optim.Optimizer):
         Raises:
             ValueError: It has another number of groups or of parameters, or a state has another shape than its
                 parameter; nothing was changed.
-            KeyError: The state of a parameter lacks its step count or another number of its rule; nothing was changed.
+            KeyError: The state of a parameter lacks its step count or something else that its rule needs; nothing was
+                changed.
             RuntimeError: Another thread steps this optimizer.
         """
 
@@ -126,10 +128,13 @@ class Checkpoints(torch.optim.Optimizer):
         where = f"{type(self).__name__}.load_state_dict"
         for own, group in zip(self.param_groups, loaded["param_groups"], strict=False):
             numbers = [STEP] * self.counts_steps
-            numbers += carried(self.select_rule({**self.rule_options, **self.defaults, **group}))
+            rule = self.select_rule({**self.rule_options, **self.defaults, **group})
+            numbers += carried(rule)
             for index, p in zip(group["params"], own["params"], strict=False):
                 state = loaded["state"].get(index) or {}
-                missing = [name for name in numbers if name not in state]
+                steps = state.get(STEP)
+                begun = [name for name in rule.state if name not in MAY_LACK] if steps is not None and steps > 0 else []
+                missing = [name for name in (*numbers, *begun) if name not in state]
                 if state and missing:
                     raise KeyError(f"{where}: parameter {index} has a state that lacks {missing[0]!r}.")
                 for name, value in state.items():

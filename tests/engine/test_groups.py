@@ -306,6 +306,9 @@ def test_states_are_views() -> None:
                 changed[name] = 7  # type: ignore[index]
             with pytest.raises(TypeError, match=rf"Adam.state.*{name}.*load_state_dict"):
                 del changed[name]  # type: ignore[attr-defined]
+        for change in (changed.clear, changed.popitem, lambda c=changed: c.update(exp_avg=7)):  # type: ignore[attr-defined]
+            with pytest.raises(TypeError, match=r"Adam.state.*load_state_dict"):
+                change()
     with pytest.raises(TypeError, match=r"Adam.state.*load_state_dict"):
         opt.state = {}
     assert fingerprint(opt) == before

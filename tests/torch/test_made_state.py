@@ -78,6 +78,7 @@ def test_a_state_with_a_hole_is_refused_before_anything_is_written(name, how):
         else:
             with unchanged(params), pytest.raises(KeyError, match=f"{name}.*: parameter 0 .*lacks '{key}'"):
                 go_on()
+            assert (key in opt.state[params[0]]) == (how == "load_state_dict")  # refused before it was loaded
 
 
 def test_full_state_dict_is_float32_with_masters():
