@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import json
+import os
+import pathlib
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -46,8 +49,20 @@ class _Captured(Exception):
 
 
 def _ir(symbol: str) -> list[str]:
-    """The modules that NVVM would get for a kernel."""
+    """The modules that NVVM would get for a kernel; kept for other processes where FASTOPT_TEST_IR names a folder."""
+    folder = os.environ.get("FASTOPT_TEST_IR")
+    if folder is None:
+        return _compiled(symbol)
+    kept = pathlib.Path(folder, f"{symbol}.json")
+    if not kept.exists():
+        written = kept.with_suffix(f".{os.getpid()}")
+        written.write_text(json.dumps(_compiled(symbol)))
+        written.rename(kept)
+    modules: list[str] = json.loads(kept.read_text())
+    return modules
 
+
+def _compiled(symbol: str) -> list[str]:
     def capture(modules: Any, **options: Any) -> None:
         assert options["fma"] == 0
         raise _Captured([modules] if isinstance(modules, str) else modules)

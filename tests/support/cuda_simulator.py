@@ -8,21 +8,23 @@ of. NUMBA_ENABLE_CUDASIM=1 must be set before Numba is imported (conftest.py doe
 from __future__ import annotations
 
 import bisect
-import contextlib
 import ctypes
 import functools
 import itertools
 import math
+import random
 import sys
 import threading
 import types
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import greenlet
 import numpy as np
 import numpy.typing as npt
+import pytest
 from compare import DTYPES
 from fastopt.kernels.cuda.prologue import prologue
 from fastopt.kernels.cuda.toolchain import THREADS, cuda
@@ -54,6 +56,9 @@ from fastopt.kernels.layout import (
 from fastopt.kernels.registry import RULES
 from fastopt.kernels.rule import Rule
 from numba.cuda.core import config
+from numba.cuda.simulator import kernel as simulator
+from numba.cuda.simulator import kernelapi
+from numba.cuda.simulator.kernelapi import Dim3
 
 from fastopt._table import Table
 
@@ -271,20 +276,40 @@ class Arrays:
 _launching = threading.Lock()  # the simulator runs one kernel at a time
 
 
-@contextlib.contextmanager
-def _quick_to_switch() -> Iterator[None]:
-    """Python lets a thread run for 5 ms while others wait, and the simulator's own only polls: 4 times as slow."""
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(1e-4)
-    try:
-        yield
-    finally:
-        sys.setswitchinterval(before)
+class _Thread(greenlet.greenlet):
+    """A thread of a block: what the simulator asks of ``threading.current_thread()``."""
+
+    def __init__(self, run: Callable[..., None], block: tuple[int, ...], number: int) -> None:
+        super().__init__(run)
+        self.blockIdx, self.threadIdx, self.thread_id = Dim3(*block), Dim3(number, 0, 0), number
+
+    def syncthreads(self) -> None:
+        assert self.parent is not None
+        self.parent.switch()
+
+
+class _Block:
+    """In place of the simulator's, whose operating system's threads take 20 times as long: greenlets, and in an order
+    of their own between any two barriers."""
+
+    def __init__(self, f: Callable[..., None], grid: Sequence[int], block: Sequence[int], debug: bool) -> None:
+        self._f, (self._count, _, _) = f, block
+        self._order = random.Random(0)
+
+    def run(self, block: tuple[int, ...], *args: Any) -> None:
+        threads = [_Thread(lambda: self._f(*args), block, k) for k in range(self._count)]
+        while threads:
+            self._order.shuffle(threads)
+            for thread in threads:
+                thread.switch()
+            threads = [thread for thread in threads if not thread.dead]
 
 
 def launch(kernel: Callable[..., None], grid: int, args: Sequence[float], threads: int = THREADS) -> None:
     """Run a kernel, as `update_loop` and `prologue` return them; it is done when this returns."""
-    with _launching, _quick_to_switch():
+    with _launching, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(simulator, "BlockManager", _Block)
+        patch.setattr(kernelapi, "threading", types.SimpleNamespace(current_thread=greenlet.getcurrent))
         function = cuda.jit(device=True)(kernel)
 
         def run(*args: Any) -> None:
