@@ -112,17 +112,19 @@ class Checkpoints(torch.optim.Optimizer):
                 changed.
             RuntimeError: Another thread steps this optimizer.
         """
-
-        def box(_: Any, loaded: dict[str, Any]) -> dict[str, Any]:
-            loaded = {**self.check_loaded(loaded)}
-            self._check_states(loaded)
-            return {**loaded, "state": {key: _boxed(state) for key, state in loaded["state"].items()}}
-
-        handle = self.register_load_state_dict_pre_hook(box)  # after those of the user
+        hooks = self._optimizer_load_state_dict_pre_hooks  # type: ignore[attr-defined]
+        for key in [key for key, hook in hooks.items() if hook is Checkpoints._box]:  # left by an interrupted load
+            del hooks[key]
+        handle = self.register_load_state_dict_pre_hook(Checkpoints._box)  # after those of the user
         try:
             super().load_state_dict(state_dict)
         finally:
             handle.remove()
+
+    def _box(self, loaded: dict[str, Any]) -> dict[str, Any]:
+        loaded = {**self.check_loaded(loaded)}
+        self._check_states(loaded)
+        return {**loaded, "state": {key: _boxed(state) for key, state in loaded["state"].items()}}
 
     def _check_states(self, loaded: dict[str, Any]) -> None:
         where = f"{type(self).__name__}.load_state_dict"

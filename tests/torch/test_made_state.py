@@ -148,6 +148,27 @@ def test_after_an_interrupt_state_agrees_with_the_parameters(name, first):
     assert lines > 20
 
 
+def test_an_interrupted_load_leaves_no_hook(monkeypatch):
+    params, opt = make("AdamW")
+    train(params, opt, 2)
+    saved, register = opt.state_dict(), opt.register_load_state_dict_pre_hook
+
+    def interrupted(hook):
+        register(hook)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(opt, "register_load_state_dict_pre_hook", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            opt.load_state_dict(saved)
+    seen = []
+    opt.register_load_state_dict_pre_hook(lambda opt, loaded: seen.append(loaded["state"][0]["step"] + 1))
+    opt.load_state_dict(saved)
+    assert seen == [3.0]  # the user's hook sees tensors
+    assert len(opt._optimizer_load_state_dict_pre_hooks) == 1
+    assert torch.equal(opt.state[params[0]]["exp_avg"], saved["state"][0]["exp_avg"])
+
+
 def test_while_one_thread_steps_others_are_refused():
     params, opt = make("AdamW")
     saved = opt.state_dict()
