@@ -80,7 +80,7 @@ measure() { # measure RESERVE: the cases of this stage, but for so many seconds 
 build() {
   begin build 170
   local library='import fastopt, importlib.util as u; assert u.find_spec("fastopt._native")' cuda
-  local kernels="$library"'; from fastopt._cuda.kernels import prebuilt_folder; assert prebuilt_folder()'
+  local kernels="$library"'; from fastopt.engine.cuda.kernels import prebuilt_folder; assert prebuilt_folder()'
   for cuda in ON AUTO OFF; do
     # What an earlier build left does not count where this one failed; and one that went on without what it could not
     # make is found out by looking.

@@ -24,7 +24,7 @@ MOST_COPIES = 128
 def describe(threads: int) -> dict[str, Any]:
     """Everything that a reader of the figures wants to know."""
     import fastopt
-    from fastopt import _backend
+    from fastopt.engine import backend as _backend
 
     command = ["git", "rev-parse", "HEAD"]
     revision = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parent)

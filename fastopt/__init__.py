@@ -26,23 +26,23 @@ if importlib.util.find_spec("fastopt.kernels") is None:
     )
 
 from . import schedules
-from ._backend import get_num_threads, set_num_threads
-from ._step import StepInfo
-from .adadelta import Adadelta
-from .adagrad import Adagrad
-from .adam import Adam, AdamW
-from .adamax import Adamax
-from .asgd import ASGD
+from .base import Optimizer
+from .engine.backend import get_num_threads, set_num_threads
+from .engine.step import StepInfo
 from .flat import FlatBuffer
-from .kernels.rule import Rule
-from .lars import LARS
-from .lion import Lion
-from .nadam import NAdam
-from .optimizer import Optimizer
-from .radam import RAdam
-from .rmsprop import RMSprop
-from .rprop import Rprop
-from .sgd import SGD
+from .kernels.rules.rule import Rule
+from .optimizers.adadelta import Adadelta
+from .optimizers.adagrad import Adagrad
+from .optimizers.adam import Adam, AdamW
+from .optimizers.adamax import Adamax
+from .optimizers.asgd import ASGD
+from .optimizers.lars import LARS
+from .optimizers.lion import Lion
+from .optimizers.nadam import NAdam
+from .optimizers.radam import RAdam
+from .optimizers.rmsprop import RMSprop
+from .optimizers.rprop import Rprop
+from .optimizers.sgd import SGD
 
 __version__ = "0.1.0"
 

@@ -17,7 +17,7 @@ def main(argv: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="version, instruction set, threads, kernels, optional packages, memory bandwidth")
     parser.parse_args(argv)
-    from ._info import facts
+    from .info import facts
 
     lines = facts()
     width = max(map(len, lines))

@@ -30,10 +30,10 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple, Protocol
 import numpy as np
 
 from . import __version__
-from ._arrays import Array, dtype_of, is_array, space_of, to_host
-from ._exclusive import finish
-from ._files import check_regular, check_replaceable, replacing
-from .optimizer import Optimizer
+from .arrays import Array, dtype_of, is_array, space_of, to_host
+from .base import Optimizer
+from .engine.exclusive import finish
+from .files import check_regular, check_replaceable, replacing
 
 if TYPE_CHECKING:
     from .flat import FlatBuffer

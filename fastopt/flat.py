@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ._arrays import HOST, Array, Space, check_dtype, dtype_of, is_array, on_gpu, space_called, space_of, to_host
+from .arrays import HOST, Array, Space, check_dtype, dtype_of, is_array, on_gpu, space_called, space_of, to_host
 
 STRIDE = 32
 """Arrays begin at multiples of this many elements: a 64-byte boundary for 16-bit dtypes and wider ones, and the same

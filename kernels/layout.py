@@ -1,4 +1,4 @@
-"""The bytes that API, schedulers and parallel.c share: a segment, and the flags of a launch."""
+"""The bytes that API, schedulers and launch.c share: a segment, and the flags of a launch."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SEGMENT = np.dtype(
         ("squares", np.float64, 2),
     ]
 )
-"""A run of elements that share kernel and scalars: the same bytes as ``segment`` in parallel.c. "copy" is the address
+"""A run of elements that share kernel and scalars: the same bytes as ``segment`` in launch.c. "copy" is the address
 of a 16-bit copy of the parameters, and "round" the kernel that writes it; both are 0 where there is none."""
 
 PARAMETER, GRADIENT = 0, 1
@@ -38,7 +38,7 @@ KNOW_W, KNOW_G = 1, 2
 
 
 def layout_of_library() -> list[int]:
-    """What ``fastopt_layout`` in parallel.c must say of all this; the first number is how many there are."""
+    """What ``fastopt_layout`` in launch.c must say of all this; the first number is how many there are."""
     assert SEGMENT.fields is not None
     chunk = wave = 3 * WORD
     numbers = [

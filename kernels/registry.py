@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from .rule import Rule
 from .rules import adadelta, adagrad, adam, adamax, asgd, lars, lion, nadam, radam, rmsprop, rprop, sgd
+from .rules.rule import Rule
 
 RULES: dict[str, Rule] = {
     rule.name: rule

@@ -19,7 +19,9 @@ sys.path.append(str(pathlib.Path(__file__).parents[1]))  # for bench; last, for 
 
 from isas import native_isas
 
-from fastopt import _backend, _host_plan, set_num_threads
+from fastopt import set_num_threads
+from fastopt.engine import backend as _backend
+from fastopt.engine import host as _host_plan
 
 _load = functools.cache(_backend.load)  # Numba compiles its scheduler once
 collect_ignore = ["support"]  # no tests: --doctest-modules would import every file
@@ -80,6 +82,13 @@ def pytest_runtest_makereport() -> Generator[None, Any, Any]:
 
 
 # --- fixtures --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> pathlib.Path:
+    """A folder of this run of pytest, for all its processes."""
+    own = tmp_path_factory.getbasetemp()
+    return own if worker_id == "master" else own.parent
 
 
 @pytest.fixture(autouse=True)

@@ -127,7 +127,7 @@ def address(array: Any) -> int:
 def machine(gpu: Gpu) -> dict[str, Any]:
     """What was measured on."""
     import fastopt
-    from fastopt._cuda.kernels import cache_folder, prebuilt_folder
+    from fastopt.engine.cuda.kernels import cache_folder, prebuilt_folder
 
     properties = gpu.properties()
     folder = prebuilt_folder()

@@ -45,7 +45,7 @@ def main() -> int:
     """Print a line for each kernel of the package, those with the most registers first; 1 if one cannot be loaded."""
     import cupy
 
-    from fastopt._cuda.kernels import prebuilt_folder
+    from fastopt.engine.cuda.kernels import prebuilt_folder
 
     folder = prebuilt_folder()
     if folder is None:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
-from .._exclusive import exclusive
-from ..kernels.rule import Options, Rule
+from ..engine.exclusive import exclusive
+from ..kernels.rules.rule import Options, Rule
 from ._entries import MAY_LACK
 from ._flat import FlatGroups
 from ._state import CARRIED, STATES, STEP, State, carried

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack, to_dlpack  # type: ignore[attr-defined]
 
-from .._arrays import HOST, Space
-from .._cuda.arrays import Cuda, space
-from .._cuda.runtime import cupy
-from .._plan import Plan
-from .._plans import plan_class
+from ..arrays import HOST, Space
+from ..engine.cuda.arrays import Cuda, space
+from ..engine.cuda.runtime import cupy
+from ..engine.plan import Plan
+from ..engine.plans import plan_class
 
 
 class Home:

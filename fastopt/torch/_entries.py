@@ -11,9 +11,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .._plan import Copy, Parameter, Progress, Treatment, initial_states
+from ..engine.plan import Copy, Parameter, Progress, Treatment, initial_states
 from ..kernels.dtypes import COMPUTE, ITEMSIZE
-from ..kernels.rule import Options, Rule
+from ..kernels.rules.rule import Options, Rule
 from ._devices import Home
 from ._flat import FlatGroups
 from ._master import MASTER

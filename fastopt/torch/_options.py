@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from .._options import NORM, boolean
-from .._step import Request
+from ..engine.options import NORM, boolean
+from ..engine.step import Request
 from ..kernels.registry import RULES
-from ..kernels.rule import Rule
+from ..kernels.rules.rule import Rule
 
 EXTRAS = ("max_grad_norm", "skip_nonfinite", "zero_grads", "master_weights", "flatten")
 """What every constructor takes beside the options of param groups."""

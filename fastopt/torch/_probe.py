@@ -1,4 +1,4 @@
-"""Asks torch's C interface where parameters and gradients are: kernels/tensors.c, one call for all of them."""
+"""Asks torch's C interface where parameters and gradients are: kernels/cpu/tensors.c, one call for all of them."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._step import Request
+from ..engine.step import Request
 from ._devices import Home
 from ._tensors import local
 

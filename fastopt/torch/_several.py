@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from .._step import Request, StepInfo
-from ..kernels.rule import Options
+from ..engine.step import Request, StepInfo
+from ..kernels.rules.rule import Options
 from . import _devices
 from ._entries import Kind, Treat
 from ._state import State

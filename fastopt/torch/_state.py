@@ -15,10 +15,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .._plan import Progress
+from ..engine.plan import Progress
 from ..flat import Layout
 from ..kernels.registry import RULES
-from ..kernels.rule import Rule
+from ..kernels.rules.rule import Rule
 from . import _devices
 from ._devices import Home
 from ._master import MASTER

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._arrays import first_overlap
+from ..arrays import first_overlap
 from ..kernels.dtypes import COMPUTE, ITEMSIZE, PAIRS
 
 

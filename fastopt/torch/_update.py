@@ -11,11 +11,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .._arrays import first_hit, first_overlap
-from .._plan import Plan
-from .._step import Request, StepInfo
+from ..arrays import first_hit, first_overlap
+from ..engine.plan import Plan
+from ..engine.step import Request, StepInfo
 from ..kernels.dtypes import ITEMSIZE
-from ..kernels.rule import Options
+from ..kernels.rules.rule import Options
 from . import _devices
 from ._devices import Gpu, Home
 from ._entries import Entries, Kind, Treat

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from ..kernels.registry import RULES
-from ..kernels.rule import Options, Rule
+from ..kernels.rules.rule import Options, Rule
 from ._options import arguments, plain
 from .optimizer import TensorOptimizer
 

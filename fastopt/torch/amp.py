@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from .._options import boolean
+from ..engine.options import boolean
 from .optimizer import TensorOptimizer
 
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from .._plan import Treatment
+from ..engine.plan import Treatment
 from ..kernels.registry import RULES
-from ..kernels.rule import Options, Rule
+from ..kernels.rules.rule import Options, Rule
 from ._options import arguments, check_rate
 from ._tensors import holds_part
 from .optimizer import TensorOptimizer

@@ -14,11 +14,11 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.optim.optimizer import Optimizer, _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from .._exclusive import exclusive
-from .._options import boolean
-from .._plan import Treatment
-from .._step import Request, StepInfo
-from ..kernels.rule import Options, Rule
+from ..engine.exclusive import exclusive
+from ..engine.options import boolean
+from ..engine.plan import Treatment
+from ..engine.step import Request, StepInfo
+from ..kernels.rules.rule import Options, Rule
 from . import _devices
 from ._checkpoints import Checkpoints
 from ._entries import Kind

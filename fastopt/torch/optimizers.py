@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from ..kernels.registry import RULES
-from ..kernels.rule import Options, Rule
+from ..kernels.rules.rule import Options, Rule
 from ._options import arguments
 from ._tensors import COMPUTED
 from .optimizer import TensorOptimizer

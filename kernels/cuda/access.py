@@ -14,7 +14,7 @@ from numba.core import cgutils
 
 from ..dtypes import CODES, COMPUTE, COPIES, ITEMSIZE
 from ..layout import CARRY, COPY, COPY_CODE, LANES
-from ..rule import Rule
+from ..rules.rule import Rule
 from ..storage import DOUBLE, FLOAT, I32, I64, Storage
 from .toolchain import intrinsic, types
 

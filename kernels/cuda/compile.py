@@ -15,7 +15,7 @@ if __name__ == "__main__":
 
 from ..dtypes import COMPUTE, PAIRS, cuda_prologue_symbol, cuda_update_symbol
 from ..registry import RULES
-from ..rule import Rule
+from ..rules.rule import Rule
 from . import access
 from .prologue import prologue
 from .toolchain import ptx, types

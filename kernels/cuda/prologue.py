@@ -36,7 +36,7 @@ from ..layout import (
     STEPS,
     WORD,
 )
-from ..rule import Rule
+from ..rules.rule import Rule
 from .toolchain import THREADS, cuda, types
 
 ROWS_AT_ONCE = 16  # independent loads in flight

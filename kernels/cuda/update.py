@@ -19,7 +19,7 @@ from ..layout import (
     SKIP,
     WORD,
 )
-from ..rule import Rule
+from ..rules.rule import Rule
 from .toolchain import THREADS, cuda
 
 PARTS = 1 << PARTS_BITS

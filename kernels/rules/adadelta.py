@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-from ..rule import Options, Rule
+from .rule import Options, Rule
 
 
 class AdadeltaScalars(NamedTuple):

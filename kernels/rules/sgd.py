@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from ..rule import Options, Rule
+from .rule import Options, Rule
 
 
 class SgdScalars(NamedTuple):

@@ -212,7 +212,7 @@ def test_registers_are_told_and_a_kernel_that_cannot_be_loaded(
 
     for name in ("bad", "large", "other"):
         (tmp_path / f"{name}.ptx").touch()
-    monkeypatch.setattr("fastopt._cuda.kernels.prebuilt_folder", lambda: tmp_path)
+    monkeypatch.setattr("fastopt.engine.cuda.kernels.prebuilt_folder", lambda: tmp_path)
     monkeypatch.setattr("cupy.RawModule", RawModule)
     assert registers.main() == 1
     lines = capsys.readouterr().out.splitlines()

@@ -13,7 +13,7 @@ from cuda_problem import FEW, ONE_PER_RULE, SHAPES, assert_same, moved, problem
 from fastopt.kernels.dtypes import COPIES
 
 import fastopt
-from fastopt._plan import Copy
+from fastopt.engine.plan import Copy
 
 every_dtype = pytest.mark.parametrize("dtype", COPIES)
 UNTOUCHED = 0xA5A5

@@ -19,8 +19,8 @@ from fastopt.kernels.registry import RULES
 from refusal import refused
 
 import fastopt
-from fastopt._cuda import kernels
-from fastopt._cuda.runtime import Runtime
+from fastopt.engine.cuda import kernels
+from fastopt.engine.cuda.runtime import Runtime
 
 pytestmark = pytest.mark.gpu
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from fastopt._cuda import info
+from fastopt.engine.cuda import info
 
 
 def installed(monkeypatch: pytest.MonkeyPatch, **versions: str) -> None:

@@ -15,14 +15,14 @@ import pytest
 from fastopt.kernels.registry import RULES
 from refusal import refused
 
-from fastopt._cuda import kernels
-from fastopt._cuda.runtime import Runtime
+from fastopt.engine.cuda import kernels
+from fastopt.engine.cuda.runtime import Runtime
 
 COMPILE = """
 import math, time
 from typing import NamedTuple
 import fastopt
-from fastopt._cuda import kernels
+from fastopt.engine.cuda import kernels
 from fastopt.kernels.dtypes import cuda_prologue_symbol, cuda_update_symbol
 from fastopt.kernels.registry import RULES
 
@@ -149,7 +149,7 @@ def test_a_driver_that_refuses_the_ptx_is_told_of(monkeypatch: pytest.MonkeyPatc
     fake: Any = SimpleNamespace(
         RawModule=refuse, cuda=SimpleNamespace(driver=SimpleNamespace(CUDADriverError=DriverError))
     )
-    monkeypatch.setattr("fastopt._cuda.runtime.cupy", lambda: fake)
+    monkeypatch.setattr("fastopt.engine.cuda.runtime.cupy", lambda: fake)
     runtime = Runtime(0, "cupy")
     monkeypatch.setattr(runtime, "current", lambda: __import__("contextlib").nullcontext())
     with refused(RuntimeError, "cuda:0", "UNSUPPORTED_PTX_VERSION", "compute capability 7.5", "driver for CUDA 11"):

@@ -9,7 +9,7 @@ import pytest
 from refusal import refused
 
 import fastopt
-from fastopt._cuda import runtime as cuda_runtime
+from fastopt.engine.cuda import runtime as cuda_runtime
 
 F32 = np.float32
 

@@ -36,8 +36,8 @@ from fastopt.kernels.layout import (
 )
 from fastopt.kernels.registry import RULES
 
-from fastopt import _backend
-from fastopt._table import Table
+from fastopt.engine import backend as _backend
+from fastopt.engine.table import Table
 
 pytestmark = pytest.mark.full
 CASE = {case.rule: case for case in CASES}  # of several the last, which has the most options

@@ -35,10 +35,8 @@ def compile_cli(*arguments):
 
 
 @pytest.fixture(scope="session", params=WHAT)
-def kernels(request, tmp_path_factory, worker_id):
+def kernels(request, shared):
     """The PTX file of every rule for a pair of dtypes or the prologue, compiled once for all processes of pytest."""
-    shared = tmp_path_factory.getbasetemp()
-    shared = shared if worker_id == "master" else shared.parent
     directory, done = shared / f"ptx-{request.param}", shared / f"ptx-{request.param}.done"
     with (shared / f"ptx-{request.param}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

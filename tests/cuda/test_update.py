@@ -20,8 +20,8 @@ from fastopt.kernels.dtypes import COMPUTE, COPIES, PAIRS, cuda_update_symbol
 from fastopt.kernels.layout import CHUNK, GRADIENT, SIGN
 from fastopt.kernels.registry import RULES
 
-from fastopt import _backend
-from fastopt._table import Table
+from fastopt.engine import backend as _backend
+from fastopt.engine.table import Table
 
 pytestmark = pytest.mark.full
 CASE = {case.rule: case for case in CASES}  # of several the last, which has the most options

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 import fastopt
-from fastopt import _backend, _info
+from fastopt import info
+from fastopt.engine import backend as _backend
 
 LIMITED = """
 import resource, sys
@@ -55,8 +56,8 @@ def no_libgomp(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def row_of_kernels(monkeypatch: pytest.MonkeyPatch, backend: _backend.Backend) -> str:
     monkeypatch.setattr(_backend, "current", lambda: backend)
-    monkeypatch.setattr(_info, "bandwidth", lambda: "")
-    return _info.facts()["kernels"]
+    monkeypatch.setattr(info, "bandwidth", lambda: "")
+    return info.facts()["kernels"]
 
 
 @pytest.mark.usefixtures("no_libgomp")
@@ -81,13 +82,13 @@ def test_without_libgomp_and_numba_no_optimizer_is_made(monkeypatch: pytest.Monk
 
 
 def test_a_build_without_kernels_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    hide(monkeypatch, "fastopt._native", "numba", "fastopt.kernels.compile")
+    hide(monkeypatch, "fastopt._native", "numba", "fastopt.kernels.cpu.compile")
     backend = _backend.load()
     assert "built without a C compiler" in row_of_kernels(monkeypatch, backend)
     with pytest.raises(ImportError, match=r"built without a C compiler.*install gcc, .*install Numba"):
         backend.require()
     monkeypatch.setattr(_backend, "JIT", _backend.Jit())
-    monkeypatch.delattr("fastopt.kernels.compile", raising=False)  # another test may have imported it
+    monkeypatch.delattr("fastopt.kernels.cpu.compile", raising=False)  # another test may have imported it
     with pytest.raises(ImportError, match=r"build has no kernels .* compile the norm kernel for float16 now, install"):
         backend.norm_kernel("float16")
 

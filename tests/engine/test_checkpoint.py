@@ -387,7 +387,7 @@ def test_what_is_saved_while_another_thread_steps_is_of_one_moment(path):
     ("change", "message"),
     [
         (lambda opt, patch: opt.param_groups[0].update(lr=-1.0), "lr"),
-        (lambda opt, patch: patch.setattr("fastopt._state.MAX_STEP", 2), "step"),
+        (lambda opt, patch: patch.setattr("fastopt.states.MAX_STEP", 2), "step"),
     ],
 )
 def test_nothing_is_saved_that_load_would_refuse(saved, monkeypatch, change, message):

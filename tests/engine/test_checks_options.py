@@ -15,7 +15,7 @@ import pytest
 from refusal import BAD, CLASSES, Untouchable, fingerprint, gradients, refused, short, trained
 
 import fastopt
-from fastopt import _backend
+from fastopt.engine import backend as _backend
 
 F32 = np.float32
 

@@ -19,7 +19,7 @@ from refusal import refused
 
 import fastopt
 from fastopt import FlatBuffer
-from fastopt._padding import keeps_zeros
+from fastopt.engine.padding import keeps_zeros
 
 every_dtype = pytest.mark.parametrize("dtype", DTYPES)
 

@@ -12,7 +12,7 @@ from compare import assert_same_bits, snapshot
 from refusal import CLASSES, fingerprint, gradients, refused, short, trained
 
 import fastopt
-from fastopt._plan import MAX_STEP
+from fastopt.engine.plan import MAX_STEP
 
 F32 = np.float32
 

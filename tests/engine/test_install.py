@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from fresh import python
 
-from fastopt import _backend, _info
+from fastopt import info
+from fastopt.engine import backend as _backend
 
 ROOT = Path(__file__).parents[2]
 
@@ -58,8 +59,8 @@ def test_info_tells_where_kernels_come_from(
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *_: None if name in missing else find(name))
     monkeypatch.setattr(importlib.metadata, "version", version_of)
     monkeypatch.setattr(_backend, "current", lambda: _backend.load(isa))
-    monkeypatch.setattr(_info, "bandwidth", str)
-    facts = _info.facts()
+    monkeypatch.setattr(info, "bandwidth", str)
+    facts = info.facts()
     assert said in facts["kernels"]
     assert ("needed to step: pip install numba" in facts["Numba"]) == ("none" in said)
 
@@ -68,8 +69,8 @@ def test_info_without_enough_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     def too_large(shapes: object) -> None:
         raise MemoryError("Unable to allocate 128 MiB")
 
-    monkeypatch.setattr(_info, "FlatBuffer", too_large)
-    assert _info.bandwidth() == "not measured: Unable to allocate 128 MiB"
+    monkeypatch.setattr(info, "FlatBuffer", too_large)
+    assert info.bandwidth() == "not measured: Unable to allocate 128 MiB"
 
 
 def test_an_installation_that_can_never_step_says_so_when_it_is_imported() -> None:

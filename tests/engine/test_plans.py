@@ -10,8 +10,8 @@ import pytest
 from work import work
 
 import fastopt
-from fastopt._host_plan import HostPlan
-from fastopt._plan import Plan
+from fastopt.engine.host import HostPlan
+from fastopt.engine.plan import Plan
 
 PATTERNS = ((0, 1, 2), (1,), (0, 2), (1,), (2,))
 OPTIMIZERS: dict[str, Callable[[Any], fastopt.Optimizer]] = {

@@ -15,7 +15,7 @@ import pytest
 from fresh import python
 
 import fastopt
-from fastopt import _backend
+from fastopt.engine import backend as _backend
 
 SHAPES = {"large": (530, 400), "bias": (17,), "middle": (201, 301)}  # enough for threads to be used
 SUPPORT = str(Path(__file__).parents[1] / "support")

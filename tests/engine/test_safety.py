@@ -12,9 +12,10 @@ from fastopt.kernels.registry import RULES
 from refusal import refused
 
 import fastopt
-from fastopt import _backend, _watch
-from fastopt._arrays import HOST
-from fastopt._plan import Treatment
+from fastopt import watch
+from fastopt.arrays import HOST
+from fastopt.engine import backend as _backend
+from fastopt.engine.plan import Treatment
 
 
 def test_a_flat_buffer_keeps_its_memory() -> None:
@@ -45,8 +46,8 @@ CHANGES: dict[str, Any] = {
 def watched(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Arrays are looked at by the compiled library, or without it."""
     if not request.param:
-        monkeypatch.setattr(_watch, "_library", lambda: None)
-    elif _watch._library() is None:
+        monkeypatch.setattr(watch, "_library", lambda: None)
+    elif watch._library() is None:
         pytest.skip("built without the library")
 
 

@@ -52,28 +52,21 @@ def check_run(case, dtype, factors, *, rtol, atol, awkward):
 
 
 every_case = pytest.mark.parametrize("case", TORCH_CASES, ids=lambda case: case.id)
-every_schedule = pytest.mark.parametrize("factors", FACTORS.values(), ids=FACTORS)
 
 
 @every_case
-@every_schedule
-def test_float32(case, factors):
-    # On values near one: twenty roundings of half of 1.2e-7 each, and as many of torch's. Largest seen: 0.55 of this.
-    check_run(case, "float32", factors, rtol=1e-5, atol=1e-6, awkward=False)
-
-
-@every_case
-@every_schedule
-def test_float64(case, factors):
-    # The same number of eps.
-    check_run(case, "float64", factors, rtol=2e-14, atol=2e-15, awkward=False)
-
-
-@every_case
-@every_schedule
-def test_awkward_values(case, factors):
-    # Values up to 1e4 that may cancel: half an eps of them is 1e-12.
-    check_run(case, "float64", factors, rtol=1e-12, atol=1e-12, awkward=True)
+@pytest.mark.parametrize("factors", FACTORS.values(), ids=FACTORS)
+@pytest.mark.parametrize(
+    ("dtype", "rtol", "atol", "awkward"),
+    [
+        # On values near one: twenty roundings of half of 1.2e-7 each, and as many of torch's. Largest seen: 0.55 of it.
+        ("float32", 1e-5, 1e-6, False),
+        ("float64", 2e-14, 2e-15, False),  # the same number of eps
+        ("float64", 1e-12, 1e-12, True),  # values up to 1e4 that may cancel: half an eps of them is 1e-12
+    ],
+)
+def test_steps_are_those_of_torch(case, factors, dtype, rtol, atol, awkward):
+    check_run(case, dtype, factors, rtol=rtol, atol=atol, awkward=awkward)
 
 
 @every_case

@@ -16,7 +16,7 @@ from fastopt.kernels.dtypes import COPIES, PAIRS
 from fastopt.kernels.layout import CHUNK, GRADIENT
 from isas import native_isas
 
-from fastopt import _backend
+from fastopt.engine import backend as _backend
 
 pytestmark = [
     pytest.mark.usefixtures("always_threaded"),

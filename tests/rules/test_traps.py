@@ -16,8 +16,8 @@ from fastopt.kernels.layout import CHUNK
 from fastopt.kernels.registry import RULES
 
 import fastopt
-from fastopt import _backend
-from fastopt._table import Table
+from fastopt.engine import backend as _backend
+from fastopt.engine.table import Table
 from fastopt.flat import Layout
 
 F32 = np.float32

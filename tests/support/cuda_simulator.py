@@ -54,13 +54,13 @@ from fastopt.kernels.layout import (
     SKIP,
 )
 from fastopt.kernels.registry import RULES
-from fastopt.kernels.rule import Rule
+from fastopt.kernels.rules.rule import Rule
 from numba.cuda.core import config
 from numba.cuda.simulator import kernel as simulator
 from numba.cuda.simulator import kernelapi
 from numba.cuda.simulator.kernelapi import Dim3
 
-from fastopt._table import Table
+from fastopt.engine.table import Table
 
 if not config.ENABLE_CUDASIM:
     raise ImportError("cuda_simulator: NUMBA_ENABLE_CUDASIM=1 must be set before Numba is imported.")
@@ -135,13 +135,10 @@ real, put_real = _loader("float64", np.float64), _storer("float64")
 single, put_single = _loader("float32", np.float64), _storer("float32")
 fresh_real = real
 
-_counting = threading.Lock()
-
 
 def count_up(address: int, index: int) -> int:
-    with _counting:
-        before: int = word(address, index)
-        put_word(address, index, before + 1)
+    before: int = word(address, index)  # no other thread runs meanwhile, see _Block
+    put_word(address, index, before + 1)
     return before
 
 

@@ -1,7 +1,7 @@
 """A GPU without one: arrays are CuPy's own, over host memory, and kernels run in Numba's simulator, or, where that is
 off (NUMBA_ENABLE_CUDASIM=0), compiled for the CPU.
 
-Only what needs a driver is stood in for, which is what fastopt/_cuda/runtime.py asks of CuPy.
+Only what needs a driver is stood in for, which is what fastopt/engine/cuda/runtime.py asks of CuPy.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 from numba.cuda.core import config
 from numpy.typing import NDArray
 
-from fastopt._cuda.runtime import Function, Runtime
+from fastopt.engine.cuda.runtime import Function, Runtime
 
 if config.ENABLE_CUDASIM:
     from cuda_simulator import allow, kernel_of, launch

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from fastopt._cuda import arrays, kernels
+from fastopt.engine.cuda import arrays, kernels
 
 
 class StandInGpu:

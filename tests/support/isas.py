@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastopt import _backend
+from fastopt.engine import backend as _backend
 
 
 def native_isas() -> list[str]:

@@ -166,6 +166,10 @@ def adamax(
     return p - lr / (1 - beta1**t) * m / u, {"exp_avg": m, "exp_inf": u}
 
 
+def _decayed(p: Array, d: Array, decoupled: float | None, weight_decay: float) -> tuple[Array, Array]:
+    return (p, d + weight_decay * p) if decoupled is None else ((1 - decoupled) * p, d)
+
+
 def nadam(
     p: Array, g: Array, state: State, t: int, *, lr: float = 2e-3, betas: Pair = (0.9, 0.999), eps: float = 1e-8,
     weight_decay: float = 0.0, momentum_decay: float = 4e-3, decoupled_weight_decay: bool = False,
@@ -173,11 +177,7 @@ def nadam(
 ) -> Update:
     """Dozat 2016, with the momentum schedule proposed there; `mu_product` is the product of all mu so far."""
     beta1, beta2 = betas
-    d = -g if maximize else g
-    if decoupled_weight_decay:
-        p = (1 - lr * weight_decay) * p
-    else:
-        d = d + weight_decay * p
+    p, d = _decayed(p, -g if maximize else g, lr * weight_decay if decoupled_weight_decay else None, weight_decay)
     mu = beta1 * (1 - 0.5 * 0.96 ** (t * momentum_decay))
     mu_next = beta1 * (1 - 0.5 * 0.96 ** ((t + 1) * momentum_decay))
     mu_product = state["mu_product"] * mu
@@ -194,11 +194,7 @@ def radam(
 ) -> Update:
     """Liu et al. 2020 (arXiv:1908.03265), Algorithm 2; torch rectifies for rho > 5 (there 4), with eps at sqrt(v)."""
     beta1, beta2 = betas
-    d = -g if maximize else g
-    if decoupled_weight_decay:
-        p = (1 - lr * weight_decay) * p
-    else:
-        d = d + weight_decay * p
+    p, d = _decayed(p, -g if maximize else g, lr * weight_decay if decoupled_weight_decay else None, weight_decay)
     m = beta1 * state["exp_avg"] + (1 - beta1) * d
     v = beta2 * state["exp_avg_sq"] + (1 - beta2) * d**2
     u = m / (1 - beta1**t)

@@ -79,3 +79,9 @@ def make(name, *, dtype=torch.float32, home=front, seed=0, **options):
     torch.manual_seed(seed)
     params = [torch.nn.Parameter(torch.randn(shape, dtype=dtype)) for shape in ((5, 7), (3,), (), (0, 2))]
     return params, getattr(home, name)(params, **CLASSES[name], **options)
+
+
+def step_of_loss(params, opt, t):
+    opt.zero_grad()
+    loss_of(params, t).backward()
+    opt.step()

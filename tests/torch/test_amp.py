@@ -8,7 +8,7 @@ import types
 
 import pytest
 from torch_compare import assert_close, assert_same
-from torch_problem import SCALERS, every_class, front, loss_of, set_gradients, torch
+from torch_problem import SCALERS, every_class, front, loss_of, set_gradients, step_of_loss, torch
 
 every_scaler = pytest.mark.parametrize("scaler", SCALERS)
 
@@ -31,9 +31,7 @@ def test_a_scale_that_is_a_power_of_two_changes_no_bit(name, scaler):
         scale.step(opt)
         scale.update()
         assert all(torch.equal(p.grad, g / 1024.0) for p, g in zip(w, kept, strict=True))
-        plain.zero_grad()
-        loss_of(v, t).backward()
-        plain.step()
+        step_of_loss(v, plain, t)
     assert all(torch.equal(p, q) for p, q in zip(w, v, strict=True))
     assert not opt.last_info.skipped
     assert not hasattr(opt, "grad_scale")
@@ -65,9 +63,7 @@ def test_an_overflow_skips_the_step_and_changes_nothing(name, scaler, bad):
             assert all(torch.equal(p, q) for p, q in zip(w, before[0], strict=True))
             torch.testing.assert_close(opt.state_dict()["state"], before[1]["state"], rtol=0, atol=0)
             continue
-        plain.zero_grad()
-        loss_of(v, t).backward()
-        plain.step()
+        step_of_loss(v, plain, t)
     assert all(torch.equal(p, q) for p, q in zip(w, v, strict=True))
     assert opt.last_info.grad_norm == plain.last_info.grad_norm
 

@@ -163,7 +163,7 @@ def test_a_launch_for_each_pair_of_dtypes(stand_ins):
 
 
 def test_without_cupy_the_error_names_the_extra(stand_ins, monkeypatch):
-    from fastopt._cuda import runtime
+    from fastopt.engine.cuda import runtime
 
     monkeypatch.setitem(__import__("sys").modules, "cupy", None)
     runtime.cupy.cache_clear()

@@ -7,7 +7,7 @@ import copy
 import pytest
 from cuda_problem import SIMULATED
 from torch_compare import assert_same, unchanged
-from torch_problem import CLASSES, SCALERS, front, loss_of, set_gradients, torch, train
+from torch_problem import CLASSES, SCALERS, front, loss_of, set_gradients, step_of_loss, torch, train
 
 every_scaler = pytest.mark.parametrize("scaler", SCALERS.values(), ids=SCALERS)
 SHAPES = ((5, 7), (3,))
@@ -42,9 +42,7 @@ def test_an_overflow_is_found_on_the_device_and_changes_nothing(gpus, name, scal
             assert scale.get_scale() == 512.0
             assert all(torch.equal(p, q) for p, q in zip(w, before, strict=True))
             continue
-        plain.zero_grad()
-        loss_of(v, t).backward()
-        plain.step()
+        step_of_loss(v, plain, t)
     assert_same(w, v, opt, plain)
     assert opt.last_info.grad_norm == plain.last_info.grad_norm
 
@@ -154,16 +152,22 @@ def test_a_change_of_entries_keeps_what_the_device_counted(gpus):
 # --- CUDA graphs -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", CLASSES)
-def test_a_captured_step_replayed_is_as_many_steps(gpus, name):
-    (w, opt), (v, plain) = make(name, capturable=True), make(name)
-    gpus.put(w)
+def captured(gpus, w, opt, v, plain):
+    """A step of both optimizers, and one that is captured."""
     for p in (w, v):
         set_gradients(p, 0)
     opt.step()
     plain.step()
     with gpus.capture() as replay:
         opt.step()
+    return replay
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_a_captured_step_replayed_is_as_many_steps(gpus, name):
+    (w, opt), (v, plain) = make(name, capturable=True), make(name)
+    gpus.put(w)
+    replay = captured(gpus, w, opt, v, plain)
     replay()
     replay()
     for o in (opt, plain):
@@ -217,12 +221,7 @@ def test_a_graph_reads_an_lr_on_the_device(gpus, dtype):
     gpus.put(w)
     (lr,) = gpus.put([torch.tensor(0.5, dtype=dtype)])
     opt.param_groups[0]["lr"], plain.param_groups[0]["lr"] = lr, 0.5
-    for p in (w, v):
-        set_gradients(p, 0)
-    opt.step()
-    plain.step()
-    with gpus.capture() as replay:
-        opt.step()
+    replay = captured(gpus, w, opt, v, plain)
     for rate in (0.25, 0.125):
         lr.fill_(rate)
         plain.param_groups[0]["lr"] = rate

@@ -63,40 +63,33 @@ def test_a_profiler_sees_the_step(kind):
     ],
 )
 def test_a_change_of_options_is_seen_in_the_next_step(change, options):
+    assert_changes_are_seen("Adam", options, {5: change})
+
+
+def assert_changes_are_seen(name, options, changes):
     def run(kind):
         params = params_of(dtype=torch.float64)
         opt = kind(params)
         opt.param_groups[0].update(copy.deepcopy(options))
         for t in range(8):
-            if t == 5:
-                change(opt.param_groups[0])
+            changes.get(t, lambda group: None)(opt.param_groups[0])
             set_gradients(params, t)
             opt.step()
         return params
 
-    for p, q in zip(run(front.Adam), run(torch.optim.Adam), strict=True):
+    for p, q in zip(run(getattr(front, name)), run(getattr(torch.optim, name)), strict=True):
         assert torch.allclose(p, q, rtol=1e-12, atol=1e-13)
 
 
 def test_options_that_change_places_with_equal_values_are_seen():
-    def run(kind):
-        params = params_of(dtype=torch.float64)
-        opt = kind(params, lr=0.1, momentum=0.9)
-        for t in range(6):
-            if t == 3:  # the same objects in the same order, under other names
-                group = opt.param_groups[0]
-                names = ["maximize", "nesterov"]
-                assert [group.pop(name) for name in names] == [False, False]
-                group["maximize"], group["nesterov"] = True, False
-            if t == 4:
-                del group["maximize"], group["nesterov"]
-                group["nesterov"], group["maximize"] = True, False
-            set_gradients(params, t)
-            opt.step()
-        return params
+    def exchange(group, *, maximize_first):
+        names = ["maximize", "nesterov"] if maximize_first else ["nesterov", "maximize"]
+        for name in names:  # the same objects in the same order, under other names
+            del group[name]
+        group.update(zip(names, (True, False), strict=True))
 
-    for p, q in zip(run(front.SGD), run(torch.optim.SGD), strict=True):
-        assert torch.allclose(p, q, rtol=1e-12, atol=1e-13)
+    changes = {3: lambda g: exchange(g, maximize_first=True), 4: lambda g: exchange(g, maximize_first=False)}
+    assert_changes_are_seen("SGD", {"lr": 0.1, "momentum": 0.9}, changes)
 
 
 @pytest.mark.parametrize("where", ["parameter", "state", "the last byte"])

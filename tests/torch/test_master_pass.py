@@ -16,11 +16,11 @@ from fastopt.kernels.registry import RULES
 from isas import native_isas
 
 import fastopt
-from fastopt import _backend
-from fastopt._arrays import HOST
-from fastopt._host_plan import HostPlan
-from fastopt._plan import Copy, Parameter, Treatment
-from fastopt._step import Request
+from fastopt.arrays import HOST
+from fastopt.engine import backend as _backend
+from fastopt.engine.host import HostPlan
+from fastopt.engine.plan import Copy, Parameter, Treatment
+from fastopt.engine.step import Request
 
 UNTOUCHED = 0xA5A5
 GUARD = 96

@@ -1,0 +1,131 @@
+"""The few numbers that a step is made of, in device memory: brought by the host, or formed there."""
+
+from __future__ import annotations
+
+import functools
+import typing
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from ...kernels.layout import (
+    CARRY,
+    COHORT_WORDS,
+    HEADER_WORDS,
+    LR,
+    LR_BYTES,
+    MULTIPLIER32,
+    MULTIPLIER64,
+    OPTIONS,
+    RULE,
+    SCALARS,
+    STEPS,
+    WORD,
+)
+from ...kernels.rules.rule import Options, Rule
+from ..plan import Cohort
+from .runtime import Runtime, address
+from .staging import Staging
+
+
+class Numbers:
+    """What all blocks read: the multiplier of the gradients, whether to skip, and the scalars of each cohort.
+
+    The host brings them, unless the prologue forms them.
+    """
+
+    def __init__(self, runtime: Runtime, cohorts: int) -> None:
+        self._content = np.zeros(WORD * HEADER_WORDS + (8 + 4) * SCALARS * cohorts, np.uint8)
+        ends = np.cumsum([WORD * HEADER_WORDS, 8 * SCALARS * cohorts])
+        header, numbers64, numbers32 = np.split(self._content, ends)
+        self._header64, self._header32 = header.view(np.float64), header.view(np.float32)
+        self._numbers64 = numbers64.view(np.float64).reshape(cohorts, SCALARS)
+        self._numbers32 = numbers32.view(np.float32).reshape(cohorts, SCALARS)
+        self._device: Any = runtime.upload(self._content)
+        self.header = address(self._device)
+        self.scalars64, self.scalars32 = (self.header + int(end) for end in ends)
+        self._staging = Staging(runtime, self.header, self._content.nbytes)
+
+    def bring(self, cohorts: Sequence[Cohort], options: Sequence[Options], multiplier: float, stream: Any) -> None:
+        """Form the scalars of the next step and put their upload on the stream."""
+        self._header64[MULTIPLIER64] = multiplier
+        self._header32[MULTIPLIER32] = multiplier
+        for row, cohort in zip(self._numbers64, cohorts, strict=True):
+            cohort.prepare(options[cohort.group])
+            row[: len(cohort.scalars)] = cohort.scalars
+        with np.errstate(over="ignore"):  # to infinity, as on the host
+            self._numbers32[...] = self._numbers64
+        self._staging.send(self._content, stream)
+
+    def forget(self) -> None:
+        """The prologue wrote the numbers."""
+        self._staging.forget()
+
+
+class DeviceProgress:
+    """Step counts that the device keeps, and the options from which it forms scalars.
+
+    An lr may live on the device itself: the option "lr_at" is then its address and its itemsize.
+    """
+
+    def __init__(self, runtime: Runtime, cohorts: Sequence[Cohort], rules: Sequence[Rule]) -> None:
+        self._runtime = runtime
+        self._cohorts, self._rules = cohorts, rules
+        self.there = False
+        self._words = np.zeros((len(cohorts), COHORT_WORDS), np.int64)
+        self._words[:, RULE] = [rules.index(cohort.treatment.rule) for cohort in cohorts]
+        self._options = np.zeros((len(cohorts), OPTIONS))
+        self._device: Any = runtime.upload(self._words)
+        self._device_options: Any = runtime.upload(self._options)
+        self.cohorts, self.options = address(self._device), address(self._device_options)
+        self._words_staging = Staging(runtime, self.cohorts, self._words.nbytes)
+        self._options_staging = Staging(runtime, self.options, self._options.nbytes)
+
+    def bring(self, options: Sequence[Options], stream: Any) -> None:
+        """Have the device count from here on, by the options as they are now."""
+        for rule in self._rules:
+            if not rule.options:
+                raise TypeError(
+                    f"fastopt: skip_nonfinite and capturable on a GPU need to know what the scalars of rule "
+                    f"{rule.name!r} read: give fastopt.Rule its options."
+                )
+        lrs = [options[cohort.group].get("lr_at", (0, 0)) for cohort in self._cohorts]
+        if self.there and self._words[:, [LR, LR_BYTES]].tolist() != list(map(list, lrs)):
+            self._take_back(stream)
+        for c, cohort in enumerate(self._cohorts):
+            rule, mine = cohort.treatment.rule, cohort.complete(options[cohort.group])
+            numbers = [x for name in rule.options for x in np.ravel(mine.get(name) or 0.0)]
+            self._options[c, : len(numbers)] = numbers
+            if not self.there:
+                self._words[c, [STEPS, LR, LR_BYTES]] = cohort.progress.steps, *lrs[c]
+                if rule.carry is not None:
+                    carried = cohort.carried(mine)
+                    self._words[c, CARRY : CARRY + len(carried)].view(np.float64)[:] = carried
+        self._options_staging.send(self._options.reshape(-1).view(np.uint8), stream)
+        if not self.there:
+            self._words_staging.send(self._words.reshape(-1).view(np.uint8), stream)
+        self.there = True
+
+    def _take_back(self, stream: Any) -> None:
+        """Fetch the counts, to bring them anew."""
+        self._runtime.refuse_capture(stream)
+        self.advance(stream)
+        self._words_staging.forget()
+        self.there = False
+
+    def advance(self, stream: Any) -> None:
+        """A step was put on the stream: who wants to know the counts has to fetch them."""
+        for c, cohort in enumerate(self._cohorts):
+            rule = cohort.treatment.rule
+            cohort.progress.fetch = functools.partial(_fetch, self._runtime, self._device, rule, c, stream)
+
+
+def _fetch(runtime: Runtime, words: Any, rule: Rule, c: int, stream: Any) -> tuple[int, dict[str, float] | None]:
+    """Steps and carried numbers of a cohort. It knows no cohort, which would know it: a cycle, freed late."""
+    row = runtime.download(words, stream)[c]
+    steps = int(row[STEPS])
+    if rule.carry is None or steps == 0:
+        return steps, None
+    names = typing.get_type_hints(rule.carry)["return"]._fields
+    return steps, dict(zip(names, row[CARRY:].view(np.float64).tolist(), strict=False))

@@ -1,0 +1,158 @@
+"""The chunk table in device memory: uploaded when it is built, and from then on only the addresses of gradients."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...kernels.dtypes import CODES
+from ...kernels.layout import (
+    ADAPTS,
+    CHUNKS,
+    COHORT,
+    COPY,
+    COPY_CODE,
+    FIRST_CHUNK,
+    G_CODE,
+    GRADIENT,
+    P_CODE,
+    PARAMETER,
+    PARTS_BITS,
+    SEGMENT_WORDS,
+    SIGN,
+    WORD,
+)
+from ..plan import Copy
+from ..table import chunks_of
+from .runtime import Function, Runtime, address
+from .staging import Staging
+
+
+class Launch(NamedTuple):
+    """An update kernel, whether it computes in float64, its blocks, and the address of its chunks."""
+
+    kernel: Function
+    wide: bool
+    blocks: int
+    chunks: int
+
+
+class Jobs(NamedTuple):
+    """A list of chunks whose squares are summed: where it lies, how long it is, how many arrays it completes."""
+
+    address: int
+    chunks: int
+    arrays: int
+
+
+NO_JOBS = Jobs(0, 0, 0)
+
+
+class CudaTable:
+    """Segments, cut into chunks, and what the prologue finds out about them.
+
+    Args:
+        runtime: The device.
+        sizes: Elements of each segment.
+        words: What each segment is, (segments, SEGMENT_WORDS), all but its chunks.
+        first: The parameter with which each segment begins.
+        kernels: The update kernel of each segment, and whether it computes in float64.
+    """
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        sizes: NDArray[np.int64],
+        words: NDArray[np.int64],
+        first: NDArray[np.int64],
+        kernels: list[tuple[Function, bool]],
+    ) -> None:
+        self._runtime = runtime
+        self._first = first
+        self.segment_count = len(sizes)
+        chunks = chunks_of(sizes)
+        self.chunk_count = len(chunks)
+        words[:, CHUNKS] = np.bincount(chunks[:, 0], minlength=len(sizes))
+        words[:, FIRST_CHUNK] = np.cumsum(words[:, CHUNKS]) - words[:, CHUNKS]
+        self._words, self._chunks = words, chunks
+        self._kept: list[Any] = []  # device arrays by whose addresses kernels are called
+        self.segments, self.chunks = self._address(words), self._address(chunks)
+        self.gradients = self._address(np.zeros(len(sizes), np.uint64))
+        self._staging = Staging(runtime, self.gradients, WORD * len(sizes))
+        # One launch for each kernel: nearly always there is one. Backwards, so that the update begins with what the
+        # prologue read last, which is still in the second-level cache.
+        self.launches: list[Launch] = []
+        for kernel, wide in dict.fromkeys(kernels):
+            mine = chunks[np.array([k is kernel for k, _ in kernels])[chunks[:, 0]]]
+            if len(mine):
+                self.launches.append(Launch(kernel, wide, len(mine) << PARTS_BITS, self._address(mine[::-1])))
+        self.ratios64 = self._address(np.ones(2 * len(sizes)))  # stretch and ratio of each segment that adapts
+        self.ratios32 = self._address(np.ones(2 * len(sizes), np.float32))
+
+    def _address(self, array: NDArray[Any]) -> int:
+        on_device = self._runtime.upload(np.ascontiguousarray(array))
+        self._kept.append(on_device)
+        return address(on_device)
+
+    def point_at(self, gradients: NDArray[np.uint64], stream: Any) -> bool:
+        """Have the gradients taken from these addresses; whether that had to be uploaded."""
+        return self._staging.send(gradients[self._first].view(np.uint8), stream, to_graphs=True)
+
+    @functools.cached_property
+    def partials(self) -> int:
+        """Sums of squares of each chunk of the parameters, then of the gradients."""
+        return self._address(np.zeros(2 * self.chunk_count))
+
+    @functools.cached_property
+    def squares(self) -> int:
+        """Sums of squares of each parameter, then of each gradient."""
+        return self._address(np.zeros(2 * self.segment_count))
+
+    @functools.cached_property
+    def counters(self) -> int:
+        """How many blocks are done, of each sum of squares; and how many of these are complete."""
+        return self._address(np.zeros(2 * self.segment_count + 1, np.int64))
+
+    @functools.cached_property
+    def norm_jobs(self) -> Jobs:
+        """Chunks to be squared where the norm of all gradients is needed."""
+        return self._jobs(np.ones(self.segment_count, bool))
+
+    @functools.cached_property
+    def ratio_jobs(self) -> Jobs:
+        """Chunks to be squared where only trust ratios are needed."""
+        return self._jobs(self._words[:, ADAPTS] != 0)
+
+    def _jobs(self, gradients: NDArray[np.bool_]) -> Jobs:
+        adapts = self._words[:, ADAPTS] != 0
+        jobs, arrays = [], 0
+        for which, wanted in ((PARAMETER, adapts), (GRADIENT, gradients)):
+            chunk = np.flatnonzero(wanted[self._chunks[:, 0]])
+            jobs.append(np.stack([np.full(len(chunk), which), chunk], axis=1))
+            arrays += int((wanted & (self._words[:, CHUNKS] > 0)).sum())
+        table = np.concatenate(jobs)
+        table = table[np.argsort(table[:, 1], kind="stable")]  # chunk by chunk, for the cache's sake
+        return Jobs(self._address(table), len(table), arrays)
+
+
+def segment_words(
+    addresses: list[list[int]],
+    *,
+    cohorts: list[int],
+    signs: list[float],
+    adapts: list[bool],
+    stored: list[tuple[str, str]],
+    copies: list[Copy | None],
+) -> NDArray[np.int64]:
+    """What segments are, for ``CudaTable``; ``stored`` are the dtypes of parameter and gradient."""
+    words = np.zeros((len(addresses), SEGMENT_WORDS), np.int64)
+    for row, arrays in zip(words, addresses, strict=True):
+        row[: len(arrays)] = arrays
+    words[:, COHORT], words[:, SIGN], words[:, ADAPTS] = cohorts, signs, adapts
+    words[:, COPY] = [copy.address if copy else 0 for copy in copies]
+    words[:, COPY_CODE] = [CODES[copy.dtype] if copy else 0 for copy in copies]
+    words[:, P_CODE], words[:, G_CODE] = [CODES[p] for p, _ in stored], [CODES[g] for _, g in stored]
+    return words

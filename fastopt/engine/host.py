@@ -1,0 +1,127 @@
+"""The plan for arrays in host memory: tables of addresses that the compiled library walks."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Sequence
+from itertools import zip_longest
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..kernels.layout import GRADIENT, KNOW_G, KNOW_W, MULTIPLIER, ZERO
+from ..kernels.rules.rule import Options
+from .backend import SERIAL_BELOW, current, get_num_threads
+from .plan import Plan
+from .step import Request, StepInfo
+from .table import Table
+
+_STEPPED = StepInfo()
+NAMES = ("update", "norm", "ratio", "round", "scalars", "copy")
+
+
+class HostPlan(Plan):
+    """A plan whose kernels come from the backend of this process."""
+
+    kept = 8
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.backend = current()
+        self._layers: Table | None = None
+        self._updates: Table | None = None
+        self._know_weights = False
+
+    @property
+    def layers(self) -> Table:
+        """One segment per parameter: what norms are taken over."""
+        if self._layers is None:
+            self._layers = self._build(self._every_parameter, norms=True)
+        return self._layers
+
+    @property
+    def updates(self) -> Table:
+        """One segment per run."""
+        if self._updates is None:
+            self._updates = self.layers if self._has_ratio else self._build(self._runs, norms=False)
+        return self._updates
+
+    def _build(self, runs: list[tuple[int, int]], *, norms: bool) -> Table:
+        table = Table([size for _, size in runs], self._counts)
+        kernels: dict[tuple[Any, ...], tuple[int, tuple[int, int], int, int]] = {}  # by kind of segment
+        scalars = [cohort.scalars.ctypes.data for cohort in self.cohorts]
+        first = [k for k, _ in runs]
+        columns = []
+        for k in first:
+            p, cohort = self.parameters[k], self.cohorts[self._member[k]]
+            rule = cohort.treatment.rule
+            copied = p.copy.dtype if p.copy else None
+            kind = (rule, p.dtype, self.dtypes[k], self._adapts(k), copied)
+            if kind not in kernels:
+                stored = p.dtype, self.dtypes[k].name
+                kernels[kind] = (
+                    self.backend.update_kernel(rule, *stored),
+                    (self.backend.norm_kernel(stored[0]), self.backend.norm_kernel(stored[1])) if norms else (0, 0),
+                    self.backend.ratio_kernel(rule) if self._adapts(k) else 0,
+                    self.backend.round_kernel(copied) if copied else 0,
+                )
+            columns.append((*kernels[kind], scalars[self._member[k]], p.copy.address if p.copy else 0))
+        for name, column in zip(NAMES, zip(*columns, strict=True), strict=False):
+            table.segments[name] = column
+        for place, addresses in enumerate(zip_longest(*self._addresses(runs), fillvalue=0)):
+            table.arrays[:, place] = np.array(addresses, np.uint64)
+        table.first = np.array(first, np.int64)
+        table.signs = np.array([self._signs[self.parameters[k].group] for k in first])
+        table.arrays[:, GRADIENT] = self._gradients[table.first]
+        return table
+
+    def point_at(self, gradients: NDArray[np.uint64]) -> None:
+        self._gradients = gradients
+        for table in (self._layers, self._updates):
+            if table is not None:
+                table.arrays[:, GRADIENT] = gradients[table.first]
+
+    def step(self, request: Request, options: Sequence[Options]) -> StepInfo:
+        if not request.needs_norm:
+            self._launch(request, request.multiplier, options)
+            return _STEPPED
+        norm = self.norm() * request.multiplier
+        if request.skip_nonfinite and not math.isfinite(norm):
+            if request.zero_grads:
+                self._zero_gradients()
+            return StepInfo(True, norm)
+        self._launch(request, request.clipped(norm), options)
+        return StepInfo(False, norm)
+
+    def norm(self) -> float:
+        return math.sqrt(self.backend.squares(self.layers, GRADIENT, _threads(self.layers)))
+
+    def _zero_gradients(self) -> None:
+        for p, dtype, start in zip(self.parameters, self.dtypes, self._gradients.tolist(), strict=True):
+            ctypes.memset(start, 0, p.size * dtype.itemsize)
+
+    def _launch(self, request: Request, multiplier: float, options: Sequence[Options]) -> None:
+        for cohort in self.cohorts:
+            cohort.prepare(options[cohort.group])
+        table = self.updates if not self.flat or self._merges(multiplier, options) else self.layers
+        if (multiplier, request.zero_grads) != table.launched_with:
+            table.launched_with = None  # if an interrupt comes between the columns
+            table.own[:, MULTIPLIER] = table.signs * multiplier
+            table.own[:, ZERO] = request.zero_grads
+            table.launched_with = multiplier, request.zero_grads
+        flags = KNOW_G * request.needs_norm + KNOW_W * (request.keep_weights and self._know_weights)
+        self._know_weights = False
+        if self._has_ratio:
+            self.backend.layers(table, flags, _threads(table))
+        else:
+            self.backend.update(table, _threads(table))
+        self._know_weights = True
+
+    def forget_weights(self) -> None:
+        self._know_weights = False
+
+
+def _threads(table: Table) -> int:
+    return min(get_num_threads(), max(table.count, 1)) if table.elements >= SERIAL_BELOW else 1

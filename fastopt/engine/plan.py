@@ -1,0 +1,330 @@
+"""What a step does to which parameters: cohorts that share scalars, and runs of memory that one segment serves."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from array import array
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..arrays import Array, Space
+from ..kernels.dtypes import ITEMSIZE
+from ..kernels.rules.rule import Options, Rule
+from .padding import keeps_zeros
+from .step import Request, StepInfo
+from .table import ROW, Counts
+
+MAX_STEP = 2**53  # so far float64 counts
+
+
+class Progress:
+    """How far some parameters have come: number of steps taken, and the numbers that the rule carries.
+
+    A plan counts in a row of its ``Counts``. Where a GPU counts the steps, ``fetch`` asks it, once, when somebody wants
+    to know.
+    """
+
+    __slots__ = ("_at", "_carry", "_counts", "_names", "_steps", "fetch")
+
+    def __init__(
+        self, steps: int = 0, carry: dict[str, float] | None = None, counts: Counts | None = None, row: int = 0
+    ) -> None:
+        self._counts, self._at = counts, ROW * row
+        self._names: tuple[str, ...] = ()
+        self.fetch: Callable[[], tuple[int, dict[str, float] | None]] | None = None
+        self.start(steps, carry)
+
+    def start(self, steps: int, carry: dict[str, float] | None) -> None:
+        """Count from here on."""
+        self._steps, self._carry = steps, carry
+        if self._counts is not None:
+            self._counts.numbers[self._at] = steps
+
+    def follow(self, steps: int, carry: Mapping[str, float]) -> None:
+        """What will be known once the counts are committed."""
+        if self._counts is None or len(carry) >= ROW:
+            raise ValueError(f"fastopt: a rule can carry at most {ROW - 1} numbers, got {', '.join(carry)}.")
+        numbers, at = self._counts.numbers, self._at + self._counts.half
+        numbers[at] = steps
+        if carry:
+            self._names = tuple(carry)
+            numbers[at + 1 : at + 1 + len(carry)] = array("d", carry.values())
+
+    def _settle(self) -> None:
+        if self.fetch is not None:
+            assert self._counts is not None
+            steps, carry = self.fetch()
+            if carry is not None:  # None before the first step: the rule's start, or what was loaded
+                self._names = tuple(carry)
+                self._counts.numbers[self._at + 1 : self._at + 1 + len(carry)] = array("d", carry.values())
+            self._counts.numbers[self._at] = steps
+            self.fetch = None
+
+    @property
+    def steps(self) -> int:
+        """Steps taken."""
+        if self.fetch is not None:
+            self._settle()
+        return self._steps if self._counts is None else int(self._counts.numbers[self._at])
+
+    @property
+    def carry(self) -> dict[str, float] | None:
+        """What the rule carries; None for nothing, and before the first step."""
+        if self.steps == self._steps or self._counts is None:
+            return self._carry
+        return dict(zip(self._names, self._counts.numbers[self._at + 1 : self._at + ROW], strict=False)) or None
+
+
+class Copy(NamedTuple):
+    """A 16-bit array that holds the rounding of a float32 parameter after each step."""
+
+    dtype: str
+    address: int
+
+
+@dataclass(eq=False)
+class Parameter:
+    """One array, where its state lies, and how far it has come."""
+
+    name: str
+    array: Array
+    size: int  # as it was checked: an array's shape and dtype can be changed in place
+    dtype: str
+    group: int
+    offset: int  # first element in the state arrays
+    extent: int  # elements up to the next array there, padding included
+    address: int
+    states: dict[str, Array] = field(default_factory=dict)  # the flat state arrays, shared with neighbours
+    progress: Progress = field(default_factory=Progress)
+    copy: Copy | None = None
+    shape: tuple[int, ...] = ()
+    guard: Any = None  # a weak reference to the array, which makes NumPy refuse to resize it
+    elsewhere: dict[str, int] = field(default_factory=dict)  # addresses of states that lie in no flat array
+
+
+class Treatment(NamedTuple):
+    """What is done to a parameter: its rule, whether its layer's trust ratio counts, and options that are replaced."""
+
+    rule: Rule
+    adapts: bool
+    overrides: tuple[tuple[str, Any], ...] = ()
+
+
+@dataclass
+class Cohort:
+    """Parameters that take the same scalars: same group, same treatment, equal progress."""
+
+    group: int
+    treatment: Treatment
+    progress: Progress
+    scalars: NDArray[np.float64]
+    _tried: tuple[Options | None, bool] = None, True  # options, and whether zeros stay zeros with them
+
+    def complete(self, options: Options) -> Options:
+        """The group's options as they hold for this cohort."""
+        return {**options, **dict(self.treatment.overrides)} if self.treatment.overrides else options
+
+    def prepare(self, options: Options) -> None:
+        """Form the scalars of the next step, and what will be known after it."""
+        options = self.complete(options)
+        rule, t = self.treatment.rule, self.progress.steps + 1
+        if t > MAX_STEP:
+            raise OverflowError(f"fastopt: parameters of group {self.group} have taken 2^53 steps, so far steps count.")
+        if rule.carry is None:
+            self.scalars[:] = rule.scalars(t, options)
+            self.progress.follow(t, {})
+        else:
+            self.scalars[:], carry = rule.scalars(t, options, self.carried(options))
+            self.progress.follow(t, carry._asdict())
+
+    def carried(self, options: Options) -> Any:
+        """What the rule carries into the next step, in its NamedTuple."""
+        assert self.treatment.rule.carry is not None
+        return self.treatment.rule.carry(options)._replace(**self.progress.carry or {})
+
+    def keeps_zeros(self, options: Options) -> bool:
+        """Whether padding of zeros stays zero with these options of the group, which are another dict once changed."""
+        if self._tried[0] is not options:
+            self._tried = options, keeps_zeros(self.treatment.rule, self.complete(options))
+        return self._tried[1]
+
+
+class Plan(ABC):
+    """What is done for one set of gradients: which parameters have one, of which dtypes, flat or not.
+
+    A plan serves every step whose gradients are alike; where they moved, ``point_at`` takes their new addresses. A
+    subclass knows where the arrays are: it builds the tables and walks them.
+
+    Args:
+        parameters: The parameters that have a gradient.
+        dtypes: Storage dtype of each gradient.
+        treatments: Treatment of each parameter.
+        flat: Whether parameters and gradients are flat buffers of one layout, whose neighbours merge into one run.
+        signs: -1 for each group that maximises, else 1.
+        space: Where all of it lives.
+    """
+
+    kept = 1
+    """How many plans an optimizer keeps, so that patterns of gradients may alternate."""
+
+    result: Any = None
+    """On a GPU: the norm of the last step that needed one, and whether that step is skipped."""
+
+    def __init__(
+        self,
+        parameters: Sequence[Parameter],
+        dtypes: Sequence[np.dtype[Any]],
+        treatments: Sequence[Treatment],
+        flat: bool,
+        signs: Sequence[float],
+        space: Space,
+    ) -> None:
+        self.parameters = parameters
+        self.dtypes = dtypes
+        self.flat = flat
+        self.cohorts, self._member, self._counts = self._form_cohorts(treatments)
+        self._has_ratio = any(c.treatment.adapts and c.treatment.rule.ratio is not None for c in self.cohorts)
+        self._signs = signs
+        self._space = space
+        self._runs = self._find_runs()
+        self._gradients: NDArray[np.uint64] = np.zeros(len(parameters), np.uint64)
+        self._adopt()
+
+    def _form_cohorts(self, treatments: Sequence[Treatment]) -> tuple[list[Cohort], list[int], Counts]:
+        """The cohorts, and the index of each parameter's."""
+        places: dict[tuple[Any, ...], int] = {}
+        member = []
+        for p, treatment in zip(self.parameters, treatments, strict=True):
+            key = (p.group, treatment, p.progress.steps, tuple((p.progress.carry or {}).items()))
+            member.append(places.setdefault(key, len(places)))
+        counts = Counts(len(places))
+        cohorts = []
+        for (group, treatment, steps, carry), row in places.items():
+            scalars = np.zeros(len(treatment.rule.Scalars._fields))
+            cohorts.append(Cohort(group, treatment, Progress(steps, dict(carry) or None, counts, row), scalars))
+        return cohorts, member, counts
+
+    def _adopt(self) -> None:
+        """Members of a cohort share one progress from here on, which is where each of them has come to."""
+        for p, c in zip(self.parameters, self._member, strict=True):
+            p.progress = self.cohorts[c].progress
+
+    def serves(self, flat: bool, dtypes: Sequence[np.dtype[Any]], parameters: Sequence[Parameter]) -> bool:
+        """Whether the plan is for such gradients of these parameters."""
+        return (self.flat, self.dtypes, self.parameters) == (flat, dtypes, parameters)
+
+    def resume(self) -> bool:
+        """Serve again, after other plans did; False where the members of a cohort have come differently far since."""
+        reached: dict[int, Progress] = {}
+        for p, c in zip(self.parameters, self._member, strict=True):
+            first = reached.setdefault(c, p.progress)
+            if p.progress is not first and (p.progress.steps, p.progress.carry) != (first.steps, first.carry):
+                return False
+        for c, progress in reached.items():
+            self.cohorts[c].progress.start(progress.steps, progress.carry)
+        self._adopt()
+        self.forget_weights()
+        return True
+
+    def _find_runs(self) -> list[tuple[int, int]]:
+        """First parameter and number of elements of each run that one segment can serve."""
+        runs: list[tuple[int, int]] = []
+        last, previous = 0, None
+        for k, p in enumerate(self.parameters):
+            if previous is not None and self.flat and not p.size:
+                continue  # an empty array may lie anywhere, also behind memory of somebody else
+            if (
+                previous is not None
+                and self.flat
+                and self._member[k] == self._member[last]
+                and p.offset == previous.offset + previous.extent
+                and not self._adapts(k)
+                and not (p.elsewhere or previous.elsewhere)
+                and all(p.states[name] is previous.states[name] for name in self._rule(k).state)
+                and self._copy_follows(k, runs[-1][0])
+            ):
+                first, _ = runs[-1]
+                runs[-1] = first, p.offset - self.parameters[first].offset + p.size
+            else:
+                runs.append((k, p.size))
+            last, previous = k, p
+        return runs
+
+    def _merges(self, multiplier: float, options: Sequence[Options]) -> bool:
+        """Whether runs may be taken whole, the padding between arrays included, which must stay zero."""
+        # The gradient there is zero times the multiplier: no longer zero if that is NaN.
+        if not math.isfinite(multiplier):
+            return False
+        for cohort in self.cohorts:  # noqa: SIM110 - a generator takes longer
+            if not cohort.keeps_zeros(options[cohort.group]):
+                return False
+        return True
+
+    def _copy_follows(self, k: int, first: int) -> bool:
+        """Whether a parameter's copy lies as far behind that of the first in its run as the parameter itself."""
+        p, before = self.parameters[k], self.parameters[first]
+        if p.copy is None or before.copy is None:
+            return p.copy is before.copy
+        distance = (p.offset - before.offset) * ITEMSIZE[p.copy.dtype]
+        # An empty array may be said to lie anywhere.
+        return p.copy.dtype == before.copy.dtype and (not p.size or p.copy.address == before.copy.address + distance)
+
+    def _rule(self, k: int) -> Rule:
+        return self.cohorts[self._member[k]].treatment.rule
+
+    def _adapts(self, k: int) -> bool:
+        return self.cohorts[self._member[k]].treatment.adapts and self._rule(k).ratio is not None
+
+    def _addresses(self, runs: list[tuple[int, int]]) -> list[list[int]]:
+        """For each run where its parameter, gradient and states begin; the gradient's place is left 0."""
+        states: dict[int, int] = {}  # an address costs microseconds to find, so each is asked for once
+        found = []
+        for k, _ in runs:
+            p = self.parameters[k]
+            arrays = [p.address, 0]
+            for name in self._rule(k).state:
+                if name in p.elsewhere:
+                    arrays.append(p.elsewhere[name])
+                    continue
+                flat = p.states[name]
+                if id(flat) not in states:
+                    states[id(flat)] = self._space.address(flat)
+                arrays.append(states[id(flat)] + p.offset * flat.itemsize)
+            found.append(arrays)
+        return found
+
+    @property
+    def _every_parameter(self) -> list[tuple[int, int]]:
+        """Runs of one parameter each: what norms are taken over."""
+        return [(k, p.size) for k, p in enumerate(self.parameters)]
+
+    @abstractmethod
+    def point_at(self, gradients: NDArray[np.uint64]) -> None:
+        """Take the gradients from these addresses."""
+
+    @abstractmethod
+    def step(self, request: Request, options: Sequence[Options]) -> StepInfo:
+        """Take a step with the options of each group."""
+
+    @abstractmethod
+    def norm(self) -> float:
+        """Euclidean norm of the gradients as they are; waits for a GPU."""
+
+    def recount(self) -> None:  # noqa: B027 - only for what a device keeps
+        """Steps may have been taken without the host: have the counts fetched when somebody wants to know."""
+
+    def upload_options(self, options: Sequence[Options]) -> None:  # noqa: B027 - only for what a device keeps
+        """Bring options to where captured steps find them."""
+
+    def forget_weights(self) -> None:  # noqa: B027 - only plans that keep norms have something to forget
+        """Somebody else wrote the weights: norms of them that were kept are no longer true."""
+
+
+def initial_states(rule: Rule, options: Mapping[str, Any]) -> dict[str, float]:
+    """What the state arrays of a rule hold before the first step."""
+    return {name: float(options[rule.initial[name]]) if name in rule.initial else 0.0 for name in rule.state}

@@ -1,0 +1,1 @@
+"""One public class a file."""

@@ -1,0 +1,84 @@
+"""Averaged SGD."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from ..base import Optimizer, Params
+from ..engine.options import NONNEGATIVE, Number, Range
+from ..kernels.registry import RULES
+from ..kernels.rules.rule import Options, Rule
+
+
+class ASGD(Optimizer):
+    r"""Averaged stochastic gradient descent: SGD with a falling rate, and the mean of the parameters beside it.
+
+    With d_t = g_t + weight_decay w_{t-1}, eta_1 = lr and mu_1 = 1::
+
+        w_t = (1 - lambd eta_t) w_{t-1} - eta_t d_t
+        a_t = mu_t w_t + (1 - mu_t) a_{t-1}
+        eta_{t+1} = lr / (1 + lambd lr t)^alpha,  mu_{t+1} = 1 / max(1, t - t0)
+
+    As in torch, a step prepares eta for the next one, so a change of lr acts one step late.
+
+    Args:
+        params: As for ``fastopt.Optimizer``: arrays of any shape; float32, float64, float16 or bfloat16.
+        lr: Learning rate, >= 0.
+        lambd: Decay of the parameters, >= 0.
+        alpha: Power of the fall of eta, >= 0.
+        t0: Step at which averaging begins, >= 0; a_t is w_t until then.
+        weight_decay: L2 penalty, >= 0; added to the gradient.
+        maximize: Ascend: the gradient is negated before the decay.
+        capturable: The step can be captured into a CUDA graph, see ``fastopt.Optimizer``.
+        max_grad_norm, skip_nonfinite, zero_grads: Of every step, see ``fastopt.Optimizer``.
+
+    State: ``ax`` (a_t; float32; float64 for float64 parameters) and the numbers ``eta`` and ``mu`` of the next step.
+    The averaged parameters are ``opt.state[name]["ax"]``.
+
+    Raises:
+        TypeError, ValueError: As for ``fastopt.Optimizer``.
+
+    References:
+        Polyak and Juditsky, Acceleration of Stochastic Approximation by Averaging, SIAM J. Control Optim. 30, 1992.
+
+    Example:
+        >>> import numpy as np, fastopt
+        >>> w = np.array([1.0])
+        >>> opt = fastopt.ASGD([w], lr=0.5, lambd=0.0, t0=0)
+        >>> for _ in range(3):
+        ...     info = opt.step([np.array([1.0])])
+        >>> w.tolist(), opt.state["0"]["ax"].tolist()
+        ([-0.5], [-0.25])
+    """
+
+    ranges: ClassVar[dict[str, Range]] = {
+        **Optimizer.ranges,
+        "lambd": NONNEGATIVE,
+        "alpha": NONNEGATIVE,
+        "t0": Number("[0, inf]", lambda x: x >= 0.0),
+    }
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float = 1e-2,
+        lambd: float = 1e-4,
+        alpha: float = 0.75,
+        t0: float = 1e6,
+        weight_decay: float = 0.0,
+        *,
+        maximize: bool = False,
+        capturable: bool = False,
+        max_grad_norm: float | None = None,
+        skip_nonfinite: bool = False,
+        zero_grads: bool = False,
+    ) -> None:
+        defaults = dict(
+            lr=lr, lambd=lambd, alpha=alpha, t0=t0, weight_decay=weight_decay, maximize=maximize, capturable=capturable
+        )
+        super().__init__(
+            params, defaults, max_grad_norm=max_grad_norm, skip_nonfinite=skip_nonfinite, zero_grads=zero_grads
+        )
+
+    def select_rule(self, options: Options) -> Rule:  # noqa: D102 - see Optimizer
+        return RULES["asgd"]

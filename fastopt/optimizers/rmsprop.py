@@ -1,0 +1,101 @@
+"""RMSprop."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from ..base import Optimizer, Params
+from ..engine.options import BELOW_ONE, EPS, UP_TO_ONE, Range, boolean
+from ..kernels.registry import RULES
+from ..kernels.rules.rule import Options, Rule
+
+
+class RMSprop(Optimizer):
+    r"""RMSprop: the gradient divided by the root of a running mean of its square.
+
+    With d_t = g_t + weight_decay w_{t-1}::
+
+        v_t = alpha v_{t-1} + (1 - alpha) d_t^2
+        centered:  m_t = alpha m_{t-1} + (1 - alpha) d_t, and v_t - m_t^2 (not below 0) takes the place of v_t below
+        plain:     w_t = w_{t-1} - lr d_t / (sqrt(v_t) + eps)
+        momentum:  b_t = momentum b_{t-1} + d_t / (sqrt(v_t) + eps)
+                   w_t = w_{t-1} - lr b_t
+
+    Args:
+        params: As for ``fastopt.Optimizer``: arrays of any shape; float32, float64, float16 or bfloat16.
+        lr: Learning rate, >= 0.
+        alpha: Decay rate of the running means, in [0, 1).
+        eps: Added to the root, >= 0, and not so small that it rounds to zero in float32
+            (float64 for float64 parameters). With 0 an element that had no gradient yet becomes 0 / 0, as in torch.
+        weight_decay: L2 penalty, >= 0; added to the gradient.
+        momentum: Factor on the buffer, in [0, 1]; 0 means no buffer.
+        centered: Divide by an estimate of the variance. torch lets rounding take it below zero and returns NaN.
+        maximize: Ascend: the gradient is negated before the decay.
+        capturable: The step can be captured into a CUDA graph, see ``fastopt.Optimizer``.
+        eps_inside_sqrt: Divide by sqrt(v_t + eps) instead, as TensorFlow does.
+        max_grad_norm, skip_nonfinite, zero_grads: Of every step, see ``fastopt.Optimizer``.
+
+    State: ``square_avg``, with ``centered`` also ``grad_avg``, with momentum also ``momentum_buffer`` (float32; float64
+    for float64 parameters).
+
+    Raises:
+        TypeError, ValueError: As for ``fastopt.Optimizer``.
+
+    References:
+        Hinton, Neural Networks for Machine Learning, lecture 6e, 2012.
+        Graves, Generating Sequences With Recurrent Neural Networks, 2013, arXiv:1308.0850 (centered).
+
+    Example:
+        >>> import numpy as np, fastopt
+        >>> w = np.array([1.0, -1.0])
+        >>> opt = fastopt.RMSprop([w], lr=0.05)
+        >>> info = opt.step([np.array([4.0, 0.0])])  # sqrt(v) = 0.1 * 4
+        >>> w.round(6).tolist()
+        [0.5, -1.0]
+    """
+
+    ranges: ClassVar[dict[str, Range]] = {
+        **Optimizer.ranges,
+        "alpha": BELOW_ONE,
+        "eps": EPS,
+        "momentum": UP_TO_ONE,
+        "centered": boolean,
+        "eps_inside_sqrt": boolean,
+    }
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float = 1e-2,
+        alpha: float = 0.99,
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        momentum: float = 0.0,
+        centered: bool = False,
+        *,
+        maximize: bool = False,
+        capturable: bool = False,
+        eps_inside_sqrt: bool = False,
+        max_grad_norm: float | None = None,
+        skip_nonfinite: bool = False,
+        zero_grads: bool = False,
+    ) -> None:
+        defaults = dict(
+            lr=lr,
+            alpha=alpha,
+            eps=eps,
+            weight_decay=weight_decay,
+            momentum=momentum,
+            centered=centered,
+            maximize=maximize,
+            capturable=capturable,
+            eps_inside_sqrt=eps_inside_sqrt,
+        )
+        super().__init__(
+            params, defaults, max_grad_norm=max_grad_norm, skip_nonfinite=skip_nonfinite, zero_grads=zero_grads
+        )
+
+    def select_rule(self, options: Options) -> Rule:  # noqa: D102 - see Optimizer
+        centered = "_centered" if options["centered"] else ""
+        momentum = "_momentum" if options["momentum"] else ""
+        return RULES["rmsprop" + centered + momentum]

@@ -1,0 +1,106 @@
+"""Stochastic gradient descent."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from ..base import Optimizer, Params
+from ..engine.options import NONNEGATIVE, UP_TO_ONE, Range, boolean
+from ..kernels.registry import RULES
+from ..kernels.rules.rule import Options, Rule
+
+
+class SGD(Optimizer):
+    r"""Stochastic gradient descent, plain, with momentum or with Nesterov's momentum.
+
+    With d_t = g_t + weight_decay w_{t-1}::
+
+        plain:     w_t = w_{t-1} - lr d_t
+        momentum:  b_t = momentum b_{t-1} + (1 - dampening) d_t,  b_1 = d_1
+                   w_t = w_{t-1} - lr b_t
+        Nesterov:  w_t = w_{t-1} - lr (d_t + momentum b_t)
+
+    Args:
+        params: As for ``fastopt.Optimizer``: arrays of any shape; float32, float64, float16 or bfloat16.
+        lr: Learning rate, >= 0.
+        momentum: Factor on the buffer, in [0, 1]. 0 is plain SGD, which has no buffer.
+        dampening: Part of the gradient kept out of the buffer from a parameter's second step on, in [0, 1].
+            ``1 - momentum`` makes the buffer an exponential moving average. (Where momentum is switched on later,
+            torch leaves the first gradient after that undamped; here only the very first is.)
+        weight_decay: L2 penalty, >= 0; added to the gradient.
+        nesterov: Use Nesterov's momentum; needs momentum > 0 and dampening 0.
+        maximize: Ascend: the gradient is negated before the decay.
+        capturable: The step can be captured into a CUDA graph, see ``fastopt.Optimizer``.
+        lr_in_momentum: Keep lr inside the buffer, b_t = momentum b_{t-1} + lr d_t and w_t = w_{t-1} - b_t, as papers,
+            TensorFlow and MLPerf do. The two differ when lr changes.
+        max_grad_norm, skip_nonfinite, zero_grads: Of every step, see ``fastopt.Optimizer``.
+
+    State: ``momentum_buffer`` (float32; float64 for float64 parameters), unless momentum is 0.
+
+    Raises:
+        TypeError, ValueError: As for ``fastopt.Optimizer``.
+
+    References:
+        Polyak, Some methods of speeding up the convergence of iteration methods, 1964.
+        Sutskever et al., On the importance of initialization and momentum in deep learning, ICML 2013.
+
+    Example:
+        >>> import numpy as np, fastopt
+        >>> w = np.array([1.0, -1.0])
+        >>> opt = fastopt.SGD([w], lr=0.1, momentum=0.9)
+        >>> for _ in range(2):
+        ...     info = opt.step([np.array([1.0, 0.0])])
+        >>> w.round(3).tolist()
+        [0.71, -1.0]
+    """
+
+    ranges: ClassVar[dict[str, Range]] = {
+        **Optimizer.ranges,
+        "momentum": UP_TO_ONE,
+        "dampening": UP_TO_ONE,
+        "weight_decay": NONNEGATIVE,
+        "nesterov": boolean,
+        "lr_in_momentum": boolean,
+    }
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float = 1e-3,
+        momentum: float = 0.0,
+        dampening: float = 0.0,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+        *,
+        maximize: bool = False,
+        capturable: bool = False,
+        lr_in_momentum: bool = False,
+        max_grad_norm: float | None = None,
+        skip_nonfinite: bool = False,
+        zero_grads: bool = False,
+    ) -> None:
+        defaults = dict(
+            lr=lr,
+            momentum=momentum,
+            dampening=dampening,
+            weight_decay=weight_decay,
+            nesterov=nesterov,
+            maximize=maximize,
+            capturable=capturable,
+            lr_in_momentum=lr_in_momentum,
+        )
+        super().__init__(
+            params, defaults, max_grad_norm=max_grad_norm, skip_nonfinite=skip_nonfinite, zero_grads=zero_grads
+        )
+
+    def check(self, options: Options, where: str) -> None:  # noqa: D102 - see Optimizer
+        if options["nesterov"] and (options["momentum"] == 0.0 or options["dampening"] != 0.0):
+            raise ValueError(
+                f"{where}nesterov=True needs momentum > 0 and dampening 0, got momentum={options['momentum']} and "
+                f"dampening={options['dampening']}."
+            )
+
+    def select_rule(self, options: Options) -> Rule:  # noqa: D102
+        if options["momentum"] == 0.0:
+            return RULES["sgd"]
+        return RULES["nesterov" if options["nesterov"] else "momentum"]

@@ -1,0 +1,114 @@
+"""Knows arrays again, and notices what was changed in place: read-only now, or other memory, dtype or shape."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.util
+import operator
+import weakref
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from .arrays import HOST, Array
+
+HEAD = object.__basicsize__
+"""Bytes of Python's own at the beginning of an array."""
+
+
+class Watch:
+    """Arrays as they are now. Of arrays on a GPU, which NumPy's ways do not change, it only knows which they are.
+
+    Args:
+        kept: Arrays that somebody keeps alive.
+        listed: Arrays, or None, that will be in a list; they are not kept alive.
+    """
+
+    def __init__(self, kept: Sequence[Array], listed: Sequence[Array | None] = ()) -> None:
+        self._count = len(listed)
+        arrays = [a for a in (*kept, *listed) if a is not None]
+        library = _library()
+        if library is None or not all(isinstance(a, np.ndarray) for a in arrays):
+            refs = [type(None) if a is None else weakref.ref(a) for a in listed]
+            self._unchanged: Any = functools.partial(_unchanged, refs, list(kept), _look([*kept, *listed]))
+            return
+        objects = np.array([(id(a), id(type(a))) for a in arrays], np.uint64)
+        places = np.fromiter(map(id, listed), np.uint64, len(listed))
+        self._memory = objects, places
+        watch = _Watch(library.get_item, places.ctypes.data, objects.ctypes.data, len(places), len(arrays), HEAD, 0)
+        watch.seen = library.look(ctypes.byref(watch))
+        self._unchanged = functools.partial(library.unchanged, ctypes.byref(watch))
+
+    def unchanged(self, listed: list[Any]) -> bool:
+        """Whether the list holds the same arrays, and all are as they were."""
+        return len(listed) == self._count and bool(self._unchanged(listed))
+
+
+def _unchanged(refs: list[Any], kept: list[Any], seen: list[Any], listed: list[Any]) -> bool:
+    """The same without the library."""
+    return all(map(operator.is_, [ref() for ref in refs], listed)) and _look([*kept, *listed]) == seen
+
+
+def _look(arrays: Iterable[Any]) -> list[Any]:
+    numpy = np.ndarray
+    return [(HOST.address(a), a.dtype, a.shape, a.flags.num) if isinstance(a, numpy) else type(a) for a in arrays]
+
+
+class _Watch(ctypes.Structure):
+    """The same bytes as ``watch`` in kernels/cpu/arrays.c."""
+
+    _fields_ = [
+        ("get_item", ctypes.c_void_p),
+        ("listed", ctypes.c_void_p),
+        ("arrays", ctypes.c_void_p),
+        ("listed_count", ctypes.c_int64),
+        ("count", ctypes.c_int64),
+        ("head", ctypes.c_int64),
+        ("seen", ctypes.c_uint64),
+    ]
+
+
+class _Fields(ctypes.Structure):
+    """The same bytes as ``fields`` there."""
+
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        ("nd", ctypes.c_int),
+        ("shape", ctypes.POINTER(ctypes.c_ssize_t)),
+        ("strides", ctypes.c_void_p),
+        ("base", ctypes.c_void_p),
+        ("dtype", ctypes.c_void_p),
+        ("flags", ctypes.c_int),
+    ]
+
+
+class _Library:
+    """Functions of the compiled library, called with Python's lock, and one of Python's."""
+
+    def __init__(self, path: str) -> None:
+        library = ctypes.PyDLL(path)
+        self.look, self.unchanged = library.fastopt_look, library.fastopt_unchanged
+        self.look.restype, self.look.argtypes = ctypes.c_uint64, [ctypes.c_void_p]
+        self.unchanged.restype, self.unchanged.argtypes = ctypes.c_bool, [ctypes.c_void_p, ctypes.py_object]
+        self.get_item = ctypes.cast(ctypes.pythonapi.PyList_GetItem, ctypes.c_void_p).value
+
+
+@functools.cache
+def _library() -> _Library | None:
+    """None where there is no library, or arrays are laid out in another way: then Python looks."""
+    spec = importlib.util.find_spec("fastopt._native")
+    if spec is None or spec.origin is None or not _is_laid_out(np.zeros((2, 3), np.float32)):
+        return None
+    return _Library(spec.origin)
+
+
+def _is_laid_out(array: Array) -> bool:
+    """Whether an array has its fields where arrays.c looks for them."""
+    if np.ndarray.__basicsize__ < HEAD + ctypes.sizeof(_Fields):
+        return False
+    kind = ctypes.c_void_p.from_address(id(array) + HEAD - ctypes.sizeof(ctypes.c_void_p)).value
+    at = _Fields.from_address(id(array) + HEAD)
+    expected = id(np.ndarray), array.ctypes.data, array.ndim, id(array.dtype), array.flags.num
+    return (kind, at.data, at.nd, at.dtype, at.flags) == expected and tuple(at.shape[: array.ndim]) == array.shape

@@ -1,0 +1,90 @@
+"""The record that describes one update rule to everything that is not the rule: compiler, API, tests, bench."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..layout import OPTIONS, SCALARS
+
+MAX_STATES = 6
+"""State arrays that a segment has room for."""
+
+Options = Mapping[str, Any]
+"""A param group: hyperparameters by name."""
+
+LARGE, STRETCH = 2.0**127, 2.0**100
+
+
+@dataclass(frozen=True, eq=False)
+class Rule:
+    """An update rule and what a launcher needs to know about it.
+
+    Attributes:
+        name: Name in the registry and in the symbols of the compiled library.
+        step: Scalar function ``(p, g, *state, h) -> (p, *state)``. Plain Python without literals: a literal would
+            promote float32 arithmetic to float64.
+        Scalars: NamedTuple class of ``h``. Every field is formed on the host in float64 and rounded once to the
+            compute dtype.
+        scalars: Function ``(t, options) -> Scalars`` for step number ``t`` (from 1). With ``carry`` it is
+            ``(t, options, carry) -> (Scalars, carry)``. It runs on the host, or, where a GPU keeps the step counts,
+            compiled by Numba there.
+        state: Names of the state arrays, in the order of ``step``'s arguments.
+        initial: For a state array that does not start at zero, the option that fills it.
+        carry: Numbers that a parameter carries from step to step, as a function of the options giving their values
+            before step 1, in a NamedTuple; None for the rules that need none.
+        options: How many numbers each option has that ``scalars`` reads, for example ``{"lr": 1, "betas": 2}``. A GPU
+            needs it only to keep the step counts itself, with ``skip_nonfinite`` or ``capturable``.
+        ratio: Scalar function ``(w_norm, g_norm, h) -> ratio`` in float64 for rules with a trust ratio per layer.
+            The loop hands the result to ``step`` as ``h.ratio``, times what ``scalars`` has there (in float64, rounded
+            once), and that alone where a layer has no ratio. It must be the last field of ``Scalars``; the field before
+            it may be ``stretch``, see ``factors``.
+        keeps_zeros: Whether a step leaves a parameter of zeros at zero while its gradients are zero, as the padding of
+            flat buffers must be left. None: found out by trying, which takes some 0.1 ms each time that options change.
+    """
+
+    name: str
+    step: Callable[..., tuple[Any, ...]]
+    Scalars: type[tuple[Any, ...]]
+    scalars: Callable[..., Any]
+    state: tuple[str, ...] = ()
+    initial: Mapping[str, str] = field(default_factory=dict)
+    carry: Callable[[Options], Any] | None = None
+    options: Mapping[str, int] = field(default_factory=dict)
+    ratio: Callable[..., float] | None = None
+    keeps_zeros: bool | None = None
+
+    @property
+    def factors(self) -> Callable[[float], tuple[float, float]]:
+        """Function ``(ratio) -> (stretch, ratio)`` for the loops, to be compiled.
+
+        A ratio beyond float32 comes in two factors where ``step`` multiplies by both, 1 and the ratio otherwise.
+        """
+        return _split if "stretch" in self.Scalars._fields else _whole  # type: ignore[attr-defined]
+
+    def __post_init__(self) -> None:
+        fields = self.Scalars._fields  # type: ignore[attr-defined]
+        if self.ratio is not None and fields[-1] != "ratio":
+            raise TypeError(f"Rule {self.name!r}: the last field of Scalars must be 'ratio', got {fields[-1]!r}.")
+        if len(self.state) > MAX_STATES:
+            raise ValueError(f"Rule {self.name!r}: at most {MAX_STATES} state arrays, got {len(self.state)}.")
+        for what, room, taken in (
+            ("scalars", SCALARS, len(fields)),
+            ("numbers in its options", OPTIONS, sum(self.options.values())),
+        ):
+            if taken > room:
+                raise ValueError(f"Rule {self.name!r}: at most {room} {what}, got {taken}.")
+        unknown = set(self.initial) - set(self.state)
+        if unknown:
+            raise ValueError(f"Rule {self.name!r}: initial names no state array: {sorted(unknown)}.")
+
+
+def _whole(ratio: float) -> tuple[float, float]:
+    return 1.0, ratio
+
+
+def _split(ratio: float) -> tuple[float, float]:
+    if ratio > LARGE:
+        return STRETCH, ratio / STRETCH
+    return 1.0, ratio
