@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import importlib.util
 import operator
 import weakref
 from collections.abc import Iterable, Sequence
@@ -13,6 +12,8 @@ from typing import Any
 import numpy as np
 
 from .arrays import HOST, Array
+from .engine.library import library_path, open_library
+from .kernels.layout import structure
 
 HEAD = object.__basicsize__
 """Bytes of Python's own at the beginning of an array."""
@@ -34,12 +35,13 @@ class Watch:
             refs = [type(None) if a is None else weakref.ref(a) for a in listed]
             self._unchanged: Any = functools.partial(_unchanged, refs, list(kept), _look([*kept, *listed]))
             return
-        objects = np.array([(id(a), id(type(a))) for a in arrays], np.uint64)
+        objects = np.array([(id(a), id(type(a))) for a in arrays], structure("watched"))
         places = np.fromiter(map(id, listed), np.uint64, len(listed))
-        self._memory = objects, places
-        watch = _Watch(library.get_item, places.ctypes.data, objects.ctypes.data, len(places), len(arrays), HEAD, 0)
-        watch.seen = library.look(ctypes.byref(watch))
-        self._unchanged = functools.partial(library.unchanged, ctypes.byref(watch))
+        at = places.ctypes.data, objects.ctypes.data
+        watch = np.array((library.get_item, *at, len(places), len(arrays), HEAD, 0), structure("watch"))
+        watch["seen"] = library.look(watch.ctypes.data)
+        self._memory = objects, places, watch
+        self._unchanged = functools.partial(library.unchanged, watch.ctypes.data)
 
     def unchanged(self, listed: list[Any]) -> bool:
         """Whether the list holds the same arrays, and all are as they were."""
@@ -56,22 +58,8 @@ def _look(arrays: Iterable[Any]) -> list[Any]:
     return [(HOST.address(a), a.dtype, a.shape, a.flags.num) if isinstance(a, numpy) else type(a) for a in arrays]
 
 
-class _Watch(ctypes.Structure):
-    """The same bytes as ``watch`` in kernels/cpu/arrays.c."""
-
-    _fields_ = [
-        ("get_item", ctypes.c_void_p),
-        ("listed", ctypes.c_void_p),
-        ("arrays", ctypes.c_void_p),
-        ("listed_count", ctypes.c_int64),
-        ("count", ctypes.c_int64),
-        ("head", ctypes.c_int64),
-        ("seen", ctypes.c_uint64),
-    ]
-
-
 class _Fields(ctypes.Structure):
-    """The same bytes as ``fields`` there."""
+    """What an array has behind Python's own: the same bytes as ``fields`` in kernels/cpu/arrays.c."""
 
     _fields_ = [
         ("data", ctypes.c_void_p),
@@ -88,7 +76,7 @@ class _Library:
     """Functions of the compiled library, called with Python's lock, and one of Python's."""
 
     def __init__(self, path: str) -> None:
-        library = ctypes.PyDLL(path)
+        library = open_library(path, ctypes.PyDLL)
         self.look, self.unchanged = library.fastopt_look, library.fastopt_unchanged
         self.look.restype, self.look.argtypes = ctypes.c_uint64, [ctypes.c_void_p]
         self.unchanged.restype, self.unchanged.argtypes = ctypes.c_bool, [ctypes.c_void_p, ctypes.py_object]
@@ -98,10 +86,13 @@ class _Library:
 @functools.cache
 def _library() -> _Library | None:
     """None where there is no library, or arrays are laid out in another way: then Python looks."""
-    spec = importlib.util.find_spec("fastopt._native")
-    if spec is None or spec.origin is None or not _is_laid_out(np.zeros((2, 3), np.float32)):
+    path = library_path()
+    if path is None or not _is_laid_out(np.zeros((2, 3), np.float32)):
         return None
-    return _Library(spec.origin)
+    try:
+        return _Library(path)
+    except OSError:
+        return None
 
 
 def _is_laid_out(array: Array) -> bool:

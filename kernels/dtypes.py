@@ -35,9 +35,14 @@ def round_symbol(dtype: str, isa: str) -> str:
     return f"fastopt_round_{dtype}_{_identifier(isa)}"
 
 
-def norm_symbol(dtype: str, isa: str) -> str:
+def terms_symbol(rule: str, p: str, g: str, isa: str) -> str:
+    """Name of the kernel that sums products of a rule's terms."""
+    return f"fastopt_terms_{rule}_{p}_{g}_{_identifier(isa)}"
+
+
+def squares_symbol(dtype: str, isa: str) -> str:
     """Name of the sum-of-squares kernel of a storage dtype."""
-    return f"fastopt_norm_{dtype}_{_identifier(isa)}"
+    return f"fastopt_squares_{dtype}_{_identifier(isa)}"
 
 
 def ratio_symbol(rule: str, isa: str) -> str:

@@ -1,6 +1,11 @@
-"""The bytes that API, schedulers and launch.c share: a segment, and the flags of a launch."""
+"""The bytes that Python and C share. CMake has this module write them as a C header."""
 
 from __future__ import annotations
+
+import sys
+import zlib
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -11,43 +16,145 @@ LANES, ROWS = 32, 64
 BLOCK = LANES * ROWS
 """A block of elements whose squares are summed together (reductions.py)."""
 
-SEGMENT = np.dtype(
-    [
-        ("update", np.uint64),
-        ("norm", np.uint64, 2),
-        ("ratio", np.uint64),
-        ("scalars", np.uint64),
-        ("round", np.uint64),
-        ("copy", np.uint64),
-        ("arrays", np.uint64, 8),
-        ("own", np.float64, 3),
-        ("squares", np.float64, 2),
-    ]
-)
-"""A run of elements that share kernel and scalars: the same bytes as ``segment`` in launch.c. "copy" is the address
-of a 16-bit copy of the parameters, and "round" the kernel that writes it; both are 0 where there is none."""
-
 PARAMETER, GRADIENT = 0, 1
-"""Places in "norm" and "squares", and the first two in "arrays"; states follow."""
+"""Places in "squares" and, without terms, "sums" of a segment, and the first two in "arrays"; states follow."""
 
 MULTIPLIER, RATIO, ZERO = 0, 1, 2
-"""Places in "own": gradient multiplier, trust ratio, whether to zero the gradient."""
+"""Places in "own" of a segment: gradient multiplier, trust ratio, whether to zero the gradient."""
 
-KNOW_W, KNOW_G = 1, 2
+SUMS = 4
+"""Sums of products that a segment has room for."""
+
+KNOW_W, KNOW_G = 1 << PARAMETER, 1 << GRADIENT
 """Flags: the squares of the parameters, or of the gradients, are known already."""
 
+NAMES = ("LANES", "BLOCK", "PARAMETER", "GRADIENT", "MULTIPLIER", "RATIO", "ZERO", "KNOW_W", "KNOW_G", "SUMS")
+"""What C has under the same names."""
 
-def layout_of_library() -> list[int]:
-    """What ``fastopt_layout`` in launch.c must say of all this; the first number is how many there are."""
-    assert SEGMENT.fields is not None
-    chunk = wave = 3 * WORD
-    numbers = [
-        *(SEGMENT.itemsize, chunk, wave),
-        *(field[1] for field in SEGMENT.fields.values()),
-        *(0, WORD, 2 * WORD),  # segment, first element and end of a chunk
-        *(PARAMETER, GRADIENT, MULTIPLIER, RATIO, ZERO, KNOW_W, KNOW_G, LANES, BLOCK),
-    ]
-    return [len(numbers) + 1, *numbers]
+SIGNATURES = {
+    "update_kernel": "double (*{})(int64_t lo, int64_t hi, void **arrays, const double *scalars, const double *own)",
+    "round_kernel": "void (*{})(int64_t lo, int64_t hi, const void *parameter, void *copy)",
+    "squares_kernel": "double (*{})(int64_t lo, int64_t hi, void *x)",
+    "terms_kernel": "void (*{})(int64_t lo, int64_t hi, void **arrays, const double *scalars, const double *own,"
+    " double *sums)",
+    "ratio_kernel": "double (*{})(const double *sums, double multiplier, const double *scalars)",
+    # Of Python, and of torch's stable C interface, where a tensor is the address of an at::Tensor.
+    "list_item": "void *(*{})(void *list, intptr_t i)",
+    "tensor_address": "int32_t (*{})(void *tensor, void **data)",
+    "tensor_number": "int32_t (*{})(void *tensor, int64_t *number)",
+    "tensor_numbers": "int32_t (*{})(void *tensor, int64_t **numbers)",
+    "tensor_code": "int32_t (*{})(void *tensor, int32_t *code)",
+    "tensor_answer": "int32_t (*{})(void *tensor, bool *answer)",
+    "tensor_end": "int32_t (*{})(void *tensor)",
+    "tensor_grad": "void *(*{})(const void *impl)",
+    "tensor_written": "void (*{})(const void *tensor)",
+}
+"""Functions that C is given: the first five are what Numba compiles."""
+
+STRUCTURES: dict[str, dict[str, str | tuple[str, int]]] = {
+    # A run of elements that share kernels and scalars.
+    "segment": {
+        "update": "update_kernel",
+        "squares": ("squares_kernel", 2),  # of parameters and gradients
+        "terms": "terms_kernel",  # NULL where the ratio needs sums of squares of what is stored, and no others
+        "ratio": "ratio_kernel",  # NULL where the segment has no trust ratio
+        "scalars": "const double *",
+        "round": "round_kernel",  # NULL where the parameters have no 16-bit copy
+        "copy": "void *",
+        "arrays": ("void *", 8),  # parameter, gradient, states
+        "own": ("double", 3),
+        "sums": ("double", SUMS),  # of squares of parameter and gradient as stored, or what terms gives
+    },
+    "chunk": {"segment": "int64_t", "lo": "int64_t", "hi": "int64_t"},
+    # How many of each; waves follow one another.
+    "wave": {"segments": "int64_t", "chunks": "int64_t", "elements": "int64_t"},
+    # NumPy arrays that are looked at again: arrays.c.
+    "watched": {"object": "const char *", "type": "const void *"},
+    "watch": {
+        "get_item": "list_item",  # PyList_GetItem
+        "listed": "const void *const *",  # what the list must hold
+        "arrays": "const watched *",
+        "listed_count": "int64_t",
+        "count": "int64_t",
+        "head": "int64_t",  # bytes of Python's own fields; the type is the last of them
+        "seen": "uint64_t",
+    },
+    # What tensors are asked through; fastopt/torch/_probe.py finds it.
+    "torch_functions": {
+        "get_data_ptr": "tensor_address",
+        "get_dim": "tensor_number",
+        "get_sizes": "tensor_numbers",
+        "get_strides": "tensor_numbers",
+        "get_dtype": "tensor_code",
+        "get_layout": "tensor_code",
+        "get_device_type": "tensor_code",
+        "get_device_index": "tensor_code",
+        "is_defined": "tensor_answer",
+        "new_tensor_handle": "tensor_address",
+        "delete_tensor_object": "tensor_end",
+        "grad": "tensor_grad",  # c10::TensorImpl::grad, which returns the address of an at::Tensor
+        "bump_version": "tensor_written",  # of torch::autograd::impl; it throws for inference tensors
+        "device_type": "int64_t",  # where all must be; the CPU has no index
+        "device_index": "int64_t",
+        "impl_at": "int64_t",  # where a Python object of class Tensor has the address of its TensorImpl
+    },
+    # A tensor as it was when the plan was made (tensors.c): its Python object, which lives as long as the plan; the
+    # TensorImpl that the object had, which may be another one now; where its elements began; its StorageImpl, to be
+    # fetched early and never followed: of memory that may be gone nothing is read.
+    "known": {"object": "const char *", "impl": "void *", "data": "void *", "storage": "const void *"},
+    # Tensors that a step writes beside the parameters.
+    "states": {"tensors": "const known *", "count": "int64_t"},
+    # A parameter as it was when the plan was made, and the gradient that it must have.
+    "expected": {
+        "parameter": "known",
+        "sizes": "const int64_t *",  # of both
+        "strides": "const int64_t *",
+        "dim": "int64_t",  # -1 for a parameter that must have no gradient
+        "nbytes": "int64_t",  # of the gradient
+        "before": "int64_t",  # as many runs begin before the end of the gradient
+        "dtype": "int32_t",
+        "gradient_dtype": "int32_t",
+        "holder": "const void *",  # where the gradient was last, to be fetched early and never followed
+        "gradient": "const void *",
+        "gradient_storage": "const void *",
+    },
+    # Runs of memory that a step writes, sorted and apart: where each begins, and the byte after its last.
+    "runs": {"begin": "const uintptr_t *", "end": "const uintptr_t *", "count": "int64_t"},
+}
+"""Fields and their C types, with a number of elements where there are several."""
+
+_NUMBERS: dict[str, Any] = {"int64_t": np.int64, "uint64_t": np.uint64, "int32_t": np.int32, "double": np.float64}
+
+
+def structure(name: str) -> np.dtype[Any]:
+    """The NumPy dtype with the bytes of a structure; an address is a uint64."""
+
+    def of(kind: str | tuple[str, int]) -> Any:
+        if isinstance(kind, tuple):
+            return np.dtype((of(kind[0]), kind[1]))
+        return structure(kind) if kind in STRUCTURES else _NUMBERS.get(kind, np.uint64)
+
+    return np.dtype([(field, of(kind)) for field, kind in STRUCTURES[name].items()], align=True)
+
+
+SEGMENT = structure("segment")
+
+
+def header() -> str:
+    """All of this in C."""
+    lines = ["/* Written by kernels/layout.py. */", "#include <stdbool.h>", "#include <stdint.h>"]
+    lines += [f"typedef {signature.format(name)};" for name, signature in SIGNATURES.items()]
+    lines += [f"enum {{ {', '.join(f'{name} = {globals()[name]}' for name in NAMES)} }};"]
+    for name, fields in STRUCTURES.items():
+        members = (f"{k} {f};" if isinstance(k, str) else f"{k[0]} {f}[{k[1]}];" for f, k in fields.items())
+        lines += ["typedef struct {", *members, f"}} {name};"]
+    text = "\n".join(lines) + "\n"
+    return f"{text}enum {{ FASTOPT_LAYOUT = {zlib.crc32(text.encode()) >> 1} }};\n"
+
+
+def layout_hash() -> int:
+    """The number that stands at the end of the header, and in a library that was built with it."""
+    return int(header().rsplit("=", 1)[1].split()[0])
 
 
 # --- on a GPU: tables of 64-bit words --------------------------------------------------------------------------------
@@ -81,3 +188,6 @@ WORD = 8
 
 THREADS = 256
 """Threads per block of every kernel; the prologue's order of addition is laid out for it."""
+
+if __name__ == "__main__":
+    Path(sys.argv[1]).write_text(header())

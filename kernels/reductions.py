@@ -13,6 +13,7 @@ multiply-add gives the same bits as a multiplication and an addition, so it is u
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +25,7 @@ from numba.core.extending import intrinsic
 from .dtypes import ITEMSIZE
 from .environment import enter, leave, settled
 from .layout import BLOCK, LANES
+from .rules.rule import Product
 from .storage import DOUBLE, I64, LINE, Features, Storage, prefetch
 
 AHEAD = 4096  # elements from a row to the row that is prefetched
@@ -31,18 +33,18 @@ AHEAD = 4096  # elements from a row to the row that is prefetched
 # the first-level cache) and 45 (to the second); past all caches (NTA): 13. A loop that only reads, unprefetched: 37.
 
 SIGNATURE = types.float64(types.int64, types.int64, types.voidptr)
-"""C signature of a norm kernel: sum of squares of elements lo to hi - 1 of x; lo is a multiple of BLOCK."""
+"""C signature of a squares kernel: sum of squares of elements lo to hi - 1 of x; lo is a multiple of BLOCK."""
 
-RATIO_SIGNATURE = types.float64(types.float64, types.float64, types.CPointer(types.float64))
-"""C signature of a trust ratio: (weight norm, gradient norm, scalars)."""
+RATIO_SIGNATURE = types.float64(types.CPointer(types.float64), types.float64, types.CPointer(types.float64))
+"""C signature of a ratio: (sums of a segment, gradient multiplier, scalars)."""
 
 
-def norm_loop(dtype: str, features: Features) -> Callable[..., float]:
+def squares_loop(dtype: str, features: Features) -> Callable[..., float]:
     """The sum of squares over an array stored as ``dtype``, to be compiled."""
     squares = Squares(Storage(dtype, features.half), features.fma)
     new_lanes, add_row, add_rest, take = squares.new_lanes(), squares.add_row(ahead=True), squares.add_rest(), take_sum
 
-    def norm(lo: Any, hi: Any, x: Any) -> float:
+    def sum_squares(lo: Any, hi: Any, x: Any) -> float:
         mode: Any = enter()  # type: ignore[call-arg]
         lanes = new_lanes()
         total = 0.0
@@ -58,10 +60,10 @@ def norm_loop(dtype: str, features: Features) -> Callable[..., float]:
         leave(mode)
         return total
 
-    return norm
+    return sum_squares
 
 
-_LANES_TYPE = ir.VectorType(DOUBLE, LANES)
+LANES_TYPE = ir.VectorType(DOUBLE, LANES)
 
 
 class Squares:
@@ -82,7 +84,7 @@ class Squares:
         @intrinsic
         def new_lanes(typingctx: Any) -> Any:
             def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-                lanes = cgutils.alloca_once_value(builder, ir.Constant(_LANES_TYPE, None))
+                lanes = cgutils.alloca_once_value(builder, ir.Constant(LANES_TYPE, None))
                 return builder.bitcast(lanes, context.get_value_type(types.voidptr))
 
             return types.voidptr(), codegen
@@ -102,7 +104,7 @@ class Squares:
                 for offset in range(0, LANES, LINE // ITEMSIZE[self.storage.dtype]) if ahead else ():
                     at = builder.add(i, ir.Constant(I64, AHEAD + offset))
                     prefetch(builder, builder.gep(elements, [at]), level=2)
-                self._add(builder, lanes, row)
+                self.add(builder, lanes, row)
                 return context.get_dummy_value()
 
             return types.void(types.voidptr, types.voidptr, types.int64), codegen
@@ -121,45 +123,71 @@ class Squares:
                 source = builder.gep(builder.bitcast(x, self.storage.memory.as_pointer()), [lo])
                 itemsize = ir.Constant(I64, ITEMSIZE[self.storage.dtype])
                 cgutils.raw_memcpy(builder, padded, source, builder.sub(hi, lo), itemsize)
-                self._add(builder, lanes, builder.load(padded))
+                self.add(builder, lanes, builder.load(padded))
                 return context.get_dummy_value()
 
             return types.void(types.voidptr, types.voidptr, types.int64, types.int64), codegen
 
         return add_rest
 
-    def _add(self, builder: Any, lanes: Any, row: Any) -> None:
-        values = self.storage.decode(builder, row)
-        if values.type != _LANES_TYPE:
-            values = builder.fpext(values, _LANES_TYPE)
-        place = builder.bitcast(lanes, _LANES_TYPE.as_pointer())
+    def add(self, builder: Any, lanes: Any, row: Any, other: Any = None) -> None:
+        """Add the squares of a row into lanes, or its products with another."""
+        values = self._wide(builder, row)
+        factors = values if other is None else self._wide(builder, other)
+        place = builder.bitcast(lanes, LANES_TYPE.as_pointer())
         sums = builder.load(place)
         if self.fma:
-            kind = ir.FunctionType(_LANES_TYPE, [_LANES_TYPE] * 3)
+            kind = ir.FunctionType(LANES_TYPE, [LANES_TYPE] * 3)
             fused = cgutils.get_or_insert_function(builder.module, kind, f"llvm.fma.v{LANES}f64")
-            sums = builder.call(fused, [values, values, sums])
+            sums = builder.call(fused, [values, factors, sums])
         else:
-            sums = builder.fadd(sums, builder.fmul(values, values))
+            sums = builder.fadd(sums, builder.fmul(values, factors))
         builder.store(sums, place)
+
+    def _wide(self, builder: Any, row: Any) -> Any:
+        values = self.storage.decode(builder, row)
+        return values if values.type == LANES_TYPE else builder.fpext(values, LANES_TYPE)
+
+
+def taken(builder: Any, place: Any) -> Any:
+    """The sum of the lanes, added pairwise; the lanes are zero again."""
+    sums = builder.load(place)
+    builder.store(ir.Constant(LANES_TYPE, None), place)
+    width = LANES // 2
+    while width:
+        undefined = ir.Constant(sums.type, ir.Undefined)
+        half = ir.VectorType(ir.IntType(32), width)
+        low, high = (ir.Constant(half, list(range(first, first + width))) for first in (0, width))
+        sums = builder.fadd(builder.shuffle_vector(sums, undefined, low), builder.shuffle_vector(sums, undefined, high))
+        width //= 2
+    return builder.extract_element(sums, ir.Constant(ir.IntType(32), 0))
 
 
 @intrinsic
 def take_sum(typingctx: Any, lanes: Any) -> Any:
-    """The sum of the lanes, added pairwise; the lanes are zero again."""
+    """The same of lanes that ``new_lanes`` made."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        place = builder.bitcast(args[0], _LANES_TYPE.as_pointer())
-        sums = builder.load(place)
-        builder.store(ir.Constant(_LANES_TYPE, None), place)
-        width = LANES // 2
-        while width:
-            undefined = ir.Constant(sums.type, ir.Undefined)
-            half = ir.VectorType(ir.IntType(32), width)
-            low, high = (ir.Constant(half, list(range(first, first + width))) for first in (0, width))
-            sums = builder.fadd(
-                builder.shuffle_vector(sums, undefined, low), builder.shuffle_vector(sums, undefined, high)
-            )
-            width //= 2
-        return builder.extract_element(sums, ir.Constant(ir.IntType(32), 0))
+        return taken(builder, builder.bitcast(args[0], LANES_TYPE.as_pointer()))
 
     return types.float64(types.voidptr), codegen
+
+
+def scaled(context: Any, builder: Any, sums: list[Any], products: tuple[Product, ...], multiplier: Any) -> list[Any]:
+    """Sums of products of what is stored, for gradients times a multiplier, in the IR of a CPU or a GPU."""
+    results = []
+    for total, product in zip(sums, products, strict=True):
+        if product == ("g", "g"):
+            kind = types.float64(types.float64, types.float64)
+            total = context.compile_internal(builder, squared_norm, kind, [total, multiplier])
+        else:
+            for _ in range(product.count("g")):
+                total = builder.fmul(total, multiplier)
+        results.append(total)
+    return results
+
+
+def squared_norm(squares: float, multiplier: float) -> float:
+    """Its root is the norm of the gradients as they are stored, times the multiplier, to the bit."""
+    norm = abs(multiplier) * math.sqrt(squares)
+    return norm * norm

@@ -1,7 +1,5 @@
 """Makes the helpers of this folder importable, sorts tests into tiers, and gives them threads, kernels and GPUs."""
 
-from __future__ import annotations
-
 import functools
 import importlib.util
 import os

@@ -1,7 +1,5 @@
 """The order of the house: how large the tests may grow, how tests are named, and what the README begins with."""
 
-from __future__ import annotations
-
 import ast
 import collections
 import io

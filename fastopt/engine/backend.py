@@ -12,10 +12,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ..kernels.dtypes import norm_symbol, ratio_symbol, round_symbol, update_symbol
-from ..kernels.layout import layout_of_library
+from ..kernels.dtypes import ratio_symbol, round_symbol, squares_symbol, terms_symbol, update_symbol
 from ..kernels.registry import RULES
 from ..kernels.rules.rule import Rule
+from .library import library_path, open_library
 from .table import Table
 
 SERIAL_BELOW = 65_536
@@ -40,11 +40,14 @@ class Backend(Protocol):
     def round_kernel(self, dtype: str) -> int:
         """Address of the rounding of float32 parameters to a 16-bit dtype."""
 
-    def norm_kernel(self, dtype: str) -> int:
+    def squares_kernel(self, dtype: str) -> int:
         """Address of the sum of squares of a storage dtype."""
 
     def ratio_kernel(self, rule: Rule) -> int:
-        """Address of a rule's trust ratio."""
+        """Address of a rule's ratio."""
+
+    def terms_kernel(self, rule: Rule, p: str, g: str) -> int:
+        """Address of the sums of products of a rule's terms, for parameters and gradients stored so."""
 
     def update(self, table: Table, threads: int) -> None:
         """Update every chunk, and commit the counts."""
@@ -52,8 +55,14 @@ class Backend(Protocol):
     def squares(self, table: Table, which: int, threads: int) -> float:
         """Sum of squares of parameters (0) or gradients (1) into each segment, and the sum over all."""
 
-    def layers(self, table: Table, flags: int, threads: int) -> None:
-        """Norms, trust ratio and update, wave after wave; then commit the counts."""
+    def sums(self, table: Table, known: int, threads: int) -> None:
+        """The sums of every segment with a ratio."""
+
+    def ratios(self, table: Table) -> None:
+        """The ratios of all segments by their sums; an update must follow."""
+
+    def waves(self, table: Table, known: int, threads: int) -> None:
+        """Sums, ratios and update, wave after wave; then commit the counts."""
 
 
 NUMBA = 'install Numba: pip install "fastopt[jit]".'
@@ -92,17 +101,19 @@ class Native:
     compiles = "the compiled library has only the rules and dtypes of fastopt."
 
     def __init__(self, path: str, isa: str | None = None) -> None:
-        library = ctypes.CDLL(path)
-        _check_layout(library, path)
+        library = open_library(path)
         library.fastopt_isa.restype = ctypes.c_char_p
         pointer, count, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
         library.fastopt_update.argtypes = [pointer, pointer, count, pointer, count, number]
         library.fastopt_squares.argtypes = [pointer, count, pointer, count, pointer, number, number]
-        library.fastopt_layers.argtypes = [
-            *(pointer, pointer, pointer, count, pointer, pointer, number),
+        library.fastopt_sums.argtypes = [pointer, pointer, count, pointer, number, number]
+        library.fastopt_ratios.argtypes = [pointer, count]
+        library.fastopt_waves.argtypes = [
+            *(pointer, pointer, count, pointer, count, pointer, number),
             *(pointer, count, number),
         ]
-        library.fastopt_update.restype = library.fastopt_layers.restype = None
+        for function in (library.fastopt_update, library.fastopt_sums, library.fastopt_ratios, library.fastopt_waves):
+            function.restype = None
         library.fastopt_squares.restype = ctypes.c_double
         self._library = library
         best = library.fastopt_isa().decode()
@@ -132,8 +143,13 @@ class Native:
     def round_kernel(self, dtype: str) -> int:
         return self._address(round_symbol(dtype, self.isa)) or JIT.address(self.compiles, "round", dtype)
 
-    def norm_kernel(self, dtype: str) -> int:
-        return self._address(norm_symbol(dtype, self.isa)) or JIT.address(self.compiles, "norm", dtype)
+    def squares_kernel(self, dtype: str) -> int:
+        return self._address(squares_symbol(dtype, self.isa)) or JIT.address(self.compiles, "squares", dtype)
+
+    def terms_kernel(self, rule: Rule, p: str, g: str) -> int:
+        prebuilt = RULES.get(rule.name) is rule
+        found = self._address(terms_symbol(rule.name, p, g, self.isa)) if prebuilt else None
+        return found or JIT.address(self.compiles, "terms", rule, p, g)
 
     def ratio_kernel(self, rule: Rule) -> int:
         prebuilt = RULES.get(rule.name) is rule
@@ -147,29 +163,22 @@ class Native:
         )
 
     def squares(self, table: Table, which: int, threads: int) -> float:
-        segments, partials = (table.segments_at, len(table.sizes)), table.partials_at[which]
-        total = self._library.fastopt_squares(*segments, table.chunks_at, table.count, partials, which, threads)
-        return float(total)
+        segments, chunks = (table.segments_at, len(table.sizes)), (table.chunks_at, table.count)
+        return float(self._library.fastopt_squares(*segments, *chunks, table.partials_at, which, threads))
 
-    def layers(self, table: Table, flags: int, threads: int) -> None:
+    def sums(self, table: Table, known: int, threads: int) -> None:
+        chunks = table.chunks_at, table.count
+        self._library.fastopt_sums(table.segments_at, *chunks, table.partials_at, known, threads)
+
+    def ratios(self, table: Table) -> None:
+        self._library.fastopt_ratios(table.segments_at, len(table.sizes))
+
+    def waves(self, table: Table, known: int, threads: int) -> None:
         waves, counts = table.waves, table.counts
-        self._library.fastopt_layers(
-            *(table.segments_at, table.chunks_at, waves.ctypes.data, len(waves), *table.partials_at, flags),
+        self._library.fastopt_waves(
+            *(table.segments_at, table.chunks_at, table.count, waves.ctypes.data, len(waves), table.partials_at, known),
             *(counts.address, counts.half, threads),
         )
-
-
-def _check_layout(library: ctypes.CDLL, path: str) -> None:
-    """Refuse a library that knows other tables than this code."""
-    want = layout_of_library()
-    try:
-        library.fastopt_layout.restype = ctypes.POINTER(ctypes.c_int64)
-        says = library.fastopt_layout()
-        fits = says[0] == want[0] and says[: want[0]] == want
-    except AttributeError:  # a library from before this was asked
-        fits = False
-    if not fits:
-        raise ImportError(f"fastopt: {path} belongs to another version of fastopt; install it again.")
 
 
 class Numba:
@@ -193,8 +202,11 @@ class Numba:
     def round_kernel(self, dtype: str) -> int:
         return JIT.address(self.compiles, "round", dtype)
 
-    def norm_kernel(self, dtype: str) -> int:
-        return JIT.address(self.compiles, "norm", dtype)
+    def squares_kernel(self, dtype: str) -> int:
+        return JIT.address(self.compiles, "squares", dtype)
+
+    def terms_kernel(self, rule: Rule, p: str, g: str) -> int:
+        return JIT.address(self.compiles, "terms", rule, p, g)
 
     def ratio_kernel(self, rule: Rule) -> int:
         return JIT.address(self.compiles, "ratio", rule)
@@ -209,11 +221,18 @@ class Numba:
         self._scheduler.update(table.segments, table.segments_at, table.chunks, _numbers(table), threads)
 
     def squares(self, table: Table, which: int, threads: int) -> float:
-        return float(self._scheduler.squares(table.segments, table.chunks, table.partials[which], which, threads))
+        return float(self._scheduler.squares(table.segments, table.chunks, table.partials, which, threads))
 
-    def layers(self, table: Table, flags: int, threads: int) -> None:
-        self._scheduler.layers(
-            *(table.segments, table.segments_at, table.chunks, table.waves, table.partials, flags),
+    def sums(self, table: Table, known: int, threads: int) -> None:
+        segments = table.segments, table.segments_at
+        self._scheduler.sums(*segments, table.chunks, table.partials, known, threads)
+
+    def ratios(self, table: Table) -> None:
+        self._scheduler.ratios(table.segments, table.segments_at)
+
+    def waves(self, table: Table, known: int, threads: int) -> None:
+        self._scheduler.waves(
+            *(table.segments, table.segments_at, table.chunks, table.waves, table.partials, known),
             *(_numbers(table), threads),
         )
 
@@ -234,15 +253,15 @@ def load(isa: str | None = None) -> Backend:
 
     Without the library, or where the system cannot load it, kernels are compiled on first use.
     """
-    spec = importlib.util.find_spec("fastopt._native")
     if isa == "numba":
         return Numba("FASTOPT_ISA=numba asks for it.")
-    if spec is None or spec.origin is None:
+    path = library_path()
+    if path is None:
         if isa is not None:
             raise ImportError(f"FASTOPT_ISA={isa}: {UNBUILT}")
         return Numba(UNBUILT)
     try:
-        return Native(spec.origin, isa)
+        return Native(path, isa)
     except OSError as error:
         why = f"the compiled library cannot be loaded ({error}). {LIBGOMP}"
         if isa is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import zip_longest
 from typing import Any
 
@@ -19,7 +19,7 @@ from .step import Request, StepInfo
 from .table import Table
 
 _STEPPED = StepInfo()
-NAMES = ("update", "norm", "ratio", "round", "scalars", "copy")
+NAMES = ("update", "squares", "ratio", "terms", "round", "scalars", "copy")
 
 
 class HostPlan(Plan):
@@ -33,6 +33,9 @@ class HostPlan(Plan):
         self._layers: Table | None = None
         self._updates: Table | None = None
         self._know_weights = False
+        self.combine: Callable[[NDArray[np.float64]], None] | None = None
+        """Changes the segments' sums before ratios are formed of them: adds those of other processes. Then all sums
+        are taken before the first update, else wave after wave."""
 
     @property
     def layers(self) -> Table:
@@ -50,10 +53,10 @@ class HostPlan(Plan):
 
     def _build(self, runs: list[tuple[int, int]], *, norms: bool) -> Table:
         table = Table([size for _, size in runs], self._counts)
-        kernels: dict[tuple[Any, ...], tuple[int, tuple[int, int], int, int]] = {}  # by kind of segment
+        kernels: dict[tuple[Any, ...], tuple[int, tuple[int, int], int, int, int]] = {}  # by kind of segment
         scalars = [cohort.scalars.ctypes.data for cohort in self.cohorts]
         first = [k for k, _ in runs]
-        columns = []
+        columns, squares = [], self.backend.squares_kernel
         for k in first:
             p, cohort = self.parameters[k], self.cohorts[self._member[k]]
             rule = cohort.treatment.rule
@@ -63,8 +66,9 @@ class HostPlan(Plan):
                 stored = p.dtype, self.dtypes[k].name
                 kernels[kind] = (
                     self.backend.update_kernel(rule, *stored),
-                    (self.backend.norm_kernel(stored[0]), self.backend.norm_kernel(stored[1])) if norms else (0, 0),
+                    (squares(stored[0]), squares(stored[1])) if norms else (0, 0),
                     self.backend.ratio_kernel(rule) if self._adapts(k) else 0,
+                    self.backend.terms_kernel(rule, *stored) if self._adapts(k) and rule.sources else 0,
                     self.backend.round_kernel(copied) if copied else 0,
                 )
             columns.append((*kernels[kind], scalars[self._member[k]], p.copy.address if p.copy else 0))
@@ -111,13 +115,17 @@ class HostPlan(Plan):
             table.own[:, MULTIPLIER] = table.signs * multiplier
             table.own[:, ZERO] = request.zero_grads
             table.launched_with = multiplier, request.zero_grads
-        flags = KNOW_G * request.needs_norm + KNOW_W * (request.keep_weights and self._know_weights)
+        known = KNOW_G * request.needs_norm + KNOW_W * (request.keep_weights and self._know_weights)
         self._know_weights = False
-        if self._has_ratio:
-            self.backend.layers(table, flags, _threads(table))
-        else:
-            self.backend.update(table, _threads(table))
-        self._know_weights = True
+        if self._has_ratio and self.combine is None:
+            self.backend.waves(table, known, _threads(table))
+            self._know_weights = True
+            return
+        if self._has_ratio and self.combine is not None:
+            self.backend.sums(table, known, _threads(table))
+            self.combine(table.segments["sums"])
+            self.backend.ratios(table)
+        self.backend.update(table, _threads(table))
 
     def forget_weights(self) -> None:
         self._know_weights = False

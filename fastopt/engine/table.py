@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..kernels.layout import CHUNK, RATIO, SEGMENT
+from ..kernels.layout import CHUNK, RATIO, SEGMENT, SUMS
 
 WAVE = 262_144
 """Elements after which a wave of segments ends: 2 MiB of float32 parameters and gradients, which stay in the cache of
@@ -74,13 +74,13 @@ class Table:
 
     @functools.cached_property
     def partials(self) -> NDArray[np.float64]:
-        """Sums of squares of each chunk of the parameters and of the gradients."""
-        return np.zeros((2, self.count))
+        """What becomes the segments' sums, of each chunk."""
+        return np.zeros((SUMS, self.count))
 
     @functools.cached_property
-    def partials_at(self) -> tuple[int, int]:
-        """Addresses of both rows of ``partials``."""
-        return self.partials[0].ctypes.data, self.partials[1].ctypes.data
+    def partials_at(self) -> int:
+        """Address of ``partials``."""
+        return self.partials.ctypes.data
 
     @functools.cached_property
     def waves(self) -> NDArray[np.int64]:

@@ -33,6 +33,14 @@ def _boxed(state: Any) -> Any:
     return {k: _Boxed(v) if isinstance(v, Tensor) else v for k, v in state.items()}
 
 
+def _box(opt: torch.optim.Optimizer, loaded: dict[str, Any]) -> dict[str, Any]:
+    """Check a state dict before it is loaded, and put its tensors in boxes."""
+    assert isinstance(opt, Checkpoints)
+    loaded = {**opt.check_loaded(loaded)}
+    opt.check_states(loaded)
+    return {**loaded, "state": {key: _boxed(state) for key, state in loaded["state"].items()}}
+
+
 def _taken(parameter: Any, state: Any) -> Any:
     """The state of one parameter without boxes: states and numbers as they are, copies of other tensors."""
     if not isinstance(state, dict):
@@ -112,21 +120,17 @@ class Checkpoints(torch.optim.Optimizer):
                 changed.
             RuntimeError: Another thread steps this optimizer.
         """
-        hooks = self._optimizer_load_state_dict_pre_hooks  # type: ignore[attr-defined]
-        for key in [key for key, hook in hooks.items() if hook is Checkpoints._box]:  # left by an interrupted load
+        hooks = self._optimizer_load_state_dict_pre_hooks
+        for key in [key for key, hook in hooks.items() if hook is _box]:  # left by an interrupted load
             del hooks[key]
-        handle = self.register_load_state_dict_pre_hook(Checkpoints._box)  # after those of the user
+        handle = self.register_load_state_dict_pre_hook(_box)  # after those of the user
         try:
             super().load_state_dict(state_dict)
         finally:
             handle.remove()
 
-    def _box(self, loaded: dict[str, Any]) -> dict[str, Any]:
-        loaded = {**self.check_loaded(loaded)}
-        self._check_states(loaded)
-        return {**loaded, "state": {key: _boxed(state) for key, state in loaded["state"].items()}}
-
-    def _check_states(self, loaded: dict[str, Any]) -> None:
+    def check_states(self, loaded: dict[str, Any]) -> None:
+        """Refuse states that lack something, or of other shapes."""
         where = f"{type(self).__name__}.load_state_dict"
         for own, group in zip(self.param_groups, loaded["param_groups"], strict=False):
             numbers = [STEP] * self.counts_steps

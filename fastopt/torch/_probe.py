@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import importlib.util
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -14,61 +13,37 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..engine.library import library_path, open_library
+from ..kernels.layout import STRUCTURES, structure
 from ._tensors import STORED
 
-SHIM = (
-    "get_data_ptr",
-    "get_dim",
-    "get_sizes",
-    "get_strides",
-    "get_dtype",
-    "get_layout",
-    "get_device_type",
-    "is_defined",
-    "new_tensor_handle",
-    "delete_tensor_object",
-)
-GRAD = "_ZNK3c1010TensorImpl4gradEv"
-BUMP_VERSION = "_ZN5torch8autograd4impl12bump_versionERKN2at6TensorE"
 DEVICE_TYPES = {"cpu": 0, "cuda": 1}  # c10::DeviceType
 
-KNOWN = np.dtype([("object", np.uint64), ("impl", np.uint64), ("data", np.uint64), ("storage", np.uint64)])
-"""A tensor: the same bytes as ``known`` in tensors.c."""
+NAMES = {
+    "grad": "_ZNK3c1010TensorImpl4gradEv",
+    "bump_version": "_ZN5torch8autograd4impl12bump_versionERKN2at6TensorE",
+}
+"""Where torch's stable C interface lacks a function: its C++ name."""
 
-EXPECTED = np.dtype(
-    [
-        ("parameter", KNOWN),
-        ("sizes", np.uint64),
-        ("strides", np.uint64),
-        ("dim", np.int64),
-        ("nbytes", np.int64),
-        ("before", np.int64),
-        ("dtype", np.int32),
-        ("gradient_dtype", np.int32),
-        ("holder", np.uint64),
-        ("gradient", np.uint64),
-        ("gradient_storage", np.uint64),
-    ]
-)
-"""A parameter: the same bytes as ``expected`` in tensors.c."""
+FUNCTIONS = [*STRUCTURES["torch_functions"]][:-3]  # behind them: where tensors are, and where they have their impl
 
 
 class _Library:
     """Functions of the compiled library and, for these, of torch."""
 
     def __init__(self, path: str) -> None:
-        own = ctypes.PyDLL(path)  # which keeps Python's lock: no other thread may drop a gradient meanwhile
+        own = open_library(
+            path, ctypes.PyDLL
+        )  # which keeps Python's lock: no other thread may drop a gradient meanwhile
         folder = pathlib.Path(torch.__file__).parent / "lib"
-        shim, c10 = (ctypes.CDLL(str(folder / name)) for name in ("libtorch_cpu.so", "libc10.so"))
-        functions = [getattr(shim, f"aoti_torch_{name}") for name in SHIM] + [getattr(c10, GRAD)]
-        functions += [shim.aoti_torch_get_device_index, getattr(shim, BUMP_VERSION)]
-        self._functions = [ctypes.cast(function, ctypes.c_void_p).value or 0 for function in functions]
+        torch_cpu = ctypes.CDLL(str(folder / "libtorch_cpu.so"))  # with what that is linked to
+        functions = {name: getattr(torch_cpu, NAMES.get(name, f"aoti_torch_{name}")) for name in FUNCTIONS}
+        self._functions = {
+            name: ctypes.cast(function, ctypes.c_void_p).value or 0 for name, function in functions.items()
+        }
         self.gradients, self.release = own.fastopt_gradients, own.fastopt_release
         self.gradients.restype, self.release.restype = ctypes.c_bool, None
         self.gradients.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, *[ctypes.c_void_p] * 4]
-        own.fastopt_expected_size.restype = ctypes.c_int64
-        if own.fastopt_expected_size() != EXPECTED.itemsize:
-            raise OSError(f"{path} belongs to another version of fastopt")
         self.release.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
         self.bump_versions = own.fastopt_bump_versions
         self.bump_versions.restype = ctypes.c_bool
@@ -76,17 +51,16 @@ class _Library:
         self._impl_at = _impl_offset()
         self.codes = {dtype: self._code(dtype) for dtype in STORED}
 
-    def table(self, device: torch.device) -> NDArray[np.uint64]:
+    def table(self, device: torch.device) -> NDArray[Any]:
         """What the library is told: torch's functions, where tensors must be, and where objects have their impl."""
-        return np.array([*self._functions, DEVICE_TYPES[device.type], device.index or 0, self._impl_at], np.uint64)
+        where = DEVICE_TYPES[device.type], device.index or 0, self._impl_at
+        return np.array((*self._functions.values(), *where), structure("torch_functions"))
 
     def _code(self, dtype: torch.dtype) -> int:
         """The number that torch's C interface has for a dtype."""
         tensor, code = torch.empty(0, dtype=dtype), ctypes.c_int32()
         impl = ctypes.c_void_p(tensor._cdata)
-        get_dtype = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p)(
-            self._functions[SHIM.index("get_dtype")]
-        )
+        get_dtype = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p)(self._functions["get_dtype"])
         if get_dtype(ctypes.addressof(impl), ctypes.addressof(code)):
             raise OSError("torch's C interface does not answer")
         return code.value
@@ -95,7 +69,7 @@ class _Library:
         """Whether what it takes for a parameter's gradient is that."""
         parameter = torch.nn.Parameter(torch.zeros(2))
         parameter.grad = torch.zeros(2)
-        grad = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)(self._functions[len(SHIM)])
+        grad = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)(self._functions["grad"])
         at = grad(parameter._cdata)
         return at is not None and ctypes.c_uint64.from_address(at).value == parameter.grad._cdata
 
@@ -127,11 +101,11 @@ def _address_at(tensor: Tensor, offset: int) -> int:
 @functools.cache
 def _library() -> _Library | None:
     """None where torch lacks a function, or fastopt was built without its library: then Python asks."""
-    spec = importlib.util.find_spec("fastopt._native")
-    if spec is None or spec.origin is None:
+    path = library_path()
+    if path is None:
         return None
     try:
-        library = _Library(spec.origin)
+        library = _Library(path)
     except (AttributeError, OSError):
         return None
     return library if library.finds_gradients() else None
@@ -161,9 +135,11 @@ class Probe:
         self._library = library
         self._alive = params, states  # the addresses of these objects hold while they live
         self._table = library.table(device)
-        self._known = np.array([(id(t), t._cdata, address, t.untyped_storage()._cdata) for t, address in states], KNOWN)
-        self._states = np.array([self._known.ctypes.data, len(states)], np.uint64)  # tensors.c's ``states``
-        self._expected = np.zeros(len(params), EXPECTED)
+        self._known = np.array(
+            [(id(t), t._cdata, address, t.untyped_storage()._cdata) for t, address in states], structure("known")
+        )
+        self._states = np.array((self._known.ctypes.data, len(states)), structure("states"))
+        self._expected = np.zeros(len(params), structure("expected"))
         layouts: dict[Any, tuple[NDArray[np.int64], NDArray[np.int64]]] = {}
         for entry, p, dtype in zip(self._expected, params, gradient_dtypes, strict=True):
             storage = p.untyped_storage()._cdata
@@ -185,7 +161,7 @@ class Probe:
         self._held = np.zeros(self._count, np.uint64)
         self._owned = np.array([owned[0], owned[0] + owned[1].astype(np.uint64)])  # where each begins and ends
         begin, end = (row.ctypes.data for row in self._owned)
-        self._runs = np.array([begin, end, len(owned[0])], np.int64)  # tensors.c's ``runs``
+        self._runs = np.array((begin, end, len(owned[0])), structure("runs"))
         # Reading an array's address takes as long as asking for a gradient.
         self._held_at = self._held.ctypes.data
         self._arguments = (

@@ -4,8 +4,7 @@
  * It needs no header of NumPy: where an array has these fields is part of NumPy's binary interface, which every extension
  * module has compiled in. fastopt/watch.py makes sure of it.
  */
-#include <stdbool.h>
-#include <stdint.h>
+#include "layout.h"
 
 typedef struct { /* what follows Python's own fields */
     void *data;
@@ -14,20 +13,6 @@ typedef struct { /* what follows Python's own fields */
     void *base, *dtype;
     int flags; /* writable, contiguous, aligned */
 } fields;
-
-typedef struct {
-    const char *object;
-    const void *type;
-} array;
-
-/* The same bytes as in _watch.py. */
-typedef struct {
-    void *(*get_item)(void *list, intptr_t i); /* PyList_GetItem */
-    const void *const *listed;                 /* what the list must hold */
-    const array *arrays;
-    int64_t listed_count, count, head; /* head: bytes of Python's own fields; the type is the last of them */
-    uint64_t seen;
-} watch;
 
 /* Each step is one-to-one, so that a change of one field of one array always shows. */
 static uint64_t mix(uint64_t hash, uint64_t x) {

@@ -22,11 +22,11 @@ import llvmlite.binding as llvm
 from numba import cfunc
 
 from .. import reductions
-from ..dtypes import COMPUTE, COPIES, PAIRS, norm_symbol, ratio_symbol, round_symbol, update_symbol
+from ..dtypes import COMPUTE, COPIES, PAIRS, ratio_symbol, round_symbol, squares_symbol, terms_symbol, update_symbol
 from ..registry import RULES
 from ..rules.rule import Rule
 from ..storage import Features
-from . import loop
+from . import loop, terms
 
 
 class Kernel(NamedTuple):
@@ -47,14 +47,19 @@ def round_kernel(dtype: str, isa: str, features: Features) -> Kernel:
     return Kernel(round_symbol(dtype, isa), loop.rounding_loop(dtype, features), loop.ROUND_SIGNATURE)
 
 
-def norm_kernel(dtype: str, isa: str, features: Features) -> Kernel:
+def squares_kernel(dtype: str, isa: str, features: Features) -> Kernel:
     """The sum of squares of an array stored as ``dtype``."""
-    return Kernel(norm_symbol(dtype, isa), reductions.norm_loop(dtype, features), reductions.SIGNATURE)
+    return Kernel(squares_symbol(dtype, isa), reductions.squares_loop(dtype, features), reductions.SIGNATURE)
 
 
 def ratio_kernel(rule: Rule, isa: str, features: Features) -> Kernel:
-    """The trust ratio of ``rule``."""
+    """The ratio of ``rule``."""
     return Kernel(ratio_symbol(rule.name, isa), loop.ratio_function(rule), reductions.RATIO_SIGNATURE)
+
+
+def terms_kernel(rule: Rule, p: str, g: str, isa: str, features: Features) -> Kernel:
+    """The sums of products of ``rule``'s terms."""
+    return Kernel(terms_symbol(rule.name, p, g, isa), terms.terms_loop(rule, p, g, features), terms.SIGNATURE)
 
 
 def jit(kernel: Kernel) -> Any:
@@ -100,10 +105,12 @@ def _kernels(p: str, g: str, features: Features) -> Iterator[tuple[Kernel, bool]
     """The kernels of one pair, without the instruction set in their symbols, and whether features change their code."""
     for rule in RULES.values():
         yield update_kernel(rule, p, g, "", features), "float16" in (p, g) or rule.ratio is not None
+        if rule.sources:
+            yield terms_kernel(rule, p, g, "", features), True
         if rule.ratio is not None and p == g == "float64":
             yield ratio_kernel(rule, "", features), False
     if p == g:
-        yield norm_kernel(p, "", features), True
+        yield squares_kernel(p, "", features), True
         if p in COPIES:
             yield round_kernel(p, "", features), p == "float16"
 

@@ -3,45 +3,15 @@
  * The tables are built in fastopt/engine/table.py; the structures here and in layout.py describe the same bytes.
  * Chunks do not depend on the number of threads and no two chunks share an element, so neither do the results.
  */
+#include "layout.h"
+
 #include <math.h>
 #include <omp.h>
 #include <pthread.h>
-#include <stddef.h>
-#include <stdint.h>
 #include <string.h>
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
-
-typedef double (*update_kernel)(int64_t lo, int64_t hi, void **arrays, const double *scalars, const double *own);
-typedef void (*round_kernel)(int64_t lo, int64_t hi, const void *parameter, void *copy);
-typedef double (*norm_kernel)(int64_t lo, int64_t hi, void *x);
-typedef double (*ratio_kernel)(double w_norm, double g_norm, const double *scalars);
-
-enum { PARAMETER, GRADIENT };      /* places in arrays, norm and squares */
-enum { MULTIPLIER, RATIO, ZERO };  /* places in own */
-enum { KNOW_W = 1, KNOW_G = 2 };
-enum { LANES = 32, BLOCK = 2048 };
-
-typedef struct {
-    update_kernel update;
-    norm_kernel norm[2];
-    ratio_kernel ratio; /* NULL where the segment has no trust ratio */
-    const double *scalars;
-    round_kernel round; /* NULL where the parameters have no 16-bit copy */
-    void *copy;
-    void *arrays[8]; /* parameter, gradient, states */
-    double own[3];
-    double squares[2]; /* sums of squares of parameter and gradient as stored */
-} segment;
-
-typedef struct {
-    int64_t segment, lo, hi;
-} chunk;
-
-typedef struct {
-    int64_t segments, chunks, elements; /* how many of each; waves follow one another */
-} wave;
 
 /* GNU OpenMP cannot start threads in the child of a fork: there, everything runs in the calling thread. */
 static int forked;
@@ -85,17 +55,8 @@ static int team(int threads) {
     return threads <= proven ? threads : proven;
 }
 
-/* What layout.py says, too: the library of another version must not be used. The first number is how many there are. */
-const int64_t *fastopt_layout(void) {
-    static const int64_t layout[] = {
-        25, sizeof(segment), sizeof(chunk), sizeof(wave), offsetof(segment, update), offsetof(segment, norm),
-        offsetof(segment, ratio), offsetof(segment, scalars), offsetof(segment, round), offsetof(segment, copy),
-        offsetof(segment, arrays), offsetof(segment, own), offsetof(segment, squares), offsetof(chunk, segment),
-        offsetof(chunk, lo), offsetof(chunk, hi), PARAMETER, GRADIENT, MULTIPLIER, RATIO, ZERO, KNOW_W, KNOW_G, LANES,
-        BLOCK,
-    };
-    return layout;
-}
+/* The library of another version must not be used. */
+int fastopt_layout(void) { return FASTOPT_LAYOUT; }
 
 int fastopt_default_threads(void) { return omp_get_max_threads(); }
 
@@ -181,7 +142,23 @@ static double update_chunk(const segment *segments, const chunk *c) {
 
 static double chunk_squares(const segment *segments, const chunk *c, int which) {
     const segment *s = segments + c->segment;
-    return s->norm[which](c->lo, c->hi, s->arrays[which]);
+    return s->squares[which](c->lo, c->hi, s->arrays[which]);
+}
+
+/* What the ratio of chunk i's segment needs to know of that chunk. Each place in `sums` has a row of partial sums, which
+ * are `stride` apart. The two first are known already where `known` says so. */
+static void chunk_sums(const segment *segments, const chunk *chunks, int64_t i, double *partials, int64_t stride,
+                       int known) {
+    const segment *s = segments + chunks[i].segment;
+    if (!s->ratio) return;
+    if (s->terms) {
+        double sums[SUMS] = {0};
+        s->terms(chunks[i].lo, chunks[i].hi, (void **)s->arrays, s->scalars, s->own, sums);
+        for (int k = 0; k < SUMS; k++) partials[k * stride + i] = sums[k];
+        return;
+    }
+    for (int k = PARAMETER; k <= GRADIENT; k++)
+        if (!(known >> k & 1)) partials[k * stride + i] = chunk_squares(segments, chunks + i, k);
 }
 
 /* Lane j adds numbers j, j + 32, ... in order; then the lanes are added pairwise (reductions.py). */
@@ -193,12 +170,21 @@ static double sum_lanes(const double *x, int64_t count, int64_t stride) {
     return lanes[0];
 }
 
-/* squares[which] of each segment is the sum of its chunks' partial sums. */
-static void sum_chunks(segment *segments, const chunk *chunks, int64_t count, const double *partials, int which) {
+/* Each of the segments' sums is that of their chunks' partial sums: the places that have a bit in `places`, or, where a
+ * segment has terms, in `of_terms`. */
+static void sum_chunks(segment *segments, const chunk *chunks, int64_t count, const double *partials, int64_t stride,
+                       int places, int of_terms) {
     for (int64_t i = 0, end; i < count; i = end) {
+        segment *s = segments + chunks[i].segment;
         for (end = i + 1; end < count && chunks[end].segment == chunks[i].segment;) end++;
-        segments[chunks[i].segment].squares[which] = sum_lanes(partials + i, end - i, 1);
+        for (int k = 0; k < SUMS; k++)
+            if ((s->terms ? of_terms : places) >> k & 1) s->sums[k] = sum_lanes(partials + k * stride + i, end - i, 1);
     }
+}
+
+static void decide(segment *segments, int64_t count) {
+    for (segment *s = segments; s < segments + count; s++)
+        if (s->ratio) s->own[RATIO] = s->ratio(s->sums, s->own[MULTIPLIER], s->scalars);
 }
 
 /* The last act of a step (Counts in fastopt/engine/table.py): what is counted in the second half becomes the first. */
@@ -217,14 +203,30 @@ void fastopt_update(const segment *segments, const chunk *chunks, int64_t count,
 double fastopt_squares(segment *segments, int64_t segment_count, const chunk *chunks, int64_t count, double *partials,
                        int which, int threads) {
     int64_t batch = count / (32 * (int64_t)threads) + 1;
+    double *row = partials + which * count;
 #pragma omp parallel for schedule(dynamic, batch) num_threads(team(threads))
-    for (int64_t i = 0; i < count; i++) partials[i] = chunk_squares(segments, chunks + i, which);
+    for (int64_t i = 0; i < count; i++) row[i] = chunk_squares(segments, chunks + i, which);
     mode m = enter();
-    sum_chunks(segments, chunks, count, partials, which);
-    double total = settled(sum_lanes(&segments->squares[which], segment_count, sizeof(segment) / sizeof(double)));
+    sum_chunks(segments, chunks, count, partials, count, 1 << which, 1 << which);
+    double total = settled(sum_lanes(&segments->sums[which], segment_count, sizeof(segment) / sizeof(double)));
     leave(m);
     return total;
 }
+
+enum { EVERY_SUM = (1 << SUMS) - 1 };
+
+/* The sums of all segments that have a ratio: the first pass where something must be done with them before the ratios. */
+void fastopt_sums(segment *segments, const chunk *chunks, int64_t count, double *partials, int known, int threads) {
+    int64_t batch = count / (32 * (int64_t)threads) + 1;
+#pragma omp parallel for schedule(dynamic, batch) num_threads(team(threads))
+    for (int64_t i = 0; i < count; i++) chunk_sums(segments, chunks, i, partials, count, known);
+    mode m = enter();
+    sum_chunks(segments, chunks, count, partials, count, ~known & (KNOW_W | KNOW_G), EVERY_SUM);
+    leave(m);
+}
+
+/* The ratios of all segments by their sums; an update of all follows. */
+void fastopt_ratios(segment *segments, int64_t count) { decide(segments, count); }
 
 /* Calls work for the chunks of a wave that fall to this thread. Each thread takes neighbours that hold an equal share of
  * the elements, the same ones at every call: it finds in its own cache what it read before. Backwards, what it read last
@@ -245,34 +247,25 @@ double fastopt_squares(segment *segments, int64_t segment_count, const chunk *ch
         }                                                                                    \
     } while (0)
 
-/* Rules with a trust ratio per segment. A wave is a few segments whose data fit into the cache: their norms are taken
- * and the update follows before the data are gone. */
-void fastopt_layers(segment *segments, const chunk *chunks, const wave *waves, int64_t count, double *w_partials,
-                    double *g_partials, int flags, double *counts, int64_t half, int threads) {
+/* The same in waves, which are a few segments whose data fit into the cache: their sums are taken, and the update follows
+ * before the data are gone. */
+void fastopt_waves(segment *segments, const chunk *chunks, int64_t chunk_count, const wave *waves, int64_t count,
+                   double *partials, int known, double *counts, int64_t half, int threads) {
     mode m = enter();
     segment *first = segments;
     for (const wave *w = waves; w < waves + count; w++) {
-        if (!(flags & KNOW_W) || !(flags & KNOW_G)) {
 #pragma omp parallel num_threads(team(threads))
-            FOR_MY_CHUNKS(chunks, w->chunks, w->elements, 0, {
-                if (!segments[chunks[i].segment].ratio) continue;
-                if (!(flags & KNOW_W)) w_partials[i] = chunk_squares(segments, chunks + i, PARAMETER);
-                if (!(flags & KNOW_G)) g_partials[i] = chunk_squares(segments, chunks + i, GRADIENT);
-            });
-            if (!(flags & KNOW_W)) sum_chunks(segments, chunks, w->chunks, w_partials, PARAMETER);
-            if (!(flags & KNOW_G)) sum_chunks(segments, chunks, w->chunks, g_partials, GRADIENT);
-        }
-        for (segment *s = first; s < first + w->segments; s++)
-            if (s->ratio)
-                s->own[RATIO] = s->ratio(sqrt(s->squares[PARAMETER]),
-                                         fabs(s->own[MULTIPLIER]) * sqrt(s->squares[GRADIENT]), s->scalars);
+        FOR_MY_CHUNKS(chunks, w->chunks, w->elements, 0,
+                      chunk_sums(segments, chunks, i, partials, chunk_count, known));
+        sum_chunks(segments, chunks, w->chunks, partials, chunk_count, ~known & (KNOW_W | KNOW_G), EVERY_SUM);
+        decide(first, w->segments);
 #pragma omp parallel num_threads(team(threads))
-        FOR_MY_CHUNKS(chunks, w->chunks, w->elements, 1, w_partials[i] = update_chunk(segments, chunks + i));
-        sum_chunks(segments, chunks, w->chunks, w_partials, PARAMETER);
+        FOR_MY_CHUNKS(chunks, w->chunks, w->elements, 1,
+                      partials[PARAMETER * chunk_count + i] = update_chunk(segments, chunks + i));
+        sum_chunks(segments, chunks, w->chunks, partials, chunk_count, KNOW_W, 0);
         first += w->segments;
         chunks += w->chunks;
-        w_partials += w->chunks;
-        g_partials += w->chunks;
+        partials += w->chunks;
     }
     leave(m);
     commit(counts, half);

@@ -15,7 +15,7 @@ from ..dtypes import COMPUTE, ITEMSIZE
 from ..environment import enter, leave, settled
 from ..layout import BLOCK as REDUCED
 from ..layout import LANES, MULTIPLIER, PARAMETER, RATIO, ZERO
-from ..reductions import take_sum
+from ..reductions import scaled, take_sum
 from ..rules.rule import Rule
 from ..storage import I64, LINE, Features, Storage, prefetch
 
@@ -50,15 +50,15 @@ def cpu_loop(rule: Rule, p: str, g: str, features: Features) -> Callable[..., fl
     """The loop of ``rule`` over parameters stored as ``p`` and gradients stored as ``g``, to be compiled."""
     compute = getattr(types, COMPUTE[p])
     stored = [Storage(p, features.half), Storage(g, features.half)]
-    access = _Access(stored + [Storage(COMPUTE[p])] * len(rule.state), compute)
+    access = Access(stored + [Storage(COMPUTE[p])] * len(rule.state), compute)
     pointers_of, ahead = access.pointers_of(), access.ahead(range(len(access.storages)))
     owned = access.ahead([PARAMETER], write=True)
     load, store, clear = access.load(), access.store(), access.clear()
-    scalars_of, last = _scalars(rule, compute), len(rule.Scalars._fields) - 1  # type: ignore[attr-defined]
+    scalars_of, last = scalars_intrinsic(rule, compute), len(rule.Scalars._fields) - 1  # type: ignore[attr-defined]
     factors = njit(error_model="numpy", forceinline=True)(rule.factors)
     step = njit(error_model="numpy", forceinline=True)(rule.step)
 
-    sums = rule.ratio is not None
+    sums = ("p", "p") in rule.products and not rule.sources
     squares = reductions.Squares(stored[0], features.fma)
     new_lanes, add_row, add_rest, take = squares.new_lanes(), squares.add_row(), squares.add_rest(), take_sum
 
@@ -103,7 +103,7 @@ def cpu_loop(rule: Rule, p: str, g: str, features: Features) -> Callable[..., fl
 
 def rounding_loop(dtype: str, features: Features) -> Callable[..., None]:
     """The loop that rounds float32 parameters to a copy stored as ``dtype``, to be compiled."""
-    access = _Access([Storage("float32"), Storage(dtype, features.half)], types.float32)
+    access = Access([Storage("float32"), Storage(dtype, features.half)], types.float32)
     ahead, round_one = access.ahead([1], write=True), access.round_one()  # parameters were just written
 
     def loop(lo: Any, hi: Any, parameter: Any, copy: Any) -> None:
@@ -122,22 +122,37 @@ def rounding_loop(dtype: str, features: Features) -> Callable[..., None]:
 
 
 def ratio_function(rule: Rule) -> Callable[..., float]:
-    """The trust ratio of ``rule`` in float64, to be compiled."""
+    """The ratio of ``rule`` in float64, to be compiled."""
     assert rule.ratio is not None
-    scalars_of = _scalars(rule, types.float64)
-    trust_ratio = njit(error_model="numpy", forceinline=True)(rule.ratio)
+    scalars_of, sums_of = scalars_intrinsic(rule, types.float64), _sums(rule)
+    formula = njit(error_model="numpy", forceinline=True)(rule.ratio)
 
-    def ratio(w_norm: Any, g_norm: Any, scalars: Any) -> float:
+    def ratio(sums: Any, multiplier: Any, scalars: Any) -> float:
         mode: Any = enter()  # type: ignore[call-arg]
         h = scalars_of(scalars, (1.0, 1.0))
-        result = settled(trust_ratio(settled(w_norm), settled(g_norm), h))
+        result = settled(formula(sums_of(sums, settled(multiplier)), h))
         leave(mode)
         return result
 
     return ratio
 
 
-def _scalars(rule: Rule, compute: Any) -> Any:
+def _sums(rule: Rule) -> Any:
+    """Intrinsic ``(sums, multiplier) -> (x, ...)``: the products' sums for gradients times the multiplier."""
+
+    @intrinsic
+    def sums_of(typingctx: Any, sums: Any, multiplier: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            values = [builder.load(builder.gep(args[0], [ir.Constant(I64, k)])) for k in rule.places]
+            values = scaled(context, builder, values, rule.products, args[1])
+            return context.make_tuple(builder, signature.return_type, values)
+
+        return types.UniTuple(types.float64, len(rule.products))(sums, types.float64), codegen
+
+    return sums_of
+
+
+def scalars_intrinsic(rule: Rule, compute: Any) -> Any:
     """Intrinsic ``(scalars, (stretch, ratio)) -> h``: each float64 scalar rounded once to the compute dtype."""
     names = rule.Scalars._fields  # type: ignore[attr-defined]
     count = len(names)
@@ -158,7 +173,7 @@ def _scalars(rule: Rule, compute: Any) -> Any:
     return scalars_of
 
 
-class _Access:
+class Access:
     """Intrinsics that load and store one element of every array.
 
     The arrays do not overlap (the API refuses it), and each access says so in its metadata: LLVM then needs no

@@ -6,7 +6,6 @@ two parallel regions; the child of a fork runs everything in one thread, because
 
 from __future__ import annotations
 
-import math
 import os
 import threading
 from typing import Any
@@ -20,11 +19,12 @@ from numba.core.extending import intrinsic
 
 from .. import reductions
 from ..environment import enter, leave, settled
-from ..layout import BLOCK, GRADIENT, KNOW_G, KNOW_W, LANES, MULTIPLIER, PARAMETER, RATIO, SEGMENT
-from . import loop
+from ..layout import BLOCK, GRADIENT, KNOW_W, LANES, MULTIPLIER, PARAMETER, RATIO, SEGMENT, SUMS
+from . import loop, terms
 
 WORD = np.dtype(np.uint64).itemsize
-UPDATE, SQUARES, LAYERS = range(3)
+UPDATE, SQUARES, SUM, WAVES = range(4)
+EVERY_SUM = (1 << SUMS) - 1
 
 
 def _caller(signature: Any) -> Any:
@@ -53,7 +53,8 @@ def _caller(signature: Any) -> Any:
 
 _update = _caller(loop.SIGNATURE)
 _round = _caller(loop.ROUND_SIGNATURE)
-_norm = _caller(reductions.SIGNATURE)
+_squares = _caller(reductions.SIGNATURE)
+_terms = _caller(terms.SIGNATURE)
 _ratio = _caller(reductions.RATIO_SIGNATURE)
 
 
@@ -64,9 +65,10 @@ class Scheduler:
         assert SEGMENT.fields is not None
         places = {name: SEGMENT.fields[name][1] // WORD for name in SEGMENT.fields}
         words = SEGMENT.itemsize // WORD
-        update_at, norm_at, scalars_at = places["update"], places["norm"], places["scalars"]
+        update_at, squares_at, scalars_at = places["update"], places["squares"], places["scalars"]
         arrays_at, own_at, ratio_at = places["arrays"], places["own"], places["ratio"]
         round_at, copy_at = places["round"], places["copy"]
+        terms_at, sums_at = places["terms"], places["sums"]
 
         # A table arrives as words: two views of the same bytes, as integers and as float64.
         @njit(nogil=True)
@@ -94,23 +96,51 @@ class Scheduler:
         @njit(nogil=True)
         def chunk_squares(table: Any, chunk: Any, which: int) -> float:
             s = chunk[0] * words
-            return _norm(table[s + norm_at + which], (chunk[1], chunk[2], table[s + arrays_at + which]))  # type: ignore[no-any-return]
+            return _squares(table[s + squares_at + which], (chunk[1], chunk[2], table[s + arrays_at + which]))  # type: ignore[no-any-return]
 
         @njit(nogil=True)
-        def trust_ratio(address: int, squares: Any, multiplier: float, scalars: int) -> float:
-            mode: Any = enter()  # type: ignore[call-arg]
-            w_norm, g_norm = math.sqrt(squares[PARAMETER]), abs(multiplier) * math.sqrt(squares[GRADIENT])
-            ratio = settled(_ratio(address, (w_norm, g_norm, scalars)))
-            leave(mode)
-            return ratio
+        def chunk_sums(table: Any, at: int, chunks: Any, i: int, partials: Any, known: int) -> None:
+            s, lo, hi = chunks[i, 0] * words, chunks[i, 1], chunks[i, 2]
+            if table[s + ratio_at] == 0:
+                return
+            if table[s + terms_at] != 0:
+                base, sums = at + s * WORD, np.zeros(SUMS)
+                arrays, own = base + arrays_at * WORD, base + own_at * WORD
+                _terms(table[s + terms_at], (lo, hi, arrays, table[s + scalars_at], own, sums.ctypes.data))
+                partials[:, i] = sums
+                return
+            for k in (PARAMETER, GRADIENT):
+                if not known >> k & 1:
+                    partials[k, i] = chunk_squares(table, chunks[i], k)
+
+        @njit(nogil=True)
+        def sum_chunks(table: Any, sums: Any, chunks: Any, partials: Any, places: int, of_terms: int) -> None:
+            start = 0
+            while start < len(chunks):
+                segment, end = chunks[start, 0], start
+                while end < len(chunks) and chunks[end, 0] == segment:
+                    end += 1
+                wanted = of_terms if table[segment * words + terms_at] != 0 else places
+                for k in range(SUMS):
+                    if wanted >> k & 1:
+                        sums[segment, k] = _sum_lanes(partials[k, start:end])
+                start = end
+
+        @njit(nogil=True)
+        def decide(table: Any, at: int, own: Any, first: int, end: int) -> None:
+            for s in range(first, end):
+                ratio = table[s * words + ratio_at]
+                if ratio != 0:
+                    sums = at + (s * words + sums_at) * WORD
+                    own[s, RATIO] = _ratio(ratio, (sums, own[s, MULTIPLIER], table[s * words + scalars_at]))
 
         @njit(nogil=True)
         def commit(counts: Any) -> None:
             half = len(counts) // 2
             counts[:half] = counts[half:]
 
-        def build(parallel: bool) -> tuple[Any, Any, Any]:
-            """Update, squares and layers; each is compiled when it is first needed."""
+        def build(parallel: bool) -> tuple[Any, Any, Any, Any]:
+            """Update, squares, sums and waves; each is compiled when it is first needed."""
 
             @njit(parallel=parallel, nogil=True)
             def each_chunk(table: Any, at: int, chunks: Any, w_partials: Any) -> None:
@@ -120,46 +150,48 @@ class Scheduler:
                         w_partials[i] = squares
 
             @njit(parallel=parallel, nogil=True)
-            def squares(table: Any, chunks: Any, which: int, partials: Any, only_adapting: bool) -> None:
+            def squares(table: Any, sums: Any, chunks: Any, which: int, partials: Any) -> None:
                 for i in prange(len(chunks)):
-                    if not only_adapting or table[chunks[i, 0] * words + ratio_at] != 0:
-                        partials[i] = chunk_squares(table, chunks[i], which)
+                    partials[which, i] = chunk_squares(table, chunks[i], which)
+                sum_chunks(table, sums, chunks, partials, 1 << which, 1 << which)
 
             @njit(nogil=True)
             def update(table: Any, at: int, chunks: Any, counts: Any) -> None:
                 each_chunk(table, at, chunks, np.empty(0))
                 commit(counts)
 
+            @njit(parallel=parallel, nogil=True)
+            def sum_all(table: Any, at: int, sums: Any, chunks: Any, partials: Any, known: int) -> None:
+                for i in prange(len(chunks)):
+                    chunk_sums(table, at, chunks, i, partials, known)
+                sum_chunks(table, sums, chunks, partials, ~known & 3, EVERY_SUM)
+
             @njit(nogil=True)
-            def layers(
+            def waves(
                 table: Any,
                 at: int,
                 own: Any,
                 sums: Any,
                 chunks: Any,
-                waves: Any,
+                each: Any,
                 partials: Any,
-                flags: int,
+                known: int,
                 counts: Any,
             ) -> None:
                 s = c = 0
-                for w in range(len(waves)):
-                    last, end = s + waves[w, 0], c + waves[w, 1]
-                    for which, flag in ((PARAMETER, KNOW_W), (GRADIENT, KNOW_G)):
-                        if not flags & flag:
-                            squares(table, chunks[c:end], which, partials[which, c:end], True)
-                            _sum_chunks(sums, chunks[c:end], partials[which, c:end], which)
-                    for k in range(s, last):
-                        ratio, h = table[k * words + ratio_at], table[k * words + scalars_at]
-                        if ratio != 0:
-                            own[k, RATIO] = trust_ratio(ratio, sums[k], own[k, MULTIPLIER], h)
-                    each_chunk(table, at, chunks[c:end], partials[PARAMETER, c:end])
-                    _sum_chunks(sums, chunks[c:end], partials[PARAMETER, c:end], PARAMETER)
+                for w in range(len(each)):
+                    last, end = s + each[w, 0], c + each[w, 1]
+                    mine, row = chunks[c:end], partials[:, c:end]
+                    sum_all(table, at, sums, mine, row, known)
+                    decide(table, at, own, s, last)
+                    each_chunk(table, at, mine, row[PARAMETER])
+                    sum_chunks(table, sums, mine, row, KNOW_W, 0)
                     s, c = last, end
                 commit(counts)
 
-            return update, squares, layers
+            return update, squares, sum_all, waves
 
+        self._decide = decide
         self._serial, self._parallel = build(False), build(True)
 
     def update(self, segments: Any, at: int, chunks: Any, counts: Any, threads: int) -> None:
@@ -168,16 +200,23 @@ class Scheduler:
 
     def squares(self, segments: Any, chunks: Any, partials: Any, which: int, threads: int) -> float:
         """Sum of squares of every segment, and the sum over all of them."""
-        self._run(SQUARES, threads, _words(segments), chunks, which, partials, False)
-        _sum_chunks(segments["squares"], chunks, partials, which)
-        return _sum_lanes(segments["squares"][:, which])  # type: ignore[no-any-return]
+        self._run(SQUARES, threads, _words(segments), segments["sums"], chunks, which, partials)
+        return _sum_lanes(segments["sums"][:, which])  # type: ignore[no-any-return]
 
-    def layers(
-        self, segments: Any, at: int, chunks: Any, waves: Any, partials: Any, flags: int, counts: Any, threads: int
+    def sums(self, segments: Any, at: int, chunks: Any, partials: Any, known: int, threads: int) -> None:
+        """The sums of every segment with a ratio."""
+        self._run(SUM, threads, _words(segments), at, segments["sums"], chunks, partials, known)
+
+    def ratios(self, segments: Any, at: int) -> None:
+        """The ratios by the sums."""
+        self._decide(_words(segments), at, segments["own"], 0, len(segments))
+
+    def waves(
+        self, segments: Any, at: int, chunks: Any, waves: Any, partials: Any, known: int, counts: Any, threads: int
     ) -> None:
-        """Norms, trust ratios and update, wave after wave; then commit the counts."""
-        table = _words(segments), at, segments["own"], segments["squares"]
-        self._run(LAYERS, threads, *table, chunks, waves, partials, flags, counts)
+        """Sums, ratios and update, wave after wave; then commit the counts."""
+        table = _words(segments), at, segments["own"], segments["sums"]
+        self._run(WAVES, threads, *table, chunks, waves, partials, known, counts)
 
     def _run(self, which: int, threads: int, *args: Any) -> None:
         if threads == 1 or _forked:
@@ -211,17 +250,6 @@ def _sum_lanes(x: Any) -> float:
     total = settled(lanes[0])
     leave(mode)
     return total
-
-
-@njit
-def _sum_chunks(squares: Any, chunks: Any, partials: Any, which: int) -> None:
-    start = 0
-    while start < len(chunks):
-        segment, end = chunks[start, 0], start
-        while end < len(chunks) and chunks[end, 0] == segment:
-            end += 1
-        squares[segment, which] = _sum_lanes(partials[start:end])
-        start = end
 
 
 _lock = threading.Lock()

@@ -4,61 +4,12 @@
  * (torch/csrc/inductor/aoti_torch/c/shim.h), and two of its C++ functions; fastopt/torch/_probe.py finds the addresses.
  * A tensor handle of that interface points to an at::Tensor, which is nothing but a pointer to a TensorImpl.
  */
-#include <stdbool.h>
+#include "layout.h"
+
 #include <stddef.h>
-#include <stdint.h>
 
 enum { AHEAD = 16 };
 enum { STRIDED = 0, CPU = 0 }; /* c10::Layout, c10::DeviceType */
-
-typedef struct {
-    int32_t (*get_data_ptr)(void *tensor, void **data);
-    int32_t (*get_dim)(void *tensor, int64_t *dim);
-    int32_t (*get_sizes)(void *tensor, int64_t **sizes);
-    int32_t (*get_strides)(void *tensor, int64_t **strides);
-    int32_t (*get_dtype)(void *tensor, int32_t *dtype);
-    int32_t (*get_layout)(void *tensor, int32_t *layout);
-    int32_t (*get_device_type)(void *tensor, int32_t *type);
-    int32_t (*is_defined)(void *tensor, bool *defined);
-    int32_t (*new_tensor_handle)(void *tensor, void **handle);
-    int32_t (*delete_tensor_object)(void *handle);
-    void *(*grad)(const void *impl); /* the address of an at::Tensor */
-    int32_t (*get_device_index)(void *tensor, int32_t *index);
-    void (*bump_version)(const void *tensor); /* torch::autograd::impl::bump_version, which throws for inference tensors */
-    int64_t device_type, device_index; /* where all must be; the CPU has no index */
-    int64_t impl_at;                   /* where a Python object of class Tensor has the address of its TensorImpl */
-} torch_functions;
-
-/* A tensor as it was when the plan was made: its Python object, which lives as long as the plan; the TensorImpl that the
- * object had, which may be another one now; and where its elements began. */
-typedef struct {
-    const char *object;
-    void *impl, *data;
-    const void *storage; /* to be fetched early, never followed: of memory that may be gone nothing is read */
-} known;
-
-/* Tensors that a step writes beside the parameters. */
-typedef struct {
-    const known *tensors;
-    int64_t count;
-} states;
-
-/* A parameter as it was when the plan was made, and the gradient that it must have: the same bytes as in _probe.py. */
-typedef struct {
-    known parameter;
-    const int64_t *sizes, *strides; /* of both */
-    int64_t dim;                    /* -1 for a parameter that must have no gradient */
-    int64_t nbytes;                 /* of the gradient */
-    int64_t before;                 /* as many runs begin before the end of the gradient */
-    int32_t dtype, gradient_dtype;
-    const void *holder, *gradient, *gradient_storage; /* where they were last, to be fetched early, never followed */
-} expected;
-
-/* Runs of memory that a step writes, sorted and apart: where each begins, and the byte after its last. */
-typedef struct {
-    const uintptr_t *begin, *end;
-    int64_t count;
-} runs;
 
 /* Whether some of these bytes are in one of the runs: if so, in the last that begins before their end. How many begin
  * before it is kept, for they will be as many in the next step. */
@@ -171,6 +122,3 @@ bool fastopt_bump_versions(const torch_functions *t, const expected *parameters,
         if (parameters[i].dim >= 0) t->bump_version(&parameters[i].parameter.impl);
     return true;
 }
-
-/* For the check that Python's tables have the layout of these. */
-int64_t fastopt_expected_size(void) { return sizeof(expected); }

@@ -14,6 +14,7 @@ from numba.core import cgutils
 
 from ..dtypes import CODES, COMPUTE, COPIES, ITEMSIZE
 from ..layout import CARRY, COPY, COPY_CODE, LANES
+from ..reductions import scaled
 from ..rules.rule import Rule
 from ..storage import DOUBLE, FLOAT, I32, I64, Storage
 from .toolchain import intrinsic, types
@@ -194,21 +195,24 @@ def _carry_class(rule: Rule) -> Any:
 
 
 def ratio_caller(rule: Rule) -> Any:
-    """Intrinsic ``(w_norm, g_norm, scalars64) -> ratio``; 1 for rules without a trust ratio."""
+    """Intrinsic ``(w_squares, g_squares, multiplier, scalars64) -> ratio``; 1 for rules without a ratio."""
     Scalars: Any = rule.Scalars
     h_type = types.NamedUniTuple(types.float64, len(Scalars._fields), Scalars)
 
     @intrinsic
-    def call(typingctx: Any, w_norm: Any, g_norm: Any, scalars: Any) -> Any:
+    def call(typingctx: Any, w_squares: Any, g_squares: Any, multiplier: Any, scalars: Any) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             if rule.ratio is None:
                 return ir.Constant(DOUBLE, 1.0)
-            numbers = [builder.load(_at(builder, args[2], ir.Constant(I64, k), DOUBLE)) for k in range(h_type.count)]
+            numbers = [builder.load(_at(builder, args[3], ir.Constant(I64, k), DOUBLE)) for k in range(h_type.count)]
             h = context.make_tuple(builder, h_type, numbers)
-            kind = types.float64(types.float64, types.float64, h_type)
-            return context.compile_internal(builder, rule.ratio, kind, [args[0], args[1], h])
+            stored = [args[place] for place in rule.places]
+            values = scaled(context, builder, stored, rule.products, args[2])
+            sums_type = types.UniTuple(types.float64, len(values))
+            sums = context.make_tuple(builder, sums_type, values)
+            return context.compile_internal(builder, rule.ratio, types.float64(sums_type, h_type), [sums, h])
 
-        return types.float64(types.float64, types.float64, types.int64), codegen
+        return types.float64(*[types.float64] * 3, types.int64), codegen
 
     return call
 

@@ -183,15 +183,14 @@ def prologue(rule: Rule, access: Any) -> Callable[..., None]:
                     form_scalars(t, cohort, row, scalars64 + 8 * SCALARS * c, scalars32 + 4 * SCALARS * c)
             cuda.syncthreads()
         if has_ratio:
-            gradient_factor = abs(real(header, MULTIPLIER64))
+            multiplier = real(header, MULTIPLIER64)
             for s in range(thread, segment_count, THREADS):
                 segment = segments + WORD * SEGMENT_WORDS * s
                 c = word(segment, COHORT)
                 if word(segment, ADAPTS) and word(cohorts + WORD * COHORT_WORDS * c, RULE) == number:
-                    w_norm = math.sqrt(fresh_real(squares, s))
-                    g_norm = gradient_factor * math.sqrt(fresh_real(squares, segment_count + s))
+                    w, g = fresh_real(squares, s), fresh_real(squares, segment_count + s)
                     own = scalars64 + 8 * SCALARS * c
-                    stretch, ratio = factors(trust_ratio(w_norm, g_norm, own) * real(own, last_scalar))
+                    stretch, ratio = factors(trust_ratio(w, g, multiplier, own) * real(own, last_scalar))
                     put_real(ratios64, 2 * s, stretch)
                     put_real(ratios64, 2 * s + 1, ratio)
                     put_single(ratios32, 2 * s, stretch)

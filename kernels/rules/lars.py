@@ -34,7 +34,8 @@ def lars_nesterov(p: Any, g: Any, b: Any, h: LarsScalars) -> tuple[Any, Any]:
     return p - h.outer * (d + h.mu * b), b
 
 
-def trust_ratio(w_norm: float, g_norm: float, h: LarsScalars) -> float:
+def trust_ratio(sums: tuple[float, float], h: LarsScalars) -> float:
+    w_norm, g_norm = math.sqrt(sums[0]), math.sqrt(sums[1])
     if w_norm == 0.0 or g_norm == 0.0:
         return 1.0
     ratio = h.cap_scale * h.trust_coefficient * w_norm / (g_norm + h.weight_decay * w_norm + h.eps)
@@ -61,9 +62,14 @@ OPTIONS = {
 }
 
 
+NORMS = (("p", "p"), ("g", "g"))
+
+
 def _rule(step: Any) -> Rule:
     state = ("momentum_buffer",)
-    return Rule(step.__name__, step, LarsScalars, lars_scalars, state, ratio=trust_ratio, options=OPTIONS)
+    return Rule(
+        step.__name__, step, LarsScalars, lars_scalars, state, products=NORMS, ratio=trust_ratio, options=OPTIONS
+    )
 
 
 RULES = (_rule(lars), _rule(lars_nesterov))

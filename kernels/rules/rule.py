@@ -6,10 +6,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..layout import OPTIONS, SCALARS
+from ..layout import GRADIENT, OPTIONS, PARAMETER, SCALARS, SUMS
 
 MAX_STATES = 6
 """State arrays that a segment has room for."""
+
+Product = tuple[str | int, str | int]
+"""What is multiplied and summed: "p" or "g" as stored, or the number of a term."""
 
 Options = Mapping[str, Any]
 """A param group: hyperparameters by name."""
@@ -36,10 +39,14 @@ class Rule:
             before step 1, in a NamedTuple; None for the rules that need none.
         options: How many numbers each option has that ``scalars`` reads, for example ``{"lr": 1, "betas": 2}``. A GPU
             needs it only to keep the step counts itself, with ``skip_nonfinite`` or ``capturable``.
-        ratio: Scalar function ``(w_norm, g_norm, h) -> ratio`` in float64 for rules with a trust ratio per layer.
+        terms: Scalar function ``(p, g, *state, h) -> (x, ...)`` in the compute dtype, of which ``products`` are summed.
+            It sees parameter and states as they are before the step, the gradient as ``step`` does, and no ratio.
+        products: Pairs of what is multiplied and summed over each parameter, in float64: numbers of terms, or "p" and
+            "g" for what is stored. The gradient's multiplier is applied to the sum, once for each "g".
+        ratio: Scalar function ``(sums, h) -> ratio`` in float64 of the sums of ``products``, once for each parameter.
             The loop hands the result to ``step`` as ``h.ratio``, times what ``scalars`` has there (in float64, rounded
-            once), and that alone where a layer has no ratio. It must be the last field of ``Scalars``; the field before
-            it may be ``stretch``, see ``factors``.
+            once), and that alone where a parameter has no ratio. It must be the last field of ``Scalars``; the field
+            before it may be ``stretch``, see ``factors``.
         keeps_zeros: Whether a step leaves a parameter of zeros at zero while its gradients are zero, as the padding of
             flat buffers must be left. None: found out by trying, which takes some 0.1 ms each time that options change.
     """
@@ -52,8 +59,23 @@ class Rule:
     initial: Mapping[str, str] = field(default_factory=dict)
     carry: Callable[[Options], Any] | None = None
     options: Mapping[str, int] = field(default_factory=dict)
+    terms: Callable[..., tuple[Any, ...]] | None = None
+    products: tuple[Product, ...] = ()
     ratio: Callable[..., float] | None = None
     keeps_zeros: bool | None = None
+
+    @property
+    def sources(self) -> tuple[str | int, ...]:
+        """What is multiplied by a kernel of this rule; none where sums of squares of what is stored are all."""
+        if all(product in (("p", "p"), ("g", "g")) for product in self.products):
+            return ()
+        return tuple(dict.fromkeys(source for product in self.products for source in product))
+
+    @property
+    def places(self) -> tuple[int, ...]:
+        """Where among the sums of a segment those of the products are: squares of what is stored have fixed places."""
+        stored: dict[Product, int] = {("p", "p"): PARAMETER, ("g", "g"): GRADIENT}
+        return tuple(k if self.sources else stored[product] for k, product in enumerate(self.products))
 
     @property
     def factors(self) -> Callable[[float], tuple[float, float]]:
@@ -67,10 +89,16 @@ class Rule:
         fields = self.Scalars._fields  # type: ignore[attr-defined]
         if self.ratio is not None and fields[-1] != "ratio":
             raise TypeError(f"Rule {self.name!r}: the last field of Scalars must be 'ratio', got {fields[-1]!r}.")
+        if bool(self.products) != (self.ratio is not None):
+            raise TypeError(f"Rule {self.name!r}: products are what ratio gets; give both or neither.")
+        for source in self.sources:
+            if source not in ("p", "g") and (self.terms is None or not isinstance(source, int) or source < 0):
+                raise ValueError(f'Rule {self.name!r}: products are of "p", "g" and numbers of terms, got {source!r}.')
         if len(self.state) > MAX_STATES:
             raise ValueError(f"Rule {self.name!r}: at most {MAX_STATES} state arrays, got {len(self.state)}.")
         for what, room, taken in (
             ("scalars", SCALARS, len(fields)),
+            ("products", SUMS, len(self.products)),
             ("numbers in its options", OPTIONS, sum(self.options.values())),
         ):
             if taken > room:

@@ -1,7 +1,5 @@
 """``python -m bench compare``, and the files that it reads."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

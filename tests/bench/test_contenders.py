@@ -4,8 +4,6 @@
 ``FASTOPT_ALL_CONTENDERS=1`` also compiles every optimizer of torch, which takes minutes.
 """
 
-from __future__ import annotations
-
 import importlib
 import json
 import os

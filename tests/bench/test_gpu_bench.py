@@ -3,8 +3,6 @@
 What only a GPU can do is in `Gpu` (bench/gpu/device.py), and `FakeGpu` does it over host memory.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 from typing import Any, ClassVar

@@ -1,7 +1,5 @@
 """The command line of the benchmark for GPUs, and bench/gpu.sh, without one."""
 
-from __future__ import annotations
-
 import json
 import math
 import os

@@ -1,7 +1,5 @@
 """The shapes of real models: as derived, with the published totals, and those of other people's code."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections import Counter

@@ -1,7 +1,5 @@
 """Bad input of the benchmarks' command line is refused in one line, with status 2, before anything is written."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

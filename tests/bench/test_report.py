@@ -1,7 +1,5 @@
 """``python -m bench report``: from a suite to files, and from a file to a page."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

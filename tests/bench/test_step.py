@@ -1,7 +1,5 @@
 """``python -m bench step`` and ``list``: answers are checked before times are taken; what cannot be done is said."""
 
-from __future__ import annotations
-
 import os
 import signal
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The language model of ``bench train --task text``: its text, its causality, and that a wrong optimizer is noticed."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import math

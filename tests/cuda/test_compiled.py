@@ -3,8 +3,6 @@
 In processes of their own: in this one Numba's simulator is on.
 """
 
-from __future__ import annotations
-
 import os
 import pathlib
 import subprocess

@@ -1,7 +1,5 @@
 """16-bit copies of float32 parameters on a GPU: written by the launch that steps the parameters."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What only a GPU can show; the rest is in test_plan.py, which runs on one, too."""
 
-from __future__ import annotations
-
 import functools
 import gc
 import subprocess

@@ -1,7 +1,5 @@
 """What `fastopt info` says of GPUs: what is there, or what is missing and the command that mends it."""
 
-from __future__ import annotations
-
 import importlib.metadata
 from pathlib import Path
 from types import SimpleNamespace

@@ -1,7 +1,5 @@
 """Where kernels for GPUs come from: the package, a cache, or Numba at first use. No GPU is needed to compile them."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import os
 import subprocess

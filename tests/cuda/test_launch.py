@@ -1,7 +1,5 @@
 """How a step reaches a GPU: launches, uploads, graphs, refusals. Counted on the stand-in, which needs no GPU."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -3,8 +3,6 @@
 Without a GPU launches go to Numba's simulator (cuda_stand_in.py); `pytest -m gpu` runs the same tests on a real one.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

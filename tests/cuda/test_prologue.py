@@ -15,25 +15,10 @@ from cases import CASES, problem
 from compare import DTYPES, assert_same_bits, build, snapshot
 from compare import PARAMETER as PARAMETER_KEY
 from cuda_simulator import Segment, Tables, allow, kernel_of
+from fastopt.kernels import layout
 from fastopt.kernels.cuda.prologue import prologue
 from fastopt.kernels.cuda.toolchain import THREADS
 from fastopt.kernels.dtypes import COMPUTE, PAIRS, cuda_prologue_symbol, cuda_update_symbol
-from fastopt.kernels.layout import (
-    BLOCK,
-    CARRY,
-    CHUNK,
-    COHORT,
-    GRADIENT,
-    LANES,
-    LR,
-    LR_BYTES,
-    MULTIPLIER32,
-    MULTIPLIER64,
-    PARAMETER,
-    RULE,
-    SKIP,
-    STEPS,
-)
 from fastopt.kernels.registry import RULES
 
 from fastopt.engine import backend as _backend
@@ -42,7 +27,8 @@ from fastopt.engine.table import Table
 pytestmark = pytest.mark.full
 CASE = {case.rule: case for case in CASES}  # of several the last, which has the most options
 
-SIZES = (1, LANES + 1, 0, BLOCK - 1, CHUNK + BLOCK + LANES + 3)  # around a row, a block and a chunk
+# Around a row, a block and a chunk.
+SIZES = (1, layout.LANES + 1, 0, layout.BLOCK - 1, layout.CHUNK + layout.BLOCK + layout.LANES + 3)
 
 
 def kernel(rule="sgd"):
@@ -62,17 +48,17 @@ def make_segments(sizes, pairs=PAIRS, *, adapts=True):
 
 def squares_on_cpu(segments, which):
     """The table that holds them, as the CPU's kernels fill it, and their sum."""
-    backend, table = _backend.current(), Table([s.arrays[PARAMETER].size for s in segments])
+    backend, table = _backend.current(), Table([s.arrays[layout.PARAMETER].size for s in segments])
     for row, segment in zip(table.segments, segments, strict=True):
-        row["norm"] = [backend.norm_kernel(a.dtype.name) for a in segment.arrays]
+        row["squares"] = [backend.squares_kernel(a.dtype.name) for a in segment.arrays]
         row["arrays"][:2] = [a.ctypes.data for a in segment.arrays]
     return table, backend.squares(table, which, 1)
 
 
 def multiplier_of(tables):
     """The gradient multiplier in the header, where float32 must be the other one rounded."""
-    wide = tables.header.view(np.float64)[MULTIPLIER64]
-    np.testing.assert_array_equal(tables.header.view(np.float32)[MULTIPLIER32], np.float32(wide))
+    wide = tables.header.view(np.float64)[layout.MULTIPLIER64]
+    np.testing.assert_array_equal(tables.header.view(np.float32)[layout.MULTIPLIER32], np.float32(wide))
     return wide
 
 
@@ -82,16 +68,16 @@ def multiplier_of(tables):
 def check_norms(segments, *, run=None, orders=(None,)):
     """Every sum must have the bits of the CPU's, in a launch for each order of the jobs."""
     tables = Tables(segments)
-    (weights, _), (grads, total) = squares_on_cpu(segments, PARAMETER), squares_on_cpu(segments, GRADIENT)
+    (weights, _), (grads, total) = squares_on_cpu(segments, layout.PARAMETER), squares_on_cpu(segments, layout.GRADIENT)
     for jobs in orders:
         tables.squares[:], tables.partials[:], tables.result[:] = 0.0, np.nan, -1.0
         tables.prologue(run or kernel(), jobs=jobs, multiplier=0.5)
-        assert tables.squares[GRADIENT].tolist() == grads.segments["squares"][:, GRADIENT].tolist()
-        expected = np.where([s.adapts for s in segments], weights.segments["squares"][:, PARAMETER], 0.0)
-        assert tables.squares[PARAMETER].tolist() == expected.tolist()
+        assert tables.squares[layout.GRADIENT].tolist() == grads.segments["sums"][:, layout.GRADIENT].tolist()
+        expected = np.where([s.adapts for s in segments], weights.segments["sums"][:, layout.PARAMETER], 0.0)
+        assert tables.squares[layout.PARAMETER].tolist() == expected.tolist()
         assert tables.result.tolist() == [math.sqrt(total) * 0.5, 0.0]
         assert not tables.counters.any()
-    assert not tables.header[SKIP]
+    assert not tables.header[layout.SKIP]
     assert multiplier_of(tables) == 0.5
 
 
@@ -101,19 +87,19 @@ def test_squares_and_norm(dtype):
 
 
 def test_more_chunks_than_lanes():
-    check_norms(make_segments([39 * CHUNK + 100], [("float16", "bfloat16")], adapts=False))
+    check_norms(make_segments([39 * layout.CHUNK + 100], [("float16", "bfloat16")], adapts=False))
 
 
 def test_more_arrays_than_lanes():
-    segments = make_segments([1] * (2 * LANES + 3))
-    tables, (table, total) = Tables(segments), squares_on_cpu(segments, GRADIENT)
-    tables.squares[GRADIENT] = table.segments["squares"][:, GRADIENT]
+    segments = make_segments([1] * (2 * layout.LANES + 3))
+    tables, (table, total) = Tables(segments), squares_on_cpu(segments, layout.GRADIENT)
+    tables.squares[layout.GRADIENT] = table.segments["sums"][:, layout.GRADIENT]
     tables.prologue(kernel(), jobs=[])
     assert tables.result[0] == math.sqrt(total)
 
 
 def test_the_order_of_blocks_does_not_matter():
-    segments = make_segments([33, CHUNK + 1, CHUNK + 1, 0, 5])
+    segments = make_segments([33, layout.CHUNK + 1, layout.CHUNK + 1, 0, 5])
     jobs = Tables(segments).jobs
     check_norms(segments, orders=(jobs[::-1], jobs[1::2] + jobs[::2]))
 
@@ -125,12 +111,13 @@ def changed(**functions):
 
 def add_rows_from_the_last(dtype, rows):
     add = cuda_simulator.add_rows(dtype, 1)
-    return lambda total, x, i: functools.reduce(lambda t, k: add(t, x, i + k * LANES), reversed(range(rows)), total)
+    lanes = layout.LANES
+    return lambda total, x, i: functools.reduce(lambda t, k: add(t, x, i + k * lanes), reversed(range(rows)), total)
 
 
 def test_another_order_of_addition_is_found():
     with pytest.raises(AssertionError):
-        check_norms(make_segments([BLOCK], adapts=False), run=changed(add_rows=add_rows_from_the_last))
+        check_norms(make_segments([layout.BLOCK], adapts=False), run=changed(add_rows=add_rows_from_the_last))
 
 
 def test_a_lost_count_is_found():
@@ -144,7 +131,7 @@ def test_a_lost_count_is_found():
 def tables_with_squares(squares):
     """Tables whose sum of squares is there already: a launch without jobs takes it."""
     tables = Tables(make_segments([3]))
-    tables.squares[GRADIENT] = squares
+    tables.squares[layout.GRADIENT] = squares
     return tables
 
 
@@ -159,7 +146,7 @@ def test_clipping(max_norm, squares):
         coefficient = max_norm / (norm + 1e-6)
         multiplier *= 1.0 if coefficient > 1.0 else coefficient  # NaN stays
     np.testing.assert_array_equal(multiplier_of(tables), multiplier)
-    assert not tables.header[SKIP]
+    assert not tables.header[layout.SKIP]
 
 
 def test_a_loss_scale_on_the_device():
@@ -176,17 +163,17 @@ BAD = [(dtype, value) for dtype in DTYPES for value in (math.inf, math.nan)] + [
 def test_gradients_that_are_not_finite(dtype, value):
     """Their step is skipped: nothing is formed and no step counted; the one after is taken."""
     rule, segments = RULES["momentum"], make_segments([40], [(dtype, dtype)], adapts=False)
-    segments[0].arrays[GRADIENT][37] = value
+    segments[0].arrays[layout.GRADIENT][37] = value
     tables = Tables(segments)
     put_cohort(tables, 0, rule, options_of(rule), steps=4)
     for skipped in (True, False):
         tables.prologue(kernel(rule.name), check=True, form=True, max_norm=1.0)
-        assert tables.result[1] == tables.header[SKIP] == skipped
+        assert tables.result[1] == tables.header[layout.SKIP] == skipped
         assert math.isfinite(tables.result[0]) != skipped
-        assert tables.cohorts[0, STEPS] == (4 if skipped else 5)
+        assert tables.cohorts[0, layout.STEPS] == (4 if skipped else 5)
         assert tables.scalars["float64"].any() != skipped
         assert not tables.counters.any()
-        segments[0].arrays[GRADIENT][37] = 1.0
+        segments[0].arrays[layout.GRADIENT][37] = 1.0
 
 
 # --- scalars and trust ratios ----------------------------------------------------------------------------------------
@@ -202,14 +189,14 @@ def options_of(rule):
 def put_cohort(tables, c, rule, options, *, number=0, steps=0, lr=None):
     """Write a cohort into its table; an array `lr` is where the device finds that option."""
     words = tables.cohorts[c]
-    words[STEPS], words[RULE] = steps, number
+    words[layout.STEPS], words[layout.RULE] = steps, number
     if lr is not None:
-        words[LR], words[LR_BYTES] = lr.ctypes.data, lr.itemsize
+        words[layout.LR], words[layout.LR_BYTES] = lr.ctypes.data, lr.itemsize
     numbers = np.hstack([options[name] for name in rule.options])
     tables.options[c, : len(numbers)] = numbers
     if rule.carry:
         carry = rule.carry(options)
-        words.view(np.float64)[CARRY : CARRY + len(carry)] = carry
+        words.view(np.float64)[layout.CARRY : layout.CARRY + len(carry)] = carry
 
 
 @pytest.mark.parametrize("rule", list(RULES.values())[::2], ids=list(RULES)[::2])  # test_compiled.py takes all
@@ -233,26 +220,25 @@ def test_scalars_formed_on_the_device(rule):
                 h, carries[c] = rule.scalars(t, given, carries[c])
             else:
                 h = rule.scalars(t, given)
-            assert tables.cohorts[c, STEPS] == t
+            assert tables.cohorts[c, layout.STEPS] == t
             assert tables.scalars["float64"][c, :count].tolist() == list(h)
             assert tables.scalars["float32"][c, :count].tolist() == np.array(h, np.float32).tolist()
-        assert tables.cohorts[3, STEPS] == 0
+        assert tables.cohorts[3, layout.STEPS] == 0
         assert not tables.scalars["float64"][3].any()
 
 
-def ratio_on_cpu(rule, w_norm, g_norm, h):
-    kind = ctypes.CFUNCTYPE(ctypes.c_double, ctypes.c_double, ctypes.c_double, ctypes.c_void_p)
-    return kind(_backend.current().ratio_kernel(rule))(w_norm, g_norm, h.ctypes.data)
+def ratio_on_cpu(rule, squares, multiplier, h):
+    kind = ctypes.CFUNCTYPE(ctypes.c_double, ctypes.c_void_p, ctypes.c_double, ctypes.c_void_p)
+    return kind(_backend.current().ratio_kernel(rule))(np.array(squares).ctypes.data, multiplier, h.ctypes.data)
 
 
 def check_ratios(tables, rule, adapting, factor):
     """The ratio of each layer has the bits of the CPU's times the last scalar; others are what they were, one."""
     expected = np.ones((len(tables.segments), 2))
     for s in adapting:
-        w_norm, g_norm = np.sqrt(tables.squares[:, s]).tolist()
-        h = tables.scalars["float64"][tables.segments[s, COHORT]]
+        h = tables.scalars["float64"][tables.segments[s, layout.COHORT]]
         last = len(rule.Scalars._fields) - 1
-        expected[s] = rule.factors(ratio_on_cpu(rule, w_norm, factor * g_norm, h) * h[last])
+        expected[s] = rule.factors(ratio_on_cpu(rule, tables.squares[:, s], factor, h) * h[last])
     assert tables.ratios["float64"].tolist() == expected.tolist()
     assert tables.ratios["float32"].tolist() == expected.astype(np.float32).tolist()
 
@@ -266,7 +252,7 @@ def test_trust_ratios(rule, form):
         segment.cohort = k % 5 == 0
     tables = Tables(segments, cohorts=2)
     tables.squares[:] = np.random.default_rng(1).exponential(size=tables.squares.shape)
-    tables.squares[PARAMETER, 4] = tables.squares[GRADIENT, 7] = 0.0  # of layers that adapt
+    tables.squares[layout.PARAMETER, 4] = tables.squares[layout.GRADIENT, 7] = 0.0  # of layers that adapt
     put_cohort(tables, 0, rule, options_of(rule), number=2)
     put_cohort(tables, 1, rule, options_of(rule), number=1)
     if not form:
@@ -288,11 +274,11 @@ def test_a_second_launch_for_another_rule():
         before = tables.header.tobytes(), tables.result.tobytes()
         tables.prologue(kernel("lars"), number=1, jobs=[], decide=False, form=True, max_norm=0.1)
         assert (tables.header.tobytes(), tables.result.tobytes()) == before
-        assert tables.header[SKIP] == skipped
-        assert tables.cohorts[:, STEPS].tolist() == [1, 1]
+        assert tables.header[layout.SKIP] == skipped
+        assert tables.cohorts[:, layout.STEPS].tolist() == [1, 1]
         if not skipped:
             check_ratios(tables, rules[1], [0, 2], abs(multiplier_of(tables)))
-        segments[1].arrays[GRADIENT][:] = np.nan
+        segments[1].arrays[layout.GRADIENT][:] = np.nan
 
 
 # --- whole steps -----------------------------------------------------------------------------------------------------
@@ -332,6 +318,7 @@ def test_steps_are_those_of_the_optimizer(rule, pair):
         assert tables.result.tolist() == [info.grad_norm, info.skipped]
         assert info.skipped == (k == 1)
         assert not any(gradient.any() for gradient in grads.values())
-        got = {name: {PARAMETER_KEY: own[name], "step": int(tables.cohorts[0, STEPS]), **states[name]} for name in own}
+        count = int(tables.cohorts[0, layout.STEPS])
+        got = {name: {PARAMETER_KEY: own[name], "step": count, **states[name]} for name in own}
         want = {n: {key: v for key, v in s.items() if key in got[n]} for n, s in snapshot(params, opt).items()}
         assert_same_bits(got, want, rule.name)

@@ -1,7 +1,5 @@
 """What runs the kernels where something is missing: threads, GNU OpenMP, a compiler, Numba; and whether it fits."""
 
-from __future__ import annotations
-
 import importlib.util
 import os
 import subprocess
@@ -12,10 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fastopt.kernels import layout
 
 import fastopt
 from fastopt import info
 from fastopt.engine import backend as _backend
+from fastopt.engine import library
 
 LIMITED = """
 import resource, sys
@@ -51,7 +51,7 @@ def no_libgomp(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(path: str) -> Any:
         raise OSError("libgomp.so.1: cannot open shared object file: No such file or directory")
 
-    monkeypatch.setattr(_backend, "ctypes", SimpleNamespace(CDLL=missing))
+    monkeypatch.setattr(library, "ctypes", SimpleNamespace(CDLL=missing))
 
 
 def row_of_kernels(monkeypatch: pytest.MonkeyPatch, backend: _backend.Backend) -> str:
@@ -89,8 +89,10 @@ def test_a_build_without_kernels_says_so(monkeypatch: pytest.MonkeyPatch) -> Non
         backend.require()
     monkeypatch.setattr(_backend, "JIT", _backend.Jit())
     monkeypatch.delattr("fastopt.kernels.cpu.compile", raising=False)  # another test may have imported it
-    with pytest.raises(ImportError, match=r"build has no kernels .* compile the norm kernel for float16 now, install"):
-        backend.norm_kernel("float16")
+    with pytest.raises(
+        ImportError, match=r"build has no kernels .* compile the squares kernel for float16 now, install"
+    ):
+        backend.squares_kernel("float16")
 
 
 @pytest.mark.parametrize(
@@ -113,11 +115,14 @@ def test_numba_gets_its_number_of_threads_back(backend: Callable[[str], None], a
 
 
 @pytest.mark.skipif(_backend.load().isa == "numba", reason="this fastopt was built without its compiled library")
-def test_a_library_that_says_other_constants_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = _backend.layout_of_library()
-    for k, number in enumerate(right):
-        monkeypatch.setattr(_backend, "layout_of_library", lambda k=k, n=number: [*right[:k], n + 8, *right[k + 1 :]])
+def test_a_library_of_another_layout_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = layout.layout_hash()
+    for fields in (vars(layout), *layout.STRUCTURES.values()):
+        for name in layout.NAMES if fields is vars(layout) else fields:
+            with monkeypatch.context() as patch:
+                patch.setitem(fields, name, 77 if fields is vars(layout) else "float")  # type: ignore[arg-type]
+                assert layout.layout_hash() != right
+    monkeypatch.setattr(library, "layout_hash", lambda: right + 1)
+    for kind in (None, lambda path: SimpleNamespace()):
         with pytest.raises(ImportError, match="belongs to another version of fastopt; install it again"):
-            _backend.load()
-    with pytest.raises(ImportError, match="another version"):
-        _backend._check_layout(SimpleNamespace(), "old.so")  # type: ignore[arg-type]
+            _backend.load() if kind is None else library.open_library("old.so", kind)  # type: ignore[arg-type]

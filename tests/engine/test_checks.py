@@ -1,7 +1,5 @@
 """Parameters, gradients and saved states that do not fit are refused with one clear error, and nothing is written."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

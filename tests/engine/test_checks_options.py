@@ -1,7 +1,5 @@
 """Options and arguments out of range are refused with one clear error, and nothing is written."""
 
-from __future__ import annotations
-
 import math
 import os
 import subprocess

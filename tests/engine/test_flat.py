@@ -1,7 +1,5 @@
 """FlatBuffer: a mapping of aligned views of one allocation, whose padding stays zero."""
 
-from __future__ import annotations
-
 import copy
 import itertools
 import math

@@ -1,7 +1,5 @@
 """Param groups: own options, groups that come later, options that change, and what an optimizer shows of itself."""
 
-from __future__ import annotations
-
 import copy
 import pickle
 from typing import Any

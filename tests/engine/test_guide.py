@@ -1,7 +1,5 @@
 """The examples of README.md and the user guide run, and print what stands beside them."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import re

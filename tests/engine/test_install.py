@@ -1,7 +1,5 @@
 """What an installation brings along, and what it says where something is missing."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import importlib.util
 import os

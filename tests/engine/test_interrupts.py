@@ -1,7 +1,5 @@
 """Ctrl-C at any moment: no optimizer stays locked, and parameters, states and counts agree."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal
@@ -66,7 +64,7 @@ def test_weight_norms_are_kept_only_of_a_step_that_came_back(monkeypatch: pytest
         if interrupted:
             w *= 100  # by whoever caught the interrupt, before the kernels ran
             with monkeypatch.context() as patch:
-                patch.setattr(opt._plan.backend, "layers", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))  # type: ignore[union-attr]
+                patch.setattr(opt._plan.backend, "waves", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))  # type: ignore[union-attr]
                 with pytest.raises(KeyboardInterrupt):
                     opt.step([np.ones_like(w)])
         else:

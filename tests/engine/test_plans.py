@@ -1,7 +1,5 @@
 """How often plans are built, and how the work of an optimizer grows with its arrays and groups."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Threads, forks and spawned processes; what importing and stepping import."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 import threading

@@ -1,7 +1,5 @@
 """What must not happen to memory and progress when things change under an optimizer, or something fails midway."""
 
-from __future__ import annotations
-
 import gc
 import weakref
 from typing import Any

@@ -1,7 +1,5 @@
 """LARS may keep the norms of the weights from the update that wrote them, if nobody else writes."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -1,7 +1,5 @@
 """The compiled things: rules that stay in float32, and the library's machine code as objdump shows it."""
 
-from __future__ import annotations
-
 import functools
 import importlib.util
 import inspect
@@ -12,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fastopt.kernels.dtypes import COMPUTE, COPIES, PAIRS, norm_symbol, ratio_symbol, round_symbol, update_symbol
+from fastopt.kernels.dtypes import COMPUTE, COPIES, PAIRS, ratio_symbol, round_symbol, squares_symbol, update_symbol
 from fastopt.kernels.registry import RULES
 from fastopt.kernels.rules.rule import Rule
 
@@ -138,11 +136,11 @@ needs_x86 = pytest.mark.skipif(_backend.load().isa == "native", reason="the libr
 @needs_x86
 def test_every_kernel_is_in_the_library() -> None:
     wanted = {update_symbol(*update) for update in UPDATES}
-    wanted |= {norm_symbol(dtype, isa) for dtype in COMPUTE for isa in _backend.ISAS}
+    wanted |= {squares_symbol(dtype, isa) for dtype in COMPUTE for isa in _backend.ISAS}
     wanted |= {round_symbol(dtype, isa) for dtype in COPIES for isa in _backend.ISAS}
     wanted |= {ratio_symbol(name, isa) for name in RULE_NAMES if RULES[name].ratio for isa in _backend.ISAS}
-    parts = ("update", "squares", "layers", "isa", "layout", "default_threads", "look", "unchanged")
-    scheduler = {f"fastopt_{part}" for part in (*parts, "gradients", "release", "bump_versions", "expected_size")}
+    parts = ("update", "squares", "sums", "ratios", "waves", "isa", "layout", "default_threads", "look", "unchanged")
+    scheduler = {f"fastopt_{part}" for part in (*parts, "gradients", "release", "bump_versions")}
     exported = {name for name in functions() if name.startswith("fastopt_")}
     assert wanted - exported == set()
     assert exported - wanted == scheduler
@@ -187,7 +185,7 @@ def test_nothing_is_contracted_or_approximated() -> None:
     for symbol, code in instructions().items():
         found = {m for m, _ in code if fused.match(m)}
         # In float64 the square of a narrower number is exact, so fusing it with the addition changes no bit.
-        exact = re.match(r"fastopt_(norm|lars|lars_nesterov)_(?!float64)", symbol)
+        exact = re.match(r"fastopt_(squares|lars|lars_nesterov)_(?!float64)", symbol)
         assert not found or (exact and all(m.endswith("pd") for m in found)), (symbol, found)
         assert not [m for m, _ in code if approximate.match(m)], symbol
 
@@ -199,7 +197,7 @@ def test_kernels_call_nothing() -> None:
         assert calls(update_symbol(*update)) <= {"memset", *(["memcpy"] if RULES[update[0]].ratio else [])}, update
     for isa in _backend.ISAS:
         for dtype in COMPUTE:
-            assert calls(norm_symbol(dtype, isa)) <= {"memcpy"}, (dtype, isa)
+            assert calls(squares_symbol(dtype, isa)) <= {"memcpy"}, (dtype, isa)
         for dtype in COPIES:
             assert calls(round_symbol(dtype, isa)) == set(), (dtype, isa)
         for name in RULE_NAMES:

@@ -115,8 +115,11 @@ MISTAKES = {
     "maximum not stored": ("amsgradw", {"step": amsgradw_that_forgets_the_maximum}),
     "maximum not taken": ("amsgradw", {"step": amsgradw_without_the_maximum}),
     "Lion steps with the new momentum": ("lion", {"step": lion_with_the_new_momentum}),
-    "no trust ratio": ("lars", {"ratio": lambda w_norm, g_norm, h: h.ratio}),
-    "trust ratio without decay": ("lars", {"ratio": lambda w_norm, g_norm, h: h.trust_coefficient * w_norm / g_norm}),
+    "no trust ratio": ("lars", {"ratio": lambda sums, h: h.ratio}),
+    "trust ratio without decay": (
+        "lars",
+        {"ratio": lambda sums, h: h.trust_coefficient * math.sqrt(sums[0] / sums[1])},
+    ),
 }
 
 # An averaging that forgets slowly, so that digits lost in 1 - beta2 show; fast, so that the maximum matters.

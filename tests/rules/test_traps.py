@@ -3,8 +3,6 @@
 Those about options, layers and state are in test_traps_options.py, those about threads and forks in test_process.py.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import ml_dtypes
@@ -201,7 +199,7 @@ def test_kernels_past_2_to_the_31(dtype: str, isa: str) -> None:
     table = Table([lo + count])  # as if w and g were the end of arrays that large: only the last chunk is run
     segment = table.segments[0]
     segment["update"], segment["scalars"] = backend.update_kernel(rule, dtype, dtype), scalars.ctypes.data
-    segment["norm"] = backend.norm_kernel(dtype)
+    segment["squares"] = backend.squares_kernel(dtype)
     segment["own"] = 1.0, 1.0, 0.0
     segment["arrays"][:2] = [(a.ctypes.data - lo * a.itemsize) % 2**64 for a in (w, g)]
     table.chunks = table.chunks[-1:].copy()
@@ -209,7 +207,7 @@ def test_kernels_past_2_to_the_31(dtype: str, isa: str) -> None:
     backend.update(table, 1)
     backend.squares(table, 1, 1)
     assert w.tobytes() == near.tobytes()
-    assert table.segments["squares"][0, 1] == pytest.approx(np.sum(g.astype(np.float64) ** 2), rel=1e-12)
+    assert table.segments["sums"][0, 1] == pytest.approx(np.sum(g.astype(np.float64) ** 2), rel=1e-12)
 
 
 def test_options_of_all_steps_and_of_one() -> None:

@@ -1,7 +1,5 @@
 """Traps that other libraries fell into, one test each: what options mean, norms of layers, state."""
 
-from __future__ import annotations
-
 import pickle
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Made-up records of benchmarks, for tests of the report: a plausible one, and one in which much is missing."""
 
-from __future__ import annotations
-
 import random
 
 from bench.results import Record, Result, Timing, Verdict

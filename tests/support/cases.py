@@ -1,7 +1,5 @@
 """The table of optimizers and options that the suite runs through, and the data it runs them on."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any

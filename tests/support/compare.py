@@ -3,8 +3,6 @@
 test_negative_controls.py shows that they fail for optimizers that are wrong.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any
 

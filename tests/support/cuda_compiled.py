@@ -4,8 +4,6 @@ The simulator runs the Python loops; this runs what the compiler makes of them: 
 rule's own functions compiled for the device. A block is as many POSIX threads as on a GPU, blocks follow one another.
 """
 
-from __future__ import annotations
-
 import ctypes
 import functools
 import json

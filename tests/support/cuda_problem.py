@@ -1,7 +1,5 @@
 """What tests of optimizers on a GPU share: small problems, and the comparison with the same optimizer on the CPU."""
 
-from __future__ import annotations
-
 import os
 from typing import Any
 

@@ -5,8 +5,6 @@ refuses is refused here, too: an access that is not aligned to its size, or not 
 of. NUMBA_ENABLE_CUDASIM=1 must be set before Numba is imported (conftest.py does it).
 """
 
-from __future__ import annotations
-
 import bisect
 import ctypes
 import functools
@@ -26,33 +24,11 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from compare import DTYPES
+from fastopt.kernels import layout
 from fastopt.kernels.cuda.prologue import prologue
 from fastopt.kernels.cuda.toolchain import THREADS, cuda
 from fastopt.kernels.cuda.update import PARTS, update_loop
 from fastopt.kernels.dtypes import CODES, COMPUTE, cuda_prologue_symbol, cuda_update_symbol
-from fastopt.kernels.layout import (
-    ADAPTS,
-    CARRY,
-    CHUNKS,
-    COHORT,
-    COHORT_WORDS,
-    COPY,
-    COPY_CODE,
-    FIRST_CHUNK,
-    G_CODE,
-    GRADIENT,
-    HEADER_WORDS,
-    LANES,
-    MULTIPLIER32,
-    MULTIPLIER64,
-    OPTIONS,
-    P_CODE,
-    PARAMETER,
-    SCALARS,
-    SEGMENT_WORDS,
-    SIGN,
-    SKIP,
-)
 from fastopt.kernels.registry import RULES
 from fastopt.kernels.rules.rule import Rule
 from numba.cuda.core import config
@@ -158,9 +134,9 @@ def add_rows(dtype: str, rows: int) -> Any:
     stored = DTYPES[dtype]
 
     def add(total: float, x: int, i: int) -> float:
-        span = (rows - 1) * LANES + 1
+        span = (rows - 1) * layout.LANES + 1
         elements = _at(x + stored.itemsize * i, stored, span, aligned_to=stored.itemsize)
-        for number in elements[::LANES].astype(np.float64).tolist():
+        for number in elements[:: layout.LANES].astype(np.float64).tolist():
             total += number * number
         return total
 
@@ -177,10 +153,10 @@ def scalars_former(rule: Rule) -> Any:
             scalars = rule.scalars(t, given)
         else:
             carry = rule.carry(given)  # for its class
-            carry = type(carry)(*(float(real(cohort, CARRY + k)) for k in range(len(carry))))
+            carry = type(carry)(*(float(real(cohort, layout.CARRY + k)) for k in range(len(carry))))
             scalars, carry = rule.scalars(t, given, carry)
             for k, number in enumerate(carry):
-                put_real(cohort, CARRY + k, number)
+                put_real(cohort, layout.CARRY + k, number)
         for k, number in enumerate(scalars):
             put_real(scalars64, k, number)
             put_single(scalars32, k, number)
@@ -190,12 +166,13 @@ def scalars_former(rule: Rule) -> Any:
 
 def ratio_caller(rule: Rule) -> Any:
     if rule.ratio is None:
-        return lambda w_norm, g_norm, scalars: 1.0
+        return lambda w_squares, g_squares, multiplier, scalars: 1.0
     ratio = in_numpy(rule.ratio)
 
-    def call(w_norm: float, g_norm: float, scalars: int) -> float:
+    def call(w_squares: float, g_squares: float, multiplier: float, scalars: int) -> float:
+        norm = abs(multiplier) * np.sqrt(np.float64(g_squares))
         h = rule.Scalars(*(real(scalars, k) for k in range(len(rule.Scalars._fields))))  # type: ignore[attr-defined]
-        return float(ratio(np.float64(w_norm), np.float64(g_norm), h))
+        return float(ratio((np.float64(w_squares), norm * norm), h))
 
     return call
 
@@ -227,8 +204,8 @@ class Arrays:
 
     def pointers_of(self) -> Any:
         def pointers_of(segment: int, gradient: int) -> tuple[int, ...]:
-            places = [*range(len(self.dtypes)), *((COPY, COPY_CODE) if self.copies else ())]
-            return tuple(gradient if k == GRADIENT else word(segment, k) for k in places)
+            places = [*range(len(self.dtypes)), *((layout.COPY, layout.COPY_CODE) if self.copies else ())]
+            return tuple(gradient if k == layout.GRADIENT else word(segment, k) for k in places)
 
         return pointers_of
 
@@ -242,7 +219,7 @@ class Arrays:
     def load(self, count: int) -> Any:
         def load(pointers: Sequence[int], i: int, multiplier: float, h: Any) -> list[tuple[Any, ...]]:
             values = [self._elements(pointers, k, i, count).astype(self.compute) for k in range(len(self.dtypes))]
-            values[GRADIENT] *= self.compute.type(multiplier)
+            values[layout.GRADIENT] *= self.compute.type(multiplier)
             return [(*element, h) for element in zip(*values, strict=True)]
 
         return load
@@ -263,7 +240,7 @@ class Arrays:
 
     def clear(self, count: int) -> Any:
         def clear(pointers: Sequence[int], i: int) -> None:
-            self._elements(pointers, GRADIENT, i, count)[...] = 0
+            self._elements(pointers, layout.GRADIENT, i, count)[...] = 0
 
         return clear
 
@@ -348,35 +325,35 @@ class Tables:
 
     def __init__(self, segments: Sequence[Segment], cohorts: int = 1) -> None:
         count = len(segments)
-        table = Table([s.arrays[PARAMETER].size for s in segments])
+        table = Table([s.arrays[layout.PARAMETER].size for s in segments])
         self.chunks = allow(table.chunks)
-        self.segments = allow(np.zeros((count, SEGMENT_WORDS), np.int64))
-        self.gradients = allow(np.array([s.arrays[GRADIENT].ctypes.data for s in segments], np.int64))
-        self.header = allow(np.zeros(HEADER_WORDS, np.int64))
-        self.scalars = {name: allow(np.zeros((cohorts, SCALARS), name)) for name in ("float64", "float32")}
+        self.segments = allow(np.zeros((count, layout.SEGMENT_WORDS), np.int64))
+        self.gradients = allow(np.array([s.arrays[layout.GRADIENT].ctypes.data for s in segments], np.int64))
+        self.header = allow(np.zeros(layout.HEADER_WORDS, np.int64))
+        self.scalars = {name: allow(np.zeros((cohorts, layout.SCALARS), name)) for name in ("float64", "float32")}
         self.ratios = {name: allow(np.ones((count, 2), name)) for name in ("float64", "float32")}
         self.partials = allow(np.zeros((2, table.count)))
         self.squares = allow(np.zeros((2, count)))
         self.counters = allow(np.zeros(2 * count + 1, np.int64))
-        self.cohorts = allow(np.zeros((cohorts, COHORT_WORDS), np.int64))
-        self.options = allow(np.zeros((cohorts, OPTIONS)))
+        self.cohorts = allow(np.zeros((cohorts, layout.COHORT_WORDS), np.int64))
+        self.options = allow(np.zeros((cohorts, layout.OPTIONS)))
         self.result = allow(np.zeros(2))
         chunks = np.bincount(table.chunks[:, 0], minlength=count)
         for k, (words, segment) in enumerate(zip(self.segments, segments, strict=True)):
             words[: len(segment.arrays)] = [a.ctypes.data for a in segment.arrays]
-            words[GRADIENT] = 0  # its address is in a list of its own
-            words[COHORT], words[SIGN], words[ADAPTS] = segment.cohort, segment.sign, segment.adapts
-            words[P_CODE], words[G_CODE] = (CODES[a.dtype.name] for a in segment.arrays[:2])
+            words[layout.GRADIENT] = 0  # its address is in a list of its own
+            words[[layout.COHORT, layout.SIGN, layout.ADAPTS]] = segment.cohort, segment.sign, segment.adapts
+            words[layout.P_CODE], words[layout.G_CODE] = (CODES[a.dtype.name] for a in segment.arrays[:2])
             if segment.copy is not None:
-                words[COPY], words[COPY_CODE] = segment.copy.ctypes.data, CODES[segment.copy.dtype.name]
-            words[FIRST_CHUNK], words[CHUNKS] = chunks[:k].sum(), chunks[k]
-        self.jobs = [(GRADIENT, c) for c in range(table.count)]
-        self.jobs += [(PARAMETER, c) for c, (s, _, _) in enumerate(table.chunks.tolist()) if segments[s].adapts]
+                words[layout.COPY], words[layout.COPY_CODE] = segment.copy.ctypes.data, CODES[segment.copy.dtype.name]
+            words[layout.FIRST_CHUNK], words[layout.CHUNKS] = chunks[:k].sum(), chunks[k]
+        self.jobs = [(layout.GRADIENT, c) for c in range(table.count)]
+        self.jobs += [(layout.PARAMETER, c) for c, (s, _, _) in enumerate(table.chunks.tolist()) if segments[s].adapts]
 
     def set_header(self, multiplier: float, *, skip: bool = False) -> None:
-        self.header.view(np.float64)[MULTIPLIER64] = multiplier
-        self.header.view(np.float32)[MULTIPLIER32] = multiplier
-        self.header[SKIP] = skip
+        self.header.view(np.float64)[layout.MULTIPLIER64] = multiplier
+        self.header.view(np.float32)[layout.MULTIPLIER32] = multiplier
+        self.header[layout.SKIP] = skip
 
     def update(self, kernel: Callable[..., None], compute: str, *, zero: bool, threads: int = UPDATE_THREADS) -> None:
         """Launch an update over every chunk."""

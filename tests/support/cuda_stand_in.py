@@ -4,8 +4,6 @@ off (NUMBA_ENABLE_CUDASIM=0), compiled for the CPU.
 Only what needs a driver is stood in for, which is what fastopt/engine/cuda/runtime.py asks of CuPy.
 """
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 from collections.abc import Iterator

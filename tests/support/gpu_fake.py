@@ -1,7 +1,5 @@
 """The GPU of the benchmark's tests: memory of the host, and a clock in the place of events."""
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import time

@@ -1,7 +1,5 @@
 """The GPU that a test runs on: a real one for tests marked gpu, else the stand-in. Tests see no difference."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path

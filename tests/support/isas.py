@@ -1,7 +1,5 @@
 """The instruction sets that tests run through."""
 
-from __future__ import annotations
-
 from fastopt.engine import backend as _backend
 
 

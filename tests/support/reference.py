@@ -8,7 +8,6 @@ given stays unchanged. A state has torch's names, without `step`; `initial_state
 
 # One argument to a line would push the formulas apart.
 # fmt: off
-from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable

@@ -1,7 +1,5 @@
 """What the tests of bad input have in common."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 from typing import Any

@@ -6,8 +6,6 @@ All gradients are 1. So all elements of an array are alike, and what parameter, 
 what they are in an optimizer that nobody disturbed.
 """
 
-from __future__ import annotations
-
 import collections
 import json
 import os

@@ -1,7 +1,5 @@
 """What tests of fastopt.torch compare by."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 

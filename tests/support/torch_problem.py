@@ -1,7 +1,5 @@
 """What tests of fastopt.torch's step share."""
 
-from __future__ import annotations
-
 import pytest
 
 torch = pytest.importorskip("torch")

@@ -4,8 +4,6 @@ torch's build for the CPU cannot make others. What a tensor says of its device s
 plans, uploads, launches, and what is waited for.
 """
 
-from __future__ import annotations
-
 import contextlib
 import sys
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """fastopt.torch: GradScaler's protocol, clipping inside the step, and what a skipped step leaves alone."""
 
-from __future__ import annotations
-
 import copy
 import inspect
 import types

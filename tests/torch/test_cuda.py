@@ -1,7 +1,5 @@
 """fastopt.torch on a GPU: the bits of the CPU, launches, and what is waited for. Without a GPU: torch_stand_in.py."""
 
-from __future__ import annotations
-
 import pytest
 from torch_compare import assert_same, unchanged
 from torch_problem import CLASSES, LAYOUTS, front, params_of, set_gradients, torch, train

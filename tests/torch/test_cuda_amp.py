@@ -1,7 +1,5 @@
 """fastopt.torch on a GPU: GradScaler and skipped steps, decided on the device; CUDA graphs. See torch_stand_in.py."""
 
-from __future__ import annotations
-
 import copy
 
 import pytest

@@ -1,7 +1,5 @@
 """fastopt.torch with parameters on several devices, and states that move between them. See torch_stand_in.py."""
 
-from __future__ import annotations
-
 import functools
 import io
 import math

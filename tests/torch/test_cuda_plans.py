@@ -1,7 +1,5 @@
 """What fastopt.torch asks of plans beyond a step: norms that the host adds up, counts after a graph, mixed rules."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -1,7 +1,5 @@
 """The examples run and learn."""
 
-from __future__ import annotations
-
 import importlib.util
 import pathlib
 import re

@@ -1,7 +1,5 @@
 """fastopt.torch on a real GPU: what test_cuda*.py, which run on one, too, do not show."""
 
-from __future__ import annotations
-
 import pytest
 from torch_compare import assert_close, assert_same, copy_into
 from torch_problem import CLASSES, every_class, every_torch_class, front, set_gradients, torch, train

@@ -1,7 +1,5 @@
 """fastopt.torch calls hooks and tells profilers, as torch's wrapper of a step does; and it sees changes of options."""
 
-from __future__ import annotations
-
 import copy
 import importlib
 

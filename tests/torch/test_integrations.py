@@ -3,8 +3,6 @@
 Each wraps the optimizer, steps it with a closure or a schedule, clips gradients and restores its state in its own way.
 """
 
-from __future__ import annotations
-
 import importlib.util
 
 import pytest

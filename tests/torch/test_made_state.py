@@ -1,7 +1,5 @@
 """fastopt.torch: states that are made, missing, read or written while there is no step, or while one is interrupted."""
 
-from __future__ import annotations
-
 import sys
 
 import pytest

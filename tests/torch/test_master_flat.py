@@ -1,7 +1,5 @@
 """fastopt.torch: master_weights=True and flatten=True."""
 
-from __future__ import annotations
-
 import functools
 
 import pytest

@@ -1,7 +1,5 @@
 """16-bit copies of float32 parameters, written in the pass that steps the parameters."""
 
-from __future__ import annotations
-
 import ctypes
 import itertools
 

@@ -1,7 +1,5 @@
 """fastopt.torch: constructors, options of the step, what is read of a param group and of a checkpoint, error texts."""
 
-from __future__ import annotations
-
 import copy
 import inspect
 

@@ -1,7 +1,5 @@
 """fastopt.torch asks torch's C interface for gradients: as Python does, and not where it must not."""
 
-from __future__ import annotations
-
 import pytest
 from torch_problem import LAYOUTS, SHAPES, TORCH, front, params_of, set_gradients, torch, train
 

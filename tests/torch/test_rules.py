@@ -1,7 +1,5 @@
 """fastopt.torch: every class and option has the bits of the NumPy optimizers, and stays beside torch's for-loop."""
 
-from __future__ import annotations
-
 import inspect
 
 import numpy as np

@@ -1,7 +1,5 @@
 """fastopt.torch: what ``state`` shows is what a step reads and writes, in memory of its own."""
 
-from __future__ import annotations
-
 import copy
 import gc
 import pickle

@@ -1,7 +1,5 @@
 """fastopt.torch: state, checkpoints in both directions, copies, and surgery on state and groups."""
 
-from __future__ import annotations
-
 import collections
 import copy
 import io

@@ -1,7 +1,5 @@
 """fastopt.torch: groups, freezing, hooks, closures, schedulers, layouts, and refusals before anything is written."""
 
-from __future__ import annotations
-
 import copy
 import warnings
 

@@ -1,7 +1,5 @@
 """fastopt.torch together with DDP, FSDP2, torch.compile and forks; and without torch."""
 
-from __future__ import annotations
-
 import pytest
 from fresh import python
 from torch_problem import TORCH, front, torch
