@@ -35,7 +35,7 @@ class Watch:
             refs = [type(None) if a is None else weakref.ref(a) for a in listed]
             self._unchanged: Any = functools.partial(_unchanged, refs, list(kept), _look([*kept, *listed]))
             return
-        objects = np.array([(id(a), id(type(a))) for a in arrays], structure("watched"))
+        objects = np.array([(id(a), id(type(a)), 0) for a in arrays], structure("watched"))
         places = np.fromiter(map(id, listed), np.uint64, len(listed))
         at = places.ctypes.data, objects.ctypes.data
         watch = np.array((library.get_item, *at, len(places), len(arrays), HEAD, 0), structure("watch"))

@@ -55,6 +55,11 @@ def cuda_update_symbol(rule: str, p: str, g: str) -> str:
     return f"fastopt_cuda_{rule}_{p}_{g}"
 
 
+def cuda_terms_symbol(rule: str, p: str, g: str) -> str:
+    """Name of the kernel for CUDA that sums products of a rule's terms, and of the file that holds its PTX."""
+    return f"fastopt_cuda_terms_{rule}_{p}_{g}"
+
+
 def cuda_prologue_symbol(rule: str) -> str:
     """Name of the prologue for CUDA with what is particular to a rule, and of the file that holds its PTX."""
     return f"fastopt_cuda_prologue_{rule}"

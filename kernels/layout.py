@@ -69,11 +69,12 @@ STRUCTURES: dict[str, dict[str, str | tuple[str, int]]] = {
     # How many of each; waves follow one another.
     "wave": {"segments": "int64_t", "chunks": "int64_t", "elements": "int64_t"},
     # NumPy arrays that are looked at again: arrays.c.
-    "watched": {"object": "const char *", "type": "const void *"},
+    # Where the shape was last is fetched early, and never followed.
+    "watched": {"object": "const char *", "type": "const void *", "shape": "const void *"},
     "watch": {
         "get_item": "list_item",  # PyList_GetItem
         "listed": "const void *const *",  # what the list must hold
-        "arrays": "const watched *",
+        "arrays": "watched *",
         "listed_count": "int64_t",
         "count": "int64_t",
         "head": "int64_t",  # bytes of Python's own fields; the type is the last of them

@@ -81,9 +81,12 @@ SCALE = Number("[1e-37, 1e37]", lambda x: 1e-37 <= x <= 1e37)  # its inverse is 
 NORM = Number("[0, inf]", lambda x: x >= 0.0)
 
 
-def optional_norm(value: Any, where: str) -> float | None:
-    """None or the value as a norm to clip to."""
-    return None if value is None else NORM(value, where)
+def optional(number: Number) -> Callable[[Any, str], float | None]:
+    """None, or a number in a range."""
+    return lambda value, where: None if value is None else number(value, where)
+
+
+optional_norm = optional(NORM)
 
 
 OF_THE_OPTIMIZER = ("max_grad_norm", "skip_nonfinite", "zero_grads", "master_weights", "flatten")

@@ -115,6 +115,15 @@ class Treatment(NamedTuple):
     overrides: tuple[tuple[str, Any], ...] = ()
 
 
+def layerwise(rule: Rule, options: Options, dimensions: int) -> Treatment:
+    """What LARS and LAMB do to a parameter of so many dimensions, by the options "adapt" and "decay_1d"."""
+    adapt, decay_1d, low = options["adapt"], options.get("decay_1d"), dimensions < 2  # older checkpoints lack it
+    if decay_1d is None:
+        decay_1d = adapt is not None
+    overrides = (("weight_decay", 0.0),) if low and not decay_1d else ()
+    return Treatment(rule, not low if adapt is None else adapt, overrides)
+
+
 @dataclass
 class Cohort:
     """Parameters that take the same scalars: same group, same treatment, equal progress."""

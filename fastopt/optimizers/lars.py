@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from ..arrays import Array
 from ..base import Optimizer, Params
 from ..engine.options import NONNEGATIVE, UP_TO_ONE, Range, boolean, optional_boolean
-from ..engine.plan import Treatment
+from ..engine.plan import Treatment, layerwise
 from ..kernels.registry import RULES
 from ..kernels.rules.rule import Options, Rule
 
@@ -33,9 +33,10 @@ class LARS(Optimizer):
         lr_in_momentum: Keep lr inside the buffer (the paper, MLPerf). False is torch's way, b_t without lr and
             w_t = w_{t-1} - lr b_t, as in Apex LARC and timm. The two differ when lr changes.
         clip: LARC: take min(r_t / lr, 1) for r_t, so that lr r_t never exceeds lr.
-        adapt: Which arrays of a group have a ratio. None: those of two or more dimensions; the others (norm layers,
-            biases) take plain momentum steps **without weight decay**, as in MLPerf. True: all. False: none, and the
-            weight decay stays.
+        adapt: Which arrays of a group have a ratio; the others take plain momentum steps. None: those of two or more
+            dimensions, as in MLPerf. True: all. False: none.
+        decay_1d: Whether arrays of fewer than two dimensions (norm layers, biases) decay. None: where ``adapt`` is
+            given; **they do not by default**, as in MLPerf.
         maximize: Ascend: the gradient is negated before the decay.
         capturable: The step can be captured into a CUDA graph, see ``fastopt.Optimizer``.
         keep_weight_norms: Promise that only this optimizer writes the parameters between steps. Their norms, taken as
@@ -72,6 +73,7 @@ class LARS(Optimizer):
         "lr_in_momentum": boolean,
         "clip": boolean,
         "adapt": optional_boolean,
+        "decay_1d": optional_boolean,
         "keep_weight_norms": boolean,
     }
 
@@ -88,6 +90,7 @@ class LARS(Optimizer):
         lr_in_momentum: bool = True,
         clip: bool = False,
         adapt: bool | None = None,
+        decay_1d: bool | None = None,
         maximize: bool = False,
         capturable: bool = False,
         keep_weight_norms: bool = False,
@@ -105,6 +108,7 @@ class LARS(Optimizer):
             lr_in_momentum=lr_in_momentum,
             clip=clip,
             adapt=adapt,
+            decay_1d=decay_1d,
             maximize=maximize,
             capturable=capturable,
             keep_weight_norms=keep_weight_norms,
@@ -125,10 +129,7 @@ class LARS(Optimizer):
         return RULES["lars_nesterov" if options["nesterov"] else "lars"]
 
     def treat(self, options: Options, parameter: Array) -> Treatment:  # noqa: D102
-        rule, adapt = self.select_rule(options), options["adapt"]
-        if adapt is None and parameter.ndim <= 1:
-            return Treatment(rule, False, (("weight_decay", 0.0),))
-        return Treatment(rule, adapt is not False)
+        return layerwise(self.select_rule(options), options, parameter.ndim)
 
     def _keeps(self, options: list[dict[str, Any]]) -> bool:
         return all(o["keep_weight_norms"] for o in options)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from ..engine.plan import Treatment
+from ..engine.plan import Treatment, layerwise
 from ..kernels.registry import RULES
 from ..kernels.rules.rule import Options, Rule
 from ._options import arguments, check_rate
@@ -27,6 +28,23 @@ class _WithDefaults(torch.optim.Optimizer):
 
     def __init__(self, params: ParamsT, **defaults: Any) -> None:
         super().__init__(params, defaults)
+
+
+class _Layerwise:
+    """What LARS and LAMB have in common: ratios by norms of whole parameters."""
+
+    select_rule: Callable[[Options], Rule]
+
+    def structure(self, options: Options) -> tuple[Any, ...]:
+        return *TensorOptimizer.structure(self, options), options["adapt"], options.get("decay_1d")  # type: ignore[arg-type]
+
+    def treat(self, options: Options, parameter: Tensor) -> Treatment:
+        if holds_part(parameter):
+            raise NotImplementedError(
+                f"{type(self).__name__}: a parameter is a {type(parameter).__name__} that is sharded, and the norm of "
+                "its whole is not known to one process. Use an optimizer whose rule has no norms, or DDP."
+            )
+        return layerwise(self.select_rule(options), options, parameter.ndim)
 
 
 class Lion(TensorOptimizer, _WithDefaults):
@@ -83,7 +101,7 @@ class Lion(TensorOptimizer, _WithDefaults):
         return RULES["lion"]
 
 
-class LARS(TensorOptimizer, _WithDefaults):
+class LARS(_Layerwise, TensorOptimizer, _WithDefaults):
     """LARS (arXiv:1708.03888, in MLPerf's form) with true norms per tensor; formula and arguments in ``fastopt.LARS``,
     further arguments in ``TensorOptimizer``.
 
@@ -120,6 +138,7 @@ class LARS(TensorOptimizer, _WithDefaults):
         lr_in_momentum: bool = True,
         clip: bool = False,
         adapt: bool | None = None,
+        decay_1d: bool | None = None,
         maximize: bool = False,
         foreach: bool | None = None,
         capturable: bool = False,
@@ -144,17 +163,3 @@ class LARS(TensorOptimizer, _WithDefaults):
 
     def select_rule(self, options: Options) -> Rule:  # noqa: D102
         return RULES["lars_nesterov" if options["nesterov"] else "lars"]
-
-    def structure(self, options: Options) -> tuple[Any, ...]:  # noqa: D102
-        return *super().structure(options), options["adapt"]
-
-    def treat(self, options: Options, parameter: Tensor) -> Treatment:  # noqa: D102
-        if holds_part(parameter):
-            raise NotImplementedError(
-                f"LARS: a parameter is a {type(parameter).__name__} that is sharded, and the norm of its whole is not "
-                "known to one process. Use an optimizer whose rule has no norms, or DDP."
-            )
-        rule, adapt = self.select_rule(options), options["adapt"]
-        if adapt is None and parameter.ndim <= 1:
-            return Treatment(rule, False, (("weight_decay", 0.0),))
-        return Treatment(rule, adapt is not False)

@@ -484,6 +484,8 @@ class TensorOptimizer(StepOptions, Checkpoints):
         rule = self.select_rule(options)
         for name in {*rule.options, *rule.initial.values()} & {*options, *self.defaults}:
             value, count = options.get(name), rule.options.get(name, 1)
+            if value is None and name in self.defaults and self.defaults[name] is None:
+                continue
             numbers = value if isinstance(value, tuple) else (value,)
             if len(numbers) != count or not all(isinstance(x, (int, float)) for x in numbers):
                 raise TypeError(f"{where}{name} must be {'a number' if count == 1 else 'two numbers'}, got {value!r}.")

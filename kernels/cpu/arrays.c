@@ -29,14 +29,18 @@ uint64_t fastopt_look(const watch *w) {
             const fields *later = (const fields *)(w->arrays[i + AHEAD].object + w->head);
             __builtin_prefetch(later);
             __builtin_prefetch(&later->flags);
+            __builtin_prefetch(w->arrays[i + AHEAD].shape);
         }
         const char *object = w->arrays[i].object;
         const fields *a = (const fields *)(object + w->head);
         if (((const void **)a)[-1] != w->arrays[i].type) return ~w->seen; /* another object in its place */
-        hash = mix(hash, (uintptr_t)a->data);
-        hash = mix(hash, (uintptr_t)a->dtype);
-        hash = mix(hash, (uint64_t)(unsigned)a->flags << 32 | (unsigned)a->nd);
-        for (int k = 0; k < a->nd; k++) hash = mix(hash, (uint64_t)a->shape[k]);
+        uint64_t one = mix((uintptr_t)a->data, (uintptr_t)a->dtype); /* apart from hash: arrays need not wait for another */
+        one = mix(one, (uint64_t)(unsigned)a->flags << 32 | (unsigned)a->nd);
+        if (a->nd > 1) { /* of the same memory and dtype, one dimension cannot change alone */
+            w->arrays[i].shape = a->shape;
+            for (int k = 0; k < a->nd; k++) one = mix(one, (uint64_t)a->shape[k]);
+        }
+        hash = mix(hash, one);
     }
     return hash;
 }

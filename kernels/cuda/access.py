@@ -195,24 +195,24 @@ def _carry_class(rule: Rule) -> Any:
 
 
 def ratio_caller(rule: Rule) -> Any:
-    """Intrinsic ``(w_squares, g_squares, multiplier, scalars64) -> ratio``; 1 for rules without a ratio."""
+    """Intrinsic ``(sums, multiplier, scalars64) -> ratio``; 1 for rules without a ratio."""
     Scalars: Any = rule.Scalars
     h_type = types.NamedUniTuple(types.float64, len(Scalars._fields), Scalars)
 
     @intrinsic
-    def call(typingctx: Any, w_squares: Any, g_squares: Any, multiplier: Any, scalars: Any) -> Any:
+    def call(typingctx: Any, sums: Any, multiplier: Any, scalars: Any) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             if rule.ratio is None:
                 return ir.Constant(DOUBLE, 1.0)
-            numbers = [builder.load(_at(builder, args[3], ir.Constant(I64, k), DOUBLE)) for k in range(h_type.count)]
+            numbers = [builder.load(_at(builder, args[2], ir.Constant(I64, k), DOUBLE)) for k in range(h_type.count)]
             h = context.make_tuple(builder, h_type, numbers)
-            stored = [args[place] for place in rule.places]
-            values = scaled(context, builder, stored, rule.products, args[2])
+            stored = [builder.extract_value(args[0], place) for place in rule.places]
+            values = scaled(context, builder, stored, rule.products, args[1])
             sums_type = types.UniTuple(types.float64, len(values))
-            sums = context.make_tuple(builder, sums_type, values)
-            return context.compile_internal(builder, rule.ratio, types.float64(sums_type, h_type), [sums, h])
+            of_products = context.make_tuple(builder, sums_type, values)
+            return context.compile_internal(builder, rule.ratio, types.float64(sums_type, h_type), [of_products, h])
 
-        return types.float64(*[types.float64] * 3, types.int64), codegen
+        return types.float64(sums, types.float64, types.int64), codegen
 
     return call
 
@@ -232,7 +232,7 @@ class Arrays:
     def __init__(self, rule: Rule, p: str, g: str) -> None:
         self.storages = [Storage(p), Storage(g)] + [Storage(COMPUTE[p])] * len(rule.state)
         self.compute = getattr(types, COMPUTE[p])
-        self.step = rule.step
+        self.rule, self.step = rule, rule.step
         self.written = [0, *range(2, len(self.storages))]  # everything but the gradient
         self.copies = p == "float32"
         self.pointers = types.UniTuple(types.int64, len(self.storages) + 2 * self.copies)
@@ -329,6 +329,72 @@ class Arrays:
             return types.UniTuple(result, elements.count)(elements), codegen
 
         return apply
+
+    def no_sums(self) -> Any:
+        """Intrinsic ``() -> totals``: a zero for each product of the rule."""
+        totals = types.UniTuple(types.float64, len(self.rule.products))
+
+        @intrinsic
+        def no_sums(typingctx: Any) -> Any:
+            def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+                return context.make_tuple(builder, totals, [ir.Constant(DOUBLE, 0.0)] * totals.count)
+
+            return totals(), codegen
+
+        return no_sums
+
+    def stored(self) -> Any:
+        """Intrinsic ``(pointers, i) -> (p, g)``: numbers as they are stored, the gradient without its multiplier."""
+
+        @intrinsic
+        def stored(typingctx: Any, pointers: Any, i: Any) -> Any:
+            def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+                memory = [self._get(builder, args[0], k, args[1], 1)[0] for k in range(2)]
+                values = [storage.decode(builder, x) for storage, x in zip(self.storages, memory, strict=False)]
+                return context.make_tuple(builder, signature.return_type, values)
+
+            return types.UniTuple(self.compute, 2)(pointers, types.int64), codegen
+
+        return stored
+
+    def terms(self) -> Any:
+        """Intrinsic ``(arguments of the rule) -> its terms``."""
+        result = types.UniTuple(self.compute, self.rule.term_count)
+
+        @intrinsic
+        def terms(typingctx: Any, arguments: Any) -> Any:
+            def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+                if not self.rule.terms:
+                    return context.make_tuple(builder, result, [])
+                values = cgutils.unpack_tuple(builder, args[0])
+                return context.compile_internal(builder, self.rule.terms, result(*arguments.types), values)
+
+            return result(arguments), codegen
+
+        return terms
+
+    def add_products(self) -> Any:
+        """Intrinsic ``(totals, (p, g), terms) -> totals``: add the products of an element."""
+
+        @intrinsic
+        def add(typingctx: Any, totals: Any, stored: Any, terms: Any) -> Any:
+            def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+                results = []
+                for k, product in enumerate(self.rule.products):
+                    total = builder.extract_value(args[0], k)
+                    x, y = (
+                        builder.extract_value(*((args[2], f) if isinstance(f, int) else (args[1], "pg".index(f))))
+                        for f in product
+                    )
+                    if x.type == DOUBLE:  # products of float64 are not exact, and so are not fused
+                        results.append(builder.fadd(total, builder.fmul(x, y)))
+                    else:
+                        results.append(builder.fma(builder.fpext(x, DOUBLE), builder.fpext(y, DOUBLE), total))
+                return context.make_tuple(builder, totals, results)
+
+            return totals(totals, stored, terms), codegen
+
+        return add
 
     def store(self, count: int) -> Any:
         """Intrinsic ``(pointers, i, results of the rule)`` for ``count`` elements, each rounded once to its storage."""

@@ -13,16 +13,18 @@ if __name__ == "__main__":
     # sys.path.
     site.getsitepackages = lambda prefixes=None: sys.path
 
-from ..dtypes import COMPUTE, PAIRS, cuda_prologue_symbol, cuda_update_symbol
+from ..dtypes import COMPUTE, PAIRS, cuda_prologue_symbol, cuda_terms_symbol, cuda_update_symbol
 from ..registry import RULES
 from ..rules.rule import Rule
 from . import access
 from .prologue import prologue
+from .terms import terms_loop
 from .toolchain import ptx, types
 from .update import update_loop
 
 INTEGER, REAL = types.int64, types.float64
 UPDATE = types.void(*[INTEGER] * 7)
+TERMS = types.void(*[INTEGER] * 12)
 PROLOGUE = types.void(*[INTEGER] * 20, REAL, INTEGER, REAL, *[INTEGER] * 4)
 
 
@@ -35,6 +37,11 @@ def update_ptx(rule: Rule, p: str, g: str) -> str:
             "touches. Put the number into the rule's Scalars."
         )
     return text
+
+
+def terms_ptx(rule: Rule, p: str, g: str) -> str:
+    """The sums of ``rule``'s terms, and the ratios."""
+    return ptx(terms_loop(rule, p, g, access), TERMS, cuda_terms_symbol(rule.name, p, g))
 
 
 def prologue_ptx(rule: Rule) -> str:
@@ -50,6 +57,8 @@ def _kernels(what: Iterable[str]) -> Iterator[tuple[str, str]]:
             else:
                 p, g = one.split("-")
                 yield cuda_update_symbol(rule.name, p, g), update_ptx(rule, p, g)
+                if rule.sources:
+                    yield cuda_terms_symbol(rule.name, p, g), terms_ptx(rule, p, g)
 
 
 def main() -> None:

@@ -50,9 +50,9 @@ def prologue(rule: Rule, access: Any) -> Callable[..., None]:
     sums = [_lane_sum(access.add_rows(d, ROWS_AT_ONCE), access.add_rows(d, 1)) for d in COMPUTE]
     float32_sum, float64_sum, float16_sum, bfloat16_sum = sums
     float32_code, float64_code, float16_code = (CODES[d] for d in ("float32", "float64", "float16"))
-    add_lanes = cuda.jit(device=True, inline="always")(_add_lanes)
+    sum_lanes = cuda.jit(device=True, inline="always")(add_lanes)
     form_scalars, trust_ratio = access.scalars_former(rule), access.ratio_caller(rule)
-    has_ratio, last_scalar = rule.ratio is not None, len(rule.Scalars._fields) - 1  # type: ignore[attr-defined]
+    has_ratio, last_scalar = rule.ratio is not None and not rule.sources, len(rule.Scalars._fields) - 1  # type: ignore[attr-defined]
     factors = cuda.jit(device=True, inline="always")(rule.factors)
     lr_at = -1 if "lr" not in rule.options else sum(_before(rule.options, "lr"))
 
@@ -106,7 +106,7 @@ def prologue(rule: Rule, access: Any) -> Callable[..., None]:
                 lanes[thread] = float16_sum(x, block + thread % LANES, stop)
             else:
                 lanes[thread] = bfloat16_sum(x, block + thread % LANES, stop)
-            add_lanes(lanes, thread)
+            sum_lanes(lanes, thread)
             partials += WORD * chunk_count * which
             place = segment_count * which + s
             if thread == 0:
@@ -129,7 +129,7 @@ def prologue(rule: Rule, access: Any) -> Callable[..., None]:
                 for k in range(thread, count, LANES):
                     total += fresh_real(partials, first + k)
                 lanes[thread] = total
-            add_lanes(lanes, thread)
+            sum_lanes(lanes, thread)
             if thread == 0:
                 put_real(squares, place, lanes[0])
                 put_word(counters, place, 0)
@@ -151,7 +151,7 @@ def prologue(rule: Rule, access: Any) -> Callable[..., None]:
                 for s in range(thread, segment_count, LANES):
                     total += fresh_real(squares, segment_count + s)
                 lanes[thread] = total
-            add_lanes(lanes, thread)
+            sum_lanes(lanes, thread)
             if thread == 0:
                 if scale != 0:
                     multiplier = 1.0 / single(scale, 0)
@@ -190,7 +190,7 @@ def prologue(rule: Rule, access: Any) -> Callable[..., None]:
                 if word(segment, ADAPTS) and word(cohorts + WORD * COHORT_WORDS * c, RULE) == number:
                     w, g = fresh_real(squares, s), fresh_real(squares, segment_count + s)
                     own = scalars64 + 8 * SCALARS * c
-                    stretch, ratio = factors(trust_ratio(w, g, multiplier, own) * real(own, last_scalar))
+                    stretch, ratio = factors(trust_ratio((w, g), multiplier, own) * real(own, last_scalar))
                     put_real(ratios64, 2 * s, stretch)
                     put_real(ratios64, 2 * s + 1, ratio)
                     put_single(ratios32, 2 * s, stretch)
@@ -220,7 +220,7 @@ def _lane_sum(add_rows: Any, add_row: Any) -> Any:
     return cuda.jit(device=True, inline="always")(lane_sum)
 
 
-def _add_lanes(lanes: Any, thread: Any) -> None:
+def add_lanes(lanes: Any, thread: Any) -> None:
     """Add up each group of 32 lanes pairwise, into the first of them."""
     width = LANES // 2
     while width > 0:

@@ -72,6 +72,14 @@ class Rule:
         return tuple(dict.fromkeys(source for product in self.products for source in product))
 
     @property
+    def term_count(self) -> int:
+        """How many terms there are: what ``terms`` returns for numbers of a half."""
+        if self.terms is None:
+            return 0
+        h = self.Scalars._make([0.5] * len(self.Scalars._fields))  # type: ignore[attr-defined]
+        return len(self.terms(0.5, 0.5, *[0.5] * len(self.state), h))
+
+    @property
     def places(self) -> tuple[int, ...]:
         """Where among the sums of a segment those of the products are: squares of what is stored have fixed places."""
         stored: dict[Product, int] = {("p", "p"): PARAMETER, ("g", "g"): GRADIENT}
@@ -92,7 +100,7 @@ class Rule:
         if bool(self.products) != (self.ratio is not None):
             raise TypeError(f"Rule {self.name!r}: products are what ratio gets; give both or neither.")
         for source in self.sources:
-            if source not in ("p", "g") and (self.terms is None or not isinstance(source, int) or source < 0):
+            if source not in ("p", "g") and not (isinstance(source, int) and 0 <= source < self.term_count):
                 raise ValueError(f'Rule {self.name!r}: products are of "p", "g" and numbers of terms, got {source!r}.')
         if len(self.state) > MAX_STATES:
             raise ValueError(f"Rule {self.name!r}: at most {MAX_STATES} state arrays, got {len(self.state)}.")

@@ -49,9 +49,7 @@ RUNS: dict[str, tuple[dict[str, float], dict[str, float], tuple[str, ...], int, 
 
 @pytest.mark.parametrize("seed", range(10))
 @pytest.mark.parametrize("runs", RUNS)
-def test_what_got_slower_is_named_and_the_status_is_1(
-    runs: str, seed: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_got_slower_is_named_and_the_status_is_1(runs, seed, tmp_path, capsys):
     rng = np.random.default_rng(seed)
     before, after, options, expected, said = RUNS[runs]
     status, shown = compared(tmp_path, capsys, record(rng, **before), record(rng, **after), *options)
@@ -100,9 +98,7 @@ def test_bars_are_judged_by_the_median_of_rounds() -> None:
         ('{"format": 1, "results": [], "machine": {}, "suite": "x", "seconds": 1}', "have no case and contender"),
     ],
 )
-def test_files_that_are_something_else_are_one_line_and_status_2(
-    content: str | None, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_files_that_are_something_else_are_one_line_and_status_2(content, message, tmp_path, capsys):
     good, bad = tmp_path / "good.json", tmp_path / "bad.json"
     record(np.random.default_rng(0), fastopt=1.0).write(good)
     if content is not None:

@@ -146,9 +146,7 @@ class WrongTorch(gpu_contenders.TorchFused):
 
 
 @pytest.mark.parametrize("shapes", [SMALL, {"w": (50,)}], ids=["whole", "periodic"])
-def test_wrong_answers_and_errors_are_problems_and_the_others_go_on(
-    fake: FakeGpu, monkeypatch: pytest.MonkeyPatch, shapes: Any
-) -> None:
+def test_wrong_answers_and_errors_are_problems_and_the_others_go_on(fake, monkeypatch, shapes):
     pytest.importorskip("torch")
     for name, kind in {"wrong": WrongFastopt, "wrong torch": WrongTorch, "raises": Raises}.items():
         monkeypatch.setitem(CONTENDERS, name, kind)
@@ -208,9 +206,7 @@ def test_what_is_not_installed_is_told_and_is_no_error(fake: FakeGpu, monkeypatc
 
 
 @pytest.mark.parametrize(("name", "right"), [("Adam", True), ("AdamW", False)])
-def test_a_library_beside_torch_is_checked(
-    fake: FakeGpu, monkeypatch: pytest.MonkeyPatch, name: str, right: bool
-) -> None:
+def test_a_library_beside_torch_is_checked(fake, monkeypatch, name, right):
     torch = pytest.importorskip("torch")
 
     class Stand(others.Library):
@@ -261,9 +257,7 @@ def test_calls_are_counted_in_the_steps_and_in_the_control_apart() -> None:
         ([call("Memcpy DtoH (Device -> Pinned)", 111, "gpu_memcpy")], False, 1),
     ],
 )
-def test_waits_are_counted(
-    fake: FakeGpu, monkeypatch: pytest.MonkeyPatch, seen: list[Any], idle: bool, waits: int
-) -> None:
+def test_waits_are_counted(fake, monkeypatch, seen, idle, waits):
     monkeypatch.setattr(fake, "idle", lambda: idle)
     case = Case("x", "waits", "SGD", ADAM, SMALL, ("fastopt",), bars=(Bar("fastopt", "count", 0),))
     events = [*spans(), *seen, call("cudaDeviceSynchronize", 210)]

@@ -98,9 +98,7 @@ def test_every_kind_of_case_runs_and_is_written(tmp_path: Path, capsys: pytest.C
 
 
 @pytest.mark.usefixtures("suite")
-def test_a_case_that_fails_is_a_row_and_the_exit_status(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_case_that_fails_is_a_row_and_the_exit_status(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(CONTENDERS, "momentum", Raises)
     file = tmp_path / "gpu.json"
     assert gpu(["lars", "check", "--out", str(file)]) == 1
@@ -110,9 +108,7 @@ def test_a_case_that_fails_is_a_row_and_the_exit_status(
     assert list(record["cases"]["lars"]["contenders"]) == ["fastopt"]
 
 
-def test_a_gpu_that_broke_ends_the_process_and_the_next_one_goes_on(
-    suite: FakeGpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_gpu_that_broke_ends_the_process_and_the_next_one_goes_on(suite, tmp_path, monkeypatch, capsys):
     class Breaks(gpu_contenders.Fastopt):
         def make(self) -> Any:
             suite.broken = True
@@ -197,9 +193,7 @@ def test_a_wrong_bit_fails_the_smoke_stage(stand_in: Any, monkeypatch: pytest.Mo
         smoke.run(smoke.CASES[0], stand_in.put, get)
 
 
-def test_registers_are_told_and_a_kernel_that_cannot_be_loaded(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_registers_are_told_and_a_kernel_that_cannot_be_loaded(tmp_path, monkeypatch, capsys):
     class RawModule:
         def __init__(self, path: str) -> None:
             if "bad" in path:
@@ -257,9 +251,7 @@ CALLS = {
 
 
 @pytest.mark.parametrize("stages", [(), ("smoke",), ("bandwidth",), ("rest", "bits")], ids=str)
-def test_the_script_runs_its_stages_in_order_and_each_leaves_its_results(
-    tmp_path: Path, stages: tuple[str, ...]
-) -> None:
+def test_the_script_runs_its_stages_in_order_and_each_leaves_its_results(tmp_path, stages):
     status, said, calls = run_script(tmp_path, *stages)
     assert status == 0, said
     assert all(x in calls[0] for x in ("pip install", "--no-build-isolation", "--no-deps", "FASTOPT_CUDA=ON"))
@@ -283,9 +275,7 @@ def test_the_script_runs_its_stages_in_order_and_each_leaves_its_results(
         ("registers", "rest: FAILED: registers"),
     ],
 )  # fmt: skip
-def test_a_failing_stage_stops_nothing_and_is_the_exit_status(
-    tmp_path: Path, failing: str, stage: str, status: int
-) -> None:
+def test_a_failing_stage_stops_nothing_and_is_the_exit_status(tmp_path, failing, stage, status):
     code, said, calls = run_script(tmp_path, failing=failing, status=status)
     assert code == 1
     assert f"\n{stage} ({'out of time' if status == 124 else f'status {status}'})" in said

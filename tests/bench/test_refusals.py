@@ -67,10 +67,7 @@ REFUSED: list[tuple[str, tuple[str, ...], str]] = [
 
 
 @pytest.mark.parametrize(("command", "arguments", "message"), REFUSED, ids=[" ".join((x, *y)) for x, y, _ in REFUSED])
-def test_bad_input_is_refused_in_one_line(
-    command: str, arguments: tuple[str, ...], message: str,
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+def test_bad_input_is_refused_in_one_line(command, arguments, message, tmp_path, capsys, monkeypatch):  # fmt: skip
     for package in NEEDS.get(command, ()):
         pytest.importorskip(package)
     monkeypatch.chdir(tmp_path)

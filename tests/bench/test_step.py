@@ -170,9 +170,7 @@ def test_small_cases_rotate_among_copies_that_exceed_the_cache(monkeypatch: pyte
         assert measurement.run(case).copies == 20
 
 
-def test_a_case_beyond_memory_is_refused_before_anything_is_allocated(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_case_beyond_memory_is_refused_before_anything_is_allocated(monkeypatch, capsys):
     monkeypatch.setattr(measure, "Worker", None)  # nobody may start one
     assert main(["step", "--size", "1000000G", "--contenders", "fastopt,numpy"]) == 2
     error = capsys.readouterr().err

@@ -35,9 +35,7 @@ def test_the_driver(monkeypatch: pytest.MonkeyPatch, driver: int, said: str) -> 
 
 
 @pytest.mark.parametrize(("driver", "major"), [(0, 12), (12080, 12), (13000, 13)])
-def test_without_cupy_the_packages_for_the_driver_are_named(
-    monkeypatch: pytest.MonkeyPatch, driver: int, major: int
-) -> None:
+def test_without_cupy_the_packages_for_the_driver_are_named(monkeypatch, driver, major):
     monkeypatch.setattr(info, "_driver_version", lambda: driver)
     installed(monkeypatch, numpy="2.4")
     facts = info.cuda_facts()

@@ -21,16 +21,15 @@ import math, time
 from typing import NamedTuple
 import fastopt
 from fastopt.engine.cuda import kernels
-from fastopt.kernels.dtypes import cuda_prologue_symbol, cuda_update_symbol
 from fastopt.kernels.registry import RULES
 
 kernels.prebuilt_folder = lambda: None
 class Scalars(NamedTuple):
     lr: float
 def update(rule, *dtypes):
-    return kernels.ptx_file(rule, cuda_update_symbol(rule.name, *dtypes), dtypes)
+    return kernels.ptx_file("update", rule, *dtypes)
 def prologue(rule):
-    return kernels.ptx_file(rule, cuda_prologue_symbol(rule.name), ())
+    return kernels.ptx_file("prologue", rule)
 """
 
 
@@ -97,18 +96,18 @@ def test_without_numbas_cuda_package_the_error_names_it(monkeypatch: pytest.Monk
     monkeypatch.setitem(sys.modules, "fastopt.kernels.cuda.compile", None)
     monkeypatch.delattr(fastopt.kernels.cuda, "compile", raising=False)  # another test may have imported it
     with refused(ImportError, "fastopt_cuda_adam_float32_float32", 'pip install "numba-cuda[cu12]"'):
-        kernels.ptx_file(RULES["adam"], "fastopt_cuda_adam_float32_float32", ("float32", "float32"))
+        kernels.ptx_file("update", RULES["adam"], "float32", "float32")
     assert list(tmp_path.iterdir()) == []
 
 
 def compile_sgd(monkeypatch: pytest.MonkeyPatch, cache: Path) -> Path:
     """The file of a kernel whose compilation takes no time."""
     monkeypatch.setattr(kernels, "prebuilt_folder", lambda: None)
-    monkeypatch.setattr(kernels, "_compiler", lambda symbol: lambda rule, dtypes: "text")
+    monkeypatch.setattr(kernels, "_compiled", lambda *_: "text")
     monkeypatch.setenv("FASTOPT_CACHE_DIR", str(cache))
     kernels.cache_folder.cache_clear()
     try:
-        return kernels.ptx_file(RULES["sgd"], "sgd", ("float32", "float32"))
+        return kernels.ptx_file("update", RULES["sgd"], "float32", "float32")
     finally:
         kernels.cache_folder.cache_clear()
 
@@ -118,9 +117,7 @@ def test_cached_kernels_can_be_read_by_whom_the_umask_lets(monkeypatch: pytest.M
     assert compile_sgd(monkeypatch, tmp_path).stat().st_mode == (tmp_path / "usual").stat().st_mode
 
 
-def test_where_nothing_can_be_kept_kernels_last_as_long_as_the_process(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_where_nothing_can_be_kept_kernels_last_as_long_as_the_process(monkeypatch, tmp_path):
     (tmp_path / "file").touch()
     with pytest.warns(UserWarning, match=r"compiled for this process only.*Not a directory.*FASTOPT_CACHE_DIR"):
         path = compile_sgd(monkeypatch, tmp_path / "file")

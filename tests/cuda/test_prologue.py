@@ -243,7 +243,9 @@ def check_ratios(tables, rule, adapting, factor):
     assert tables.ratios["float32"].tolist() == expected.astype(np.float32).tolist()
 
 
-@pytest.mark.parametrize("rule", [rule for rule in RULES.values() if rule.ratio], ids=lambda rule: rule.name)
+@pytest.mark.parametrize(
+    "rule", [rule for rule in RULES.values() if rule.ratio and not rule.sources], ids=lambda rule: rule.name
+)
 @pytest.mark.parametrize("form", [False, True])
 def test_trust_ratios(rule, form):
     # More arrays than threads; cohort 1 belongs to another rule.

@@ -99,9 +99,7 @@ def test_a_build_without_kernels_says_so(monkeypatch: pytest.MonkeyPatch) -> Non
     ("says", "threads"),
     [("3", 3), (" 3 ", 3), ("4,2", 4), ("0", None), ("²", None), ("x", None), ("-1", None), ("", None)],
 )
-def test_omp_num_threads_is_read_as_openmp_reads_it(
-    says: str, threads: int | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_omp_num_threads_is_read_as_openmp_reads_it(says, threads, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", says)
     assert _backend.Numba("").default_threads == (threads or len(os.sched_getaffinity(0)))
 

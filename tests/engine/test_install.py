@@ -43,9 +43,7 @@ print(fastopt.torch.AdamW.__module__.split(".")[:2])
         ("numba", ("numba",), "none, for Numba is missing"),
     ],
 )
-def test_info_tells_where_kernels_come_from(
-    monkeypatch: pytest.MonkeyPatch, isa: str | None, missing: tuple[str, ...], said: str
-) -> None:
+def test_info_tells_where_kernels_come_from(monkeypatch, isa, missing, said):
     pytest.importorskip("numba")
     find, version = importlib.util.find_spec, importlib.metadata.version
 

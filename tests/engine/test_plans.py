@@ -40,9 +40,7 @@ def alternate(opt: fastopt.Optimizer, rounds: int) -> bytes:
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_alternating_patterns_of_gradients_have_the_bits_of_plans_made_anew(
-    name: str, built: list[Plan], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_alternating_patterns_of_gradients_have_the_bits_of_plans_made_anew(name, built, monkeypatch):
     start = [np.full((4, 4), k + 1.0) for k in range(3)]
     few = alternate(OPTIMIZERS[name]([w.copy() for w in start]), 4)
     assert len(built) <= 6  # one for each pattern, and anew where arrays came differently far

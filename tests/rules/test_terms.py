@@ -1,4 +1,4 @@
-"""Sums of a rule's terms: a rule of these tests alone keeps the mechanism honest, beside a reference in NumPy."""
+"""Sums of a rule's terms, which a rule of these tests alone keeps honest, beside NumPy."""
 
 import math
 from typing import NamedTuple
@@ -14,7 +14,6 @@ import fastopt
 from fastopt.engine.table import WAVE
 
 SIZES = (1, 0, LANES + 1, BLOCK - 1, BLOCK + 5, CHUNK + 1, 40 * CHUNK + 7, WAVE)
-LR, MU = 0.125, 0.5
 
 
 class Scalars(NamedTuple):
@@ -37,34 +36,28 @@ def ratio(sums, h):
     return math.sqrt(sums[0] / (sums[1] + sums[3])) if sums[1] + sums[3] > 0.0 else 1.0
 
 
-RULE = fastopt.Rule(
-    *("with_terms", step, Scalars, lambda t, options: Scalars(options["lr"], MU, 1.0), ("b",)),
-    terms=terms,
-    products=((1, 1), (0, 0), ("p", 0), ("g", "g")),
-    ratio=ratio,
-)
+RECORD = "with_terms", step, Scalars, lambda t, options: Scalars(options["lr"], 0.5, 1.0), ("b",)
+SUMS = {"terms": terms, "products": ((1, 1), (0, 0), ("p", 0), ("g", "g")), "ratio": ratio}
+RULE = fastopt.Rule(*RECORD, **SUMS)
 
 
 class WithTerms(fastopt.Optimizer):
-    def __init__(self, params, lr=LR, **options):
-        super().__init__(params, {"lr": lr}, **options)
-
     def select_rule(self, options):
         return RULE
 
 
-def run(pair, *, flat=False, split=False, steps=2, **options):
-    """Parameters, sums of the last step and norms."""
+def data(pair, steps):
     rng = np.random.default_rng(1)
-    params, *grads = (
-        {str(n): rng.standard_normal(n).astype(DTYPES[d]) for n in SIZES} for d in (pair[0], *pair[1:] * steps)
-    )
-    params, *grads = (fastopt.FlatBuffer.from_arrays(x) if flat else x for x in (params, *grads))
-    opt, norms = WithTerms(params, **options), []
-    opt.step(grads[0])
+    return ({str(n): rng.standard_normal(n).astype(DTYPES[d]) for n in SIZES} for d in (pair[0], *[pair[1]] * steps))
+
+
+def run(pair, *, flat=False, split=False, steps=2, clip=None):
+    """Parameters, sums of the last step and norms."""
+    params, *grads = (fastopt.FlatBuffer.from_arrays(x) if flat else x for x in data(pair, steps))
+    opt = WithTerms(params, {"lr": 0.125}, max_grad_norm=clip)
+    norms = [opt.step(grads[0]).grad_norm]
     opt._plan.combine = (lambda sums: None) if split else None
-    for g in grads[1:]:
-        norms.append(opt.step(g).grad_norm)
+    norms += [opt.step(g).grad_norm for g in grads[1:]]
     return [np.array(params[name]) for name in params], opt._plan.layers.segments["sums"].tolist(), norms
 
 
@@ -74,47 +67,41 @@ def run(pair, *, flat=False, split=False, steps=2, **options):
 def test_bits_are_those_of_one_thread_wave_after_wave(pair, clip, backend, always_threaded):
     backend(native_isas()[0])
     fastopt.set_num_threads(1)
-    params, sums, norms = run(pair, max_grad_norm=clip)
+    params, *sums_and_norms = run(pair, clip=clip)
     for isa in (*native_isas(), *["numba"] * (clip is None)):
         backend(isa)
         for threads, flat, split in ((1, False, True), (2, False, False), (2, True, True), (3, True, False)):
             fastopt.set_num_threads(threads)
-            p, s, n = run(pair, max_grad_norm=clip, flat=flat, split=split)
+            p, *rest = run(pair, clip=clip, flat=flat, split=split)
             assert all(map(np.array_equal, p, params)), (isa, threads, flat, split)
-            assert (s, n) == (sums, norms), (isa, threads, flat, split)
+            assert rest == sums_and_norms, (isa, threads, flat, split)
 
 
 def test_sums_and_steps_are_those_of_numpy():
-    params, sums, _ = run(("float64", "float64"), max_grad_norm=3.0, steps=3)
-    rng = np.random.default_rng(1)
-    p, *grads = ([rng.standard_normal(n) for n in SIZES] for _ in range(4))
-    b, clip = [0 * x for x in p], 3.0
+    params, sums, _ = run(("float64", "float64"), clip=3.0, steps=3)
+    p, *grads = ([*x.values()] for x in data(("float64", "float64"), 3))
+    b = [0 * x for x in p]
     for g in grads:
-        factor = min(1.0, clip / (math.sqrt(sum(np.sum(x * x) for x in g)) + 1e-6))
-        new = [MU * x + factor * y for x, y in zip(b, g, strict=True)]
-        wanted = [[(x - u) @ (x - u), u @ u, x @ u, factor**2 * (y @ y)] for x, u, y in zip(p, new, g, strict=True)]
-        p = [x - LR * ratio(s, None) * u for x, s, u in zip(p, wanted, new, strict=True)]
-        b = new
-    # Sums of up to 655,000 products of float64, 32 lanes and chunks added pairwise: far less than an eps for each.
-    for got, want in (
-        (sums, [[s[0], s[1], s[2], s[3] / factor**2] for s in wanted]),
-        *((x[None], y[None]) for x, y in zip(params, p, strict=True)),
-    ):
-        np.testing.assert_allclose(got, want, rtol=1e-12, atol=1e-12)
+        factor = min(1.0, 3.0 / (math.sqrt(sum(np.sum(x * x) for x in g)) + 1e-6))
+        b = [0.5 * x + factor * y for x, y in zip(b, g, strict=True)]
+        wanted = [[(x - u) @ (x - u), u @ u, x @ u, y @ y] for x, u, y in zip(p, b, g, strict=True)]
+        ratios = [ratio([*s[:3], factor**2 * s[3]], None) for s in wanted]
+        p = [x - 0.125 * r * u for x, r, u in zip(p, ratios, b, strict=True)]
+    # Sums of up to 655,000 products of float64, by lanes, chunks and pairs: far less than an eps for each.
+    np.testing.assert_allclose(sums, wanted, rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(np.concatenate(params), np.concatenate(p), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"products": ()}, "give both or neither"),
-        ({"ratio": None}, "give both or neither"),
         ({"products": ((0, "x"),)}, "got 'x'"),
         ({"products": ((0, -1),)}, "got -1"),
-        ({"terms": None}, "got 1"),
+        ({"products": ((2, 2),)}, "got 2"),
         ({"products": ((0, 0),) * 5}, "at most 4 products, got 5"),
     ],
 )
 def test_records_that_cannot_be_right_are_refused(changes, message):
-    fields = {"terms": terms, "products": RULE.products, "ratio": ratio, **changes}
-    with pytest.raises((TypeError, ValueError), match=f"Rule 'x': .*{message}"):
-        fastopt.Rule("x", step, Scalars, RULE.scalars, ("b",), **fields)
+    with pytest.raises((TypeError, ValueError), match=f"Rule 'with_terms': .*{message}"):
+        fastopt.Rule(*RECORD, **SUMS | changes)

@@ -16,7 +16,7 @@ from typing import Any
 import llvmlite.binding as llvm
 from fastopt.kernels.cuda import compile as compiler
 from fastopt.kernels.cuda.toolchain import THREADS
-from fastopt.kernels.dtypes import COMPUTE, cuda_prologue_symbol, cuda_update_symbol
+from fastopt.kernels.dtypes import COMPUTE, cuda_prologue_symbol, cuda_terms_symbol, cuda_update_symbol
 from fastopt.kernels.registry import RULES
 from numba.cuda.cudadrv import nvvm
 
@@ -74,6 +74,8 @@ def _compiled(symbol: str) -> list[str]:
                 for g in COMPUTE:
                     if symbol == cuda_update_symbol(rule.name, p, g):
                         compiler.update_ptx(rule, p, g)
+                    if symbol == cuda_terms_symbol(rule.name, p, g):
+                        compiler.terms_ptx(rule, p, g)
     except _Captured as captured:
         modules: list[str] = captured.args[0]
         return modules

@@ -26,9 +26,10 @@ import pytest
 from compare import DTYPES
 from fastopt.kernels import layout
 from fastopt.kernels.cuda.prologue import prologue
+from fastopt.kernels.cuda.terms import terms_loop
 from fastopt.kernels.cuda.toolchain import THREADS, cuda
 from fastopt.kernels.cuda.update import PARTS, update_loop
-from fastopt.kernels.dtypes import CODES, COMPUTE, cuda_prologue_symbol, cuda_update_symbol
+from fastopt.kernels.dtypes import CODES, COMPUTE, cuda_prologue_symbol, cuda_terms_symbol, cuda_update_symbol
 from fastopt.kernels.registry import RULES
 from fastopt.kernels.rules.rule import Rule
 from numba.cuda.core import config
@@ -166,13 +167,19 @@ def scalars_former(rule: Rule) -> Any:
 
 def ratio_caller(rule: Rule) -> Any:
     if rule.ratio is None:
-        return lambda w_squares, g_squares, multiplier, scalars: 1.0
+        return lambda sums, multiplier, scalars: 1.0
     ratio = in_numpy(rule.ratio)
 
-    def call(w_squares: float, g_squares: float, multiplier: float, scalars: int) -> float:
-        norm = abs(multiplier) * np.sqrt(np.float64(g_squares))
+    def scaled(total: float, product: Any, multiplier: float) -> Any:
+        if product != ("g", "g"):
+            return np.float64(total) * multiplier ** product.count("g")
+        norm = abs(multiplier) * np.sqrt(np.float64(total))
+        return norm * norm
+
+    def call(sums: Sequence[float], multiplier: float, scalars: int) -> float:
+        of_products = zip((sums[place] for place in rule.places), rule.products, strict=True)
         h = rule.Scalars(*(real(scalars, k) for k in range(len(rule.Scalars._fields))))  # type: ignore[attr-defined]
-        return float(ratio((np.float64(w_squares), norm * norm), h))
+        return float(ratio(tuple(scaled(total, product, multiplier) for total, product in of_products), h))
 
     return call
 
@@ -196,7 +203,7 @@ class Arrays:
         self.compute = DTYPES[COMPUTE[p]]
         self.dtypes = [DTYPES[p], DTYPES[g]] + [self.compute] * len(rule.state)
         self.written = [0, *range(2, len(self.dtypes))]
-        self.step = in_numpy(rule.step)
+        self.rule, self.step = rule, in_numpy(rule.step)
         self.copies = p == "float32"
 
     def _elements(self, pointers: Sequence[int], k: int, i: int, count: int) -> Array:
@@ -226,6 +233,24 @@ class Arrays:
 
     def apply(self) -> Any:
         return lambda elements: [self.step(*arguments) for arguments in elements]
+
+    def no_sums(self) -> Any:
+        return lambda: (0.0,) * len(self.rule.products)
+
+    def stored(self) -> Any:
+        return lambda pointers, i: [self._elements(pointers, k, i, 1).astype(self.compute)[0] for k in range(2)]
+
+    def terms(self) -> Any:
+        terms = in_numpy(self.rule.terms) if self.rule.terms else lambda *_: ()
+        return lambda arguments: terms(*arguments)
+
+    def add_products(self) -> Any:
+        def add(totals: Sequence[float], stored: Sequence[Any], terms: Sequence[Any]) -> tuple[float, ...]:
+            factors = {"p": stored[0], "g": stored[1], **dict(enumerate(terms))}
+            pairs = [(float(factors[a]), float(factors[b])) for a, b in self.rule.products]
+            return tuple(total + x * y for total, (x, y) in zip(totals, pairs, strict=True))
+
+        return add
 
     def store(self, count: int) -> Any:
         def store(pointers: Sequence[int], i: int, results: Sequence[tuple[Any, ...]]) -> None:
@@ -301,6 +326,8 @@ def kernel_of(symbol: str) -> tuple[Callable[..., None], int]:
         if symbol == cuda_prologue_symbol(rule.name):
             return prologue(rule, access), THREADS
         for p, g in itertools.product(COMPUTE, repeat=2):
+            if symbol == cuda_terms_symbol(rule.name, p, g):
+                return terms_loop(rule, p, g, access), THREADS
             if symbol == cuda_update_symbol(rule.name, p, g):
                 return update_loop(rule, p, g, access, threads=UPDATE_THREADS), UPDATE_THREADS
     raise LookupError(f"no kernel is called {symbol}")

@@ -22,7 +22,9 @@ class StandInGpu:
         self.devices: dict[int, cuda_stand_in.StandIn] = {}
         monkeypatch.setattr(arrays, "Runtime", self.device)
         monkeypatch.setattr(arrays, "devices", lambda: (2, 0))
-        monkeypatch.setattr(kernels, "ptx_file", lambda rule, symbol, dtypes: Path(f"{symbol}.ptx"))
+        monkeypatch.setattr(
+            kernels, "ptx_file", lambda kind, rule, *dtypes: Path(kernels.SYMBOLS[kind](rule.name, *dtypes))
+        )
 
     def device(self, number: int = 0, library: str = "cupy") -> Any:
         """The runtime of a device, which counts what is asked of it."""

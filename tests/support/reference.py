@@ -251,19 +251,17 @@ def lion(
 def lars(
     p: Array, g: Array, state: State, t: int, *, lr: float, momentum: float = 0.9, weight_decay: float = 0.0,
     trust_coefficient: float = 1e-3, eps: float = 0.0, nesterov: bool = False, lr_in_momentum: bool = True,
-    clip: bool = False, adapt: bool | None = None, maximize: bool = False, keep_weight_norms: bool = False
+    clip: bool = False, adapt: bool | None = None, decay_1d: bool | None = None, maximize: bool = False,
+    keep_weight_norms: bool = False
 ) -> Update:
     """You, Gitman, Ginsburg 2017 (arXiv:1708.03888), Algorithm 1, in the form of MLPerf.
 
     ratio = trust_coefficient |p| / (|g| + wd |p| + eps);  v = mu v + lr ratio (g + wd p);  p -= v.
-    The ratio is 1 where |p| or |g| is 0, and without `adapt`; `adapt=None` also takes the decay from arrays of one
-    dimension or none. Where there is a ratio, `clip` (LARC) makes lr ratio the smaller of it and lr.
-    `keep_weight_norms` says where |p| comes from and so changes nothing here.
+    The ratio is 1 where |p| or |g| is 0, and without `adapt`. Where there is a ratio, `clip` (LARC) makes lr ratio the
+    smaller of it and lr. `keep_weight_norms` says where |p| comes from and so changes nothing here.
     """
     d = -g if maximize else g
-    if adapt is None:
-        adapt = p.ndim > 1
-        weight_decay = weight_decay if adapt else 0.0
+    adapt, weight_decay = _layer(p, adapt, decay_1d, weight_decay)
     norm_p, norm_d = math.sqrt(np.sum(p**2)), math.sqrt(np.sum(d**2))
     ratio = 1.0
     if adapt and norm_p != 0 and norm_d != 0:
@@ -274,6 +272,12 @@ def lars(
     v = momentum * state["momentum_buffer"] + d
     u = d + momentum * v if nesterov else v
     return p - (u if lr_in_momentum else lr * u), {"momentum_buffer": v}
+
+
+def _layer(p: Array, adapt: bool | None, decay_1d: bool | None, weight_decay: float) -> tuple[bool, float]:
+    """Whether an array has a ratio, and its decay. By default those of one dimension or none have neither."""
+    decay_1d = adapt is not None if decay_1d is None else decay_1d
+    return p.ndim > 1 if adapt is None else adapt, weight_decay if p.ndim > 1 or decay_1d else 0.0
 
 
 def global_norm(grads: Iterable[Array | None]) -> float:

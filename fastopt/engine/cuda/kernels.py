@@ -14,11 +14,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ...files import replacing
-from ...kernels.dtypes import cuda_prologue_symbol, cuda_update_symbol
+from ...kernels.dtypes import cuda_prologue_symbol, cuda_terms_symbol, cuda_update_symbol
 from ...kernels.layout import THREADS
 from ...kernels.registry import RULES
 from ...kernels.rules.rule import Rule
 from .runtime import Function, Runtime
+
+SYMBOLS: dict[str, Callable[..., str]] = {
+    "update": cuda_update_symbol,
+    "terms": cuda_terms_symbol,
+    "prologue": cuda_prologue_symbol,
+}
+"""Kinds of kernels, and how one for a rule and, but for a prologue, two dtypes is called."""
 
 
 @functools.cache
@@ -36,16 +43,20 @@ class Kernels:
 
     def update(self, rule: Rule, p: str, g: str) -> Function:
         """The update of a rule for parameters stored as p and gradients stored as g."""
-        return self._load(rule, cuda_update_symbol(rule.name, p, g), p, g)
+        return self._load("update", rule, p, g)
+
+    def terms(self, rule: Rule, p: str, g: str) -> Function:
+        """Sums of a rule's terms, and the ratios by them."""
+        return self._load("terms", rule, p, g)
 
     def prologue(self, rule: Rule) -> Function:
         """Norms, and what a rule makes of them."""
-        return self._load(rule, cuda_prologue_symbol(rule.name))
+        return self._load("prologue", rule)
 
-    def _load(self, rule: Rule, symbol: str, *dtypes: str) -> Function:
-        key = (rule, *dtypes)
+    def _load(self, kind: str, rule: Rule, *dtypes: str) -> Function:
+        key = (kind, rule, *dtypes)
         if key not in self._loaded:
-            path = ptx_file(rule, symbol, dtypes)
+            path, symbol = ptx_file(kind, rule, *dtypes), SYMBOLS[kind](rule.name, *dtypes)
             self._loaded[key] = self._runtime.function(str(path), symbol, THREADS)
         return self._loaded[key]
 
@@ -57,8 +68,9 @@ def prebuilt_folder() -> Path | None:
     return folder if folder is not None and folder.is_dir() else None
 
 
-def ptx_file(rule: Rule, symbol: str, dtypes: tuple[str, ...]) -> Path:
+def ptx_file(kind: str, rule: Rule, *dtypes: str) -> Path:
     """The PTX of a kernel: from the package, from the cache of an earlier process, or compiled now."""
+    symbol = SYMBOLS[kind](rule.name, *dtypes)
     own = RULES.get(rule.name) is not rule  # a rule of the user's: what it closes over cannot be told from its name
     folder = prebuilt_folder()
     if not own and folder is not None and (folder / f"{symbol}.ptx").is_file():
@@ -67,7 +79,7 @@ def ptx_file(rule: Rule, symbol: str, dtypes: tuple[str, ...]) -> Path:
     for folder in [_session_folder()] if own else [cache_folder(), _session_folder()]:
         if (folder / name).is_file():
             return folder / name
-    text = _compiler(symbol)(rule, dtypes)
+    text = _compiled(kind, rule, *dtypes)
     if not own:
         try:
             return _write(cache_folder() / name, text)
@@ -80,15 +92,17 @@ def ptx_file(rule: Rule, symbol: str, dtypes: tuple[str, ...]) -> Path:
     return _write(_session_folder() / name, text)
 
 
-def _compiler(symbol: str) -> Callable[[Rule, tuple[str, ...]], str]:
+def _compiled(kind: str, rule: Rule, *dtypes: str) -> str:
     try:
         from ...kernels.cuda import compile as compiler
     except ImportError as error:
         raise ImportError(
-            f"fastopt: {symbol} is not among the package's kernels, and compiling it now needs Numba's CUDA package: "
+            f"fastopt: {SYMBOLS[kind](rule.name, *dtypes)} is not among the package's kernels, and compiling it now "
+            "needs Numba's CUDA package: "
             f'pip install "numba-cuda[cu12]", or "numba-cuda[cu13]" for CUDA 13 ({error})'
         ) from error
-    return lambda rule, dtypes: compiler.update_ptx(rule, *dtypes) if dtypes else compiler.prologue_ptx(rule)
+    text: str = getattr(compiler, f"{kind}_ptx")(rule, *dtypes)
+    return text
 
 
 @functools.cache

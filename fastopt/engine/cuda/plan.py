@@ -16,7 +16,7 @@ from ..step import Request, StepInfo
 from .kernels import kernels_of
 from .numbers import DeviceProgress, Numbers
 from .runtime import Function, Runtime, address
-from .table import NO_JOBS, CudaTable, Jobs, segment_words
+from .table import NO_JOBS, CudaTable, Jobs, Launch, segment_words
 
 _STEPPED = StepInfo()
 
@@ -57,6 +57,10 @@ class CudaPlan(Plan):
             (self._kernels.update(self._rule(k), p, g), COMPUTE[p] == "float64")
             for k, (p, g) in zip(first, stored, strict=True)
         ]
+        terms = [
+            self._kernels.terms(self._rule(k), p, g) if self._adapts(k) and self._rule(k).sources else None
+            for k, (p, g) in zip(first, stored, strict=True)
+        ]
         words = segment_words(
             self._addresses(runs),
             cohorts=[self._member[k] for k in first],
@@ -66,7 +70,7 @@ class CudaPlan(Plan):
             copies=[self.parameters[k].copy for k in first],
         )
         sizes = np.array([size for _, size in runs], np.int64)
-        return CudaTable(self._runtime, sizes, words, np.array(first, np.int64), kernels)
+        return CudaTable(self._runtime, sizes, words, np.array(first, np.int64), kernels, terms)
 
     def resume(self) -> bool:
         return False
@@ -102,6 +106,8 @@ class CudaPlan(Plan):
         for number, kernel, jobs in prologues:
             what = int(request.skip_nonfinite), int(counts_there), int(decides and number == 0), result
             self._find_out(table, number, kernel, jobs, request, what, stream)
+        for sums in table.sums:
+            self._launch_sums(sums, table, stream)
         if decides:
             self._numbers.forget()
         # The line where a count and its step can fall apart: an interrupt among these launches leaves the count ahead.
@@ -113,6 +119,15 @@ class CudaPlan(Plan):
             places = update.chunks, table.segments, table.gradients, self._numbers.header, scalars, ratios
             update.kernel(update.blocks, (*places, int(request.zero_grads)), stream)
         return info
+
+    def _launch_sums(self, sums: Launch, table: CudaTable, stream: Any) -> None:
+        scalars = self._numbers.scalars64 if sums.wide else self._numbers.scalars32
+        arguments = (
+            *(table.chunks, table.segments, table.gradients, sums.chunks, table.chunk_count),
+            *(table.partials, table.counters, self._numbers.header, scalars, self._numbers.scalars64),
+            *(table.ratios64, table.ratios32),
+        )
+        sums.kernel(sums.blocks, arguments, stream)
 
     def _find_out(
         self,
@@ -162,10 +177,11 @@ class CudaPlan(Plan):
         self, table: CudaTable, request: Request, *, decides: bool, forms: bool
     ) -> list[tuple[int, Function, Jobs]]:
         """What is launched before the update: number of the rule, kernel, chunks whose squares it sums."""
-        if not decides and not self._has_ratio:
+        of_squares = [rule.ratio is not None and not rule.sources for rule in self._rules]
+        if not decides and not (self._has_ratio and any(of_squares)):
             return []
         jobs = table.norm_jobs if request.needs_norm else table.ratio_jobs
-        wanted = [k for k, rule in enumerate(self._rules) if k == 0 or forms or rule.ratio is not None]
+        wanted = [k for k in range(len(self._rules)) if k == 0 or forms or of_squares[k]]
         return [(k, self._kernels.prologue(self._rules[k]), jobs if k == 0 else NO_JOBS) for k in wanted]
 
     def _new_info(self, request: Request, stream: Any, capturable: bool) -> tuple[StepInfo, int]:

@@ -23,6 +23,7 @@ from ...kernels.layout import (
     PARTS_BITS,
     SEGMENT_WORDS,
     SIGN,
+    SUMS,
     WORD,
 )
 from ..plan import Copy
@@ -32,7 +33,7 @@ from .staging import Staging
 
 
 class Launch(NamedTuple):
-    """An update kernel, whether it computes in float64, its blocks, and the address of its chunks."""
+    """An update or terms kernel, whether it computes in float64, its blocks, and the address of its chunks."""
 
     kernel: Function
     wide: bool
@@ -60,6 +61,7 @@ class CudaTable:
         words: What each segment is, (segments, SEGMENT_WORDS), all but its chunks.
         first: The parameter with which each segment begins.
         kernels: The update kernel of each segment, and whether it computes in float64.
+        terms: The terms kernel of each segment whose rule has one and that has a ratio.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class CudaTable:
         words: NDArray[np.int64],
         first: NDArray[np.int64],
         kernels: list[tuple[Function, bool]],
+        terms: list[Function | None],
     ) -> None:
         self._runtime = runtime
         self._first = first
@@ -89,6 +92,12 @@ class CudaTable:
             mine = chunks[np.array([k is kernel for k, _ in kernels])[chunks[:, 0]]]
             if len(mine):
                 self.launches.append(Launch(kernel, wide, len(mine) << PARTS_BITS, self._address(mine[::-1])))
+        self.sums: list[Launch] = []
+        for sums, wide in dict.fromkeys((t, wide) for t, (_, wide) in zip(terms, kernels, strict=True) if t):
+            mine = np.flatnonzero(np.array([t is sums for t in terms])[chunks[:, 0]])
+            if len(mine):
+                self.sums.append(Launch(sums, wide, len(mine), self._address(mine)))
+        self._of_squares = (words[:, ADAPTS] != 0) & np.array([t is None for t in terms], bool)
         self.ratios64 = self._address(np.ones(2 * len(sizes)))  # stretch and ratio of each segment that adapts
         self.ratios32 = self._address(np.ones(2 * len(sizes), np.float32))
 
@@ -103,8 +112,8 @@ class CudaTable:
 
     @functools.cached_property
     def partials(self) -> int:
-        """Sums of squares of each chunk of the parameters, then of the gradients."""
-        return self._address(np.zeros(2 * self.chunk_count))
+        """Sums of each chunk: of squares of the parameters, then of the gradients; or of a rule's products."""
+        return self._address(np.zeros(SUMS * self.chunk_count))
 
     @functools.cached_property
     def squares(self) -> int:
@@ -124,12 +133,11 @@ class CudaTable:
     @functools.cached_property
     def ratio_jobs(self) -> Jobs:
         """Chunks to be squared where only trust ratios are needed."""
-        return self._jobs(self._words[:, ADAPTS] != 0)
+        return self._jobs(self._of_squares)
 
     def _jobs(self, gradients: NDArray[np.bool_]) -> Jobs:
-        adapts = self._words[:, ADAPTS] != 0
         jobs, arrays = [], 0
-        for which, wanted in ((PARAMETER, adapts), (GRADIENT, gradients)):
+        for which, wanted in ((PARAMETER, self._of_squares), (GRADIENT, gradients)):
             chunk = np.flatnonzero(wanted[self._chunks[:, 0]])
             jobs.append(np.stack([np.full(len(chunk), which), chunk], axis=1))
             arrays += int((wanted & (self._words[:, CHUNKS] > 0)).sum())
