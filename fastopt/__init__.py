@@ -36,6 +36,7 @@ from .optimizers.adagrad import Adagrad
 from .optimizers.adam import Adam, AdamW
 from .optimizers.adamax import Adamax
 from .optimizers.asgd import ASGD
+from .optimizers.lamb import LAMB
 from .optimizers.lars import LARS
 from .optimizers.lion import Lion
 from .optimizers.nadam import NAdam
@@ -56,6 +57,7 @@ if importlib.util.find_spec("fastopt._native") is None and importlib.util.find_s
 
 __all__ = [
     "ASGD",
+    "LAMB",
     "LARS",
     "SGD",
     "Adadelta",

@@ -27,12 +27,13 @@ except ModuleNotFoundError as error:
 
 from .adam import Adam, Adamax, AdamW, NAdam, RAdam
 from .amp import GradScaler
-from .further import LARS, Lion
+from .further import LAMB, LARS, Lion
 from .optimizer import TensorOptimizer
 from .optimizers import ASGD, SGD, Adadelta, Adagrad, RMSprop, Rprop
 
 __all__ = [
     "ASGD",
+    "LAMB",
     "LARS",
     "SGD",
     "Adadelta",

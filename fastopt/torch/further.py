@@ -163,3 +163,61 @@ class LARS(_Layerwise, TensorOptimizer, _WithDefaults):
 
     def select_rule(self, options: Options) -> Rule:  # noqa: D102
         return RULES["lars_nesterov" if options["nesterov"] else "lars"]
+
+
+class LAMB(_Layerwise, TensorOptimizer, _WithDefaults):
+    """LAMB (arXiv:1904.00962) with true norms per tensor; formula and arguments in ``fastopt.LAMB``, further arguments
+    in ``TensorOptimizer``.
+
+    Tensors of one dimension or none (biases, norm layers) have no trust ratio and no decay, unless ``adapt`` is given.
+
+    State: ``step``, ``exp_avg``, ``exp_avg_sq``.
+
+    Raises:
+        NotImplementedError: A process holds only a part of a parameter (a DTensor that is sharded): the norm is not
+            known.
+
+    Example:
+        >>> import torch, fastopt.torch
+        >>> w = torch.nn.Parameter(torch.full((2, 2), 2.0))
+        >>> opt = fastopt.torch.LAMB([w], lr=0.1, eps=0.0)
+        >>> w.grad = torch.full((2, 2), 5.0)
+        >>> opt.step()
+        >>> [round(x, 3) for x in w.flatten().tolist()]
+        [1.8, 1.8, 1.8, 1.8]
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        *,
+        adapt: bool | None = None,
+        decay_1d: bool | None = None,
+        trust_clip: float | None = None,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        max_grad_norm: float | None = None,
+        skip_nonfinite: bool = False,
+        zero_grads: bool = False,
+        master_weights: bool = False,
+        flatten: bool = False,
+    ) -> None:
+        given = arguments(locals())
+        check_rate(lr, "LAMB")
+        _refuse(not lr >= 0.0, "learning rate", lr)
+        for index, beta in enumerate(betas):
+            _refuse(not 0.0 <= beta < 1.0, f"beta parameter at index {index}", beta)
+        _refuse(not eps >= 0.0, "epsilon value", eps)
+        _refuse(not weight_decay >= 0.0, "weight_decay value", weight_decay)
+        _refuse(trust_clip is not None and not trust_clip > 0.0, "trust_clip value", trust_clip)
+        super().__init__(**given)
+
+    def select_rule(self, options: Options) -> Rule:  # noqa: D102
+        return RULES["lamb"]

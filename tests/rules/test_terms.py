@@ -1,4 +1,4 @@
-"""Sums of a rule's terms, which a rule of these tests alone keeps honest, beside NumPy."""
+"""Sums of a rule's terms, which a rule of these tests alone keeps honest, beside NumPy; and LAMB's norms of zero."""
 
 import math
 from typing import NamedTuple
@@ -105,3 +105,11 @@ def test_sums_and_steps_are_those_of_numpy():
 def test_records_that_cannot_be_right_are_refused(changes, message):
     with pytest.raises((TypeError, ValueError), match=f"Rule 'with_terms': .*{message}"):
         fastopt.Rule(*RECORD, **SUMS | changes)
+
+
+@pytest.mark.parametrize(("clip", "moved"), [(None, 0.5), (0.25, 0.125)])
+def test_the_ratio_of_lamb_is_1_where_a_norm_is_0_and_is_cut_all_the_same(clip, moved):
+    zero, idle = np.zeros((2, 2)), np.full((2, 2), 3.0)
+    fastopt.LAMB([zero, idle], lr=0.5, eps=1e-30, trust_clip=clip).step([np.ones((2, 2)), np.zeros((2, 2))])
+    np.testing.assert_allclose(zero, -moved, rtol=1e-12)  # u is 1: a fresh moment over its root
+    assert (idle == 3.0).all()

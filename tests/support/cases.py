@@ -109,6 +109,10 @@ CASES: tuple[Case, ...] = (
     _case("LARS", "lars", lr=0.1, weight_decay=0.1, trust_coefficient=0.02, clip=True),  # below the limit of 1
     _case("LARS", "lars", lr=0.1, weight_decay=0.1, trust_coefficient=0.02, keep_weight_norms=True),
     _case("LARS", "lars_nesterov", lr=0.1, weight_decay=0.1, trust_coefficient=0.02, nesterov=True),
+    _case("LAMB", "lamb"),
+    _case("LAMB", "lamb", lr=0.05, betas=(0.8, 0.9), eps=0.01, weight_decay=0.1, maximize=True),
+    _case("LAMB", "lamb", lr=0.02, weight_decay=0.1, adapt=True, decay_1d=False, trust_clip=1.5),
+    _case("LAMB", "lamb", lr=0.02, betas=(0.8, 0.95), weight_decay=0.1, decay_1d=True),
     _case("LARS", "lars_nesterov", lr=0.01, trust_coefficient=2.0, nesterov=True, lr_in_momentum=False, clip=True),
 )
 
@@ -117,7 +121,7 @@ _NOT_IN_TORCH = ("lr_in_momentum", "eps_inside_sqrt", "eps_hat")
 
 def torch_hyper(case: Case) -> dict[str, Any] | None:
     """The arguments with which torch.optim's class of the same name is the same optimizer, or None."""
-    if case.optimizer in ("Lion", "LARS") or any(case.hyper.get(name) for name in _NOT_IN_TORCH):
+    if case.optimizer in ("Lion", "LARS", "LAMB") or any(case.hyper.get(name) for name in _NOT_IN_TORCH):
         return None
     hyper = {name: value for name, value in case.hyper.items() if name not in _NOT_IN_TORCH}
     if hyper.pop("fully_decoupled", False):

@@ -39,7 +39,7 @@ def initial_state(name: str, p: Array, **hyper: Any) -> State:
         "Rprop": ["prev", "step_size"],
         "ASGD": ["ax"],
         "Lion": ["exp_avg"],
-        "LARS": ["momentum_buffer"],
+        "LARS": ["momentum_buffer"], "LAMB": ["exp_avg", "exp_avg_sq"],
     }[name]
     first = {"sum": hyper.get("initial_accumulator_value", 0.0), "step_size": hyper.get("lr", 1e-2)}
     floats = {"NAdam": {"mu_product": 1.0}, "ASGD": {"eta": hyper.get("lr", 1e-2), "mu": 1.0}}
@@ -274,6 +274,21 @@ def lars(
     return p - (u if lr_in_momentum else lr * u), {"momentum_buffer": v}
 
 
+def lamb(
+    p: Array, g: Array, state: State, t: int, *, lr: float = 1e-3, betas: Pair = (0.9, 0.999), eps: float = 1e-6,
+    weight_decay: float = 0.0, adapt: bool | None = None, decay_1d: bool | None = None, trust_clip: float | None = None,
+    maximize: bool = False
+) -> Update:
+    """You et al. 2020 (arXiv:1904.00962), Algorithm 2, phi being the identity."""
+    adapt, weight_decay = _layer(p, adapt, decay_1d, weight_decay)
+    u, new = _adam_moments(-g if maximize else g, state, t, betas, eps, False, False)
+    u = u + weight_decay * p
+    norm_p, norm_u = math.sqrt(np.sum(p**2)), math.sqrt(np.sum(u**2))
+    ratio = norm_p / norm_u if norm_p != 0 and norm_u != 0 else 1.0
+    ratio = ratio if trust_clip is None else min(ratio, trust_clip)
+    return p - lr * (ratio if adapt else 1.0) * u, new
+
+
 def _layer(p: Array, adapt: bool | None, decay_1d: bool | None, weight_decay: float) -> tuple[bool, float]:
     """Whether an array has a ratio, and its decay. By default those of one dimension or none have neither."""
     decay_1d = adapt is not None if decay_1d is None else decay_1d
@@ -293,4 +308,5 @@ def clip_coefficient(norm: float, max_norm: float) -> float:
 REFERENCES: dict[str, Callable[..., Update]] = {
     "SGD": sgd, "Adagrad": adagrad, "RMSprop": rmsprop, "Adam": adam, "AdamW": adamw, "Adadelta": adadelta,
     "Adamax": adamax, "NAdam": nadam, "RAdam": radam, "Rprop": rprop, "ASGD": asgd, "Lion": lion, "LARS": lars,
+    "LAMB": lamb,
 }

@@ -39,8 +39,9 @@ CLASSES = {
     "RAdam": {},
     "Lion": {},
     "LARS": {"lr": 0.1},
+    "LAMB": {"weight_decay": 0.1},
 }
-IN_TORCH = [name for name in CLASSES if name not in ("Lion", "LARS")]
+IN_TORCH = [name for name in CLASSES if name not in ("Lion", "LARS", "LAMB")]
 SCALERS = {"torch": torch.amp.GradScaler, "fastopt": front.GradScaler}
 
 
