@@ -86,17 +86,21 @@ class Case:
     def declared_bytes(self) -> int:
         """Bytes that a step must move: it reads and writes parameters and states, and reads the gradients.
 
-        A norm reads the gradients once more, and trust ratios read parameters and gradients once more; zeroing writes
-        the gradients.
+        A norm reads the gradients once more, trust ratios read parameters and gradients once more, and LAMB its states,
+        too; zeroing writes the gradients.
         """
         itemsize = ITEMSIZE[self.dtype]
         moved = 3 * itemsize + 2 * self.state_bytes
-        if self.optimizer == "LARS":
-            moved += 2 * itemsize
+        if self.optimizer in LAYERWISE:
+            moved += 2 * itemsize + self.state_bytes * (self.optimizer == "LAMB")
         elif "max_norm" in self.step or "skip_nonfinite" in self.step:
             moved += itemsize
         moved += itemsize * bool(self.step.get("zero_grads"))
         return self.elements * moved
+
+
+LAYERWISE = ("LARS", "LAMB")
+"""What needs to know whole parameters."""
 
 
 @functools.cache

@@ -125,6 +125,14 @@ def _bars() -> Iterator[Case]:
         bars=(Bar("fastopt", 1.35, "fastopt momentum"), Bar("fastopt keep", 1.35, "fastopt momentum")),
     )
     yield Case(
+        "lamb-bert",
+        "LAMB",
+        {"lr": 1e-3, "weight_decay": 0.01},
+        shapes("bert-base"),
+        ("fastopt", "fastopt adamw"),
+        bars=(Bar("fastopt", 1.6, "fastopt adamw"),),
+    )
+    yield Case(
         "torch-adamw",
         *OPTIMIZERS["adamw"],
         ONE,

@@ -53,6 +53,7 @@ RECIPES = (
     Recipe("ASGD", fastopt.ASGD, 0.3),
     Recipe("Lion", fastopt.Lion, 0.0003),
     Recipe("LARS", fastopt.LARS, 1.0, {"weight_decay": 5e-4}),
+    Recipe("LAMB", fastopt.LAMB, 0.003),
 )
 NAMES = {recipe.name.lower(): recipe for recipe in RECIPES}
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .case import Case
+from .case import LAYERWISE, Case
 from .contenders import CONTENDERS
 from .contenders.base import Arrays, Contender
 
@@ -232,7 +232,7 @@ def expectation(case: Case, params: Arrays, grads: Arrays) -> dict[str, NDArray[
     from tests.support import reference  # the repository's own: a benchmark runs from its root
 
     update = reference.REFERENCES[case.optimizer]
-    layerwise = case.optimizer == "LARS"
+    layerwise = case.optimizer in LAYERWISE
     scale, norm = 1.0 / case.step.get("grad_scale", 1.0), None
     if "max_norm" in case.step:
         squares = sum(float(np.sum(np.square(g, dtype=np.float64))) for g in grads.values())

@@ -5,7 +5,15 @@ from __future__ import annotations
 from .base import Contender
 from .bitsandbytes_cpu import BitsAndBytes
 from .deepspeed_cpu import DeepSpeed
-from .fastopt_core import Fastopt, FastoptArrays, FastoptKeep, FastoptMomentum, FastoptMoving, FastoptPlain
+from .fastopt_core import (
+    Fastopt,
+    FastoptAdamW,
+    FastoptArrays,
+    FastoptKeep,
+    FastoptMomentum,
+    FastoptMoving,
+    FastoptPlain,
+)
 from .numba_loop import NumbaLoop
 from .optax_jit import Optax
 from .optimi_torch import Optimi
@@ -31,6 +39,7 @@ CONTENDERS: dict[str, type[Contender]] = {
     "fastopt plain": FastoptPlain,
     "fastopt keep": FastoptKeep,
     "fastopt momentum": FastoptMomentum,
+    "fastopt adamw": FastoptAdamW,
     "fastopt.torch": Front,
     "fastopt.torch moving": FrontMoving,
     "fastopt.torch flat": FrontFlat,

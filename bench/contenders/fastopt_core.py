@@ -84,6 +84,15 @@ class FastoptKeep(Fastopt):
         return {**case.hyper, "keep_weight_norms": True}
 
 
+class FastoptAdamW(Fastopt):
+    """AdamW in the place of LAMB."""
+
+    checked = False
+
+    def class_name(self, case: Case) -> str:  # noqa: D102
+        return "AdamW"
+
+
 class FastoptMomentum(Fastopt):
     """Momentum in the place of LARS."""
 

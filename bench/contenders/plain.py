@@ -160,6 +160,19 @@ def _lars(
     p -= s["buf"]
 
 
+def _lamb(
+    p: Array, g: Array, s: State, t: int, *,
+    lr: float, betas: Pair = (0.9, 0.999), eps: float = 1e-6, weight_decay: float = 0.0,
+) -> None:  # fmt: skip
+    _moments(g, s, betas)
+    u = s["m"] / (1 - betas[0] ** t) / (np.sqrt(s["v"] / (1 - betas[1] ** t)) + eps)
+    if p.ndim > 1:
+        u += weight_decay * p
+        norm_p, norm_u = float(np.linalg.norm(p)), float(np.linalg.norm(u))
+        lr *= norm_p / norm_u if norm_p and norm_u else 1.0
+    p -= lr * u
+
+
 UPDATES: dict[str, tuple[Callable[..., None], tuple[str, ...]]] = {
     "SGD": (_sgd, ("buf",)),
     "Adagrad": (_adagrad, ("sum",)),
@@ -174,6 +187,7 @@ UPDATES: dict[str, tuple[Callable[..., None], tuple[str, ...]]] = {
     "ASGD": (_asgd, ("ax",)),
     "Lion": (_lion, ("m",)),
     "LARS": (_lars, ("buf",)),
+    "LAMB": (_lamb, ("m", "v")),
 }
 """By the class in fastopt: the update of one array, whose options have torch's names, and its states."""
 

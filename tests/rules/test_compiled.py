@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fastopt.kernels import dtypes
 from fastopt.kernels.dtypes import COMPUTE, COPIES, PAIRS, ratio_symbol, round_symbol, squares_symbol, update_symbol
 from fastopt.kernels.registry import RULES
 from fastopt.kernels.rules.rule import Rule
@@ -19,6 +20,7 @@ from fastopt.engine import backend as _backend
 RULE_NAMES = sorted(RULES)
 ROOTED = [name for name in RULE_NAMES if "sqrt" in inspect.getsource(RULES[name].step)]
 UPDATES = [(rule, p, g, isa) for rule in RULE_NAMES for p, g in PAIRS for isa in _backend.ISAS]
+TERMS = [update for update in UPDATES if RULES[update[0]].sources]
 
 
 # --- rules -----------------------------------------------------------------------------------------------------------
@@ -135,7 +137,7 @@ needs_x86 = pytest.mark.skipif(_backend.load().isa == "native", reason="the libr
 
 @needs_x86
 def test_every_kernel_is_in_the_library() -> None:
-    wanted = {update_symbol(*update) for update in UPDATES}
+    wanted = {update_symbol(*update) for update in UPDATES} | {dtypes.terms_symbol(*update) for update in TERMS}
     wanted |= {squares_symbol(dtype, isa) for dtype in COMPUTE for isa in _backend.ISAS}
     wanted |= {round_symbol(dtype, isa) for dtype in COPIES for isa in _backend.ISAS}
     wanted |= {ratio_symbol(name, isa) for name in RULE_NAMES if RULES[name].ratio for isa in _backend.ISAS}
@@ -185,7 +187,7 @@ def test_nothing_is_contracted_or_approximated() -> None:
     for symbol, code in instructions().items():
         found = {m for m, _ in code if fused.match(m)}
         # In float64 the square of a narrower number is exact, so fusing it with the addition changes no bit.
-        exact = re.match(r"fastopt_(squares|lars|lars_nesterov)_(?!float64)", symbol)
+        exact = re.match(r"fastopt_(squares|terms_lamb|lars|lars_nesterov)_(?!float64)", symbol)
         assert not found or (exact and all(m.endswith("pd") for m in found)), (symbol, found)
         assert not [m for m, _ in code if approximate.match(m)], symbol
 
@@ -195,6 +197,7 @@ def test_kernels_call_nothing() -> None:
     # LLVM may make memset of the loop that zeroes a block of the gradient, and the tail of a norm is a memcpy.
     for update in UPDATES:
         assert calls(update_symbol(*update)) <= {"memset", *(["memcpy"] if RULES[update[0]].ratio else [])}, update
+    assert not any(calls(dtypes.terms_symbol(*update)) - {"memset"} for update in TERMS)
     for isa in _backend.ISAS:
         for dtype in COMPUTE:
             assert calls(squares_symbol(dtype, isa)) <= {"memcpy"}, (dtype, isa)

@@ -61,18 +61,16 @@ def run(pair, *, flat=False, split=False, steps=2, clip=None):
     return [np.array(params[name]) for name in params], opt._plan.layers.segments["sums"].tolist(), norms
 
 
-@pytest.mark.parametrize(
-    ("pair", "clip"), [(PAIRS[0], 3.0), *(pytest.param(x, None, marks=pytest.mark.full) for x in PAIRS)]
-)
-def test_bits_are_those_of_one_thread_wave_after_wave(pair, clip, backend, always_threaded):
+@pytest.mark.parametrize("pair", [PAIRS[0], *(pytest.param(x, marks=pytest.mark.full) for x in PAIRS[1:])])
+def test_bits_are_those_of_one_thread_wave_after_wave(pair, backend, always_threaded):
     backend(native_isas()[0])
     fastopt.set_num_threads(1)
-    params, *sums_and_norms = run(pair, clip=clip)
-    for isa in (*native_isas(), *["numba"] * (clip is None)):
+    params, *sums_and_norms = run(pair, clip=3.0)
+    for isa in (*native_isas(), *["numba"] * (pair == PAIRS[1])):
         backend(isa)
         for threads, flat, split in ((1, False, True), (2, False, False), (2, True, True), (3, True, False)):
             fastopt.set_num_threads(threads)
-            p, *rest = run(pair, clip=clip, flat=flat, split=split)
+            p, *rest = run(pair, clip=3.0, flat=flat, split=split)
             assert all(map(np.array_equal, p, params)), (isa, threads, flat, split)
             assert rest == sums_and_norms, (isa, threads, flat, split)
 
@@ -96,8 +94,6 @@ def test_sums_and_steps_are_those_of_numpy():
     ("changes", "message"),
     [
         ({"products": ()}, "give both or neither"),
-        ({"products": ((0, "x"),)}, "got 'x'"),
-        ({"products": ((0, -1),)}, "got -1"),
         ({"products": ((2, 2),)}, "got 2"),
         ({"products": ((0, 0),) * 5}, "at most 4 products, got 5"),
     ],
