@@ -17,7 +17,7 @@ from fastopt.engine.cuda import kernels
 from fastopt.engine.cuda.runtime import Runtime
 
 COMPILE = """
-import math, time
+import functools, math, time
 from typing import NamedTuple
 import fastopt
 from fastopt.engine.cuda import kernels
@@ -26,10 +26,7 @@ from fastopt.kernels.registry import RULES
 kernels.prebuilt_folder = lambda: None
 class Scalars(NamedTuple):
     lr: float
-def update(rule, *dtypes):
-    return kernels.ptx_file("update", rule, *dtypes)
-def prologue(rule):
-    return kernels.ptx_file("prologue", rule)
+update, prologue = (functools.partial(kernels.ptx_file, kind) for kind in ("update", "prologue"))
 """
 
 
