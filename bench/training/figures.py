@@ -43,7 +43,9 @@ BOWL = (  # learning rates that show how each one moves, not the fastest ones
     Recipe("Rprop", fastopt.Rprop, 0.3),
     Recipe("ASGD", fastopt.ASGD, 0.7),
     Recipe("Lion", fastopt.Lion, 0.2),
-    Recipe("LARS", fastopt.LARS, 15.0, {"adapt": True}),  # the point is one array of one dimension, left out otherwise
+    # The point is one array of one dimension, which these leave out otherwise.
+    Recipe("LARS", fastopt.LARS, 15.0, {"adapt": True}),
+    Recipe("LAMB", fastopt.LAMB, 0.15, {"adapt": True}),
 )
 
 
