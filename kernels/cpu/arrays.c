@@ -36,10 +36,8 @@ uint64_t fastopt_look(const watch *w) {
         if (((const void **)a)[-1] != w->arrays[i].type) return ~w->seen; /* another object in its place */
         uint64_t one = mix((uintptr_t)a->data, (uintptr_t)a->dtype); /* apart from hash: arrays need not wait for another */
         one = mix(one, (uint64_t)(unsigned)a->flags << 32 | (unsigned)a->nd);
-        if (a->nd > 1) { /* of the same memory and dtype, one dimension cannot change alone */
-            w->arrays[i].shape = a->shape;
-            for (int k = 0; k < a->nd; k++) one = mix(one, (uint64_t)a->shape[k]);
-        }
+        w->arrays[i].shape = a->shape;
+        for (int k = 0; k < a->nd; k++) one = mix(one, (uint64_t)a->shape[k]);
         hash = mix(hash, one);
     }
     return hash;

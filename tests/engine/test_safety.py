@@ -28,8 +28,11 @@ def test_a_parameter_cannot_be_resized() -> None:
     opt = fastopt.SGD([w], lr=0.5)
     with pytest.raises(ValueError, match="resize"):
         w.resize(4, refcheck=False)
-    opt.step([np.ones(1000, np.float32)])
-    assert (w == 0.5).all()
+    g = np.ones(1000, np.float32)
+    _ = [opt.step([g]) for _ in range(3)]
+    with pytest.raises(ValueError, match=r"grads\[0\] has shape \(10,\)|resize"):
+        _ = g.resize(10, refcheck=False), opt.step([g])  # refused by NumPy where only Python looks at arrays
+    assert (w == -0.5).all()
 
 
 CHANGES: dict[str, Any] = {
