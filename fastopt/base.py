@@ -38,6 +38,7 @@ class Known:
     seen: dict[str, Any]
     options: dict[str, Any]
     members: list[Parameter]
+    written: list[Parameter]
     total: int
     foreign: Collection[str]  # keys of the user's own
 
@@ -174,7 +175,8 @@ class Optimizer(Base):
             members, total = collected.records(index), collected.layout.total
             foreign = group.keys() - options.keys() - {"params"}
             known = Known(
-                *(index, MappingProxyType(arrays), dtypes, copy.deepcopy(options), checked, members, total, foreign)
+                *(index, MappingProxyType(arrays), dtypes, copy.deepcopy(options), checked, members),
+                *(collected.written(members), total, foreign),
             )
             parameters += members
             names.update(arrays)
@@ -202,7 +204,8 @@ class Optimizer(Base):
     def _rebuild(self) -> None:
         """Parameters or states changed: what was derived from them is derived anew."""
         memory = Memory(self._parameters, self._states(), self._space, self._name)
-        self._reader = GradientReader(self._parameters, self._flat_layout, memory, self._space, self._name)
+        written = [p for known in self._groups for p in known.written]
+        self._reader = GradientReader(self._parameters, written, self._flat_layout, memory, self._space, self._name)
         self._plan, self._plans = None, []
 
     def _allocate(

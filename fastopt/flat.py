@@ -65,7 +65,8 @@ class FlatBuffer(Mapping[str, Array]):
 
     An optimizer that is given its parameters and gradients as flat buffers walks them in one pass, however many arrays
     there are. Each array begins on a 64-byte boundary; the padding between arrays holds zeros, and a step leaves them
-    zero. Views write through: ``params["w"] -= 1`` and ``params["w"] = array`` change the buffer.
+    zero. Views write through: ``params["w"] -= 1`` and ``params["w"] = array`` change the buffer. A step writes
+    ``data``: as in NumPy, a view that is read-only does not make it so.
 
     Args:
         shapes: Shape of each array by name, in the order in which they are laid out.

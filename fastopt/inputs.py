@@ -44,6 +44,24 @@ class Group(NamedTuple):
             for (name, array), offset, end, place in zip(self.arrays.items(), layout.offsets, ends, places, strict=True)
         ]
 
+    def written(self, members: list[Parameter]) -> list[Parameter]:
+        """The arrays that a step writes, given the records of this group: the parameters, or the whole flat buffer.
+
+        A flat buffer's views are windows on it: as in NumPy, one made read-only does not make its base so, and to look
+        at ten thousand views each step would take a sixth of the step.
+        """
+        if self.flat is None:
+            return members
+        data = self.flat.data
+        return [
+            Parameter(
+                *("FlatBuffer.data", data, data.size, data.dtype.name, members[0].group, 0, data.size),
+                self.space.address(data),
+                shape=data.shape,
+                guard=weakref.ref(data),
+            )
+        ]
+
 
 def groups_in(params: Any, where: str) -> list[Mapping[str, Any]]:
     """The param groups in what a constructor is given: several, or one."""
@@ -134,6 +152,7 @@ class GradientReader:
 
     Args:
         parameters: All parameters, in their order.
+        written: What is looked at again in each step: the parameters, or whole flat buffers.
         layout: Layout that a flat buffer of gradients must have to be walked in one run; None where parameters are
             not one flat buffer.
         memory: Where gradients must not lie.
@@ -144,12 +163,14 @@ class GradientReader:
     def __init__(
         self,
         parameters: Sequence[Parameter],
+        written: Sequence[Parameter],
         layout: Layout | None,
         memory: Memory,
         space: Space,
         where: str,
     ) -> None:
-        self._checked = list(parameters)
+        self._written = list(written)
+        self._kept = [p.array for p in written]
         self._names = [p.name for p in parameters]
         self._parameters = [p.array for p in parameters]
         self._layout = layout
@@ -197,13 +218,13 @@ class GradientReader:
     def remember(self) -> None:
         """The gradients read last are the plan's. They are not kept alive, which would double their memory."""
         if self._candidates is not None:
-            self._seen = Watch(self._parameters, self._candidates)
+            self._seen = Watch(self._kept, self._candidates)
             self._seen_flat = self._candidate_flat
             self._candidates = None
 
     def _look_again(self) -> Watch:
         """Refuse parameters that were changed in place since they were checked."""
-        for p in self._checked if self._space is HOST else ():  # CuPy's arrays cannot be
+        for p in self._written if self._space is HOST else ():  # CuPy's arrays cannot be
             array = self._space.parameter(p.array, f"{self._step}: parameter {p.name!r}")
             if (array.dtype.name, array.shape) != (p.dtype, p.shape):
                 raise ValueError(
@@ -214,7 +235,7 @@ class GradientReader:
                 raise ValueError(
                     f"{self._step}: parameter {p.name!r} was given other memory in place. Make a new optimizer."
                 )
-        return Watch(self._parameters)
+        return Watch(self._kept)
 
     def _in_order(self, grads: Any) -> list[Any]:
         """The gradients in the order of the parameters."""

@@ -77,6 +77,18 @@ def test_a_parameter_that_was_changed_in_place_is_refused(change: str, steps_bef
 
 
 @pytest.mark.usefixtures("watched")
+def test_of_a_flat_buffer_the_whole_is_written_and_looked_at() -> None:
+    params = fastopt.FlatBuffer({"w": (4,), "b": (3,)})
+    grads, opt = params.zeros_like(), fastopt.SGD(params, lr=0.5)
+    for _ in range(4):
+        params["w"].flags.writeable = False  # which does not make its base so, to NumPy either
+        opt.step(grads)
+    params.data.flags.writeable = False
+    with pytest.raises(ValueError, match=r"^SGD.step: parameter 'FlatBuffer.data' is read-only"):
+        opt.step(grads)
+
+
+@pytest.mark.usefixtures("watched")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("flat", [False, True])
 @pytest.mark.parametrize("change", ["dtype", "shape", "memory"])

@@ -31,6 +31,9 @@ def _case(optimizer: str, rule: str, **hyper: Any) -> Case:
     return Case(optimizer, rule, hyper)
 
 
+_DECAYED = {"alpha": 0.9, "eps": 0.01, "weight_decay": 0.1}
+_FAST = {"lr": 0.01, "betas": (0.8, 0.9), "eps": 0.01, "weight_decay": 0.1}
+
 # Values that tell: large enough for a forgotten or misplaced option to show within a few steps (`eps` not far below
 # the gradients, averages that turn over within 20 steps, step sizes and t0 that 20 steps reach). At a constant lr
 # `lr_in_momentum` shows in the momentum buffer alone, and t0 of ASGD shows in `ax` alone: compare states too.
@@ -54,16 +57,7 @@ CASES: tuple[Case, ...] = (
     _case("RMSprop", "rmsprop_centered", alpha=0.9, eps=0.01, weight_decay=0.1, centered=True),
     _case("RMSprop", "rmsprop_centered", alpha=0.9, eps=0.01, centered=True, maximize=True, eps_inside_sqrt=True),
     _case("RMSprop", "rmsprop_centered_momentum", alpha=0.9, eps=0.01, momentum=0.8, centered=True, maximize=True),
-    _case(
-        "RMSprop",
-        "rmsprop_centered_momentum",
-        alpha=0.9,
-        eps=0.01,
-        weight_decay=0.1,
-        momentum=0.8,
-        centered=True,
-        eps_inside_sqrt=True,
-    ),
+    _case("RMSprop", "rmsprop_centered_momentum", **_DECAYED, momentum=0.8, centered=True, eps_inside_sqrt=True),
     _case("Adam", "adam"),
     _case("Adam", "adam", lr=0.01, betas=(0.8, 0.95), eps=0.01, weight_decay=0.1, maximize=True),
     _case("Adam", "adam", lr=0.01, betas=(0.8, 0.95), eps=0.01, weight_decay=0.1, eps_hat=True),
@@ -74,18 +68,7 @@ CASES: tuple[Case, ...] = (
     _case("AdamW", "adamw", lr=0.01, betas=(0.8, 0.95), eps=0.01, weight_decay=0.1, eps_hat=True),
     _case("AdamW", "adamw", lr=0.01, betas=(0.8, 0.95), weight_decay=0.1, fully_decoupled=True),
     _case("AdamW", "amsgradw", lr=0.01, betas=(0.8, 0.9), eps=0.01, weight_decay=0.1, amsgrad=True),
-    _case(
-        "AdamW",
-        "amsgradw",
-        lr=0.01,
-        betas=(0.8, 0.9),
-        eps=0.01,
-        weight_decay=0.1,
-        amsgrad=True,
-        maximize=True,
-        eps_hat=True,
-        fully_decoupled=True,
-    ),
+    _case("AdamW", "amsgradw", **_FAST, amsgrad=True, maximize=True, eps_hat=True, fully_decoupled=True),
     _case("Adadelta", "adadelta"),
     _case("Adadelta", "adadelta", lr=0.5, rho=0.8, eps=0.01, weight_decay=0.1, maximize=True),
     _case("Adamax", "adamax"),
@@ -112,7 +95,7 @@ CASES: tuple[Case, ...] = (
     _case("LAMB", "lamb"),
     _case("LAMB", "lamb", lr=0.05, betas=(0.8, 0.9), eps=0.01, weight_decay=0.1, maximize=True),
     _case("LAMB", "lamb", lr=0.02, weight_decay=0.1, adapt=True, decay_1d=False, trust_clip=1.5),
-    _case("LAMB", "lamb", lr=0.02, betas=(0.8, 0.95), weight_decay=0.1, decay_1d=True),
+    _case("LAMB", "lamb", lr=0.02, betas=(0.8, 0.95), weight_decay=0.1, decay_1d=True, maximize=True),
     _case("LARS", "lars_nesterov", lr=0.01, trust_coefficient=2.0, nesterov=True, lr_in_momentum=False, clip=True),
 )
 
