@@ -13,7 +13,7 @@ from ..engine.plan import Treatment, layerwise
 from ..kernels.registry import RULES
 from ..kernels.rules.rule import Options, Rule
 from ._options import arguments, check_rate
-from ._tensors import holds_part
+from ._shards import why_not_combined
 from .optimizer import TensorOptimizer
 
 
@@ -39,10 +39,11 @@ class _Layerwise:
         return *TensorOptimizer.structure(self, options), options["adapt"], options.get("decay_1d")  # type: ignore[arg-type]
 
     def treat(self, options: Options, parameter: Tensor) -> Treatment:
-        if holds_part(parameter):
+        why = why_not_combined(parameter)
+        if why is not None:
             raise NotImplementedError(
-                f"{type(self).__name__}: a parameter is a {type(parameter).__name__} that is sharded, and the norm of "
-                "its whole is not known to one process. Use an optimizer whose rule has no norms, or DDP."
+                f"{type(self).__name__}: a parameter is {why}, so the norm of its whole is not known. Use an optimizer "
+                "whose rule has no norms, or DDP."
             )
         return layerwise(self.select_rule(options), options, parameter.ndim)
 
@@ -110,8 +111,7 @@ class LARS(_Layerwise, TensorOptimizer, _WithDefaults):
     State: ``momentum_buffer``.
 
     Raises:
-        NotImplementedError: A process holds only a part of a parameter (a DTensor that is sharded): the norm is not
-            known.
+        NotImplementedError: The norm of a parameter's whole cannot be had: FSDP1, Partial DTensors, shards on GPUs.
 
     Example:
         >>> import torch, fastopt.torch
@@ -174,8 +174,7 @@ class LAMB(_Layerwise, TensorOptimizer, _WithDefaults):
     State: ``step``, ``exp_avg``, ``exp_avg_sq``.
 
     Raises:
-        NotImplementedError: A process holds only a part of a parameter (a DTensor that is sharded): the norm is not
-            known.
+        NotImplementedError: The norm of a parameter's whole cannot be had: FSDP1, Partial DTensors, shards on GPUs.
 
     Example:
         >>> import torch, fastopt.torch

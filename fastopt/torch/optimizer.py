@@ -37,9 +37,10 @@ from ._options import (
 )
 from ._scale import request_for, unscale
 from ._several import Several, derive
+from ._shards import why_not_combined
 from ._state import State
-from ._tensors import FLOATING, PLAIN, check_apart, holds_part, parameter_memory
-from ._update import Update
+from ._stepper import Stepper
+from ._tensors import FLOATING, PLAIN, check_apart, parameter_memory
 
 Made = TypeVar("Made", bound="TensorOptimizer")
 
@@ -80,8 +81,8 @@ class TensorOptimizer(StepOptions, Checkpoints):
     Raises:
         TypeError, ValueError: As torch's class; for parameters that share memory, that are not dense, or whose dtype
             no kernel computes; and for the arguments above in a param group: they are the whole optimizer's.
-        NotImplementedError: ``differentiable=True``; in a step, what needs the norm of gradients of which a process
-            holds only a part (DTensors that are sharded).
+        NotImplementedError: ``differentiable=True``; in a step, what needs the norm of gradients whose whole cannot
+            be had: FSDP1, Partial DTensors, shards on GPUs.
         ImportError: A parameter is on a GPU, and CuPy is not installed.
     """
 
@@ -171,12 +172,12 @@ class TensorOptimizer(StepOptions, Checkpoints):
         self.last_info = StepInfo()
         self._users: list[object] = []  # who is using this optimizer now
         self._complete = False  # whether the constructor is done, or there was none
-        self._derived: Update | Several | None = None  # ``state`` knows it, too, but does not keep it alive
+        self._derived: Stepper | Several | None = None  # ``state`` knows it, too, but does not keep it alive
         self._seen: list[dict[str, Any]] = []
         self._options: list[dict[str, Any]] = []
         self._structure: list[Any] = []
         self._rates = DeviceRates()
-        self._part: str | None = None  # a parameter of which this process holds only a part
+        self._part: str | None = None  # a parameter of whose whole there are no sums, and why
 
     def _extras(self) -> dict[str, Any]:
         return {**super()._extras(), "master_weights": self._master, "flatten": self._flat is not None}
@@ -331,7 +332,7 @@ class TensorOptimizer(StepOptions, Checkpoints):
             self.state.watch.drop()  # something moved or was changed: once more, from what is there now
         raise AssertionError("what was just derived cannot be stale")
 
-    def _update(self) -> Update | Several:
+    def _update(self) -> Stepper | Several:
         """What is derived from groups and state, anew where they changed."""
         if type(self.state) is not State:
             self.state = State(self.state)
@@ -340,7 +341,8 @@ class TensorOptimizer(StepOptions, Checkpoints):
             where = type(self).__name__
             kind = Kind(where, self.counts_steps, self._master, self._flat)
             watch.drop()
-            self._part = next((name for name, p in self._named_parameters() if holds_part(p)), None)
+            refusals = ((name, why_not_combined(p)) for name, p in self._named_parameters())
+            self._part = next((f"{name} is {why}" for name, why in refusals if why), None)
             self._derived = None
             self._derived = watch.derived = derive(self.param_groups, self.state, kind)
         assert self._derived is not None
