@@ -88,7 +88,7 @@ class Stepper:
         if self._flat is not None:
             self._flat.gather()
         listed: list[Any] = [p.grad for p in self._params]
-        present = tuple(i for i, g in enumerate(listed) if g is not None)
+        present = tuple([i for i, g in enumerate(listed) if g is not None])
         grads = [g for g in listed if g is not None]
         if self._pattern is None or self._pattern.present != present:
             if not self._change(present, grads, options, treat):
@@ -111,8 +111,6 @@ class Stepper:
 
     def _change(self, present: tuple[int, ...], grads: list[Tensor], options: Sequence[Options], treat: Treat) -> bool:
         """Have another pattern serve; False where all must be derived anew."""
-        if any(_devices.home_of(self._params[i]) is not self.home for i in present):
-            return False
         self.home.refuse_capture()
         self.settle()
         if self._pattern is not None and not self._pattern.mirror.holds():
@@ -120,7 +118,7 @@ class Stepper:
         pattern = self._patterns.last(present)
         self._pattern = None if pattern is None else self._patterns.resume(pattern)
         if self._pattern is None:
-            if self._entries.changed():
+            if any(_devices.home_of(self._params[i]) is not self.home for i in present) or self._entries.changed():
                 return False
             grads = self._parameters.local(present, grads)
             dtypes = tuple(m.dtype for m in self._parameters.brought(present, grads))
