@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import functools
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from ..engine.plan import Treatment, layerwise
+from ..engine.options import given_arguments
 from ..kernels.registry import RULES
-from ..kernels.rules.rule import Options, Rule
-from ._options import arguments, check_rate
-from ._tensors import holds_part
-from .optimizer import TensorOptimizer
+from ..kernels.rules.rule import Rule
+from ..own_rules import class_of
+from ._options import check_rate
+from .base import TensorOptimizer
+
+GROUP_FLAGS = {"maximize": False, "foreach": None, "capturable": False, "differentiable": False, "fused": None}
 
 
 def _refuse(wrong: bool, what: str, value: Any) -> None:
@@ -30,21 +32,51 @@ class _WithDefaults(torch.optim.Optimizer):
         super().__init__(params, defaults)
 
 
-class _Layerwise:
-    """What LARS and LAMB have in common: ratios by norms of whole parameters."""
+class _OfRule(_WithDefaults):
+    """What a class of a rule has beside: its objects are pickled by the rule's name, for the class has none."""
 
-    select_rule: Callable[[Options], Rule]
+    rule: ClassVar[Rule]
 
-    def structure(self, options: Options) -> tuple[Any, ...]:
-        return *TensorOptimizer.structure(self, options), options["adapt"], options.get("decay_1d")  # type: ignore[arg-type]
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        if type(self) is not optimizer(self.rule):
+            return super().__reduce_ex__(protocol)
+        return _unmade, (self.rule,), self.__getstate__()
 
-    def treat(self, options: Options, parameter: Tensor) -> Treatment:
-        if holds_part(parameter):
-            raise NotImplementedError(
-                f"{type(self).__name__}: a parameter is a {type(parameter).__name__} that is sharded, and the norm of "
-                "its whole is not known to one process. Use an optimizer whose rule has no norms, or DDP."
-            )
-        return layerwise(self.select_rule(options), options, parameter.ndim)
+
+def _unmade(rule: Rule) -> Any:
+    return optimizer(rule).__new__(optimizer(rule))
+
+
+@functools.cache
+def optimizer(rule: Rule) -> type[TensorOptimizer]:
+    """The class of optimizers for tensors by a rule, ``C(params, <options>, *, maximize, foreach, capturable, ...)``.
+
+    Args:
+        rule: What ``@fastopt.rule`` made.
+
+    Returns:
+        A class in torch's manner: all of ``TensorOptimizer``, and checkpoints. It is named as the rule, and always the
+        same for a rule. Objects can be copied; they can be pickled if the rule stands at the top level of a module.
+
+    State: ``step``, what the rule carries, and its states.
+
+    Raises:
+        TypeError: ``rule`` is none, or was made without defaults for its options.
+
+    Example:
+        >>> import torch, fastopt, fastopt.torch
+        >>> @fastopt.rule(options={"lr": 0.5})
+        ... def descent(p, g, h):
+        ...     return (p - h.lr * g,)
+        >>> w = torch.nn.Parameter(torch.ones(2))
+        >>> opt = fastopt.torch.optimizer(descent)([w])
+        >>> w.grad = torch.tensor([1.0, 0.0])
+        >>> opt.step()
+        >>> w.tolist()
+        [0.5, 1.0]
+    """
+    made: type[TensorOptimizer] = class_of(rule, (TensorOptimizer, _OfRule), GROUP_FLAGS, given_arguments)
+    return made
 
 
 class Lion(TensorOptimizer, _WithDefaults):
@@ -69,6 +101,7 @@ class Lion(TensorOptimizer, _WithDefaults):
         [0.5, 1.0]
     """
 
+    rule = RULES["lion"]
     counts_steps = False
 
     def __init__(
@@ -89,7 +122,7 @@ class Lion(TensorOptimizer, _WithDefaults):
         master_weights: bool = False,
         flatten: bool = False,
     ) -> None:
-        given = arguments(locals())
+        given = given_arguments(locals())
         check_rate(lr, "Lion")
         _refuse(not lr >= 0.0, "learning rate", lr)
         for index, beta in enumerate(betas):
@@ -97,11 +130,8 @@ class Lion(TensorOptimizer, _WithDefaults):
         _refuse(not weight_decay >= 0.0, "weight_decay value", weight_decay)
         super().__init__(**given)
 
-    def select_rule(self, options: Options) -> Rule:  # noqa: D102 - see TensorOptimizer
-        return RULES["lion"]
 
-
-class LARS(_Layerwise, TensorOptimizer, _WithDefaults):
+class LARS(TensorOptimizer, _WithDefaults):
     """LARS (arXiv:1708.03888, in MLPerf's form) with true norms per tensor; formula and arguments in ``fastopt.LARS``,
     further arguments in ``TensorOptimizer``.
 
@@ -123,6 +153,7 @@ class LARS(_Layerwise, TensorOptimizer, _WithDefaults):
         [1.98, 1.98, 1.98, 1.98]
     """
 
+    rule = RULES["lars"]
     counts_steps = False
 
     def __init__(
@@ -150,7 +181,7 @@ class LARS(_Layerwise, TensorOptimizer, _WithDefaults):
         master_weights: bool = False,
         flatten: bool = False,
     ) -> None:
-        given = arguments(locals())
+        given = given_arguments(locals())
         check_rate(lr, "LARS")
         _refuse(not lr >= 0.0, "learning rate", lr)
         _refuse(not momentum >= 0.0, "momentum value", momentum)
@@ -161,11 +192,8 @@ class LARS(_Layerwise, TensorOptimizer, _WithDefaults):
             raise ValueError("Nesterov momentum requires a momentum")
         super().__init__(**given)
 
-    def select_rule(self, options: Options) -> Rule:  # noqa: D102
-        return RULES["lars_nesterov" if options["nesterov"] else "lars"]
 
-
-class LAMB(_Layerwise, TensorOptimizer, _WithDefaults):
+class LAMB(TensorOptimizer, _WithDefaults):
     """LAMB (arXiv:1904.00962) with true norms per tensor; formula and arguments in ``fastopt.LAMB``, further arguments
     in ``TensorOptimizer``.
 
@@ -186,6 +214,8 @@ class LAMB(_Layerwise, TensorOptimizer, _WithDefaults):
         >>> [round(x, 3) for x in w.flatten().tolist()]
         [1.8, 1.8, 1.8, 1.8]
     """
+
+    rule = RULES["lamb"]
 
     def __init__(
         self,
@@ -209,7 +239,7 @@ class LAMB(_Layerwise, TensorOptimizer, _WithDefaults):
         master_weights: bool = False,
         flatten: bool = False,
     ) -> None:
-        given = arguments(locals())
+        given = given_arguments(locals())
         check_rate(lr, "LAMB")
         _refuse(not lr >= 0.0, "learning rate", lr)
         for index, beta in enumerate(betas):
@@ -218,6 +248,3 @@ class LAMB(_Layerwise, TensorOptimizer, _WithDefaults):
         _refuse(not weight_decay >= 0.0, "weight_decay value", weight_decay)
         _refuse(trust_clip is not None and not trust_clip > 0.0, "trust_clip value", trust_clip)
         super().__init__(**given)
-
-    def select_rule(self, options: Options) -> Rule:  # noqa: D102
-        return RULES["lamb"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import typing
 from collections.abc import Sequence
 from typing import Any
 
@@ -127,5 +126,5 @@ def _fetch(runtime: Runtime, words: Any, rule: Rule, c: int, stream: Any) -> tup
     steps = int(row[STEPS])
     if rule.carry is None or steps == 0:
         return steps, None
-    names = typing.get_type_hints(rule.carry)["return"]._fields
+    names = rule.carried
     return steps, dict(zip(names, row[CARRY:].view(np.float64).tolist(), strict=False))
