@@ -403,7 +403,7 @@ class TensorOptimizer(StepOptions, Checkpoints):
 
         They set every lr to 0 and all gradients to zero. No state exists, as the caller knows.
         """
-        if any(group.get("lr") for group in options):
+        if any(group.get("lr", True) for group in options):
             return False
         grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
         if not grads or any(g.layout is not torch.strided or _devices.home_of(g).capturing() for g in grads):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any, ClassVar
 
 import torch
@@ -12,11 +11,9 @@ from torch.optim.optimizer import ParamsT
 from ..engine.options import given_arguments
 from ..kernels.registry import RULES
 from ..kernels.rules.rule import Rule
-from ..own_rules import class_of
+from ..own_rules import Front, class_of
 from ._options import check_rate
 from .base import TensorOptimizer
-
-GROUP_FLAGS = {"maximize": False, "foreach": None, "capturable": False, "differentiable": False, "fused": None}
 
 
 def _refuse(wrong: bool, what: str, value: Any) -> None:
@@ -38,16 +35,19 @@ class _OfRule(_WithDefaults):
     rule: ClassVar[Rule]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        if type(self) is not optimizer(self.rule):
+        if type(self) is not class_of(self.rule, FRONT):
             return super().__reduce_ex__(protocol)
         return _unmade, (self.rule,), self.__getstate__()
+
+
+FLAGS = ("maximize", False), ("foreach", None), ("capturable", False), ("differentiable", False), ("fused", None)
+FRONT = Front((TensorOptimizer, _OfRule), FLAGS, given_arguments)
 
 
 def _unmade(rule: Rule) -> Any:
     return optimizer(rule).__new__(optimizer(rule))
 
 
-@functools.cache
 def optimizer(rule: Rule) -> type[TensorOptimizer]:
     """The class of optimizers for tensors by a rule, ``C(params, <options>, *, maximize, foreach, capturable, ...)``.
 
@@ -75,7 +75,7 @@ def optimizer(rule: Rule) -> type[TensorOptimizer]:
         >>> w.tolist()
         [0.5, 1.0]
     """
-    made: type[TensorOptimizer] = class_of(rule, (TensorOptimizer, _OfRule), GROUP_FLAGS, given_arguments)
+    made: type[TensorOptimizer] = class_of(rule, FRONT)
     return made
 
 
