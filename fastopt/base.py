@@ -14,11 +14,11 @@ from .arrays import Array, Space
 from .engine.exclusive import exclusive, finish
 from .engine.options import own_options, unchanged
 from .engine.plan import Parameter, Plan, Progress, Treatment, treatment
-from .engine.plans import plan_class
+from .engine.plans import Plans, plan_class
 from .engine.step import StepInfo
 from .flat import FlatBuffer, Layout
 from .group_options import Base
-from .inputs import GradientReader, Memory, collect, groups_in
+from .inputs import GradientReader, Gradients, Memory, collect, groups_in
 from .kernels.dtypes import COMPUTE
 from .kernels.registry import variant
 from .kernels.rules.rule import Options, Rule
@@ -105,7 +105,7 @@ class Optimizer(Base):
         self._flat_layout: Layout | None = None
         self._groups: list[Known] = []
         self._plan: Plan | None = None
-        self._plans: list[Plan] = []  # the last ones, if they can serve again
+        self._plans: Plans[Plan] = Plans()
         self._add(groups_in(params, self._name))
 
     def select_rule(self, options: Options) -> Rule:
@@ -188,7 +188,7 @@ class Optimizer(Base):
         memory = Memory(self._parameters, self._states(), self._space, self._name)
         written = [p for known in self._groups for p in known.written]
         self._reader = GradientReader(self._parameters, written, self._flat_layout, memory, self._space, self._name)
-        self._plan, self._plans = None, []
+        self._plan, self._plans = None, Plans()
 
     def _allocate(
         self, known: Known, options: Options, space: Space, saved: Iterable[tuple[str, str]] = ()
@@ -315,32 +315,30 @@ class Optimizer(Base):
             raise RuntimeError(f"{self._name}.upload_options: no step was taken yet with capturable=True.")
         self._plan.upload_options(options)
 
-    def _plan_for(self, gradients: Any, options: list[dict[str, Any]]) -> Plan:
+    def _plan_for(self, gradients: Gradients | None, options: list[dict[str, Any]]) -> Plan:
         plan = self._plan
         if gradients is None and plan is not None:
             return plan
+        assert gradients is not None
         self._reader.forget()  # until the plan is there: if that fails, the next call must not find the old one
         present = [self._parameters[i] for i in gradients.present]
-        wanted = gradients.flat, gradients.dtypes, present
-        if plan is None or not plan.serves(*wanted):
+        if plan is None or not plan.serves(gradients.flat, gradients.dtypes, present):
             if plan is not None:
                 plan.recount()
             self._plan = None  # parameters may soon count elsewhere
-            alike = [p for p in self._plans if p.serves(*wanted)]
-            others = [p for p in self._plans if p not in alike]
-            if alike and alike[0].resume():
-                plan = alike[0]
-            else:
-                treatments = [self.treat(options[p.group], p.array) for p in present]
-                signs = [-1.0 if o.get("maximize") else 1.0 for o in options]
-                plan = plan_class(self._space)(
-                    present, gradients.dtypes, treatments, gradients.flat, signs, self._space
-                )
-            self._plans = [plan, *others][: plan.kept]
+            pattern = gradients.present, gradients.flat, *gradients.dtypes
+            plan = self._plans.resume(pattern)
+            if plan is None:
+                plan = self._plans.keep(pattern, self._make_plan(gradients, present, options))
             self._plan = plan
         plan.point_at(gradients.starts)
         self._reader.remember()
         return plan
+
+    def _make_plan(self, gradients: Gradients, present: list[Parameter], options: list[dict[str, Any]]) -> Plan:
+        treatments = [self.treat(options[p.group], p.array) for p in present]
+        signs = [-1.0 if o.get("maximize") else 1.0 for o in options]
+        return plan_class(self._space)(present, gradients.dtypes, treatments, gradients.flat, signs, self._space)
 
     def _keeps(self, options: list[dict[str, Any]]) -> bool:
         return False

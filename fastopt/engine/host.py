@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import zip_longest
 from typing import Any
 
@@ -33,9 +33,6 @@ class HostPlan(Plan):
         self._layers: Table | None = None
         self._updates: Table | None = None
         self._know_weights = False
-        self.combine: Callable[[NDArray[np.float64]], None] | None = None
-        """Changes the segments' sums before ratios are formed of them: adds those of other processes. Then all sums
-        are taken before the first update, else wave after wave."""
 
     @property
     def layers(self) -> Table:
@@ -100,7 +97,12 @@ class HostPlan(Plan):
         return StepInfo(False, norm)
 
     def norm(self) -> float:
-        return math.sqrt(self.backend.squares(self.layers, GRADIENT, _threads(self.layers)))
+        total = self.backend.squares(self.layers, GRADIENT, _threads(self.layers))
+        if self.combine is not None:
+            squares = self.layers.segments["sums"][:, [GRADIENT]]  # a copy: LARS combines them later
+            self.combine(squares)
+            total = float(squares.sum())
+        return math.sqrt(total)
 
     def _zero_gradients(self) -> None:
         for p, dtype, start in zip(self.parameters, self.dtypes, self._gradients.tolist(), strict=True):
@@ -123,8 +125,10 @@ class HostPlan(Plan):
             return
         if self._has_ratio and self.combine is not None:
             self.backend.sums(table, known, _threads(table))
+            own = table.segments["sums"].copy()
             self.combine(table.segments["sums"])
             self.backend.ratios(table)
+            table.segments["sums"] = own  # of parts without elements nobody writes the sums again
         self.backend.update(table, _threads(table))
 
     def forget_weights(self) -> None:

@@ -183,6 +183,10 @@ class Plan(ABC):
     kept = 1
     """How many plans an optimizer keeps, so that patterns of gradients may alternate."""
 
+    combine: Callable[[NDArray[np.float64]], None] | None = None
+    """Changes sums over parameters, one row each, before norms and ratios are formed of them: adds those of other
+    processes. Then all sums are taken before the first update, else wave after wave."""
+
     result: Any = None
     """On a GPU: the norm of the last step that needed one, and whether that step is skipped."""
 
@@ -232,9 +236,10 @@ class Plan(ABC):
     def resume(self) -> bool:
         """Serve again, after other plans did; False where the members of a cohort have come differently far since."""
         reached: dict[int, Progress] = {}
-        for p, c in zip(self.parameters, self._member, strict=True):
-            first = reached.setdefault(c, p.progress)
-            if p.progress is not first and (p.progress.steps, p.progress.carry) != (first.steps, first.carry):
+        # A set: most members of a cohort share one progress.
+        for c, progress in set(zip(self._member, [p.progress for p in self.parameters], strict=True)):
+            first = reached.setdefault(c, progress)
+            if progress is not first and (progress.steps, progress.carry) != (first.steps, first.carry):
                 return False
         for c, progress in reached.items():
             self.cohorts[c].progress.start(progress.steps, progress.carry)

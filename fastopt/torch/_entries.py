@@ -17,7 +17,7 @@ from ..kernels.rules.rule import Options, Rule
 from ._devices import Home
 from ._flat import FlatGroups
 from ._master import MASTER
-from ._state import STEP, Arena, ParameterState, Slot, State, layout_of, number
+from ._state import STEP, Arena, Mirror, ParameterState, Slot, State, layout_of, number
 from ._tensors import STORED, address_of, check_apart, local, parameter_memory, real, state_address
 
 Treat = Callable[[Options, Tensor], Treatment]
@@ -157,13 +157,16 @@ class Entries:
         entry.seen = entry.places(memory)
         return entry
 
-    def moved(self) -> bool:
-        """Whether some parameter or state, with a gradient now or without, is not where it was."""
+    def changed(self) -> bool:
+        """Whether some parameter or state, with a gradient now or without, is not where it was, or counts otherwise."""
         try:
             memories = {i: parameter_memory(self._params[i], self.name(i)) for i in self._entries}
         except (NotImplementedError, TypeError, ValueError):  # nothing that could be stepped where it was
             return True
-        return any(entry.places(memories[i]) != entry.seen for i, entry in self._entries.items())
+        return any(
+            entry.places(memories[i]) != entry.seen or not Mirror([entry.counted], write=False).agrees()
+            for i, entry in self._entries.items()
+        )
 
     def _progress(self, i: int, rule: Rule, state: ParameterState, options: Options) -> Progress:
         """How far the parameter has come, by what its state says."""

@@ -82,15 +82,14 @@ class StepOptions:
         return "\n".join([head, *(f"{name}: {value}" for name, value in self._extras().items()), groups])
 
     def _refuse_part(self, part: str) -> None:
-        """Refuse a step that depends on all gradients, where this process has only some of their elements."""
+        """Refuse a step that needs sums over the whole of a parameter, which cannot be had of this one."""
         asked, cure = "fastopt.torch.GradScaler", "use torch.amp.GradScaler"
         if self.max_grad_norm is not None:
             asked, cure = "max_grad_norm", "clip with torch.nn.utils.clip_grad_norm_ (FSDP1: the module's method)"
         elif self.skip_nonfinite:
             asked, cure = "skip_nonfinite", "use torch.amp.GradScaler, or look at the norm of clip_grad_norm_"
         raise NotImplementedError(
-            f"{type(self).__name__}: {asked} needs the gradients of all processes, but {part} is sharded, and this "
-            f"process knows only its own part. Leave it out, and {cure}."
+            f"{type(self).__name__}: {asked} needs sums over all processes, but {part}. Leave it out, and {cure}."
         )
 
 

@@ -1,4 +1,4 @@
-"""Parameters on several devices: an update for each, which are one step."""
+"""Parameters on several devices: an stepper for each, which are one step."""
 
 from __future__ import annotations
 
@@ -14,79 +14,79 @@ from ..kernels.rules.rule import Options
 from . import _devices
 from ._entries import Kind, Treat
 from ._state import State
-from ._update import Update
+from ._stepper import Stepper
 
 
-def derive(groups: Sequence[Mapping[str, Any]], state: State, kind: Kind) -> Update | Several:
+def derive(groups: Sequence[Mapping[str, Any]], state: State, kind: Kind) -> Stepper | Several:
     """What a step needs to know of param groups and state."""
     homes = dict.fromkeys(_devices.home_of(p) for group in groups for p in group["params"]) or {_devices.CPU: None}
     # GPUs first: what a launch may fail of shows before the CPU has written anything.
-    updates = [Update(groups, state, kind, home) for home in sorted(homes, key=lambda home: not home.on_gpu)]
-    return updates[0] if len(updates) == 1 else Several(updates)
+    steppers = [Stepper(groups, state, kind, home) for home in sorted(homes, key=lambda home: not home.on_gpu)]
+    return steppers[0] if len(steppers) == 1 else Several(steppers)
 
 
 class Several:
-    """The updates of several devices. Norms are those of all gradients, so they are combined on the host."""
+    """The steppers of several devices. Norms are those of all gradients, so they are combined on the host."""
 
     home = None
     is_capturable = False
 
-    def __init__(self, updates: Sequence[Update]) -> None:
-        self._updates = updates
+    def __init__(self, steppers: Sequence[Stepper]) -> None:
+        self._steppers = steppers
 
     def describes(self, groups: Sequence[Mapping[str, Any]]) -> bool:
         """Whether the groups hold the same parameters."""
-        return self._updates[0].describes(groups)
+        return self._steppers[0].describes(groups)
 
     def step(self, request: Request, options: Sequence[Options], treat: Treat) -> StepInfo | None:
         """Take a step on all devices or on none; None where all must be derived anew. A norm is waited for."""
         self._check_capture(options)
         try:
-            if not all([update.prepare(options, treat, request.zero_grads) for update in self._updates]):  # noqa: C419
+            if not all([stepper.prepare(options, treat, request.zero_grads) for stepper in self._steppers]):  # noqa: C419
                 return None
             return self._take(request, options)
         finally:
-            for update in self._updates:
-                update.release()
+            for stepper in self._steppers:
+                stepper.release()
 
     def _check_capture(self, options: Sequence[Options]) -> None:
-        if any(update.home.capturing() for update in self._updates):
+        if any(stepper.home.capturing() for stepper in self._steppers):
             raise RuntimeError(
                 "fastopt.torch: a CUDA graph can hold only steps of parameters that are all on one GPU, but these are "
-                f"on {', '.join(str(update.home.device) for update in self._updates)}. Make an optimizer for each."
+                f"on {', '.join(str(stepper.home.device) for stepper in self._steppers)}. Make an optimizer for each."
             )
         if len({bool(o.get("capturable")) for o in options}) > 1:
             raise ValueError("fastopt.torch: capturable=True must be set for all param groups or for none.")
 
     def _take(self, request: Request, options: Sequence[Options]) -> StepInfo:
-        active = [update for update in self._updates if update.has_gradients]
+        active = [stepper for stepper in self._steppers if stepper.has_gradients]
         norm = None
         if request.needs_norm:
-            norm = math.hypot(*(update.norm() for update in active)) * request.multiplier
+            norm = math.hypot(*(stepper.norm() for stepper in active)) * request.multiplier
             if request.skip_nonfinite and not math.isfinite(norm):
-                for update in active if request.zero_grads else ():
-                    update.zero_gradients()
+                for stepper in active if request.zero_grads else ():
+                    stepper.zero_gradients()
                 return StepInfo(True, norm)
             multiplier = request.clipped(norm)
             request = dataclasses.replace(request, multiplier=multiplier, max_norm=None, skip_nonfinite=False)
-        for update in active:
-            update.take(request, options)
+        for stepper in active:
+            stepper.take(request, options)
         return StepInfo(False, norm)
 
     def settle(self) -> None:
         """Let ``state`` show what only GPUs know; waits for them."""
-        for update in self._updates:
-            update.settle()
+        for stepper in self._steppers:
+            stepper.settle()
 
     def make_states(self, options: Sequence[Options], treat: Treat) -> None:
         """Make all states of the parameters that may get a gradient, without a step."""
-        for update in self._updates:
-            update.make_states(options, treat)
+        for stepper in self._steppers:
+            stepper.make_states(options, treat)
 
     def refresh(self) -> None:
         """Let masters follow their parameters in the next step."""
-        for update in self._updates:
-            update.refresh()
+        for stepper in self._steppers:
+            stepper.refresh()
 
     def verdict(self) -> Tensor | None:
         """None: the host knows whether the last step was skipped."""

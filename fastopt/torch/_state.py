@@ -301,9 +301,10 @@ class Mirror:
 
     Args:
         numbers: Of each parameter its progress, its slot, and the tensors of its numbers by name.
+        write: Whether to write what the cohorts know.
     """
 
-    def __init__(self, numbers: Sequence[tuple[Progress, Slot, Mapping[str, Tensor]]]) -> None:
+    def __init__(self, numbers: Sequence[tuple[Progress, Slot, Mapping[str, Tensor]]], *, write: bool = True) -> None:
         places: dict[tuple[int, int, str], list[int]] = {}
         self._shown: list[tuple[NDArray[Any], Any, Progress, str]] = []
         for k, (progress, slot, tensors) in enumerate(numbers):
@@ -320,7 +321,8 @@ class Mirror:
         self._values: list[Any] = []
         for array, where, progress, name in self._shown:
             self._values.append(self._value(array, progress, name))
-            array[where] = self._values[-1]
+            if write:
+                array[where] = self._values[-1]
         self._arrays = list({id(array): array for array, *_ in self._shown}.values())
         self._seen = [array.tobytes() for array in self._arrays]
 
@@ -331,6 +333,15 @@ class Mirror:
     def holds(self) -> bool:
         """Whether the tensors say what was shown last."""
         return [array.tobytes() for array in self._arrays] == self._seen  # three times as fast as comparing numbers
+
+    def agrees(self) -> bool:
+        """Whether the tensors say what the cohorts know now, after others wrote both."""
+        for k, (array, where, progress, name) in enumerate(self._shown):
+            self._values[k] = value = self._value(array, progress, name)
+            if not (array[where] == value).all():
+                return False
+        self._seen = [array.tobytes() for array in self._arrays]
+        return True
 
     def show(self) -> None:
         """Write what the cohorts know; what only a GPU knows is left to ``settle``."""

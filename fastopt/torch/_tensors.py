@@ -58,15 +58,6 @@ def local_gradient(gradient: Tensor, parameter: Tensor, where: str) -> Tensor:
     return local(gradient, where)
 
 
-def holds_part(tensor: Tensor) -> bool:
-    """Whether this process holds only some elements of a parameter, or some summands of them: DTensors, FSDP1."""
-    mesh: Any = getattr(tensor, "device_mesh", None)
-    if mesh is not None:
-        placements = enumerate(tensor.placements)  # type: ignore[attr-defined]
-        return any(not placement.is_replicate() and mesh.size(axis) > 1 for axis, placement in placements)
-    return getattr(tensor, "_fsdp_flattened", False) and torch.distributed.get_world_size() > 1
-
-
 def real(tensor: Tensor) -> Tensor:
     """The tensor itself, or the real and imaginary parts of a complex one."""
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor

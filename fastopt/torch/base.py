@@ -38,9 +38,10 @@ from ._options import (
 )
 from ._scale import request_for, unscale
 from ._several import Several, derive
+from ._shards import why_not_combined
 from ._state import LIBRARY, Names, State
-from ._tensors import FLOATING, PLAIN, check_apart, holds_part, parameter_memory
-from ._update import Update
+from ._stepper import Stepper
+from ._tensors import FLOATING, PLAIN, check_apart, parameter_memory
 
 Made = TypeVar("Made", bound="TensorOptimizer")
 
@@ -81,8 +82,8 @@ class TensorOptimizer(StepOptions, Checkpoints):
     Raises:
         TypeError, ValueError: As torch's class; for parameters that share memory, that are not dense, or whose dtype
             no kernel computes; and for the arguments above in a param group: they are the whole optimizer's.
-        NotImplementedError: ``differentiable=True``; in a step, what needs the norm of gradients of which a process
-            holds only a part (DTensors that are sharded).
+        NotImplementedError: ``differentiable=True``; in a step, what needs the norm of gradients whose whole cannot
+            be had: FSDP1, Partial DTensors, shards on GPUs.
         ImportError: A parameter is on a GPU, and CuPy is not installed.
     """
 
@@ -185,12 +186,12 @@ class TensorOptimizer(StepOptions, Checkpoints):
         self.last_info = StepInfo()
         self._users: list[object] = []  # who is using this optimizer now
         self._complete = False  # whether the constructor is done, or there was none
-        self._derived: Update | Several | None = None  # ``state`` knows it, too, but does not keep it alive
+        self._derived: Stepper | Several | None = None  # ``state`` knows it, too, but does not keep it alive
         self._seen: list[dict[str, Any]] = []
         self._options: list[dict[str, Any]] = []
         self._structure: list[Any] = []
         self._rates = DeviceRates()
-        self._part: str | None = None  # a parameter of which this process holds only a part
+        self._part: str | None = None  # a parameter of whose whole there are no sums, and why
 
     def _extras(self) -> dict[str, Any]:
         return {**super()._extras(), "master_weights": self._master, "flatten": self._flat is not None}
@@ -204,10 +205,11 @@ class TensorOptimizer(StepOptions, Checkpoints):
     def treat(self, options: Options, parameter: Tensor) -> Treatment:
         """What is done to one parameter of a group; LARS leaves some out of the trust ratio."""
         rule = self.select_rule(options)
-        if rule.ratio is not None and holds_part(parameter):
+        why = why_not_combined(parameter) if rule.ratio is not None else None
+        if why is not None:
             raise NotImplementedError(
-                f"{type(self).__name__}: a parameter is a {type(parameter).__name__} that is sharded, and the norm of "
-                "its whole is not known to one process. Use an optimizer whose rule has no norms, or DDP."
+                f"{type(self).__name__}: a parameter is {why}, so the norm of its whole is not known. Use an optimizer "
+                "whose rule has no norms, or DDP."
             )
         return treatment(rule, options, parameter.ndim)
 
@@ -355,7 +357,7 @@ class TensorOptimizer(StepOptions, Checkpoints):
             self.state.watch.drop()  # something moved or was changed: once more, from what is there now
         raise AssertionError("what was just derived cannot be stale")
 
-    def _update(self) -> Update | Several:
+    def _update(self) -> Stepper | Several:
         """What is derived from groups and state, anew where they changed."""
         if type(self.state) is not State:
             self.state = State(self.state)
@@ -364,7 +366,8 @@ class TensorOptimizer(StepOptions, Checkpoints):
             where = type(self).__name__
             kind = Kind(where, self.counts_steps, self._master, self._flat)
             watch.drop()
-            self._part = next((name for name, p in self._named_parameters() if holds_part(p)), None)
+            refusals = ((name, why_not_combined(p)) for name, p in self._named_parameters())
+            self._part = next((f"{name} is {why}" for name, why in refusals if why), None)
             self._derived = None
             self._derived = watch.derived = derive(self.param_groups, self.state, kind)
         assert self._derived is not None

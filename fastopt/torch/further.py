@@ -140,8 +140,7 @@ class LARS(TensorOptimizer, _WithDefaults):
     State: ``momentum_buffer``.
 
     Raises:
-        NotImplementedError: A process holds only a part of a parameter (a DTensor that is sharded): the norm is not
-            known.
+        NotImplementedError: The norm of a parameter's whole cannot be had: FSDP1, Partial DTensors, shards on GPUs.
 
     Example:
         >>> import torch, fastopt.torch
@@ -202,8 +201,7 @@ class LAMB(TensorOptimizer, _WithDefaults):
     State: ``step``, ``exp_avg``, ``exp_avg_sq``.
 
     Raises:
-        NotImplementedError: A process holds only a part of a parameter (a DTensor that is sharded): the norm is not
-            known.
+        NotImplementedError: The norm of a parameter's whole cannot be had: FSDP1, Partial DTensors, shards on GPUs.
 
     Example:
         >>> import torch, fastopt.torch

@@ -48,7 +48,6 @@ def test_alternating_patterns_of_gradients_have_the_bits_of_plans_made_anew(name
     assert alternate(OPTIMIZERS[name]([w.copy() for w in start]), 4) == few
 
 
-@pytest.mark.xfail(strict=True, reason="fastopt.torch keeps one plan")
 def test_alternating_patterns_of_tensors_do_not_make_plans_anew(built: list[Plan]) -> None:
     torch = pytest.importorskip("torch")
     import fastopt.torch

@@ -95,7 +95,7 @@ def test_a_gradient_where_the_step_writes_is_refused_at_every_step(where):
     params = [torch.nn.Parameter(torch.ones(1000)), torch.nn.Parameter(torch.ones(1000))]
     opt = front.AdamW(params, lr=0.1)
     train(params, opt, 5)
-    assert (opt.state.watch.derived._probe is not None) == (TORCH >= (2, 9))
+    assert (opt.state.watch.derived.serving.probe is not None) == (TORCH >= (2, 9))
     before = [p.detach().clone() for p in params]
     memory = {"parameter": params[0].detach(), "state": opt.state[params[0]]["exp_avg"].view(-1)}
     if where == "the last byte":

@@ -29,10 +29,10 @@ def test_the_c_interface_and_python_take_the_same_steps(layout, dtype, monkeypat
         return p, opt
 
     (p, a) = run()
-    assert a.state.watch.derived._probe is not None
-    monkeypatch.setattr(front._update.Probe, "available", lambda: False)
+    assert a.state.watch.derived.serving.probe is not None
+    monkeypatch.setattr(front._patterns.Probe, "available", lambda: False)
     (q, b) = run()
-    assert b.state.watch.derived._probe is None
+    assert b.state.watch.derived.serving.probe is None
     assert all(torch.equal(x, y) for x, y in zip(p, q, strict=True))
 
 
@@ -41,7 +41,7 @@ def test_the_c_interface_notices_what_changed(change):
     p = [torch.nn.Parameter(torch.ones(1)), torch.nn.Parameter(torch.ones(3))]
     opt = front.SGD(p, lr=0.5)
     train(p, opt, 4)
-    probe = opt.state.watch.derived._probe
+    probe = opt.state.watch.derived.serving.probe
     set_gradients(p, 9)
     assert probe.hold()
     assert probe.pointers.tolist() == [x.grad.data_ptr() for x in p]
@@ -76,7 +76,7 @@ def test_gradients_live_while_they_are_held_and_no_longer():
     for _ in range(4):
         w.grad = torch.ones(3)
         opt.step()
-    probe, kept = opt.state.watch.derived._probe, w.grad
+    probe, kept = opt.state.watch.derived.serving.probe, w.grad
     count = kept._use_count()
     assert probe.hold()
     assert kept._use_count() == count + 1

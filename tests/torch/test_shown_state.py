@@ -13,7 +13,7 @@ from torch_problem import CLASSES, every_class, front, gradients, make, torch, t
 def way(request, monkeypatch):
     """How gradients and states are looked at; without torch's C interface Python does it."""
     if request.param == "Python":
-        monkeypatch.setattr(front._update.Probe, "available", lambda: False)
+        monkeypatch.setattr(front._patterns.Probe, "available", lambda: False)
     return request.param
 
 
@@ -145,7 +145,7 @@ def test_nothing_waits_for_the_garbage_collector_on_a_gpu(gpus):
 
 def assert_freed_at_once(name, place):
     def alive():
-        kinds = torch.Tensor, front.TensorOptimizer, front._update.Update
+        kinds = torch.Tensor, front.TensorOptimizer, front._stepper.Stepper
         return sum(issubclass(type(x), kinds) for x in gc.get_objects())
 
     train(*make(name), 1)  # torch imports more in the first step of a process, and keeps the frames
@@ -255,7 +255,7 @@ def test_a_copy_of_a_flat_optimizer_is_flat_and_zeroes_its_gradients(how):
     for p, q in zip(first[0].parameters(), second[0].parameters(), strict=True):
         assert torch.equal(p, q)
         assert torch.equal(p.grad, q.grad)
-    assert len(second[1].state.watch.derived.plan.updates.sizes) == 1
+    assert len(second[1].state.watch.derived.serving.plan.updates.sizes) == 1
 
 
 # --- changes that come together --------------------------------------------------------------------------------------

@@ -268,7 +268,7 @@ def refused(p, opt, error, match):
 @pytest.fixture(params=["first step", "later step", "later step without torch's C interface"])
 def problem(request, monkeypatch):
     if "without" in request.param:
-        monkeypatch.setattr(front._update.Probe, "available", lambda: False)
+        monkeypatch.setattr(front._patterns.Probe, "available", lambda: False)
     p = params_of()
     opt = front.AdamW(p, lr=0.1, zero_grads=True)
     train(p, opt, 0 if request.param == "first step" else 4)

@@ -141,7 +141,8 @@ MESH = """
         return p
 
     def step(p, name):
-        opt = (front.LARS if name == "LARS" else front.SGD)([p], lr=0.5, **OPTIONS.get(name, {}))
+        make = {"LARS": front.LARS, "LAMB": front.LAMB}.get(name, front.SGD)
+        opt = make(p if isinstance(p, list) else [p], lr=0.5, **OPTIONS.get(name, {}))
         opt.scaler = front.GradScaler("cpu", init_scale=1.0)
         opt.scaler.scale(torch.ones(()))
         opt.scaler.step(opt) if name == "GradScaler" else opt.step()
@@ -150,26 +151,19 @@ MESH = """
 
 
 @from_2_9
-def test_what_needs_whole_gradients_is_refused_where_a_process_holds_a_part():
+def test_what_needs_whole_gradients_is_refused_where_a_process_holds_summands():
     body = """
     def run(rank):
         for name in ("max_grad_norm", "skip_nonfinite", "GradScaler", "LARS"):
-            for placements in ((Shard(0), Replicate()), (Shard(1), Replicate()), (Partial(), Shard(0))):
-                p = place(*placements)
-                before = p.to_local().clone(), p.grad.to_local().clone()
-                try:
-                    step(p, name)
-                except NotImplementedError as error:
-                    assert name in str(error) and "is sharded" in str(error), error
-                else:
-                    raise AssertionError(placements)
-                assert torch.equal(p.to_local(), before[0]) and torch.equal(p.grad.to_local(), before[1])
-            alone = torch.nn.Parameter(torch.ones(4, 3))
-            alone.grad = WHOLE.clone()
-            step(alone, name)
-            for placements in ((Replicate(), Replicate()), (Replicate(), Shard(0))):
-                step(p := place(*placements), name)
-                assert torch.equal(p.to_local(), alone), placements
+            p = place(Partial(), Shard(0))
+            before = p.to_local().clone(), p.grad.to_local().clone()
+            try:
+                step(p, name)
+            except NotImplementedError as error:
+                assert name in str(error) and "Partial" in str(error), error
+            else:
+                raise AssertionError(name)
+            assert torch.equal(p.to_local(), before[0]) and torch.equal(p.grad.to_local(), before[1])
     """
     assert "done" in python(TWO_PROCESSES + MESH + body + START)
 
@@ -190,17 +184,25 @@ def test_gradients_of_another_placement_are_those_of_the_whole():
     assert "done" in python(TWO_PROCESSES + MESH + body + START)
 
 
-CLIPPED = """
+WHOLE_STEPS = """
     def run(rank):
-        for shard in (Shard(0), Shard(1)):
-            p, q = place(shard, Replicate()), place(shard, Replicate())
-            opt = step(p, "max_grad_norm")
-            norm = torch.nn.utils.clip_grad_norm_([q], 1.0).full_tensor().item()
-            torch.optim.SGD([q], lr=0.5).step()
-            torch.testing.assert_close(p.full_tensor(), q.full_tensor())
-            norms = [None, None]
-            dist.all_gather_object(norms, opt.last_info.grad_norm)
-            assert norms[0] == norms[1] and abs(norms[0] - norm) < 1e-5 * norm
+        for name in ("max_grad_norm", "LARS", "LAMB", "SGD", "GradScaler"):
+            for shard in (Shard(0), Shard(1)):
+                whole = [torch.nn.Parameter(torch.ones(4, 3)) for _ in range(3)]
+                parts = [place(shard, Replicate()), place(Replicate(), Replicate()), place(shard, Replicate())]
+                for t in range(4):
+                    for k, (p, q) in enumerate(zip(whole, parts)):
+                        p.grad, q.grad = WHOLE + k + t, place(*q.placements, grad=WHOLE + k + t).grad
+                    if t == 1:  # no gradient of an array that is in shards
+                        whole[2].grad = parts[2].grad = None
+                    opts = [step(p, name) for p in (whole, parts)] if not t else opts
+                    [opt.step() for opt in opts if t]
+                norms = [None, None]
+                dist.all_gather_object(norms, opts[1].last_info.grad_norm)
+                if "norm" in name:
+                    assert norms[0] == norms[1] and abs(norms[0] / opts[0].last_info.grad_norm - 1) < 1e-12, norms
+                for p, q in zip(whole, parts):
+                    torch.testing.assert_close(p, q.full_tensor(), rtol=1e-6, atol=0)
 """
 SKIPPED = """
     def run(rank):
@@ -213,9 +215,8 @@ SKIPPED = """
 """
 
 
-@pytest.mark.full
-@pytest.mark.xfail(strict=True, reason="sums over processes are still to come; until then such steps are refused")
-@pytest.mark.parametrize("body", [CLIPPED, SKIPPED], ids=["clipping is that of the whole", "all skip or none"])
+@from_2_9
+@pytest.mark.parametrize("body", [WHOLE_STEPS, SKIPPED], ids=["numbers are those of the whole", "all skip or none"])
 def test_steps_of_shards_are_those_of_the_whole(body):
     assert "done" in python(TWO_PROCESSES + MESH + body + START)
 
