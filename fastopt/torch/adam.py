@@ -24,11 +24,7 @@ class Adam(TensorOptimizer, torch.optim.Adam):
     """
 
     rule = RULES["adam"]
-    rule_options: ClassVar[Mapping[str, Any]] = {
-        "decoupled_weight_decay": False,  # torch's classes have it since 2.7
-        "eps_hat": False,
-        "fully_decoupled": False,
-    }
+    rule_options: ClassVar[Mapping[str, Any]] = {"decoupled_weight_decay": False}  # torch's classes have it since 2.7
 
     def __init__(
         self,
@@ -89,7 +85,7 @@ class AdamW(TensorOptimizer, torch.optim.AdamW):
     """
 
     rule = RULES["adamw"]
-    rule_options: ClassVar[Mapping[str, Any]] = {**Adam.rule_options, "decoupled_weight_decay": True}
+    rule_options: ClassVar[Mapping[str, Any]] = {"decoupled_weight_decay": True}
 
     def __init__(
         self,

@@ -97,7 +97,8 @@ class TensorOptimizer(StepOptions, Checkpoints):
     """What may be in ``state``."""
 
     rule_options: ClassVar[Mapping[str, Any]] = {}
-    """Flags of the rules that torch's class does not have; in a param group only where they differ from this."""
+    """Flags of the rules that torch's class does not have; in a param group only where they differ from this. They are
+    arguments of the constructor, or stand here."""
 
     option_names: ClassVar[frozenset[str]] = frozenset()
     """What is read of a param group; all else there is the user's."""
@@ -167,8 +168,9 @@ class TensorOptimizer(StepOptions, Checkpoints):
             takes_all = any(p.kind is p.VAR_KEYWORD for p in inherited.values())
             names = own.parameters.keys() - {"capturable"} if takes_all else inherited.keys()
             cls._torch_names = frozenset(names - {"self", "params"})
-            if "capturable" not in cls._torch_names:
-                cls.rule_options = {"capturable": False, **cls.rule_options}
+            shared = inspect.signature(TensorOptimizer.__init__).parameters
+            flags = {p.name: p.default for p in parameters if p.name not in (*names, *shared, "foreach", "fused")}
+            cls.rule_options = {**cls.rule_options, **flags}
             cls.option_names = cls._torch_names.union(cls.rule_options, ["initial_lr"])
 
     def _begin(

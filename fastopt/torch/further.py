@@ -12,14 +12,10 @@ from ..engine.options import given_arguments
 from ..kernels.registry import RULES
 from ..kernels.rules.rule import Rule
 from ..own_rules import Front, class_of
-from ._options import check_rate
 from .base import TensorOptimizer
 
-
-def _refuse(wrong: bool, what: str, value: Any) -> None:
-    """Refuse a value in torch's words."""
-    if wrong:
-        raise ValueError(f"Invalid {what}: {value}")
+NONNEGATIVE = {name: f"{name} value" for name in ("momentum", "weight_decay", "trust_coefficient")}
+NONNEGATIVE |= {"lr": "learning rate", "eps": "epsilon value"}
 
 
 class _WithDefaults(torch.optim.Optimizer):
@@ -27,6 +23,22 @@ class _WithDefaults(torch.optim.Optimizer):
 
     def __init__(self, params: ParamsT, **defaults: Any) -> None:
         super().__init__(params, defaults)
+
+
+class _Checked(_WithDefaults):
+    """Refuses values in torch's words."""
+
+    def __init__(self, params: ParamsT, **defaults: Any) -> None:
+        for name, value in defaults.items():
+            for index, beta in enumerate(value if name == "betas" else ()):
+                if not 0.0 <= beta < 1.0:
+                    raise ValueError(f"Invalid beta parameter at index {index}: {beta}")
+            wrong = name == "trust_clip" and value is not None and not value > 0.0
+            if wrong or (name in NONNEGATIVE and not value >= 0.0):
+                raise ValueError(f"Invalid {NONNEGATIVE.get(name, f'{name} value')}: {value}")
+        if defaults.get("nesterov") and defaults["momentum"] <= 0:
+            raise ValueError("Nesterov momentum requires a momentum")
+        super().__init__(params, **defaults)
 
 
 class _OfRule(_WithDefaults):
@@ -79,7 +91,7 @@ def optimizer(rule: Rule) -> type[TensorOptimizer]:
     return made
 
 
-class Lion(TensorOptimizer, _WithDefaults):
+class Lion(TensorOptimizer, _Checked):
     """Lion (arXiv:2302.06675) in one pass; formula in ``fastopt.Lion``, further arguments in ``TensorOptimizer``.
 
     Args:
@@ -122,16 +134,10 @@ class Lion(TensorOptimizer, _WithDefaults):
         master_weights: bool = False,
         flatten: bool = False,
     ) -> None:
-        given = given_arguments(locals())
-        check_rate(lr, "Lion")
-        _refuse(not lr >= 0.0, "learning rate", lr)
-        for index, beta in enumerate(betas):
-            _refuse(not 0.0 <= beta < 1.0, f"beta parameter at index {index}", beta)
-        _refuse(not weight_decay >= 0.0, "weight_decay value", weight_decay)
-        super().__init__(**given)
+        super().__init__(**given_arguments(locals()))
 
 
-class LARS(TensorOptimizer, _WithDefaults):
+class LARS(TensorOptimizer, _Checked):
     """LARS (arXiv:1708.03888, in MLPerf's form) with true norms per tensor; formula and arguments in ``fastopt.LARS``,
     further arguments in ``TensorOptimizer``.
 
@@ -180,19 +186,10 @@ class LARS(TensorOptimizer, _WithDefaults):
         master_weights: bool = False,
         flatten: bool = False,
     ) -> None:
-        given = given_arguments(locals())
-        check_rate(lr, "LARS")
-        _refuse(not lr >= 0.0, "learning rate", lr)
-        _refuse(not momentum >= 0.0, "momentum value", momentum)
-        _refuse(not weight_decay >= 0.0, "weight_decay value", weight_decay)
-        _refuse(not trust_coefficient >= 0.0, "trust_coefficient value", trust_coefficient)
-        _refuse(not eps >= 0.0, "epsilon value", eps)
-        if nesterov and momentum <= 0:
-            raise ValueError("Nesterov momentum requires a momentum")
-        super().__init__(**given)
+        super().__init__(**given_arguments(locals()))
 
 
-class LAMB(TensorOptimizer, _WithDefaults):
+class LAMB(TensorOptimizer, _Checked):
     """LAMB (arXiv:1904.00962) with true norms per tensor; formula and arguments in ``fastopt.LAMB``, further arguments
     in ``TensorOptimizer``.
 
@@ -237,12 +234,4 @@ class LAMB(TensorOptimizer, _WithDefaults):
         master_weights: bool = False,
         flatten: bool = False,
     ) -> None:
-        given = given_arguments(locals())
-        check_rate(lr, "LAMB")
-        _refuse(not lr >= 0.0, "learning rate", lr)
-        for index, beta in enumerate(betas):
-            _refuse(not 0.0 <= beta < 1.0, f"beta parameter at index {index}", beta)
-        _refuse(not eps >= 0.0, "epsilon value", eps)
-        _refuse(not weight_decay >= 0.0, "weight_decay value", weight_decay)
-        _refuse(trust_clip is not None and not trust_clip > 0.0, "trust_clip value", trust_clip)
-        super().__init__(**given)
+        super().__init__(**given_arguments(locals()))

@@ -4,9 +4,6 @@ select. Constructors are written out, because tools that make command lines and 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar
-
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
@@ -35,7 +32,6 @@ class SGD(TensorOptimizer, torch.optim.SGD):
 
     rule = RULES["sgd"]
     counts_steps = False
-    rule_options: ClassVar[Mapping[str, Any]] = {"lr_in_momentum": False}
 
     def __init__(
         self,
@@ -69,7 +65,6 @@ class Adagrad(TensorOptimizer, torch.optim.Adagrad):
     """
 
     rule = RULES["adagrad"]
-    rule_options: ClassVar[Mapping[str, Any]] = {"eps_inside_sqrt": False}
 
     def __init__(
         self,
@@ -136,7 +131,6 @@ class RMSprop(TensorOptimizer, torch.optim.RMSprop):
     """
 
     rule = RULES["rmsprop"]
-    rule_options: ClassVar[Mapping[str, Any]] = {"eps_inside_sqrt": False}
 
     def __init__(
         self,

@@ -137,7 +137,7 @@ class Rule:
     def __reduce__(self) -> tuple[Any, ...]:
         """By name: a function that was made a rule is found in its module no more."""
         module = self.step.__module__
-        for name, value in vars(sys.modules.get(module)).items():
+        for name, value in getattr(sys.modules.get(module), "__dict__", {}).items():
             if value is self:
                 return _of_module, (module, name)
         raise pickle.PicklingError(
