@@ -44,6 +44,7 @@ from .optimizers.radam import RAdam
 from .optimizers.rmsprop import RMSprop
 from .optimizers.rprop import Rprop
 from .optimizers.sgd import SGD
+from .own_rules import optimizer, rule
 
 __version__ = "0.1.0"
 
@@ -77,6 +78,8 @@ __all__ = [
     "StepInfo",
     "get_num_threads",
     "load",
+    "optimizer",
+    "rule",
     "save",
     "schedules",
     "set_num_threads",

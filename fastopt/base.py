@@ -13,13 +13,14 @@ import numpy as np
 from .arrays import Array, Space
 from .engine.exclusive import exclusive, finish
 from .engine.options import own_options
-from .engine.plan import Parameter, Plan, Progress, Treatment, initial_states
+from .engine.plan import Parameter, Plan, Progress, Treatment, treatment
 from .engine.plans import Plans, plan_class
 from .engine.step import StepInfo
 from .flat import FlatBuffer, Layout
 from .group_options import Base
 from .inputs import GradientReader, Gradients, Memory, collect, groups_in
 from .kernels.dtypes import COMPUTE
+from .kernels.registry import variant
 from .kernels.rules.rule import Options, Rule
 from .states import StateView, check_states, export_state, import_state
 
@@ -50,9 +51,8 @@ class Optimizer(Base):
     captured into a CUDA graph (after one like it was taken) and replayed. Change options between replays with
     ``upload_options``.
 
-    A subclass declares the ranges of its options in ``ranges``, hands its defaults to ``__init__`` and returns a
-    ``fastopt.Rule`` from ``select_rule``. A rule that is not in the library is compiled on first use, which needs Numba
-    (``pip install numba``).
+    A class of one's own is made by ``fastopt.optimizer`` of what ``@fastopt.rule`` makes of a function. A rule that is
+    not in the library is compiled on first use, which needs Numba (``pip install numba``).
 
     Args:
         params: What is optimised: a ``FlatBuffer``, a mapping from names to arrays, a sequence of arrays (named "0",
@@ -81,26 +81,6 @@ class Optimizer(Base):
         TypeError: Something is of the wrong kind or dtype.
         ValueError: An option is outside its range, there is no parameter, or parameters share memory.
         AttributeError: An option of the param groups is assigned to the optimizer itself.
-
-    Example:
-        A rule of one's own, here the sign of the gradient:
-
-        >>> import math, numpy as np, fastopt
-        >>> from typing import NamedTuple
-        >>> class SignScalars(NamedTuple):
-        ...     lr: float
-        >>> def sign_sgd(p, g, h):
-        ...     return (p - math.copysign(h.lr, g),)
-        >>> SIGN_SGD = fastopt.Rule("sign_sgd", sign_sgd, SignScalars, lambda t, options: SignScalars(options["lr"]))
-        >>> class SignSGD(fastopt.Optimizer):
-        ...     def __init__(self, params, lr=1e-3):
-        ...         super().__init__(params, {"lr": lr})
-        ...     def select_rule(self, options):
-        ...         return SIGN_SGD
-        >>> w = np.array([1.0, -1.0])
-        >>> info = SignSGD([w], lr=0.5).step([np.array([0.1, -7.0])])
-        >>> w.tolist()
-        [0.5, -0.5]
     """
 
     _space: Space  # where the first group's arrays live, and all others must
@@ -130,11 +110,13 @@ class Optimizer(Base):
 
     def select_rule(self, options: Options) -> Rule:
         """The update rule for a param group with these options."""
-        raise NotImplementedError(f"{self._name} must override select_rule.")
+        if self.rule is None:
+            raise NotImplementedError(f"{self._name} must have a rule, or override select_rule.")
+        return variant(self.rule, options)
 
     def treat(self, options: Options, parameter: Array) -> Treatment:
         """What is done to one parameter of a group; LARS leaves some out of the trust ratio."""
-        return Treatment(self.select_rule(options), True)
+        return treatment(self.select_rule(options), options, parameter.ndim)
 
     # --- groups --------------------------------------------------------------------------------------------------
 
@@ -220,7 +202,7 @@ class Optimizer(Base):
         for p in known.members:
             dtype = COMPUTE[p.dtype]
             starts = {name: 0.0 for name, of in saved if of == dtype}
-            starts |= initial_states(self.treat(options, p.array).rule, options)
+            starts |= self.treat(options, p.array).rule.start(options)
             for name, start in starts.items():
                 if name in p.states:
                     continue

@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 from .arrays import HOST, Space
-from .engine.options import NONNEGATIVE, Range, boolean, check_options, naming_options
+from .engine.options import STEP_OPTIONS, USUAL, Range, boolean, check_options, naming_options, ranges_of
 from .kernels.dtypes import COMPUTE
-from .kernels.rules.rule import Options
+from .kernels.rules.rule import Options, Rule
 from .step_options import StepOptions
 
 
 class Base(StepOptions):
     """Options by name, and refusals."""
 
-    ranges: ClassVar[Mapping[str, Range]] = {
-        "lr": NONNEGATIVE,
-        "weight_decay": NONNEGATIVE,
-        "maximize": boolean,
-        "capturable": boolean,
-    }
-    """Range of each option; a subclass adds its own."""
+    rule: ClassVar[Rule | None] = None
+    """The rule of the class, which knows ranges and variants; a subclass may override ``select_rule`` instead."""
+
+    ranges: ClassVar[Mapping[str, Range]] = {**USUAL, "maximize": boolean, "capturable": boolean}
+    """Range of each option, beside those that the rule knows."""
 
     defaults: dict[str, Any]
     param_groups: list[dict[str, Any]]
@@ -33,6 +32,10 @@ class Base(StepOptions):
         super().__init_subclass__(**kwargs)
         if "__init__" in vars(cls):
             cls.__init__ = naming_options(cls.__init__)  # type: ignore[method-assign]
+        if cls.rule is not None and "rule" in vars(cls):
+            arguments = inspect.signature(cls.__init__).parameters.values()
+            defaults = {p.name: p.default for p in arguments if p.name not in STEP_OPTIONS}
+            cls.ranges = {**cls.ranges, **ranges_of(defaults, cls.rule.ranges)}
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "state":
@@ -78,9 +81,7 @@ class Base(StepOptions):
         )
 
     def __repr__(self) -> str:
-        step = ", ".join(
-            f"{name}={getattr(self, name)!r}" for name in ("max_grad_norm", "skip_nonfinite", "zero_grads")
-        )
+        step = ", ".join(f"{name}={getattr(self, name)!r}" for name in STEP_OPTIONS)
         lines = [f"{self._name} (", f"  {step}"]
         for i, group in enumerate(self.param_groups):
             shown = ", ".join(f"{name}={value!r}" for name, value in self._options_of(group).items())

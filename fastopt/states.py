@@ -11,13 +11,10 @@ import numpy as np
 from .arrays import Array, check_dtype, is_array
 from .engine.plan import MAX_STEP, Parameter
 from .kernels.dtypes import COMPUTE
-from .kernels.registry import RULES
+from .kernels.registry import family_states
 from .kernels.rules.rule import Options, Rule
 
 VERSION = 1
-
-RESTARTS = {"max_exp_avg_sq"}
-"""States that may be missing where steps were taken: AMSGrad's maximum, switched on later, is one from there on."""
 
 
 class StateView(Mapping[str, Any]):
@@ -140,8 +137,8 @@ def _parameter(entry: Mapping[str, Any], name: str, where: str) -> SavedParamete
 def check_states(saved: SavedParameter, p: Parameter, rule: Rule, options: Options, where: str) -> None:
     """Refuse states of the wrong names, shapes or dtypes for a parameter."""
     dtype = COMPUTE[p.dtype]
-    missing = set(rule.state) - set(saved.arrays) - RESTARTS
-    unknown = set(saved.arrays) - set(rule.state) - set(p.states) - _family_states(rule)
+    missing = set(rule.state) - set(saved.arrays) - set(rule.late)
+    unknown = set(saved.arrays) - set(p.states) - family_states(rule)  # of a variant that an option chose before
     if missing or unknown:
         raise ValueError(
             f"{where}: parameter {p.name!r} has the states {sorted(saved.arrays)}, but its rule needs "
@@ -161,12 +158,6 @@ def check_states(saved: SavedParameter, p: Parameter, rule: Rule, options: Optio
             f"{where}: parameter {p.name!r} has the host scalars {sorted(saved.carry)}, but its rule needs "
             f"{sorted(known)}."
         )
-
-
-def _family_states(rule: Rule) -> set[str]:
-    """States of the rule's variants: saved before an option chose between them."""
-    family = rule.step.__module__
-    return {name for other in RULES.values() if other.step.__module__ == family for name in other.state}
 
 
 def _shorten(names: list[str]) -> str:

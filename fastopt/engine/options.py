@@ -7,6 +7,7 @@ import functools
 import inspect
 import math
 import numbers
+import operator
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -43,19 +44,21 @@ class Number:
 
 
 @dataclass(frozen=True)
-class Pair:
-    """Two numbers, each in its range."""
+class Numbers:
+    """Several numbers, each in its range."""
 
-    first: Number
-    second: Number
+    ranges: tuple[Number, ...]
 
-    def __call__(self, value: Any, where: str) -> tuple[float, float]:
-        """The value as a tuple of two floats."""
+    def __call__(self, value: Any, where: str) -> tuple[float, ...]:
+        """The value as a tuple of floats."""
         try:
-            first, second = value
-        except (TypeError, ValueError):
-            raise TypeError(f"{where} must be two numbers, got {value!r}.") from None
-        return self.first(first, f"{where}[0]"), self.second(second, f"{where}[1]")
+            values = tuple(value)
+        except TypeError:
+            values = ()
+        if len(values) != len(self.ranges):
+            count = "two" if len(self.ranges) == 2 else len(self.ranges)
+            raise TypeError(f"{where} must be {count} numbers, got {value!r}.")
+        return tuple(number(x, f"{where}[{k}]") for k, (number, x) in enumerate(zip(self.ranges, values, strict=True)))
 
 
 def boolean(value: Any, where: str) -> bool:
@@ -65,36 +68,64 @@ def boolean(value: Any, where: str) -> bool:
     raise TypeError(f"{where} must be True or False, got {value!r}.")
 
 
-def optional_boolean(value: Any, where: str) -> bool | None:
-    """None or the value as a bool."""
-    return None if value is None else boolean(value, where)
+Range = Callable[[Any, str], Any]
 
 
-NONNEGATIVE = Number("[0, inf)", lambda x: 0.0 <= x < math.inf)
-POSITIVE = Number("(0, inf)", lambda x: 0.0 < x < math.inf)
-BELOW_ONE = Number("[0, 1)", lambda x: 0.0 <= x < 1.0)
-UP_TO_ONE = Number("[0, 1]", lambda x: 0.0 <= x <= 1.0)
-BETAS = Pair(BELOW_ONE, BELOW_ONE)
-EPS = NONNEGATIVE  # 0 as in torch: an element that never had a gradient then becomes 0 / 0
-
-SCALE = Number("[1e-37, 1e37]", lambda x: 1e-37 <= x <= 1e37)  # its inverse is a float32
-NORM = Number("[0, inf]", lambda x: x >= 0.0)
+def optional(check: Range) -> Range:
+    """None, or what is in a range."""
+    return lambda value, where: None if value is None else check(value, where)
 
 
-def optional(number: Number) -> Callable[[Any, str], float | None]:
-    """None, or a number in a range."""
-    return lambda value, where: None if value is None else number(value, where)
+def interval(text: Any) -> Number:
+    """The numbers of an interval, which is written as "[0, 1)"."""
+    try:
+        low, high = map(float, text[1:-1].split(","))
+        is_above = {"[": operator.ge, "(": operator.gt}[text[0]]
+        is_below = {"]": operator.le, ")": operator.lt}[text[-1]]
+    except (IndexError, KeyError, TypeError, ValueError):
+        raise ValueError(f'a range is an interval such as "[0, 1)", got {text!r}.') from None
+    return Number(text, lambda x: is_above(x, low) and is_below(x, high))
 
 
+def range_of(said: Any, default: Any) -> Range:
+    """The range of an option by what a record says of it: an interval, a tuple of them, bool, or such a function."""
+    check: Range
+    if isinstance(said, tuple):
+        check = Numbers(tuple(map(interval, said)))
+    else:
+        check = boolean if said is bool else said if callable(said) else interval(said)
+    return optional(check) if default is None else check
+
+
+NONNEGATIVE = interval("[0, inf)")
+SCALE = interval("[1e-37, 1e37]")  # its inverse is a float32
+NORM = interval("[0, inf]")
 optional_norm = optional(NORM)
+USUAL: Mapping[str, Range] = {"lr": NONNEGATIVE, "weight_decay": NONNEGATIVE}
+"""Options that mean the same in all classes."""
 
 
-OF_THE_OPTIMIZER = ("max_grad_norm", "skip_nonfinite", "zero_grads", "master_weights", "flatten")
+def ranges_of(defaults: Mapping[str, Any], said: Mapping[str, Any]) -> dict[str, Range]:
+    """The range of each option. A record need not say those of flags, and of numbers that only must be finite."""
+    ranges = {name: range_of(text, defaults.get(name, ...)) for name, text in said.items()}
+    for name, default in defaults.items():
+        if name not in ranges:
+            if name in USUAL:
+                ranges[name] = USUAL[name]
+            elif isinstance(default, bool):
+                ranges[name] = boolean
+            elif isinstance(default, numbers.Real):
+                ranges[name] = interval("(-inf, inf)")
+            elif isinstance(default, tuple) and all(isinstance(x, numbers.Real) for x in default):
+                ranges[name] = range_of(("(-inf, inf)",) * len(default), default)
+    return ranges
+
+
+STEP_OPTIONS = ("max_grad_norm", "skip_nonfinite", "zero_grads")
+OF_THE_OPTIMIZER = (*STEP_OPTIONS, "master_weights", "flatten")
 """What is chosen for all param groups together."""
 
 FLOAT32_MAX = float(np.finfo(np.float32).max)
-
-Range = Callable[[Any, str], Any]
 
 
 def own_options(group: Mapping[str, Any], known: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -117,6 +148,17 @@ def near_name(name: Any, known: Collection[str]) -> str | None:
     if not isinstance(name, str) or any(name.startswith(f"{x}_") or name.endswith(f"_{x}") for x in known):
         return None
     return next(iter(difflib.get_close_matches(name, known, 1, 0.8)), None)
+
+
+def given_arguments(local: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of a constructor by name, from its ``locals()``."""
+    return {name: value for name, value in local.items() if name not in ("self", "__class__")}
+
+
+def constructor_arguments(local: Mapping[str, Any]) -> dict[str, Any]:
+    """What a class's constructor hands to that of ``fastopt.Optimizer``, from its ``locals()``."""
+    defaults = given_arguments(local)
+    return {name: defaults.pop(name) for name in ("params", *STEP_OPTIONS)} | {"defaults": defaults}
 
 
 def naming_options(init: Callable[..., None]) -> Callable[..., None]:

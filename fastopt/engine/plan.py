@@ -115,8 +115,10 @@ class Treatment(NamedTuple):
     overrides: tuple[tuple[str, Any], ...] = ()
 
 
-def layerwise(rule: Rule, options: Options, dimensions: int) -> Treatment:
-    """What LARS and LAMB do to a parameter of so many dimensions, by the options "adapt" and "decay_1d"."""
+def treatment(rule: Rule, options: Options, dimensions: int) -> Treatment:
+    """What is done to a parameter of so many dimensions; LARS and LAMB leave some out."""
+    if not rule.layerwise:
+        return Treatment(rule, True)
     adapt, decay_1d, low = options["adapt"], options.get("decay_1d"), dimensions < 2  # older checkpoints lack it
     if decay_1d is None:
         decay_1d = adapt is not None
@@ -337,8 +339,3 @@ class Plan(ABC):
 
     def forget_weights(self) -> None:  # noqa: B027 - only plans that keep norms have something to forget
         """Somebody else wrote the weights: norms of them that were kept are no longer true."""
-
-
-def initial_states(rule: Rule, options: Mapping[str, Any]) -> dict[str, float]:
-    """What the state arrays of a rule hold before the first step."""
-    return {name: float(options[rule.initial[name]]) if name in rule.initial else 0.0 for name in rule.state}

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 from ..base import Optimizer, Params
-from ..engine.options import BELOW_ONE, EPS, Range
+from ..engine.options import constructor_arguments
 from ..kernels.registry import RULES
-from ..kernels.rules.rule import Options, Rule
 
 
 class Adadelta(Optimizer):
@@ -48,7 +45,7 @@ class Adadelta(Optimizer):
         [0.2929, -1.0]
     """
 
-    ranges: ClassVar[dict[str, Range]] = {**Optimizer.ranges, "rho": BELOW_ONE, "eps": EPS}
+    rule = RULES["adadelta"]
 
     def __init__(
         self,
@@ -64,10 +61,4 @@ class Adadelta(Optimizer):
         skip_nonfinite: bool = False,
         zero_grads: bool = False,
     ) -> None:
-        defaults = dict(lr=lr, rho=rho, eps=eps, weight_decay=weight_decay, maximize=maximize, capturable=capturable)
-        super().__init__(
-            params, defaults, max_grad_norm=max_grad_norm, skip_nonfinite=skip_nonfinite, zero_grads=zero_grads
-        )
-
-    def select_rule(self, options: Options) -> Rule:  # noqa: D102 - see Optimizer
-        return RULES["adadelta"]
+        super().__init__(**constructor_arguments(locals()))

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 from ..base import Optimizer, Params
-from ..engine.options import EPS, NONNEGATIVE, Range, boolean
+from ..engine.options import constructor_arguments
 from ..kernels.registry import RULES
-from ..kernels.rules.rule import Options, Rule
 
 
 class Adagrad(Optimizer):
@@ -49,13 +46,7 @@ class Adagrad(Optimizer):
         [0.9, -0.9]
     """
 
-    ranges: ClassVar[dict[str, Range]] = {
-        **Optimizer.ranges,
-        "lr_decay": NONNEGATIVE,
-        "initial_accumulator_value": NONNEGATIVE,
-        "eps": EPS,
-        "eps_inside_sqrt": boolean,
-    }
+    rule = RULES["adagrad"]
 
     def __init__(
         self,
@@ -73,19 +64,4 @@ class Adagrad(Optimizer):
         skip_nonfinite: bool = False,
         zero_grads: bool = False,
     ) -> None:
-        defaults = dict(
-            lr=lr,
-            lr_decay=lr_decay,
-            weight_decay=weight_decay,
-            initial_accumulator_value=initial_accumulator_value,
-            eps=eps,
-            maximize=maximize,
-            capturable=capturable,
-            eps_inside_sqrt=eps_inside_sqrt,
-        )
-        super().__init__(
-            params, defaults, max_grad_norm=max_grad_norm, skip_nonfinite=skip_nonfinite, zero_grads=zero_grads
-        )
-
-    def select_rule(self, options: Options) -> Rule:  # noqa: D102 - see Optimizer
-        return RULES["adagrad"]
+        super().__init__(**constructor_arguments(locals()))

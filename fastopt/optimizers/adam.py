@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 from ..base import Optimizer, Params
-from ..engine.options import BETAS, EPS, NONNEGATIVE, Range, boolean
+from ..engine.options import constructor_arguments
 from ..kernels.registry import RULES
-from ..kernels.rules.rule import Options, Rule
+from ..kernels.rules.rule import Options
 
 
 class Adam(Optimizer):
@@ -54,13 +54,7 @@ class Adam(Optimizer):
         ([0.9, -1.0], 1)
     """
 
-    ranges: ClassVar[dict[str, Range]] = {
-        **Optimizer.ranges,
-        "betas": BETAS,
-        "eps": EPS,
-        "amsgrad": boolean,
-        "eps_hat": boolean,
-    }
+    rule = RULES["adam"]
 
     def __init__(
         self,
@@ -78,22 +72,7 @@ class Adam(Optimizer):
         skip_nonfinite: bool = False,
         zero_grads: bool = False,
     ) -> None:
-        defaults = dict(
-            lr=lr,
-            betas=betas,
-            eps=eps,
-            weight_decay=weight_decay,
-            amsgrad=amsgrad,
-            maximize=maximize,
-            capturable=capturable,
-            eps_hat=eps_hat,
-        )
-        super().__init__(
-            params, defaults, max_grad_norm=max_grad_norm, skip_nonfinite=skip_nonfinite, zero_grads=zero_grads
-        )
-
-    def select_rule(self, options: Options) -> Rule:  # noqa: D102 - see Optimizer
-        return RULES["amsgrad" if options["amsgrad"] else "adam"]
+        super().__init__(**constructor_arguments(locals()))
 
 
 class AdamW(Optimizer):
@@ -137,7 +116,7 @@ class AdamW(Optimizer):
         ([0.85, 1.05], 2.828)
     """
 
-    ranges: ClassVar[dict[str, Range]] = {**Adam.ranges, "fully_decoupled": boolean, "initial_lr": NONNEGATIVE}
+    rule = RULES["adamw"]
 
     def __init__(
         self,
@@ -156,20 +135,7 @@ class AdamW(Optimizer):
         skip_nonfinite: bool = False,
         zero_grads: bool = False,
     ) -> None:
-        defaults = dict(
-            lr=lr,
-            betas=betas,
-            eps=eps,
-            weight_decay=weight_decay,
-            amsgrad=amsgrad,
-            maximize=maximize,
-            capturable=capturable,
-            eps_hat=eps_hat,
-            fully_decoupled=fully_decoupled,
-        )
-        super().__init__(
-            params, defaults, max_grad_norm=max_grad_norm, skip_nonfinite=skip_nonfinite, zero_grads=zero_grads
-        )
+        super().__init__(**constructor_arguments(locals()))
 
     def complete(self, group: dict[str, Any]) -> None:  # noqa: D102 - see Optimizer
         if group.get("fully_decoupled"):
@@ -178,6 +144,3 @@ class AdamW(Optimizer):
     def check(self, options: Options, where: str) -> None:  # noqa: D102
         if options["fully_decoupled"] and options.get("initial_lr") == 0.0:
             raise ValueError(f"{where}fully_decoupled=True needs an initial lr > 0, got 0.")
-
-    def select_rule(self, options: Options) -> Rule:  # noqa: D102
-        return RULES["amsgradw" if options["amsgrad"] else "adamw"]

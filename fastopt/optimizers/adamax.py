@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 from ..base import Optimizer, Params
-from ..engine.options import BETAS, EPS, Range
+from ..engine.options import constructor_arguments
 from ..kernels.registry import RULES
-from ..kernels.rules.rule import Options, Rule
 
 
 class Adamax(Optimizer):
@@ -47,7 +44,7 @@ class Adamax(Optimizer):
         [0.9, -1.0]
     """
 
-    ranges: ClassVar[dict[str, Range]] = {**Optimizer.ranges, "betas": BETAS, "eps": EPS}
+    rule = RULES["adamax"]
 
     def __init__(
         self,
@@ -63,12 +60,4 @@ class Adamax(Optimizer):
         skip_nonfinite: bool = False,
         zero_grads: bool = False,
     ) -> None:
-        defaults = dict(
-            lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, maximize=maximize, capturable=capturable
-        )
-        super().__init__(
-            params, defaults, max_grad_norm=max_grad_norm, skip_nonfinite=skip_nonfinite, zero_grads=zero_grads
-        )
-
-    def select_rule(self, options: Options) -> Rule:  # noqa: D102 - see Optimizer
-        return RULES["adamax"]
+        super().__init__(**constructor_arguments(locals()))

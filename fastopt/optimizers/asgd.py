@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 from ..base import Optimizer, Params
-from ..engine.options import NONNEGATIVE, Number, Range
+from ..engine.options import constructor_arguments
 from ..kernels.registry import RULES
-from ..kernels.rules.rule import Options, Rule
 
 
 class ASGD(Optimizer):
@@ -51,12 +48,7 @@ class ASGD(Optimizer):
         ([-0.5], [-0.25])
     """
 
-    ranges: ClassVar[dict[str, Range]] = {
-        **Optimizer.ranges,
-        "lambd": NONNEGATIVE,
-        "alpha": NONNEGATIVE,
-        "t0": Number("[0, inf]", lambda x: x >= 0.0),
-    }
+    rule = RULES["asgd"]
 
     def __init__(
         self,
@@ -73,12 +65,4 @@ class ASGD(Optimizer):
         skip_nonfinite: bool = False,
         zero_grads: bool = False,
     ) -> None:
-        defaults = dict(
-            lr=lr, lambd=lambd, alpha=alpha, t0=t0, weight_decay=weight_decay, maximize=maximize, capturable=capturable
-        )
-        super().__init__(
-            params, defaults, max_grad_norm=max_grad_norm, skip_nonfinite=skip_nonfinite, zero_grads=zero_grads
-        )
-
-    def select_rule(self, options: Options) -> Rule:  # noqa: D102 - see Optimizer
-        return RULES["asgd"]
+        super().__init__(**constructor_arguments(locals()))

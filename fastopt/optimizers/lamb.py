@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
-
-from ..arrays import Array
 from ..base import Optimizer, Params
-from ..engine.options import BETAS, EPS, POSITIVE, Range, optional, optional_boolean
-from ..engine.plan import Treatment, layerwise
+from ..engine.options import constructor_arguments
 from ..kernels.registry import RULES
-from ..kernels.rules.rule import Options, Rule
 
 
 class LAMB(Optimizer):
@@ -58,14 +53,7 @@ class LAMB(Optimizer):
         [[1.8, 1.8], [1.8, 1.8]]
     """
 
-    ranges: ClassVar[dict[str, Range]] = {
-        **Optimizer.ranges,
-        "betas": BETAS,
-        "eps": EPS,
-        "adapt": optional_boolean,
-        "decay_1d": optional_boolean,
-        "trust_clip": optional(POSITIVE),
-    }
+    rule = RULES["lamb"]
 
     def __init__(
         self,
@@ -84,14 +72,4 @@ class LAMB(Optimizer):
         skip_nonfinite: bool = False,
         zero_grads: bool = False,
     ) -> None:
-        defaults: dict[str, Any] = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, adapt=adapt)
-        defaults |= dict(decay_1d=decay_1d, trust_clip=trust_clip, maximize=maximize, capturable=capturable)
-        super().__init__(
-            params, defaults, max_grad_norm=max_grad_norm, skip_nonfinite=skip_nonfinite, zero_grads=zero_grads
-        )
-
-    def select_rule(self, options: Options) -> Rule:  # noqa: D102 - see Optimizer
-        return RULES["lamb"]
-
-    def treat(self, options: Options, parameter: Array) -> Treatment:  # noqa: D102
-        return layerwise(self.select_rule(options), options, parameter.ndim)
+        super().__init__(**constructor_arguments(locals()))

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
-from ..arrays import Array
 from ..base import Optimizer, Params
-from ..engine.options import NONNEGATIVE, UP_TO_ONE, Range, boolean, optional_boolean
-from ..engine.plan import Treatment, layerwise
+from ..engine.options import constructor_arguments
 from ..kernels.registry import RULES
-from ..kernels.rules.rule import Options, Rule
+from ..kernels.rules.rule import Options
 
 
 class LARS(Optimizer):
@@ -64,18 +62,7 @@ class LARS(Optimizer):
         [[1.98, 1.98], [1.98, 1.98]]
     """
 
-    ranges: ClassVar[dict[str, Range]] = {
-        **Optimizer.ranges,
-        "momentum": UP_TO_ONE,
-        "trust_coefficient": NONNEGATIVE,
-        "eps": NONNEGATIVE,
-        "nesterov": boolean,
-        "lr_in_momentum": boolean,
-        "clip": boolean,
-        "adapt": optional_boolean,
-        "decay_1d": optional_boolean,
-        "keep_weight_norms": boolean,
-    }
+    rule = RULES["lars"]
 
     def __init__(
         self,
@@ -98,24 +85,7 @@ class LARS(Optimizer):
         skip_nonfinite: bool = False,
         zero_grads: bool = False,
     ) -> None:
-        defaults = dict(
-            lr=lr,
-            momentum=momentum,
-            weight_decay=weight_decay,
-            trust_coefficient=trust_coefficient,
-            eps=eps,
-            nesterov=nesterov,
-            lr_in_momentum=lr_in_momentum,
-            clip=clip,
-            adapt=adapt,
-            decay_1d=decay_1d,
-            maximize=maximize,
-            capturable=capturable,
-            keep_weight_norms=keep_weight_norms,
-        )
-        super().__init__(
-            params, defaults, max_grad_norm=max_grad_norm, skip_nonfinite=skip_nonfinite, zero_grads=zero_grads
-        )
+        super().__init__(**constructor_arguments(locals()))
 
     def weights_written(self) -> None:
         """Another name of ``refresh``."""
@@ -124,12 +94,6 @@ class LARS(Optimizer):
     def check(self, options: Options, where: str) -> None:  # noqa: D102 - see Optimizer
         if options["nesterov"] and options["momentum"] == 0.0:
             raise ValueError(f"{where}nesterov=True needs momentum > 0, got 0.")
-
-    def select_rule(self, options: Options) -> Rule:  # noqa: D102
-        return RULES["lars_nesterov" if options["nesterov"] else "lars"]
-
-    def treat(self, options: Options, parameter: Array) -> Treatment:  # noqa: D102
-        return layerwise(self.select_rule(options), options, parameter.ndim)
 
     def _keeps(self, options: list[dict[str, Any]]) -> bool:
         return all(o["keep_weight_norms"] for o in options)

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 from ..base import Optimizer, Params
-from ..engine.options import BETAS, Range
+from ..engine.options import constructor_arguments
 from ..kernels.registry import RULES
-from ..kernels.rules.rule import Options, Rule
 
 
 class Lion(Optimizer):
@@ -43,7 +40,7 @@ class Lion(Optimizer):
         [0.9, -0.9, 0.5]
     """
 
-    ranges: ClassVar[dict[str, Range]] = {**Optimizer.ranges, "betas": BETAS}
+    rule = RULES["lion"]
 
     def __init__(
         self,
@@ -58,10 +55,4 @@ class Lion(Optimizer):
         skip_nonfinite: bool = False,
         zero_grads: bool = False,
     ) -> None:
-        defaults = dict(lr=lr, betas=betas, weight_decay=weight_decay, maximize=maximize, capturable=capturable)
-        super().__init__(
-            params, defaults, max_grad_norm=max_grad_norm, skip_nonfinite=skip_nonfinite, zero_grads=zero_grads
-        )
-
-    def select_rule(self, options: Options) -> Rule:  # noqa: D102 - see Optimizer
-        return RULES["lion"]
+        super().__init__(**constructor_arguments(locals()))

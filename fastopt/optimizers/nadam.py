@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 from ..base import Optimizer, Params
-from ..engine.options import BETAS, EPS, NONNEGATIVE, Range, boolean
+from ..engine.options import constructor_arguments
 from ..kernels.registry import RULES
-from ..kernels.rules.rule import Options, Rule
 
 
 class NAdam(Optimizer):
@@ -52,13 +49,7 @@ class NAdam(Optimizer):
         ([0.894, -1.0], 0.4501)
     """
 
-    ranges: ClassVar[dict[str, Range]] = {
-        **Optimizer.ranges,
-        "betas": BETAS,
-        "eps": EPS,
-        "momentum_decay": NONNEGATIVE,
-        "decoupled_weight_decay": boolean,
-    }
+    rule = RULES["nadam"]
 
     def __init__(
         self,
@@ -76,19 +67,4 @@ class NAdam(Optimizer):
         skip_nonfinite: bool = False,
         zero_grads: bool = False,
     ) -> None:
-        defaults = dict(
-            lr=lr,
-            betas=betas,
-            eps=eps,
-            weight_decay=weight_decay,
-            momentum_decay=momentum_decay,
-            decoupled_weight_decay=decoupled_weight_decay,
-            maximize=maximize,
-            capturable=capturable,
-        )
-        super().__init__(
-            params, defaults, max_grad_norm=max_grad_norm, skip_nonfinite=skip_nonfinite, zero_grads=zero_grads
-        )
-
-    def select_rule(self, options: Options) -> Rule:  # noqa: D102 - see Optimizer
-        return RULES["nadam"]
+        super().__init__(**constructor_arguments(locals()))

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 from ..base import Optimizer, Params
-from ..engine.options import BELOW_ONE, EPS, UP_TO_ONE, Range, boolean
+from ..engine.options import constructor_arguments
 from ..kernels.registry import RULES
-from ..kernels.rules.rule import Options, Rule
 
 
 class RMSprop(Optimizer):
@@ -54,14 +51,7 @@ class RMSprop(Optimizer):
         [0.5, -1.0]
     """
 
-    ranges: ClassVar[dict[str, Range]] = {
-        **Optimizer.ranges,
-        "alpha": BELOW_ONE,
-        "eps": EPS,
-        "momentum": UP_TO_ONE,
-        "centered": boolean,
-        "eps_inside_sqrt": boolean,
-    }
+    rule = RULES["rmsprop"]
 
     def __init__(
         self,
@@ -80,22 +70,4 @@ class RMSprop(Optimizer):
         skip_nonfinite: bool = False,
         zero_grads: bool = False,
     ) -> None:
-        defaults = dict(
-            lr=lr,
-            alpha=alpha,
-            eps=eps,
-            weight_decay=weight_decay,
-            momentum=momentum,
-            centered=centered,
-            maximize=maximize,
-            capturable=capturable,
-            eps_inside_sqrt=eps_inside_sqrt,
-        )
-        super().__init__(
-            params, defaults, max_grad_norm=max_grad_norm, skip_nonfinite=skip_nonfinite, zero_grads=zero_grads
-        )
-
-    def select_rule(self, options: Options) -> Rule:  # noqa: D102 - see Optimizer
-        centered = "_centered" if options["centered"] else ""
-        momentum = "_momentum" if options["momentum"] else ""
-        return RULES["rmsprop" + centered + momentum]
+        super().__init__(**constructor_arguments(locals()))

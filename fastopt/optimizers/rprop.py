@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 from ..base import Optimizer, Params
-from ..engine.options import POSITIVE, Number, Pair, Range
+from ..engine.options import constructor_arguments
 from ..kernels.registry import RULES
-from ..kernels.rules.rule import Options, Rule
+from ..kernels.rules.rule import Options
 
 
 class Rprop(Optimizer):
@@ -51,11 +49,7 @@ class Rprop(Optimizer):
         [0.78, -0.78]
     """
 
-    ranges: ClassVar[dict[str, Range]] = {
-        **Optimizer.ranges,
-        "etas": Pair(Number("(0, 1)", lambda x: 0.0 < x < 1.0), Number("(1, inf)", lambda x: 1.0 < x < float("inf"))),
-        "step_sizes": Pair(POSITIVE, POSITIVE),
-    }
+    rule = RULES["rprop"]
 
     def __init__(
         self,
@@ -70,15 +64,9 @@ class Rprop(Optimizer):
         skip_nonfinite: bool = False,
         zero_grads: bool = False,
     ) -> None:
-        defaults = dict(lr=lr, etas=etas, step_sizes=step_sizes, maximize=maximize, capturable=capturable)
-        super().__init__(
-            params, defaults, max_grad_norm=max_grad_norm, skip_nonfinite=skip_nonfinite, zero_grads=zero_grads
-        )
+        super().__init__(**constructor_arguments(locals()))
 
     def check(self, options: Options, where: str) -> None:  # noqa: D102 - see Optimizer
         smallest, largest = options["step_sizes"]
         if smallest > largest:
             raise ValueError(f"{where}step_sizes[0] must not exceed step_sizes[1], got {(smallest, largest)}.")
-
-    def select_rule(self, options: Options) -> Rule:  # noqa: D102
-        return RULES["rprop"]

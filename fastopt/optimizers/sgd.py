@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 from ..base import Optimizer, Params
-from ..engine.options import NONNEGATIVE, UP_TO_ONE, Range, boolean
+from ..engine.options import constructor_arguments
 from ..kernels.registry import RULES
-from ..kernels.rules.rule import Options, Rule
+from ..kernels.rules.rule import Options
 
 
 class SGD(Optimizer):
@@ -54,14 +52,7 @@ class SGD(Optimizer):
         [0.71, -1.0]
     """
 
-    ranges: ClassVar[dict[str, Range]] = {
-        **Optimizer.ranges,
-        "momentum": UP_TO_ONE,
-        "dampening": UP_TO_ONE,
-        "weight_decay": NONNEGATIVE,
-        "nesterov": boolean,
-        "lr_in_momentum": boolean,
-    }
+    rule = RULES["sgd"]
 
     def __init__(
         self,
@@ -79,19 +70,7 @@ class SGD(Optimizer):
         skip_nonfinite: bool = False,
         zero_grads: bool = False,
     ) -> None:
-        defaults = dict(
-            lr=lr,
-            momentum=momentum,
-            dampening=dampening,
-            weight_decay=weight_decay,
-            nesterov=nesterov,
-            maximize=maximize,
-            capturable=capturable,
-            lr_in_momentum=lr_in_momentum,
-        )
-        super().__init__(
-            params, defaults, max_grad_norm=max_grad_norm, skip_nonfinite=skip_nonfinite, zero_grads=zero_grads
-        )
+        super().__init__(**constructor_arguments(locals()))
 
     def check(self, options: Options, where: str) -> None:  # noqa: D102 - see Optimizer
         if options["nesterov"] and (options["momentum"] == 0.0 or options["dampening"] != 0.0):
@@ -99,8 +78,3 @@ class SGD(Optimizer):
                 f"{where}nesterov=True needs momentum > 0 and dampening 0, got momentum={options['momentum']} and "
                 f"dampening={options['dampening']}."
             )
-
-    def select_rule(self, options: Options) -> Rule:  # noqa: D102
-        if options["momentum"] == 0.0:
-            return RULES["sgd"]
-        return RULES["nesterov" if options["nesterov"] else "momentum"]

@@ -27,8 +27,8 @@ except ModuleNotFoundError as error:
 
 from .adam import Adam, Adamax, AdamW, NAdam, RAdam
 from .amp import GradScaler
-from .further import LAMB, LARS, Lion
-from .optimizer import TensorOptimizer
+from .base import TensorOptimizer
+from .further import LAMB, LARS, Lion, optimizer
 from .optimizers import ASGD, SGD, Adadelta, Adagrad, RMSprop, Rprop
 
 __all__ = [
@@ -48,6 +48,7 @@ __all__ = [
     "RMSprop",
     "Rprop",
     "TensorOptimizer",
+    "optimizer",
 ]
 
 

@@ -11,9 +11,8 @@ from torch._compile import _disable_dynamo
 
 from ..engine.exclusive import exclusive
 from ..kernels.rules.rule import Options, Rule
-from ._entries import MAY_LACK
 from ._flat import FlatGroups
-from ._state import CARRIED, STATES, STEP, State, carried
+from ._state import STEP, Names, State
 
 
 class _Boxed:
@@ -41,7 +40,7 @@ def _box(opt: torch.optim.Optimizer, loaded: dict[str, Any]) -> dict[str, Any]:
     return {**loaded, "state": {key: _boxed(state) for key, state in loaded["state"].items()}}
 
 
-def _taken(parameter: Any, state: Any) -> Any:
+def _taken(parameter: Any, state: Any, names: Names) -> Any:
     """The state of one parameter without boxes: states and numbers as they are, copies of other tensors."""
     if not isinstance(state, dict):
         return state
@@ -49,9 +48,10 @@ def _taken(parameter: Any, state: Any) -> Any:
     for name, value in state.items():
         if isinstance(value, _Boxed):
             value = value.tensor.detach()
-            if name != STEP and name not in CARRIED and (name not in STATES or value.shape != parameter.shape):
+            is_state = name in names.states and value.shape == parameter.shape
+            if name != STEP and name not in names.numbers and not is_state:
                 value = value.clone() if value.dim() == 0 else value.to(parameter.device, copy=True)
-        elif name not in (STEP, *CARRIED) and isinstance(value, float):  # of an older checkpoint
+        elif name not in (STEP, *names.numbers) and isinstance(value, float):  # of an older checkpoint
             value = torch.tensor(value, dtype=torch.float64)
         taken[name] = value
     return taken
@@ -65,6 +65,7 @@ class Checkpoints(torch.optim.Optimizer):
     _complete: bool
     counts_steps: ClassVar[bool]
     rule_options: ClassVar[Mapping[str, Any]]
+    names: ClassVar[Names]
 
     @_disable_dynamo
     @exclusive
@@ -135,11 +136,13 @@ class Checkpoints(torch.optim.Optimizer):
         for own, group in zip(self.param_groups, loaded["param_groups"], strict=False):
             numbers = [STEP] * self.counts_steps
             rule = self.select_rule({**self.rule_options, **self.defaults, **group})
-            numbers += carried(rule)
+            numbers += rule.carried
             for index, p in zip(group["params"], own["params"], strict=False):
                 state = loaded["state"].get(index) or {}
                 steps = state.get(STEP)
-                begun = [name for name in rule.state if name not in MAY_LACK] if steps is not None and steps > 0 else []
+                begun = (
+                    [name for name in rule.state if name not in rule.late] if steps is not None and steps > 0 else []
+                )
                 missing = [name for name in (*numbers, *begun) if name not in state]
                 if state and missing:
                     raise KeyError(f"{where}: parameter {index} has a state that lacks {missing[0]!r}.")
@@ -164,8 +167,8 @@ class Checkpoints(torch.optim.Optimizer):
 
     @exclusive
     def _load_state_dict(self, state: dict[str, Any], loaded: bool) -> None:
-        taken = {p: _taken(p, s) for p, s in state["state"].items()}
-        state["state"] = State.moved(taken, state["param_groups"], flat=self._flat is not None, copy=loaded)
+        taken = {p: _taken(p, s, self.names) for p, s in state["state"].items()}
+        state["state"] = State.moved(taken, state["param_groups"], self.names, flat=self._flat is not None, copy=loaded)
         super().__setstate__(state)
 
     def _flatten_again(self, groups: list[dict[str, Any]]) -> None:

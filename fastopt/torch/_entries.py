@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..engine.plan import Copy, Parameter, Progress, Treatment, initial_states
+from ..engine.plan import Copy, Parameter, Progress, Treatment
 from ..kernels.dtypes import COMPUTE, ITEMSIZE
 from ..kernels.rules.rule import Options, Rule
 from ._devices import Home
@@ -21,9 +21,6 @@ from ._state import STEP, Arena, Mirror, ParameterState, Slot, State, layout_of,
 from ._tensors import STORED, address_of, check_apart, local, parameter_memory, real, state_address
 
 Treat = Callable[[Options, Tensor], Treatment]
-
-MAY_LACK = frozenset({MASTER, "max_exp_avg_sq"})
-"""States that may begin late: a master as the parameter, AMSGrad's maximum, switched on later, as what follows."""
 
 NUMBERS = (torch.float32, torch.float64, torch.int32, torch.int64)
 
@@ -149,7 +146,7 @@ class Entries:
         entry = Entry(record, slot, state, untouched or not dict.__len__(state))
         for name in [STEP] * self._kind.counts + list(progress.carry or {}):
             entry.numbers[name] = self._number(i, state, slot, name)
-        for name, start in initial_states(rule, options[group]).items():
+        for name, start in rule.start(options[group]).items():
             entry.tensors[name] = self._tensor(i, memory, entry, name, start)
         if self._kind.has_master(memory):
             record.copy = Copy(record.dtype, record.address)
@@ -179,7 +176,7 @@ class Entries:
             steps = 0
         elif self._kind.counts:
             steps = self._count(i, state, bool(present))
-            missing = {*rule.state, *carried} - {*present} - MAY_LACK if steps else ()
+            missing = {*rule.state, *carried} - {*present, *rule.late} if steps else ()
             if missing:
                 raise KeyError(self._hole(i, sorted(missing)[0], f"has taken {steps} steps"))
             carried.update((name, number(dict.get(state, name))) for name in carried if name in present)

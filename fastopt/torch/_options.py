@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..engine.options import NORM, boolean
 from ..engine.step import Request
-from ..kernels.registry import RULES
+from ..kernels.registry import RULES, family_states
 from ..kernels.rules.rule import Rule
 
 EXTRAS = ("max_grad_norm", "skip_nonfinite", "zero_grads", "master_weights", "flatten")
@@ -91,11 +91,6 @@ class StepOptions:
         raise NotImplementedError(
             f"{type(self).__name__}: {asked} needs sums over all processes, but {part}. Leave it out, and {cure}."
         )
-
-
-def arguments(local: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of a constructor by name, from its ``locals()``."""
-    return {name: value for name, value in local.items() if name not in ("self", "__class__")}
 
 
 def check_keywords(cls: type, keywords: Iterable[str]) -> None:
@@ -179,9 +174,7 @@ def check_loaded_state(names: Iterable[str], rule: Rule, where: str) -> None:
     """Refuse a state of a checkpoint with arrays that only rules of other classes have."""
     if RULES.get(rule.name) is not rule:
         return  # of the user's own
-    home = rule.step.__module__  # one file has the variants of a rule
-    own = {name for other in RULES.values() if other.step.__module__ == home for name in other.state}
-    foreign = sorted(set(names) & {name for other in RULES.values() for name in other.state} - own)
+    foreign = sorted(set(names) & {name for other in RULES.values() for name in other.state} - family_states(rule))
     if foreign:
         raise ValueError(
             f"{where} has {', '.join(foreign)}, which is of another class. Load it into an optimizer of that class."

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import functools
-import typing
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,17 +25,22 @@ from ._tensors import COMPUTED, address_of, parameter_memory, shaped_like
 
 STEP = "step"
 
-STATES = frozenset({MASTER, *(name for rule in RULES.values() for name in rule.state)})
-"""Names of the tensors that have their parameter's shape."""
+
+class Names(NamedTuple):
+    """Names of what a state may hold beside the step count."""
+
+    states: frozenset[str]  # tensors that have their parameter's shape
+    numbers: frozenset[str]
+
+    @classmethod
+    def of(cls, *rules: Rule) -> Names:
+        """Those of some rules."""
+        states = frozenset(name for rule in rules for name in rule.state)
+        return cls(states | {MASTER}, frozenset(name for rule in rules for name in rule.carried))
 
 
-def carried(rule: Rule) -> tuple[str, ...]:
-    """Names of the numbers that a rule has beside the step count."""
-    return typing.get_type_hints(rule.carry)["return"]._fields if rule.carry else ()
-
-
-CARRIED = frozenset(name for rule in RULES.values() for name in carried(rule))
-"""Those of all rules."""
+LIBRARY = Names.of(*RULES.values())
+"""Those of all rules of the library."""
 
 
 class Watch:
@@ -153,12 +157,15 @@ class State(_Watched):
             dict.__setitem__(self, key, value)
 
     @classmethod
-    def moved(cls, items: Mapping[Any, Any], groups: Iterable[Mapping[str, Any]], *, flat: bool, copy: bool) -> State:
+    def moved(
+        cls, items: Mapping[Any, Any], groups: Iterable[Mapping[str, Any]], names: Names, *, flat: bool, copy: bool
+    ) -> State:
         """States in memory that is made for parameters together, so that a step can write all numbers at once.
 
         Args:
             items: The states.
             groups: The param groups.
+            names: What there may be in ``items``.
             flat: Whether parameters are neighbours in memory: then their states are moved, too.
             copy: Whether ``items`` has tensors of others, which are copied; else they stay what they are.
         """
@@ -177,9 +184,11 @@ class State(_Watched):
             for index, (p, memory) in enumerate(members):
                 slot, values = Slot(arena, index, layout_of(memory)), dict(state._raw(p))
                 for name, value in values.items():
-                    if name == STEP or name in CARRIED:
+                    if name == STEP or name in names.numbers:
                         values[name] = slot.add_number(name, number(value))
-                    elif name in STATES and (copy or flat) and isinstance(value, Tensor) and value.shape == p.shape:
+                    elif (
+                        name in names.states and (copy or flat) and isinstance(value, Tensor) and value.shape == p.shape
+                    ):
                         values[name] = slot.add_state(name, p, memory)
                         values[name].copy_(value.detach())
                 state.keep(p, ParameterState(state.watch, values, slot))

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from ..engine.options import given_arguments
 from ..kernels.registry import RULES
-from ..kernels.rules.rule import Options, Rule
-from ._options import arguments, plain
-from .optimizer import TensorOptimizer
+from ._options import plain
+from .base import TensorOptimizer
 
 
 class Adam(TensorOptimizer, torch.optim.Adam):
@@ -23,11 +23,8 @@ class Adam(TensorOptimizer, torch.optim.Adam):
     State: ``step``, ``exp_avg``, ``exp_avg_sq``, with ``amsgrad`` also ``max_exp_avg_sq``.
     """
 
-    rule_options: ClassVar[Mapping[str, Any]] = {
-        "decoupled_weight_decay": False,  # torch's classes have it since 2.7
-        "eps_hat": False,
-        "fully_decoupled": False,
-    }
+    rule = RULES["adam"]
+    rule_options: ClassVar[Mapping[str, Any]] = {"decoupled_weight_decay": False}  # torch's classes have it since 2.7
 
     def __init__(
         self,
@@ -52,7 +49,7 @@ class Adam(TensorOptimizer, torch.optim.Adam):
         master_weights: bool = False,
         flatten: bool = False,
     ) -> None:
-        super().__init__(**arguments(locals()))
+        super().__init__(**given_arguments(locals()))
 
     def begin_group(self, group: dict[str, Any]) -> None:  # noqa: D102
         if group.get("fully_decoupled"):
@@ -69,10 +66,6 @@ class Adam(TensorOptimizer, torch.optim.Adam):
             if options["initial_lr"] == 0.0:
                 raise ValueError(f"{where} an initial lr > 0, got 0.")
         return options
-
-    def select_rule(self, options: Options) -> Rule:  # noqa: D102
-        rule = "amsgrad" if options["amsgrad"] else "adam"
-        return RULES[rule + ("w" if options["decoupled_weight_decay"] else "")]
 
 
 class AdamW(TensorOptimizer, torch.optim.AdamW):
@@ -91,7 +84,8 @@ class AdamW(TensorOptimizer, torch.optim.AdamW):
         1.7321
     """
 
-    rule_options: ClassVar[Mapping[str, Any]] = {**Adam.rule_options, "decoupled_weight_decay": True}
+    rule = RULES["adamw"]
+    rule_options: ClassVar[Mapping[str, Any]] = {"decoupled_weight_decay": True}
 
     def __init__(
         self,
@@ -115,9 +109,9 @@ class AdamW(TensorOptimizer, torch.optim.AdamW):
         master_weights: bool = False,
         flatten: bool = False,
     ) -> None:
-        super().__init__(**arguments(locals()))
+        super().__init__(**given_arguments(locals()))
 
-    begin_group, complete, select_rule = Adam.begin_group, Adam.complete, Adam.select_rule
+    begin_group, complete = Adam.begin_group, Adam.complete
 
 
 class Adamax(TensorOptimizer, torch.optim.Adamax):
@@ -125,6 +119,8 @@ class Adamax(TensorOptimizer, torch.optim.Adamax):
 
     State: ``step``, ``exp_avg``, ``exp_inf``.
     """
+
+    rule = RULES["adamax"]
 
     def __init__(
         self,
@@ -144,10 +140,7 @@ class Adamax(TensorOptimizer, torch.optim.Adamax):
         master_weights: bool = False,
         flatten: bool = False,
     ) -> None:
-        super().__init__(**arguments(locals()))
-
-    def select_rule(self, options: Options) -> Rule:  # noqa: D102
-        return RULES["adamax"]
+        super().__init__(**given_arguments(locals()))
 
 
 class NAdam(TensorOptimizer, torch.optim.NAdam):
@@ -155,6 +148,8 @@ class NAdam(TensorOptimizer, torch.optim.NAdam):
 
     State: ``step``, ``mu_product``, ``exp_avg``, ``exp_avg_sq``.
     """
+
+    rule = RULES["nadam"]
 
     def __init__(
         self,
@@ -176,10 +171,7 @@ class NAdam(TensorOptimizer, torch.optim.NAdam):
         master_weights: bool = False,
         flatten: bool = False,
     ) -> None:
-        super().__init__(**arguments(locals()))
-
-    def select_rule(self, options: Options) -> Rule:  # noqa: D102
-        return RULES["nadam"]
+        super().__init__(**given_arguments(locals()))
 
 
 class RAdam(TensorOptimizer, torch.optim.RAdam):
@@ -187,6 +179,8 @@ class RAdam(TensorOptimizer, torch.optim.RAdam):
 
     State: ``step``, ``exp_avg``, ``exp_avg_sq``.
     """
+
+    rule = RULES["radam"]
 
     def __init__(
         self,
@@ -207,7 +201,4 @@ class RAdam(TensorOptimizer, torch.optim.RAdam):
         master_weights: bool = False,
         flatten: bool = False,
     ) -> None:
-        super().__init__(**arguments(locals()))
-
-    def select_rule(self, options: Options) -> Rule:  # noqa: D102
-        return RULES["radam"]
+        super().__init__(**given_arguments(locals()))

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ..engine.options import boolean
-from .optimizer import TensorOptimizer
+from .base import TensorOptimizer
 
 
 class GradScaler(torch.amp.GradScaler):

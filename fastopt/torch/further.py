@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from ..engine.plan import Treatment, layerwise
+from ..engine.options import given_arguments
 from ..kernels.registry import RULES
-from ..kernels.rules.rule import Options, Rule
-from ._options import arguments, check_rate
-from ._shards import why_not_combined
-from .optimizer import TensorOptimizer
+from ..kernels.rules.rule import Rule
+from ..own_rules import Front, class_of
+from .base import TensorOptimizer
 
-
-def _refuse(wrong: bool, what: str, value: Any) -> None:
-    """Refuse a value in torch's words."""
-    if wrong:
-        raise ValueError(f"Invalid {what}: {value}")
+NONNEGATIVE = {name: f"{name} value" for name in ("momentum", "weight_decay", "trust_coefficient")}
+NONNEGATIVE |= {"lr": "learning rate", "eps": "epsilon value"}
 
 
 class _WithDefaults(torch.optim.Optimizer):
@@ -30,25 +25,73 @@ class _WithDefaults(torch.optim.Optimizer):
         super().__init__(params, defaults)
 
 
-class _Layerwise:
-    """What LARS and LAMB have in common: ratios by norms of whole parameters."""
+class _Checked(_WithDefaults):
+    """Refuses values in torch's words."""
 
-    select_rule: Callable[[Options], Rule]
-
-    def structure(self, options: Options) -> tuple[Any, ...]:
-        return *TensorOptimizer.structure(self, options), options["adapt"], options.get("decay_1d")  # type: ignore[arg-type]
-
-    def treat(self, options: Options, parameter: Tensor) -> Treatment:
-        why = why_not_combined(parameter)
-        if why is not None:
-            raise NotImplementedError(
-                f"{type(self).__name__}: a parameter is {why}, so the norm of its whole is not known. Use an optimizer "
-                "whose rule has no norms, or DDP."
-            )
-        return layerwise(self.select_rule(options), options, parameter.ndim)
+    def __init__(self, params: ParamsT, **defaults: Any) -> None:
+        for name, value in defaults.items():
+            for index, beta in enumerate(value if name == "betas" else ()):
+                if not 0.0 <= beta < 1.0:
+                    raise ValueError(f"Invalid beta parameter at index {index}: {beta}")
+            wrong = name == "trust_clip" and value is not None and not value > 0.0
+            if wrong or (name in NONNEGATIVE and not value >= 0.0):
+                raise ValueError(f"Invalid {NONNEGATIVE.get(name, f'{name} value')}: {value}")
+        if defaults.get("nesterov") and defaults["momentum"] <= 0:
+            raise ValueError("Nesterov momentum requires a momentum")
+        super().__init__(params, **defaults)
 
 
-class Lion(TensorOptimizer, _WithDefaults):
+class _OfRule(_WithDefaults):
+    """What a class of a rule has beside: its objects are pickled by the rule's name, for the class has none."""
+
+    rule: ClassVar[Rule]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        if type(self) is not class_of(self.rule, FRONT):
+            return super().__reduce_ex__(protocol)
+        return _unmade, (self.rule,), self.__getstate__()
+
+
+FLAGS = ("maximize", False), ("foreach", None), ("capturable", False), ("differentiable", False), ("fused", None)
+FRONT = Front((TensorOptimizer, _OfRule), FLAGS, given_arguments)
+
+
+def _unmade(rule: Rule) -> Any:
+    return optimizer(rule).__new__(optimizer(rule))
+
+
+def optimizer(rule: Rule) -> type[TensorOptimizer]:
+    """The class of optimizers for tensors by a rule, ``C(params, <options>, *, maximize, foreach, capturable, ...)``.
+
+    Args:
+        rule: What ``@fastopt.rule`` made.
+
+    Returns:
+        A class in torch's manner: all of ``TensorOptimizer``, and checkpoints. It is named as the rule, and always the
+        same for a rule. Objects can be copied; they can be pickled if the rule stands at the top level of a module.
+
+    State: ``step``, what the rule carries, and its states.
+
+    Raises:
+        TypeError: ``rule`` is none, or was made without defaults for its options.
+
+    Example:
+        >>> import torch, fastopt, fastopt.torch
+        >>> @fastopt.rule(options={"lr": 0.5})
+        ... def descent(p, g, h):
+        ...     return (p - h.lr * g,)
+        >>> w = torch.nn.Parameter(torch.ones(2))
+        >>> opt = fastopt.torch.optimizer(descent)([w])
+        >>> w.grad = torch.tensor([1.0, 0.0])
+        >>> opt.step()
+        >>> w.tolist()
+        [0.5, 1.0]
+    """
+    made: type[TensorOptimizer] = class_of(rule, FRONT)
+    return made
+
+
+class Lion(TensorOptimizer, _Checked):
     """Lion (arXiv:2302.06675) in one pass; formula in ``fastopt.Lion``, further arguments in ``TensorOptimizer``.
 
     Args:
@@ -70,6 +113,7 @@ class Lion(TensorOptimizer, _WithDefaults):
         [0.5, 1.0]
     """
 
+    rule = RULES["lion"]
     counts_steps = False
 
     def __init__(
@@ -90,19 +134,10 @@ class Lion(TensorOptimizer, _WithDefaults):
         master_weights: bool = False,
         flatten: bool = False,
     ) -> None:
-        given = arguments(locals())
-        check_rate(lr, "Lion")
-        _refuse(not lr >= 0.0, "learning rate", lr)
-        for index, beta in enumerate(betas):
-            _refuse(not 0.0 <= beta < 1.0, f"beta parameter at index {index}", beta)
-        _refuse(not weight_decay >= 0.0, "weight_decay value", weight_decay)
-        super().__init__(**given)
-
-    def select_rule(self, options: Options) -> Rule:  # noqa: D102 - see TensorOptimizer
-        return RULES["lion"]
+        super().__init__(**given_arguments(locals()))
 
 
-class LARS(_Layerwise, TensorOptimizer, _WithDefaults):
+class LARS(TensorOptimizer, _Checked):
     """LARS (arXiv:1708.03888, in MLPerf's form) with true norms per tensor; formula and arguments in ``fastopt.LARS``,
     further arguments in ``TensorOptimizer``.
 
@@ -123,6 +158,7 @@ class LARS(_Layerwise, TensorOptimizer, _WithDefaults):
         [1.98, 1.98, 1.98, 1.98]
     """
 
+    rule = RULES["lars"]
     counts_steps = False
 
     def __init__(
@@ -150,22 +186,10 @@ class LARS(_Layerwise, TensorOptimizer, _WithDefaults):
         master_weights: bool = False,
         flatten: bool = False,
     ) -> None:
-        given = arguments(locals())
-        check_rate(lr, "LARS")
-        _refuse(not lr >= 0.0, "learning rate", lr)
-        _refuse(not momentum >= 0.0, "momentum value", momentum)
-        _refuse(not weight_decay >= 0.0, "weight_decay value", weight_decay)
-        _refuse(not trust_coefficient >= 0.0, "trust_coefficient value", trust_coefficient)
-        _refuse(not eps >= 0.0, "epsilon value", eps)
-        if nesterov and momentum <= 0:
-            raise ValueError("Nesterov momentum requires a momentum")
-        super().__init__(**given)
-
-    def select_rule(self, options: Options) -> Rule:  # noqa: D102
-        return RULES["lars_nesterov" if options["nesterov"] else "lars"]
+        super().__init__(**given_arguments(locals()))
 
 
-class LAMB(_Layerwise, TensorOptimizer, _WithDefaults):
+class LAMB(TensorOptimizer, _Checked):
     """LAMB (arXiv:1904.00962) with true norms per tensor; formula and arguments in ``fastopt.LAMB``, further arguments
     in ``TensorOptimizer``.
 
@@ -185,6 +209,8 @@ class LAMB(_Layerwise, TensorOptimizer, _WithDefaults):
         >>> [round(x, 3) for x in w.flatten().tolist()]
         [1.8, 1.8, 1.8, 1.8]
     """
+
+    rule = RULES["lamb"]
 
     def __init__(
         self,
@@ -208,15 +234,4 @@ class LAMB(_Layerwise, TensorOptimizer, _WithDefaults):
         master_weights: bool = False,
         flatten: bool = False,
     ) -> None:
-        given = arguments(locals())
-        check_rate(lr, "LAMB")
-        _refuse(not lr >= 0.0, "learning rate", lr)
-        for index, beta in enumerate(betas):
-            _refuse(not 0.0 <= beta < 1.0, f"beta parameter at index {index}", beta)
-        _refuse(not eps >= 0.0, "epsilon value", eps)
-        _refuse(not weight_decay >= 0.0, "weight_decay value", weight_decay)
-        _refuse(trust_clip is not None and not trust_clip > 0.0, "trust_clip value", trust_clip)
-        super().__init__(**given)
-
-    def select_rule(self, options: Options) -> Rule:  # noqa: D102
-        return RULES["lamb"]
+        super().__init__(**given_arguments(locals()))

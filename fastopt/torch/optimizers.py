@@ -4,18 +4,14 @@ select. Constructors are written out, because tools that make command lines and 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar
-
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from ..engine.options import given_arguments
 from ..kernels.registry import RULES
-from ..kernels.rules.rule import Options, Rule
-from ._options import arguments
 from ._tensors import COMPUTED
-from .optimizer import TensorOptimizer
+from .base import TensorOptimizer
 
 
 class SGD(TensorOptimizer, torch.optim.SGD):
@@ -34,8 +30,8 @@ class SGD(TensorOptimizer, torch.optim.SGD):
         [0.8999999761581421, 1.0]
     """
 
+    rule = RULES["sgd"]
     counts_steps = False
-    rule_options: ClassVar[Mapping[str, Any]] = {"lr_in_momentum": False}
 
     def __init__(
         self,
@@ -58,12 +54,7 @@ class SGD(TensorOptimizer, torch.optim.SGD):
         master_weights: bool = False,
         flatten: bool = False,
     ) -> None:
-        super().__init__(**arguments(locals()))
-
-    def select_rule(self, options: Options) -> Rule:  # noqa: D102 - see TensorOptimizer
-        if options["momentum"] == 0.0:
-            return RULES["sgd"]
-        return RULES["nesterov" if options["nesterov"] else "momentum"]
+        super().__init__(**given_arguments(locals()))
 
 
 class Adagrad(TensorOptimizer, torch.optim.Adagrad):
@@ -73,7 +64,7 @@ class Adagrad(TensorOptimizer, torch.optim.Adagrad):
     State: ``step``, ``sum``.
     """
 
-    rule_options: ClassVar[Mapping[str, Any]] = {"eps_inside_sqrt": False}
+    rule = RULES["adagrad"]
 
     def __init__(
         self,
@@ -96,14 +87,11 @@ class Adagrad(TensorOptimizer, torch.optim.Adagrad):
         master_weights: bool = False,
         flatten: bool = False,
     ) -> None:
-        super().__init__(**arguments(locals()))
+        super().__init__(**given_arguments(locals()))
         for p, state in self.state.items():
             if COMPUTED.get(p.dtype, p.dtype) != p.dtype:  # torch's constructor rounds the start to 16 bits
                 start = self.defaults["initial_accumulator_value"]
                 state["sum"] = torch.full_like(p, start, dtype=COMPUTED[p.dtype])
-
-    def select_rule(self, options: Options) -> Rule:  # noqa: D102
-        return RULES["adagrad"]
 
 
 class Adadelta(TensorOptimizer, torch.optim.Adadelta):
@@ -111,6 +99,8 @@ class Adadelta(TensorOptimizer, torch.optim.Adadelta):
 
     State: ``step``, ``square_avg``, ``acc_delta``.
     """
+
+    rule = RULES["adadelta"]
 
     def __init__(
         self,
@@ -130,10 +120,7 @@ class Adadelta(TensorOptimizer, torch.optim.Adadelta):
         master_weights: bool = False,
         flatten: bool = False,
     ) -> None:
-        super().__init__(**arguments(locals()))
-
-    def select_rule(self, options: Options) -> Rule:  # noqa: D102
-        return RULES["adadelta"]
+        super().__init__(**given_arguments(locals()))
 
 
 class RMSprop(TensorOptimizer, torch.optim.RMSprop):
@@ -143,7 +130,7 @@ class RMSprop(TensorOptimizer, torch.optim.RMSprop):
     State: ``step``, ``square_avg``, with ``centered`` also ``grad_avg``, with momentum also ``momentum_buffer``.
     """
 
-    rule_options: ClassVar[Mapping[str, Any]] = {"eps_inside_sqrt": False}
+    rule = RULES["rmsprop"]
 
     def __init__(
         self,
@@ -166,12 +153,7 @@ class RMSprop(TensorOptimizer, torch.optim.RMSprop):
         master_weights: bool = False,
         flatten: bool = False,
     ) -> None:
-        super().__init__(**arguments(locals()))
-
-    def select_rule(self, options: Options) -> Rule:  # noqa: D102
-        centered = "_centered" if options["centered"] else ""
-        momentum = "_momentum" if options["momentum"] else ""
-        return RULES["rmsprop" + centered + momentum]
+        super().__init__(**given_arguments(locals()))
 
 
 class Rprop(TensorOptimizer, torch.optim.Rprop):
@@ -179,6 +161,8 @@ class Rprop(TensorOptimizer, torch.optim.Rprop):
 
     State: ``step``, ``prev``, ``step_size``.
     """
+
+    rule = RULES["rprop"]
 
     def __init__(
         self,
@@ -197,10 +181,7 @@ class Rprop(TensorOptimizer, torch.optim.Rprop):
         master_weights: bool = False,
         flatten: bool = False,
     ) -> None:
-        super().__init__(**arguments(locals()))
-
-    def select_rule(self, options: Options) -> Rule:  # noqa: D102
-        return RULES["rprop"]
+        super().__init__(**given_arguments(locals()))
 
 
 class ASGD(TensorOptimizer, torch.optim.ASGD):
@@ -208,6 +189,8 @@ class ASGD(TensorOptimizer, torch.optim.ASGD):
 
     State: ``step``, ``eta``, ``mu``, ``ax``.
     """
+
+    rule = RULES["asgd"]
 
     def __init__(
         self,
@@ -228,7 +211,4 @@ class ASGD(TensorOptimizer, torch.optim.ASGD):
         master_weights: bool = False,
         flatten: bool = False,
     ) -> None:
-        super().__init__(**arguments(locals()))
-
-    def select_rule(self, options: Options) -> Rule:  # noqa: D102
-        return RULES["asgd"]
+        super().__init__(**given_arguments(locals()))

@@ -32,6 +32,8 @@ from which the next step has its weight norms; for others 0."""
 ROUND_SIGNATURE = types.void(types.int64, types.int64, types.voidptr, types.voidptr)
 """C signature of a rounding kernel: elements lo to hi - 1 of a float32 array into a 16-bit one."""
 
+PROMOTED = "a literal such as 2 promotes what it touches, so make it an option or one of the scalars"
+
 BLOCK = 64  # elements per block: a few cache lines of each array
 AHEAD = 512  # elements between the block that is computed and the block that is prefetched
 # Speed against a stream of the same reads and writes, 64 M float32, 2 threads, medians of one run: without prefetching
@@ -238,7 +240,8 @@ class Access:
         @intrinsic
         def store(typingctx: Any, pointers: Any, i: Any, values: Any) -> Any:
             if values != types.UniTuple(self.compute, len(self.written)):
-                raise numba.TypingError(f"the rule returns {values}, not {len(self.written)} values of {self.compute}")
+                expected = f"{len(self.written)} values of {self.compute}"
+                raise numba.TypingError(f"the rule returns {values}, not {expected}: {PROMOTED}")
 
             def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
                 for position, k in enumerate(self.written):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numba
 from llvmlite import ir
 from numba import njit, types
 from numba.core import cgutils
@@ -16,7 +17,7 @@ from ..layout import BLOCK, LANES, MULTIPLIER
 from ..reductions import LANES_TYPE, Squares, taken
 from ..rules.rule import Rule
 from ..storage import I64, Features, Storage
-from .loop import AHEAD, Access, scalars_intrinsic
+from .loop import AHEAD, PROMOTED, Access, scalars_intrinsic
 from .loop import BLOCK as PREFETCHED
 
 SIGNATURE = types.void(
@@ -95,6 +96,9 @@ class _Scratch:
 
         @intrinsic
         def put(typingctx: Any, scratch: Any, i: Any, stored: Any, terms: Any) -> Any:
+            if any(kind != stored[0] for kind in terms):
+                raise numba.TypingError(f"the rule's terms return {terms}, not values of {stored[0]}: {PROMOTED}")
+
             def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
                 for source in self.sources:
                     of, k = (args[3], source) if isinstance(source, int) else (args[2], "pg".index(source))

@@ -6,7 +6,6 @@ All of them are made for one kernel. The simulator has the same functions over N
 
 from __future__ import annotations
 
-import typing
 from typing import Any
 
 from llvmlite import ir
@@ -147,7 +146,7 @@ def scalars_former(rule: Rule) -> Any:
         for name, n in rule.options.items()
     }
     options_type = types.LiteralStrKeyDict(kinds, {name: k for k, name in enumerate(names)})
-    Carry: Any = _carry_class(rule)
+    Carry = rule.Carry
 
     @intrinsic
     def form(typingctx: Any, t: Any, cohort: Any, options: Any, scalars64: Any, scalars32: Any) -> Any:
@@ -187,11 +186,6 @@ def scalars_former(rule: Rule) -> Any:
         return types.void(*[types.int64] * 5), codegen
 
     return form
-
-
-def _carry_class(rule: Rule) -> Any:
-    """The NamedTuple in which a rule carries numbers, or None."""
-    return typing.get_type_hints(rule.carry)["return"] if rule.carry else None
 
 
 def ratio_caller(rule: Rule) -> Any:

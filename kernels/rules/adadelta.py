@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-from .rule import Options, Rule
+from .rule import BELOW_ONE, NONNEGATIVE, Options, Rule
 
 
 class AdadeltaScalars(NamedTuple):
@@ -30,4 +30,8 @@ def adadelta_scalars(t: int, o: Options) -> AdadeltaScalars:
 
 OPTIONS = {"lr": 1, "rho": 1, "eps": 1, "weight_decay": 1}
 
-RULES = (Rule("adadelta", adadelta, AdadeltaScalars, adadelta_scalars, ("square_avg", "acc_delta"), options=OPTIONS),)
+RANGES = {"rho": BELOW_ONE, "eps": NONNEGATIVE}
+
+STATE = "square_avg", "acc_delta"
+
+RULES = (Rule("adadelta", adadelta, AdadeltaScalars, adadelta_scalars, STATE, options=OPTIONS, ranges=RANGES),)

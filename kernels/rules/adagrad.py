@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-from .rule import Options, Rule
+from .rule import NONNEGATIVE, Options, Rule
 
 
 class AdagradScalars(NamedTuple):
@@ -37,5 +37,6 @@ RULES = (
         ("sum",),
         initial={"sum": "initial_accumulator_value"},
         options={"lr": 1, "lr_decay": 1, "weight_decay": 1, "eps": 1, "eps_inside_sqrt": 1},
+        ranges=dict.fromkeys(("lr_decay", "initial_accumulator_value", "eps"), NONNEGATIVE),
     ),
 )

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-from .rule import Options, Rule
+from .rule import BETAS, NONNEGATIVE, Options, Rule
 
 
 class AdamScalars(NamedTuple):
@@ -73,9 +73,28 @@ def adamw_scalars(t: int, o: Options) -> AdamScalars:
 ADAM = {"lr": 1, "betas": 2, "eps": 1, "weight_decay": 1, "eps_hat": 1}
 ADAMW = {**ADAM, "fully_decoupled": 1, "initial_lr": 1}
 
+RANGES = {"betas": BETAS, "eps": NONNEGATIVE}
+
+
+def variant(o: Options, decoupled: bool = False) -> str:
+    return ("amsgrad" if o["amsgrad"] else "adam") + ("w" if o.get("decoupled_weight_decay", decoupled) else "")
+
+
+def variant_w(o: Options) -> str:
+    return variant(o, True)
+
+
+MOMENTS = "exp_avg", "exp_avg_sq"
+MAXIMUM = "max_exp_avg_sq"  # switched on later, it is one from there on
+
 RULES = (
-    Rule("adam", adam, AdamScalars, adam_scalars, ("exp_avg", "exp_avg_sq"), options=ADAM),
-    Rule("adamw", adamw, AdamScalars, adamw_scalars, ("exp_avg", "exp_avg_sq"), options=ADAMW),
-    Rule("amsgrad", amsgrad, AdamScalars, adam_scalars, ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"), options=ADAM),
-    Rule("amsgradw", amsgradw, AdamScalars, adamw_scalars, ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"), options=ADAMW),
+    Rule("adam", adam, AdamScalars, adam_scalars, MOMENTS, options=ADAM, ranges=RANGES, variant=variant),
+    Rule(
+        *("adamw", adamw, AdamScalars, adamw_scalars, MOMENTS),
+        options=ADAMW,
+        ranges={**RANGES, "initial_lr": NONNEGATIVE},
+        variant=variant_w,
+    ),
+    Rule("amsgrad", amsgrad, AdamScalars, adam_scalars, (*MOMENTS, MAXIMUM), options=ADAM, late=(MAXIMUM,)),
+    Rule("amsgradw", amsgradw, AdamScalars, adamw_scalars, (*MOMENTS, MAXIMUM), options=ADAMW, late=(MAXIMUM,)),
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from .rule import Options, Rule
+from .rule import BETAS, NONNEGATIVE, Options, Rule
 
 
 class AdamaxScalars(NamedTuple):
@@ -32,4 +32,6 @@ def adamax_scalars(t: int, o: Options) -> AdamaxScalars:
 
 OPTIONS = {"lr": 1, "betas": 2, "eps": 1, "weight_decay": 1}
 
-RULES = (Rule("adamax", adamax, AdamaxScalars, adamax_scalars, ("exp_avg", "exp_inf"), options=OPTIONS),)
+RANGES = {"betas": BETAS, "eps": NONNEGATIVE}
+
+RULES = (Rule("adamax", adamax, AdamaxScalars, adamax_scalars, ("exp_avg", "exp_inf"), options=OPTIONS, ranges=RANGES),)

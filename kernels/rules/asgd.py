@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from .rule import Options, Rule
+from .rule import NONNEGATIVE, Options, Rule
 
 
 class AsgdCarry(NamedTuple):
@@ -40,4 +40,6 @@ def asgd_carry(o: Options) -> AsgdCarry:
 
 OPTIONS = {"lr": 1, "lambd": 1, "alpha": 1, "t0": 1, "weight_decay": 1}
 
-RULES = (Rule("asgd", asgd, AsgdScalars, asgd_scalars, ("ax",), carry=asgd_carry, options=OPTIONS),)
+RANGES = {"lambd": NONNEGATIVE, "alpha": NONNEGATIVE, "t0": "[0, inf]"}
+
+RULES = (Rule("asgd", asgd, AsgdScalars, asgd_scalars, ("ax",), carry=asgd_carry, options=OPTIONS, ranges=RANGES),)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-from .rule import Options, Rule
+from .rule import BETAS, NONNEGATIVE, POSITIVE, Options, Rule
 
 
 class LambScalars(NamedTuple):
@@ -57,6 +57,8 @@ RULES = (
     Rule(
         *("lamb", lamb, LambScalars, lamb_scalars, ("exp_avg", "exp_avg_sq")),
         options={"lr": 1, "betas": 2, "eps": 1, "weight_decay": 1, "trust_clip": 1},
+        ranges={"betas": BETAS, "eps": NONNEGATIVE, "trust_clip": POSITIVE, "adapt": bool, "decay_1d": bool},
+        layerwise=True,
         terms=lamb_terms,
         products=(("p", "p"), (0, 0)),
         ratio=trust_ratio,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-from .rule import Options, Rule
+from .rule import NONNEGATIVE, UP_TO_ONE, Options, Rule
 
 
 class LarsScalars(NamedTuple):
@@ -61,14 +61,28 @@ OPTIONS = {
     "clip": 1,
 }
 
+RANGES = {
+    "momentum": UP_TO_ONE,
+    "trust_coefficient": NONNEGATIVE,
+    "eps": NONNEGATIVE,
+    "adapt": bool,
+    "decay_1d": bool,
+}
 
-NORMS = (("p", "p"), ("g", "g"))
+
+def variant(o: Options) -> str:
+    return "lars_nesterov" if o["nesterov"] else "lars"
 
 
 def _rule(step: Any) -> Rule:
-    state = ("momentum_buffer",)
     return Rule(
-        step.__name__, step, LarsScalars, lars_scalars, state, products=NORMS, ratio=trust_ratio, options=OPTIONS
+        *(step.__name__, step, LarsScalars, lars_scalars, ("momentum_buffer",)),
+        products=(("p", "p"), ("g", "g")),
+        ratio=trust_ratio,
+        layerwise=True,
+        options=OPTIONS,
+        ranges=RANGES,
+        variant=variant,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-from .rule import Options, Rule
+from .rule import BETAS, NONNEGATIVE, Options, Rule
 
 
 class NadamCarry(NamedTuple):
@@ -66,5 +66,6 @@ RULES = (
         ("exp_avg", "exp_avg_sq"),
         carry=nadam_carry,
         options={"lr": 1, "betas": 2, "eps": 1, "weight_decay": 1, "momentum_decay": 1, "decoupled_weight_decay": 1},
+        ranges={"betas": BETAS, "eps": NONNEGATIVE, "momentum_decay": NONNEGATIVE},
     ),
 )

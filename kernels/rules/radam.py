@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-from .rule import Options, Rule
+from .rule import BETAS, NONNEGATIVE, Options, Rule
 
 
 class RadamScalars(NamedTuple):
@@ -44,4 +44,6 @@ def radam_scalars(t: int, o: Options) -> RadamScalars:
 
 OPTIONS = {"lr": 1, "betas": 2, "eps": 1, "weight_decay": 1, "decoupled_weight_decay": 1}
 
-RULES = (Rule("radam", radam, RadamScalars, radam_scalars, ("exp_avg", "exp_avg_sq"), options=OPTIONS),)
+RANGES = {"betas": BETAS, "eps": NONNEGATIVE}
+
+RULES = (Rule("radam", radam, RadamScalars, radam_scalars, ("exp_avg", "exp_avg_sq"), options=OPTIONS, ranges=RANGES),)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-from .rule import Options, Rule
+from .rule import BELOW_ONE, NONNEGATIVE, UP_TO_ONE, Options, Rule
 
 
 class RmspropScalars(NamedTuple):
@@ -62,8 +62,16 @@ def rmsprop_scalars(t: int, o: Options) -> RmspropScalars:
 OPTIONS = {"lr": 1, "alpha": 1, "eps": 1, "eps_inside_sqrt": 1, "momentum": 1, "weight_decay": 1}
 
 
+RANGES = {"alpha": BELOW_ONE, "eps": NONNEGATIVE, "momentum": UP_TO_ONE}
+
+
+def variant(o: Options) -> str:
+    return "rmsprop" + ("_centered" if o["centered"] else "") + ("_momentum" if o["momentum"] else "")
+
+
 def _rule(step: Any, *state: str) -> Rule:
-    return Rule(step.__name__, step, RmspropScalars, rmsprop_scalars, state, options=OPTIONS)
+    record = step.__name__, step, RmspropScalars, rmsprop_scalars, state
+    return Rule(*record, options=OPTIONS, ranges=RANGES, variant=variant)
 
 
 RULES = (

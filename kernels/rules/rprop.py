@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from .rule import Options, Rule
+from .rule import POSITIVE, Options, Rule
 
 
 class RpropScalars(NamedTuple):
@@ -35,8 +35,13 @@ def rprop_scalars(t: int, o: Options) -> RpropScalars:
 
 OPTIONS = {"etas": 2, "step_sizes": 2}
 
+RANGES = {"etas": ("(0, 1)", "(1, inf)"), "step_sizes": (POSITIVE, POSITIVE)}
+
 RULES = (
     Rule(
-        "rprop", rprop, RpropScalars, rprop_scalars, ("prev", "step_size"), initial={"step_size": "lr"}, options=OPTIONS
+        *("rprop", rprop, RpropScalars, rprop_scalars, ("prev", "step_size")),
+        initial={"step_size": "lr"},
+        options=OPTIONS,
+        ranges=RANGES,
     ),
 )

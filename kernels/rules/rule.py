@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
+import pickle
+import sys
+import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+import numpy as np
 
 from ..layout import GRADIENT, OPTIONS, PARAMETER, SCALARS, SUMS
 
@@ -16,6 +22,10 @@ Product = tuple[str | int, str | int]
 
 Options = Mapping[str, Any]
 """A param group: hyperparameters by name."""
+
+NONNEGATIVE, POSITIVE = "[0, inf)", "(0, inf)"
+BELOW_ONE, UP_TO_ONE = "[0, 1)", "[0, 1]"
+BETAS = BELOW_ONE, BELOW_ONE
 
 LARGE, STRETCH = 2.0**127, 2.0**100
 
@@ -49,6 +59,13 @@ class Rule:
             before it may be ``stretch``, see ``factors``.
         keeps_zeros: Whether a step leaves a parameter of zeros at zero while its gradients are zero, as the padding of
             flat buffers must be left. None: found out by trying, which takes some 0.1 ms each time that options change.
+        ranges: Range of the options that a class of this rule has: an interval such as "[0, 1)", a tuple of them, bool,
+            or a function ``(value, where) -> value`` that raises where it must. Flags need none.
+        defaults: The options of a class that ``fastopt.optimizer`` makes of the rule, with their defaults. The classes
+            of the library write theirs out.
+        variant: Function ``(options) -> name`` of the rule that these options select, for the first of several.
+        layerwise: Whether the options "adapt" and "decay_1d" say which parameters have a ratio and decay.
+        late: States that may be missing where steps were taken.
     """
 
     name: str
@@ -63,6 +80,25 @@ class Rule:
     products: tuple[Product, ...] = ()
     ratio: Callable[..., float] | None = None
     keeps_zeros: bool | None = None
+    ranges: Mapping[str, Any] = field(default_factory=dict)
+    defaults: Mapping[str, Any] | None = None
+    variant: Callable[[Options], str] | None = None
+    layerwise: bool = False
+    late: tuple[str, ...] = ()
+
+    @property
+    def Carry(self) -> Any:
+        """The NamedTuple in which a parameter carries numbers from step to step, or None."""
+        return typing.get_type_hints(self.carry)["return"] if self.carry else None
+
+    @property
+    def carried(self) -> tuple[str, ...]:
+        """Names of these numbers."""
+        return self.Carry._fields if self.carry else ()
+
+    def start(self, options: Options) -> dict[str, float]:
+        """What the state arrays hold before the first step."""
+        return {name: float(options[self.initial[name]]) if name in self.initial else 0.0 for name in self.state}
 
     @property
     def sources(self) -> tuple[str | int, ...]:
@@ -73,11 +109,13 @@ class Rule:
 
     @property
     def term_count(self) -> int:
-        """How many terms there are: what ``terms`` returns for numbers of a half."""
+        """How many terms there are: what ``terms`` returns for some numbers."""
         if self.terms is None:
             return 0
-        h = self.Scalars._make([0.5] * len(self.Scalars._fields))  # type: ignore[attr-defined]
-        return len(self.terms(0.5, 0.5, *[0.5] * len(self.state), h))
+        some = map(np.float32, np.linspace(0.5, 0.75, 2 + len(self.state) + len(self.Scalars._fields)))  # type: ignore[attr-defined]
+        with np.errstate(all="ignore"):
+            numbers = [next(some) for _ in range(2 + len(self.state))]
+            return len(self.terms(*numbers, self.Scalars._make(some)))  # type: ignore[attr-defined]
 
     @property
     def places(self) -> tuple[int, ...]:
@@ -92,6 +130,20 @@ class Rule:
         A ratio beyond float32 comes in two factors where ``step`` multiplies by both, 1 and the ratio otherwise.
         """
         return _split if "stretch" in self.Scalars._fields else _whole  # type: ignore[attr-defined]
+
+    def __deepcopy__(self, memo: object) -> Rule:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """By name: a function that was made a rule is found in its module no more."""
+        module = self.step.__module__
+        for name, value in getattr(sys.modules.get(module), "__dict__", {}).items():
+            if value is self:
+                return _of_module, (module, name)
+        raise pickle.PicklingError(
+            f"Rule {self.name!r} cannot be pickled, because no variable of the module {module} is it. Define it at the "
+            "top level of a module."
+        )
 
     def __post_init__(self) -> None:
         fields = self.Scalars._fields  # type: ignore[attr-defined]
@@ -114,6 +166,10 @@ class Rule:
         unknown = set(self.initial) - set(self.state)
         if unknown:
             raise ValueError(f"Rule {self.name!r}: initial names no state array: {sorted(unknown)}.")
+
+
+def _of_module(module: str, name: str) -> Any:
+    return getattr(importlib.import_module(module), name)
 
 
 def _whole(ratio: float) -> tuple[float, float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from .rule import Options, Rule
+from .rule import UP_TO_ONE, Options, Rule
 
 
 class SgdScalars(NamedTuple):
@@ -52,8 +52,15 @@ def momentum_scalars(t: int, o: Options) -> MomentumScalars:
 
 OPTIONS = {"lr": 1, "momentum": 1, "dampening": 1, "weight_decay": 1, "lr_in_momentum": 1}
 
+RANGES = {"momentum": UP_TO_ONE, "dampening": UP_TO_ONE}
+
+
+def variant(o: Options) -> str:
+    return "sgd" if o["momentum"] == 0.0 else "nesterov" if o["nesterov"] else "momentum"
+
+
 RULES = (
-    Rule("sgd", sgd, SgdScalars, sgd_scalars, options={"lr": 1, "weight_decay": 1}),
+    Rule("sgd", sgd, SgdScalars, sgd_scalars, options={"lr": 1, "weight_decay": 1}, ranges=RANGES, variant=variant),
     Rule("momentum", momentum, MomentumScalars, momentum_scalars, ("momentum_buffer",), options=OPTIONS),
     Rule("nesterov", nesterov, MomentumScalars, momentum_scalars, ("momentum_buffer",), options=OPTIONS),
 )

@@ -140,8 +140,16 @@ MESH = """
         p.grad = distribute_tensor(grad, mesh, placements)
         return p
 
+    import fastopt
+
+    @fastopt.rule(("m",), {"lr": 0.5}, terms=lambda p, g, m, h: (m + g, p - g), products=((0, 0), ("p", 1), (1, "g")),
+                  ratio=lambda sums, h: sums[0] / (1.0 + sums[0] + abs(sums[1]) + abs(sums[2])))
+    def outside(p, g, m, h):
+        return p - h.lr * h.ratio * (m + g), m + g
+
     def step(p, name):
-        make = {"LARS": front.LARS, "LAMB": front.LAMB}.get(name, front.SGD)
+        own = front.optimizer(outside)
+        make = {"LARS": front.LARS, "LAMB": front.LAMB, "a rule": own}.get(name, front.SGD)
         opt = make(p if isinstance(p, list) else [p], lr=0.5, **OPTIONS.get(name, {}))
         opt.scaler = front.GradScaler("cpu", init_scale=1.0)
         opt.scaler.scale(torch.ones(()))
@@ -186,7 +194,7 @@ def test_gradients_of_another_placement_are_those_of_the_whole():
 
 WHOLE_STEPS = """
     def run(rank):
-        for name in ("max_grad_norm", "LARS", "LAMB", "SGD", "GradScaler"):
+        for name in ("max_grad_norm", "LARS", "LAMB", "a rule", "SGD", "GradScaler"):
             for shard in (Shard(0), Shard(1)):
                 whole = [torch.nn.Parameter(torch.ones(4, 3)) for _ in range(3)]
                 parts = [place(shard, Replicate()), place(Replicate(), Replicate()), place(shard, Replicate())]

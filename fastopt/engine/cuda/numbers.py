@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import typing
 from collections.abc import Sequence
 from typing import Any
 
@@ -90,6 +89,11 @@ class DeviceProgress:
                     f"fastopt: skip_nonfinite and capturable on a GPU need to know what the scalars of rule "
                     f"{rule.name!r} read: give fastopt.Rule its options."
                 )
+            if hasattr(rule.scalars, "__wrapped__"):
+                raise TypeError(
+                    f"fastopt: skip_nonfinite and capturable on a GPU have the scalars of rule {rule.name!r} compiled: "
+                    "write them as a function in a file, whose every return is a dict display with the same names."
+                )
         lrs = [options[cohort.group].get("lr_at", (0, 0)) for cohort in self._cohorts]
         if self.there and self._words[:, [LR, LR_BYTES]].tolist() != list(map(list, lrs)):
             self._take_back(stream)
@@ -127,5 +131,5 @@ def _fetch(runtime: Runtime, words: Any, rule: Rule, c: int, stream: Any) -> tup
     steps = int(row[STEPS])
     if rule.carry is None or steps == 0:
         return steps, None
-    names = typing.get_type_hints(rule.carry)["return"]._fields
+    names = rule.carried
     return steps, dict(zip(names, row[CARRY:].view(np.float64).tolist(), strict=False))

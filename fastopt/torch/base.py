@@ -15,9 +15,10 @@ from torch._compile import _disable_dynamo
 from torch.optim.optimizer import Optimizer, _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from ..engine.exclusive import exclusive
-from ..engine.options import boolean
-from ..engine.plan import Treatment
+from ..engine.options import Range, boolean, ranges_of
+from ..engine.plan import Treatment, treatment
 from ..engine.step import Request, StepInfo
+from ..kernels.registry import variant
 from ..kernels.rules.rule import Options, Rule
 from . import _devices
 from ._checkpoints import Checkpoints
@@ -38,7 +39,7 @@ from ._options import (
 from ._scale import request_for, unscale
 from ._several import Several, derive
 from ._shards import why_not_combined
-from ._state import State
+from ._state import LIBRARY, Names, State
 from ._stepper import Stepper
 from ._tensors import FLOATING, PLAIN, check_apart, parameter_memory
 
@@ -86,8 +87,18 @@ class TensorOptimizer(StepOptions, Checkpoints):
         ImportError: A parameter is on a GPU, and CuPy is not installed.
     """
 
+    rule: ClassVar[Rule | None] = None
+    """The rule of the class, which knows variants; a subclass may override ``select_rule`` instead."""
+
+    ranges: ClassVar[Mapping[str, Range]] = {}
+    """Ranges of options that no constructor of torch checks."""
+
+    names: ClassVar[Names] = LIBRARY
+    """What may be in ``state``."""
+
     rule_options: ClassVar[Mapping[str, Any]] = {}
-    """Flags of the rules that torch's class does not have; in a param group only where they differ from this."""
+    """Flags of the rules that torch's class does not have; in a param group only where they differ from this. They are
+    arguments of the constructor, or stand here."""
 
     option_names: ClassVar[frozenset[str]] = frozenset()
     """What is read of a param group; all else there is the user's."""
@@ -126,6 +137,8 @@ class TensorOptimizer(StepOptions, Checkpoints):
             )
         options = {name: without_numpy(value) for name, value in options.items()}
         check_rate(options.get("lr", 0.0), where)
+        for name, check in self.ranges.items():
+            check(plain(options[name], f"{where}: {name}"), f"{where}: {name}")
         flags = {}
         for name in options.keys() - self._torch_names:
             value = options.pop(name)
@@ -141,20 +154,23 @@ class TensorOptimizer(StepOptions, Checkpoints):
                 group.setdefault(name, value)
         self._accept(0)
         self._complete = True
-        self.state = State.moved(self.state, self.param_groups, flat=self._flat is not None, copy=False)
+        self.state = State.moved(self.state, self.param_groups, self.names, flat=self._flat is not None, copy=False)
 
     def __init_subclass__(cls) -> None:
         """Find out what torch's class takes, and what is read of a param group."""
         own = inspect.signature(cls.__init__)
         parameters = [p for p in own.parameters.values() if p.name != "self"]
         cls.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
+        if cls.rule is not None and cls.rule.defaults is not None and "rule" in vars(cls):
+            cls.ranges, cls.names = ranges_of(cls.rule.defaults, cls.rule.ranges), Names.of(cls.rule)
         if TensorOptimizer in cls.__bases__:
             inherited = inspect.signature(super().__init__).parameters
             takes_all = any(p.kind is p.VAR_KEYWORD for p in inherited.values())
             names = own.parameters.keys() - {"capturable"} if takes_all else inherited.keys()
             cls._torch_names = frozenset(names - {"self", "params"})
-            if "capturable" not in cls._torch_names:
-                cls.rule_options = {"capturable": False, **cls.rule_options}
+            shared = inspect.signature(TensorOptimizer.__init__).parameters
+            flags = {p.name: p.default for p in parameters if p.name not in (*names, *shared, "foreach", "fused")}
+            cls.rule_options = {**cls.rule_options, **flags}
             cls.option_names = cls._torch_names.union(cls.rule_options, ["initial_lr"])
 
     def _begin(
@@ -184,18 +200,29 @@ class TensorOptimizer(StepOptions, Checkpoints):
 
     def select_rule(self, options: Options) -> Rule:
         """The update rule for a param group with these options."""
-        raise NotImplementedError(f"{type(self).__name__} must override select_rule.")
+        if self.rule is None:
+            raise NotImplementedError(f"{type(self).__name__} must have a rule, or override select_rule.")
+        return variant(self.rule, options)
 
     def treat(self, options: Options, parameter: Tensor) -> Treatment:
         """What is done to one parameter of a group; LARS leaves some out of the trust ratio."""
-        return Treatment(self.select_rule(options), True)
+        rule = self.select_rule(options)
+        why = why_not_combined(parameter) if rule.ratio is not None else None
+        if why is not None:
+            raise NotImplementedError(
+                f"{type(self).__name__}: a parameter is {why}, so the norm of its whole is not known. Use an optimizer "
+                "whose rule has no norms, or DDP."
+            )
+        return treatment(rule, options, parameter.ndim)
 
     def begin_group(self, group: dict[str, Any]) -> None:
         """Note what an option needs to know of the start of a group."""
 
     def structure(self, options: Options) -> tuple[Any, ...]:
         """The part of the options that decides on kernels and states."""
-        return self.select_rule(options), bool(options.get("maximize"))
+        rule = self.select_rule(options)
+        layers = (options["adapt"], options.get("decay_1d")) if rule.layerwise else ()
+        return rule, bool(options.get("maximize")), *layers
 
     @_disable_dynamo
     @exclusive
@@ -382,7 +409,7 @@ class TensorOptimizer(StepOptions, Checkpoints):
 
         They set every lr to 0 and all gradients to zero. No state exists, as the caller knows.
         """
-        if any(group.get("lr") for group in options):
+        if any(group.get("lr", True) for group in options):
             return False
         grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
         if not grads or any(g.layout is not torch.strided or _devices.home_of(g).capturing() for g in grads):
@@ -484,6 +511,7 @@ class TensorOptimizer(StepOptions, Checkpoints):
             raise NotImplementedError(f"{where}differentiable=True is not supported.")
         for name in self.rule_options.keys() - self._torch_names:
             options[name] = boolean(options[name], where + name)
+        options |= {name: check(options[name], where + name) for name, check in self.ranges.items() if name in options}
         rule = self.select_rule(options)
         for name in {*rule.options, *rule.initial.values()} & {*options, *self.defaults}:
             value, count = options.get(name), rule.options.get(name, 1)
