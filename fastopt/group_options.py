@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 from .arrays import HOST, Space
-from .engine.options import NONNEGATIVE, Range, boolean, check_options, naming_options
+from .engine.options import EMA_RANGES, NONNEGATIVE, Range, boolean, check_options, naming_options
 from .kernels.dtypes import COMPUTE
 from .kernels.rules.rule import Options
 from .step_options import StepOptions
@@ -20,6 +20,7 @@ class Base(StepOptions):
         "weight_decay": NONNEGATIVE,
         "maximize": boolean,
         "capturable": boolean,
+        **EMA_RANGES,
     }
     """Range of each option; a subclass adds its own."""
 

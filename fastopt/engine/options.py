@@ -88,6 +88,9 @@ def optional(number: Number) -> Callable[[Any, str], float | None]:
 
 optional_norm = optional(NORM)
 
+EMA_RANGES: Mapping[str, Callable[[Any, str], Any]] = {"ema_decay": optional(BELOW_ONE), "ema_warmup": boolean}
+"""Options of every class, in both front ends."""
+
 
 OF_THE_OPTIMIZER = ("max_grad_norm", "skip_nonfinite", "zero_grads", "master_weights", "flatten")
 """What is chosen for all param groups together."""
@@ -141,6 +144,18 @@ def no_option(name: Any, known: Collection[str]) -> str:
     near = near_name(name, known)
     hint = f" Did you mean {near!r}?" if near else ""
     return f"there is no option {name!r}; options are {', '.join(known)}.{hint}"
+
+
+def arguments(local: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of a constructor by name, from its ``locals()``."""
+    return {name: value for name, value in local.items() if name not in ("self", "__class__")}
+
+
+def optimizer_arguments(local: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of ``Optimizer`` from the ``locals()`` of a subclass's constructor: most are defaults of options."""
+    defaults = arguments(local)
+    own = {name: defaults.pop(name) for name in ("params", *OF_THE_OPTIMIZER) if name in defaults}
+    return {**own, "defaults": defaults}
 
 
 def check_options(

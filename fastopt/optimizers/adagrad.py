@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from ..base import Optimizer, Params
-from ..engine.options import EPS, NONNEGATIVE, Range, boolean
+from ..engine.options import EPS, NONNEGATIVE, Range, boolean, optimizer_arguments
 from ..kernels.registry import RULES
 from ..kernels.rules.rule import Options, Rule
 
@@ -30,6 +30,7 @@ class Adagrad(Optimizer):
         capturable: The step can be captured into a CUDA graph, see ``fastopt.Optimizer``.
         eps_inside_sqrt: Divide by sqrt(s_t + eps) instead, as TensorFlow, Keras and optax do (their eps is 1e-7 and
             their accumulator starts at 0.1).
+        ema_decay, ema_warmup: Average the parameters, see ``fastopt.Optimizer``.
         max_grad_norm, skip_nonfinite, zero_grads: Of every step, see ``fastopt.Optimizer``.
 
     State: ``sum`` (float32; float64 for float64 parameters).
@@ -69,23 +70,13 @@ class Adagrad(Optimizer):
         maximize: bool = False,
         capturable: bool = False,
         eps_inside_sqrt: bool = False,
+        ema_decay: float | None = None,
+        ema_warmup: bool = False,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
         zero_grads: bool = False,
     ) -> None:
-        defaults = dict(
-            lr=lr,
-            lr_decay=lr_decay,
-            weight_decay=weight_decay,
-            initial_accumulator_value=initial_accumulator_value,
-            eps=eps,
-            maximize=maximize,
-            capturable=capturable,
-            eps_inside_sqrt=eps_inside_sqrt,
-        )
-        super().__init__(
-            params, defaults, max_grad_norm=max_grad_norm, skip_nonfinite=skip_nonfinite, zero_grads=zero_grads
-        )
+        super().__init__(**optimizer_arguments(locals()))
 
     def select_rule(self, options: Options) -> Rule:  # noqa: D102 - see Optimizer
         return RULES["adagrad"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from ..base import Optimizer, Params
-from ..engine.options import BETAS, EPS, NONNEGATIVE, Range, boolean
+from ..engine.options import BETAS, EPS, NONNEGATIVE, Range, boolean, optimizer_arguments
 from ..kernels.registry import RULES
 from ..kernels.rules.rule import Options, Rule
 
@@ -33,6 +33,7 @@ class Adam(Optimizer):
         capturable: The step can be captured into a CUDA graph, see ``fastopt.Optimizer``.
         eps_hat: Add eps before the second moment's correction, as the paper's second form, TensorFlow and Keras do:
             lr sqrt(1 - beta2^t) / (1 - beta1^t) m_t / (sqrt(v_t) + eps).
+        ema_decay, ema_warmup: Average the parameters, see ``fastopt.Optimizer``.
         max_grad_norm, skip_nonfinite, zero_grads: Of every step, see ``fastopt.Optimizer``.
 
     State: ``exp_avg``, ``exp_avg_sq`` and with AMSGrad ``max_exp_avg_sq`` (float32; float64 for float64 parameters).
@@ -74,23 +75,13 @@ class Adam(Optimizer):
         maximize: bool = False,
         capturable: bool = False,
         eps_hat: bool = False,
+        ema_decay: float | None = None,
+        ema_warmup: bool = False,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
         zero_grads: bool = False,
     ) -> None:
-        defaults = dict(
-            lr=lr,
-            betas=betas,
-            eps=eps,
-            weight_decay=weight_decay,
-            amsgrad=amsgrad,
-            maximize=maximize,
-            capturable=capturable,
-            eps_hat=eps_hat,
-        )
-        super().__init__(
-            params, defaults, max_grad_norm=max_grad_norm, skip_nonfinite=skip_nonfinite, zero_grads=zero_grads
-        )
+        super().__init__(**optimizer_arguments(locals()))
 
     def select_rule(self, options: Options) -> Rule:  # noqa: D102 - see Optimizer
         return RULES["amsgrad" if options["amsgrad"] else "adam"]
@@ -116,6 +107,7 @@ class AdamW(Optimizer):
         eps_hat: Add eps before the second moment's correction, as in ``Adam``.
         fully_decoupled: Multiply the decay by the schedule only, as the paper does: by lr / initial_lr, where
             initial_lr is the group's lr at the start. Choose weight_decay about lr times smaller then.
+        ema_decay, ema_warmup: Average the parameters, see ``fastopt.Optimizer``.
         max_grad_norm, skip_nonfinite, zero_grads: Of every step, see ``fastopt.Optimizer``.
 
     State: ``exp_avg``, ``exp_avg_sq`` and with AMSGrad ``max_exp_avg_sq`` (float32; float64 for float64 parameters).
@@ -152,24 +144,13 @@ class AdamW(Optimizer):
         capturable: bool = False,
         eps_hat: bool = False,
         fully_decoupled: bool = False,
+        ema_decay: float | None = None,
+        ema_warmup: bool = False,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
         zero_grads: bool = False,
     ) -> None:
-        defaults = dict(
-            lr=lr,
-            betas=betas,
-            eps=eps,
-            weight_decay=weight_decay,
-            amsgrad=amsgrad,
-            maximize=maximize,
-            capturable=capturable,
-            eps_hat=eps_hat,
-            fully_decoupled=fully_decoupled,
-        )
-        super().__init__(
-            params, defaults, max_grad_norm=max_grad_norm, skip_nonfinite=skip_nonfinite, zero_grads=zero_grads
-        )
+        super().__init__(**optimizer_arguments(locals()))
 
     def complete(self, group: dict[str, Any]) -> None:  # noqa: D102 - see Optimizer
         if group.get("fully_decoupled"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from ..base import Optimizer, Params
-from ..engine.options import NONNEGATIVE, Number, Range
+from ..engine.options import NONNEGATIVE, Number, Range, optimizer_arguments
 from ..kernels.registry import RULES
 from ..kernels.rules.rule import Options, Rule
 
@@ -30,6 +30,7 @@ class ASGD(Optimizer):
         weight_decay: L2 penalty, >= 0; added to the gradient.
         maximize: Ascend: the gradient is negated before the decay.
         capturable: The step can be captured into a CUDA graph, see ``fastopt.Optimizer``.
+        ema_decay, ema_warmup: Average the parameters, see ``fastopt.Optimizer``.
         max_grad_norm, skip_nonfinite, zero_grads: Of every step, see ``fastopt.Optimizer``.
 
     State: ``ax`` (a_t; float32; float64 for float64 parameters) and the numbers ``eta`` and ``mu`` of the next step.
@@ -69,16 +70,13 @@ class ASGD(Optimizer):
         *,
         maximize: bool = False,
         capturable: bool = False,
+        ema_decay: float | None = None,
+        ema_warmup: bool = False,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
         zero_grads: bool = False,
     ) -> None:
-        defaults = dict(
-            lr=lr, lambd=lambd, alpha=alpha, t0=t0, weight_decay=weight_decay, maximize=maximize, capturable=capturable
-        )
-        super().__init__(
-            params, defaults, max_grad_norm=max_grad_norm, skip_nonfinite=skip_nonfinite, zero_grads=zero_grads
-        )
+        super().__init__(**optimizer_arguments(locals()))
 
     def select_rule(self, options: Options) -> Rule:  # noqa: D102 - see Optimizer
         return RULES["asgd"]

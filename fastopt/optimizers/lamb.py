@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from ..arrays import Array
 from ..base import Optimizer, Params
-from ..engine.options import BETAS, EPS, POSITIVE, Range, optional, optional_boolean
+from ..engine.options import BETAS, EPS, POSITIVE, Range, optimizer_arguments, optional, optional_boolean
 from ..engine.plan import Treatment, layerwise
 from ..kernels.registry import RULES
 from ..kernels.rules.rule import Options, Rule
@@ -36,6 +36,7 @@ class LAMB(Optimizer):
             given.
         trust_clip: The largest ratio, > 0; None: no limit. timm takes 1.
         maximize: Ascend: the gradient is negated.
+        ema_decay, ema_warmup: Average the parameters, see ``fastopt.Optimizer``.
         capturable: The step can be captured into a CUDA graph, see ``fastopt.Optimizer``.
         max_grad_norm, skip_nonfinite, zero_grads: Of every step, see ``fastopt.Optimizer``. u is formed of the clipped
             gradients.
@@ -80,15 +81,13 @@ class LAMB(Optimizer):
         trust_clip: float | None = None,
         maximize: bool = False,
         capturable: bool = False,
+        ema_decay: float | None = None,
+        ema_warmup: bool = False,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
         zero_grads: bool = False,
     ) -> None:
-        defaults: dict[str, Any] = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, adapt=adapt)
-        defaults |= dict(decay_1d=decay_1d, trust_clip=trust_clip, maximize=maximize, capturable=capturable)
-        super().__init__(
-            params, defaults, max_grad_norm=max_grad_norm, skip_nonfinite=skip_nonfinite, zero_grads=zero_grads
-        )
+        super().__init__(**optimizer_arguments(locals()))
 
     def select_rule(self, options: Options) -> Rule:  # noqa: D102 - see Optimizer
         return RULES["lamb"]

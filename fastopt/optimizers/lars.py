@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from ..arrays import Array
 from ..base import Optimizer, Params
-from ..engine.options import NONNEGATIVE, UP_TO_ONE, Range, boolean, optional_boolean
+from ..engine.options import NONNEGATIVE, UP_TO_ONE, Range, boolean, optimizer_arguments, optional_boolean
 from ..engine.plan import Treatment, layerwise
 from ..kernels.registry import RULES
 from ..kernels.rules.rule import Options, Rule
@@ -44,6 +44,7 @@ class LARS(Optimizer):
             bits. After writing parameters all the same call ``weights_written()``, or the next step takes its ratios
             from the old weights. On a GPU they are
             always taken anew.
+        ema_decay, ema_warmup: Average the parameters, see ``fastopt.Optimizer``.
         max_grad_norm, skip_nonfinite, zero_grads: Of every step, see ``fastopt.Optimizer``.
 
     State: ``momentum_buffer`` (float32; float64 for float64 parameters).
@@ -94,28 +95,13 @@ class LARS(Optimizer):
         maximize: bool = False,
         capturable: bool = False,
         keep_weight_norms: bool = False,
+        ema_decay: float | None = None,
+        ema_warmup: bool = False,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
         zero_grads: bool = False,
     ) -> None:
-        defaults = dict(
-            lr=lr,
-            momentum=momentum,
-            weight_decay=weight_decay,
-            trust_coefficient=trust_coefficient,
-            eps=eps,
-            nesterov=nesterov,
-            lr_in_momentum=lr_in_momentum,
-            clip=clip,
-            adapt=adapt,
-            decay_1d=decay_1d,
-            maximize=maximize,
-            capturable=capturable,
-            keep_weight_norms=keep_weight_norms,
-        )
-        super().__init__(
-            params, defaults, max_grad_norm=max_grad_norm, skip_nonfinite=skip_nonfinite, zero_grads=zero_grads
-        )
+        super().__init__(**optimizer_arguments(locals()))
 
     def weights_written(self) -> None:
         """Another name of ``refresh``."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from ..base import Optimizer, Params
-from ..engine.options import BETAS, Range
+from ..engine.options import BETAS, Range, optimizer_arguments
 from ..kernels.registry import RULES
 from ..kernels.rules.rule import Options, Rule
 
@@ -24,6 +24,7 @@ class Lion(Optimizer):
         weight_decay: Decoupled decay rate, >= 0, multiplied by lr; three to ten times larger than AdamW's.
         maximize: Ascend: the gradient is negated.
         capturable: The step can be captured into a CUDA graph, see ``fastopt.Optimizer``.
+        ema_decay, ema_warmup: Average the parameters, see ``fastopt.Optimizer``.
         max_grad_norm, skip_nonfinite, zero_grads: Of every step, see ``fastopt.Optimizer``.
 
     State: ``exp_avg`` (float32; float64 for float64 parameters).
@@ -54,14 +55,13 @@ class Lion(Optimizer):
         *,
         maximize: bool = False,
         capturable: bool = False,
+        ema_decay: float | None = None,
+        ema_warmup: bool = False,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
         zero_grads: bool = False,
     ) -> None:
-        defaults = dict(lr=lr, betas=betas, weight_decay=weight_decay, maximize=maximize, capturable=capturable)
-        super().__init__(
-            params, defaults, max_grad_norm=max_grad_norm, skip_nonfinite=skip_nonfinite, zero_grads=zero_grads
-        )
+        super().__init__(**optimizer_arguments(locals()))
 
     def select_rule(self, options: Options) -> Rule:  # noqa: D102 - see Optimizer
         return RULES["lion"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from ..base import Optimizer, Params
-from ..engine.options import BELOW_ONE, EPS, UP_TO_ONE, Range, boolean
+from ..engine.options import BELOW_ONE, EPS, UP_TO_ONE, Range, boolean, optimizer_arguments
 from ..kernels.registry import RULES
 from ..kernels.rules.rule import Options, Rule
 
@@ -33,6 +33,7 @@ class RMSprop(Optimizer):
         maximize: Ascend: the gradient is negated before the decay.
         capturable: The step can be captured into a CUDA graph, see ``fastopt.Optimizer``.
         eps_inside_sqrt: Divide by sqrt(v_t + eps) instead, as TensorFlow does.
+        ema_decay, ema_warmup: Average the parameters, see ``fastopt.Optimizer``.
         max_grad_norm, skip_nonfinite, zero_grads: Of every step, see ``fastopt.Optimizer``.
 
     State: ``square_avg``, with ``centered`` also ``grad_avg``, with momentum also ``momentum_buffer`` (float32; float64
@@ -76,24 +77,13 @@ class RMSprop(Optimizer):
         maximize: bool = False,
         capturable: bool = False,
         eps_inside_sqrt: bool = False,
+        ema_decay: float | None = None,
+        ema_warmup: bool = False,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
         zero_grads: bool = False,
     ) -> None:
-        defaults = dict(
-            lr=lr,
-            alpha=alpha,
-            eps=eps,
-            weight_decay=weight_decay,
-            momentum=momentum,
-            centered=centered,
-            maximize=maximize,
-            capturable=capturable,
-            eps_inside_sqrt=eps_inside_sqrt,
-        )
-        super().__init__(
-            params, defaults, max_grad_norm=max_grad_norm, skip_nonfinite=skip_nonfinite, zero_grads=zero_grads
-        )
+        super().__init__(**optimizer_arguments(locals()))
 
     def select_rule(self, options: Options) -> Rule:  # noqa: D102 - see Optimizer
         centered = "_centered" if options["centered"] else ""

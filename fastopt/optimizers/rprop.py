@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from ..base import Optimizer, Params
-from ..engine.options import POSITIVE, Number, Pair, Range
+from ..engine.options import POSITIVE, Number, Pair, Range, optimizer_arguments
 from ..kernels.registry import RULES
 from ..kernels.rules.rule import Options, Rule
 
@@ -31,6 +31,7 @@ class Rprop(Optimizer):
         step_sizes: Smallest and largest step size, > 0.
         maximize: Ascend: the gradient is negated before the decay.
         capturable: The step can be captured into a CUDA graph, see ``fastopt.Optimizer``.
+        ema_decay, ema_warmup: Average the parameters, see ``fastopt.Optimizer``.
         max_grad_norm, skip_nonfinite, zero_grads: Of every step, see ``fastopt.Optimizer``.
 
     State: ``prev`` (the last gradient), ``step_size`` (float32; float64 for float64 parameters).
@@ -66,14 +67,13 @@ class Rprop(Optimizer):
         *,
         maximize: bool = False,
         capturable: bool = False,
+        ema_decay: float | None = None,
+        ema_warmup: bool = False,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
         zero_grads: bool = False,
     ) -> None:
-        defaults = dict(lr=lr, etas=etas, step_sizes=step_sizes, maximize=maximize, capturable=capturable)
-        super().__init__(
-            params, defaults, max_grad_norm=max_grad_norm, skip_nonfinite=skip_nonfinite, zero_grads=zero_grads
-        )
+        super().__init__(**optimizer_arguments(locals()))
 
     def check(self, options: Options, where: str) -> None:  # noqa: D102 - see Optimizer
         smallest, largest = options["step_sizes"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from ..base import Optimizer, Params
-from ..engine.options import NONNEGATIVE, UP_TO_ONE, Range, boolean
+from ..engine.options import NONNEGATIVE, UP_TO_ONE, Range, boolean, optimizer_arguments
 from ..kernels.registry import RULES
 from ..kernels.rules.rule import Options, Rule
 
@@ -33,6 +33,7 @@ class SGD(Optimizer):
         capturable: The step can be captured into a CUDA graph, see ``fastopt.Optimizer``.
         lr_in_momentum: Keep lr inside the buffer, b_t = momentum b_{t-1} + lr d_t and w_t = w_{t-1} - b_t, as papers,
             TensorFlow and MLPerf do. The two differ when lr changes.
+        ema_decay, ema_warmup: Average the parameters, see ``fastopt.Optimizer``.
         max_grad_norm, skip_nonfinite, zero_grads: Of every step, see ``fastopt.Optimizer``.
 
     State: ``momentum_buffer`` (float32; float64 for float64 parameters), unless momentum is 0.
@@ -75,23 +76,13 @@ class SGD(Optimizer):
         maximize: bool = False,
         capturable: bool = False,
         lr_in_momentum: bool = False,
+        ema_decay: float | None = None,
+        ema_warmup: bool = False,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
         zero_grads: bool = False,
     ) -> None:
-        defaults = dict(
-            lr=lr,
-            momentum=momentum,
-            dampening=dampening,
-            weight_decay=weight_decay,
-            nesterov=nesterov,
-            maximize=maximize,
-            capturable=capturable,
-            lr_in_momentum=lr_in_momentum,
-        )
-        super().__init__(
-            params, defaults, max_grad_norm=max_grad_norm, skip_nonfinite=skip_nonfinite, zero_grads=zero_grads
-        )
+        super().__init__(**optimizer_arguments(locals()))
 
     def check(self, options: Options, where: str) -> None:  # noqa: D102 - see Optimizer
         if options["nesterov"] and (options["momentum"] == 0.0 or options["dampening"] != 0.0):

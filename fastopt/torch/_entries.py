@@ -132,8 +132,8 @@ class Entries:
         self, i: int, memory: Tensor, state: ParameterState, slot: Slot, options: Sequence[Options], treat: Treat
     ) -> Entry:
         parameter, group = self._params[i], self._places[i][0]
-        rule, untouched = treat(options[group], parameter).rule, state.is_untouched
-        progress = self._progress(i, rule, state, options[group])
+        treatment, untouched = treat(options[group], parameter), state.is_untouched
+        progress = self._progress(i, treatment.rule, state, options[group])
         record = Parameter(
             name=self.name(i),
             array=parameter,  # type: ignore[arg-type]
@@ -149,7 +149,7 @@ class Entries:
         entry = Entry(record, slot, state, untouched or not dict.__len__(state))
         for name in [STEP] * self._kind.counts + list(progress.carry or {}):
             entry.numbers[name] = self._number(i, state, slot, name)
-        for name, start in initial_states(rule, options[group]).items():
+        for name, start in initial_states(treatment, options[group]).items():
             entry.tensors[name] = self._tensor(i, memory, entry, name, start)
         if self._kind.has_master(memory):
             record.copy = Copy(record.dtype, record.address)
