@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ..engine.plan import Copy, Parameter, Progress, Treatment, initial_states
 from ..kernels.dtypes import COMPUTE, ITEMSIZE
-from ..kernels.rules.rule import Options, Rule
+from ..kernels.epilogues import EMA, EMA_STEP
+from ..kernels.rules.rule import Options
 from ._devices import Home
 from ._flat import FlatGroups
 from ._master import MASTER
@@ -133,7 +134,7 @@ class Entries:
     ) -> Entry:
         parameter, group = self._params[i], self._places[i][0]
         treatment, untouched = treat(options[group], parameter), state.is_untouched
-        progress = self._progress(i, treatment.rule, state, options[group])
+        progress = self._progress(i, treatment, state, options[group])
         record = Parameter(
             name=self.name(i),
             array=parameter,  # type: ignore[arg-type]
@@ -168,9 +169,10 @@ class Entries:
             return True
         return any(entry.places(memories[i]) != entry.seen for i, entry in self._entries.items())
 
-    def _progress(self, i: int, rule: Rule, state: ParameterState, options: Options) -> Progress:
+    def _progress(self, i: int, treatment: Treatment, state: ParameterState, options: Options) -> Progress:
         """How far the parameter has come, by what its state says."""
-        carried = rule.carry(options)._asdict() if rule.carry is not None else {}
+        rule = treatment.rule
+        carried: dict[str, float] = rule.carry(options)._asdict() if rule.carry is not None else {}
         present = [name for name in (*rule.state, *carried) if dict.get(state, name) is not None]
         if state.is_untouched:
             steps = 0
@@ -182,7 +184,12 @@ class Entries:
             carried.update((name, number(dict.get(state, name))) for name in carried if name in present)
         else:  # only the first step differs from the others, and leaves a state
             steps = int(bool(present))
-        return Progress(steps, carried if rule.carry is not None else None)
+        averagings = dict.get(state, EMA_STEP)
+        if treatment.averages:  # an average that is lacking begins as a copy
+            carried[EMA_STEP] = 0.0 if averagings is None or dict.get(state, EMA) is None else number(averagings)
+        elif isinstance(averagings, Tensor):  # and so does one that is switched on again
+            averagings.zero_()
+        return Progress(steps, carried or None)
 
     def _count(self, i: int, state: ParameterState, has_states: bool) -> int:
         value = dict.get(state, STEP)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from ..engine.options import NORM, boolean
+from ..engine.options import EMA_RANGES, NORM, Range, boolean
 from ..engine.step import Request
 from ..kernels.registry import RULES
 from ..kernels.rules.rule import Rule
@@ -94,9 +94,10 @@ class StepOptions:
         )
 
 
-def arguments(local: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of a constructor by name, from its ``locals()``."""
-    return {name: value for name, value in local.items() if name not in ("self", "__class__")}
+def checked_flag(name: str, value: Any, where: str) -> Any:
+    """An option that torch's class does not have, in its range."""
+    check: Range = EMA_RANGES.get(name, boolean)
+    return check(plain(value, where), where)
 
 
 def check_keywords(cls: type, keywords: Iterable[str]) -> None:

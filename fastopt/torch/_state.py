@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..engine.plan import Progress
 from ..flat import Layout
+from ..kernels.epilogues import EMA, EMA_STEP
 from ..kernels.registry import RULES
 from ..kernels.rules.rule import Rule
 from . import _devices
@@ -26,7 +27,7 @@ from ._tensors import COMPUTED, address_of, parameter_memory, shaped_like
 
 STEP = "step"
 
-STATES = frozenset({MASTER, *(name for rule in RULES.values() for name in rule.state)})
+STATES = frozenset({MASTER, EMA, *(name for rule in RULES.values() for name in rule.state)})
 """Names of the tensors that have their parameter's shape."""
 
 
@@ -35,7 +36,7 @@ def carried(rule: Rule) -> tuple[str, ...]:
     return typing.get_type_hints(rule.carry)["return"]._fields if rule.carry else ()
 
 
-CARRIED = frozenset(name for rule in RULES.values() for name in carried(rule))
+CARRIED = frozenset({EMA_STEP, *(name for rule in RULES.values() for name in carried(rule))})
 """Those of all rules."""
 
 

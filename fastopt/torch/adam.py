@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from ..engine.options import arguments
 from ..kernels.registry import RULES
 from ..kernels.rules.rule import Options, Rule
-from ._options import arguments, plain
+from ._options import plain
 from .optimizer import TensorOptimizer
 
 
@@ -46,6 +47,8 @@ class Adam(TensorOptimizer, torch.optim.Adam):
         decoupled_weight_decay: bool = False,
         eps_hat: bool = False,
         fully_decoupled: bool = False,
+        ema_decay: float | None = None,
+        ema_warmup: bool = False,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
         zero_grads: bool = False,
@@ -109,6 +112,8 @@ class AdamW(TensorOptimizer, torch.optim.AdamW):
         fused: bool | None = None,
         eps_hat: bool = False,
         fully_decoupled: bool = False,
+        ema_decay: float | None = None,
+        ema_warmup: bool = False,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
         zero_grads: bool = False,
@@ -138,6 +143,8 @@ class Adamax(TensorOptimizer, torch.optim.Adamax):
         maximize: bool = False,
         differentiable: bool = False,
         capturable: bool = False,
+        ema_decay: float | None = None,
+        ema_warmup: bool = False,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
         zero_grads: bool = False,
@@ -170,6 +177,8 @@ class NAdam(TensorOptimizer, torch.optim.NAdam):
         maximize: bool = False,
         capturable: bool = False,
         differentiable: bool = False,
+        ema_decay: float | None = None,
+        ema_warmup: bool = False,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
         zero_grads: bool = False,
@@ -201,6 +210,8 @@ class RAdam(TensorOptimizer, torch.optim.RAdam):
         maximize: bool = False,
         capturable: bool = False,
         differentiable: bool = False,
+        ema_decay: float | None = None,
+        ema_warmup: bool = False,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
         zero_grads: bool = False,

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from ..engine.options import arguments
 from ..engine.plan import Treatment, layerwise
 from ..kernels.registry import RULES
 from ..kernels.rules.rule import Options, Rule
-from ._options import arguments, check_rate
+from ._options import check_rate
 from ._tensors import holds_part
 from .optimizer import TensorOptimizer
 
@@ -83,6 +84,8 @@ class Lion(TensorOptimizer, _WithDefaults):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
+        ema_decay: float | None = None,
+        ema_warmup: bool = False,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
         zero_grads: bool = False,
@@ -144,6 +147,8 @@ class LARS(_Layerwise, TensorOptimizer, _WithDefaults):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
+        ema_decay: float | None = None,
+        ema_warmup: bool = False,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
         zero_grads: bool = False,
@@ -203,6 +208,8 @@ class LAMB(_Layerwise, TensorOptimizer, _WithDefaults):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
+        ema_decay: float | None = None,
+        ema_warmup: bool = False,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
         zero_grads: bool = False,

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from ..engine.options import arguments
 from ..kernels.registry import RULES
 from ..kernels.rules.rule import Options, Rule
-from ._options import arguments
 from ._tensors import COMPUTED
 from .optimizer import TensorOptimizer
 
@@ -52,6 +52,8 @@ class SGD(TensorOptimizer, torch.optim.SGD):
         fused: bool | None = None,
         capturable: bool = False,
         lr_in_momentum: bool = False,
+        ema_decay: float | None = None,
+        ema_warmup: bool = False,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
         zero_grads: bool = False,
@@ -90,6 +92,8 @@ class Adagrad(TensorOptimizer, torch.optim.Adagrad):
         fused: bool | None = None,
         capturable: bool = False,
         eps_inside_sqrt: bool = False,
+        ema_decay: float | None = None,
+        ema_warmup: bool = False,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
         zero_grads: bool = False,
@@ -124,6 +128,8 @@ class Adadelta(TensorOptimizer, torch.optim.Adadelta):
         capturable: bool = False,
         maximize: bool = False,
         differentiable: bool = False,
+        ema_decay: float | None = None,
+        ema_warmup: bool = False,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
         zero_grads: bool = False,
@@ -160,6 +166,8 @@ class RMSprop(TensorOptimizer, torch.optim.RMSprop):
         differentiable: bool = False,
         *,
         eps_inside_sqrt: bool = False,
+        ema_decay: float | None = None,
+        ema_warmup: bool = False,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
         zero_grads: bool = False,
@@ -191,6 +199,8 @@ class Rprop(TensorOptimizer, torch.optim.Rprop):
         foreach: bool | None = None,
         maximize: bool = False,
         differentiable: bool = False,
+        ema_decay: float | None = None,
+        ema_warmup: bool = False,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
         zero_grads: bool = False,
@@ -222,6 +232,8 @@ class ASGD(TensorOptimizer, torch.optim.ASGD):
         differentiable: bool = False,
         capturable: bool = False,
         *,
+        ema_decay: float | None = None,
+        ema_warmup: bool = False,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
         zero_grads: bool = False,
