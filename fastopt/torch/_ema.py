@@ -27,7 +27,7 @@ class Averages(torch.optim.Optimizer):
         As in ``fastopt``'s optimizers: averages are rounded once to 16-bit parameters, one that was not averaged yet
         keeps its value, and on leaving, also by an exception, all become again what they were, bit for bit. Masters
         stay what they are. Buffers are the model's and not averaged: ``torch.optim.swa_utils.update_bn(loader, model)``
-        in the block renews the statistics of batch normalization, which you put back yourself.
+        in the block renews the statistics of batch normalization.
 
         Inside, ``step``, ``state_dict``, ``load_state_dict``, ``add_param_group``, ``swap_ema`` and ``reset_ema`` raise
         RuntimeError.

@@ -19,7 +19,7 @@ from numba.core.extending import intrinsic
 
 from .. import reductions
 from ..environment import enter, leave, settled
-from ..layout import BLOCK, EPILOGUES, GRADIENT, KNOW_W, LANES, MULTIPLIER, PARAMETER, RATIO, SEGMENT, SUMS
+from ..layout import BLOCK, EPILOGUES, GRADIENT, KNOW_W, LANES, MULTIPLIER, PARAMETER, RATIO, SEGMENT, STRIP, SUMS
 from . import loop, terms
 
 WORD = np.dtype(np.uint64).itemsize
@@ -83,8 +83,9 @@ class Scheduler:
                 return update_part(table, at, s, lo, end)  # type: ignore[no-any-return]
             mode: Any = enter()  # type: ignore[call-arg]
             squares = 0.0
+            strip = BLOCK if table[s + ratio_at] != 0 and table[s + terms_at] == 0 else STRIP
             while lo < end:
-                hi = min(lo + BLOCK, end)
+                hi = min(lo + strip, end)
                 squares += update_part(table, at, s, lo, hi)
                 for e in range(s + epilogues_at, s + epilogues_at + 3 * EPILOGUES, 3):  # kernel, target, number
                     if table[e] != 0:
