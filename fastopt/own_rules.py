@@ -287,7 +287,8 @@ class Front(NamedTuple):
     arguments: Callable[..., dict[str, Any]]  # from ``locals()`` to what the first base takes
 
 
-NUMPY = Front((Optimizer,), (("maximize", False), ("capturable", False)), constructor_arguments)
+FLAGS = ("maximize", False), ("capturable", False), ("ema_decay", None), ("ema_warmup", False)
+NUMPY = Front((Optimizer,), FLAGS, constructor_arguments)
 
 
 def optimizer(rule: Rule) -> type[Optimizer]:

@@ -53,7 +53,7 @@ class _OfRule(_WithDefaults):
 
 
 FLAGS = ("maximize", False), ("foreach", None), ("capturable", False), ("differentiable", False), ("fused", None)
-FRONT = Front((TensorOptimizer, _OfRule), FLAGS, given_arguments)
+FRONT = Front((TensorOptimizer, _OfRule), (*FLAGS, ("ema_decay", None), ("ema_warmup", False)), given_arguments)
 
 
 def _unmade(rule: Rule) -> Any:
@@ -128,6 +128,8 @@ class Lion(TensorOptimizer, _Checked):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
+        ema_decay: float | None = None,
+        ema_warmup: bool = False,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
         zero_grads: bool = False,
@@ -180,6 +182,8 @@ class LARS(TensorOptimizer, _Checked):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
+        ema_decay: float | None = None,
+        ema_warmup: bool = False,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
         zero_grads: bool = False,
@@ -228,6 +232,8 @@ class LAMB(TensorOptimizer, _Checked):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
+        ema_decay: float | None = None,
+        ema_warmup: bool = False,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
         zero_grads: bool = False,
