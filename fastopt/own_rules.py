@@ -96,19 +96,22 @@ def rule(
     def decorate(step: Callable[..., tuple[Any, ...]]) -> Rule:
         called = name if name is not None else getattr(step, "__name__", step)
         where = f"Rule {called!r}: "
-        _check_names([called], "name", where)
+        _check_names([called], "a rule", where)
         if isinstance(state, str) or not isinstance(state, Iterable):
             raise TypeError(f"{where}state must be a tuple of names, got {state!r}.")
         if not isinstance(options, Mapping):
             raise TypeError(f"{where}options must be a dict of names and defaults, got {options!r}.")
-        _check_names(states := tuple(state), "state", where, OF_STATES)
-        _check_names(options, "option", where, OF_GROUPS)
+        _check_names(states := tuple(state), "a state", where, OF_STATES)
+        _check_names(options, "an option", where, OF_GROUPS)
         said, starts, pairs = {**(ranges or {})}, {**(initial or {})}, _pairs(products, where)
         for argument, named in (("ranges", said), ("initial", starts.values())):
             for each in named:
                 if each not in options:
                     raise ValueError(f"{where}{argument} names the option {each!r}; options are {', '.join(options)}.")
-        checks = ranges_of(options, said)
+        try:
+            checks = ranges_of(options, said)
+        except ValueError as error:
+            raise ValueError(f"{where}ranges: {error}") from None
         checked = {n: checks[n](v, where + n) if n in checks else v for n, v in options.items()}
         first = None if carry is None else _carried(carry, checked, states, where)
         given, asked = _given(scalars, checked, first, where)
@@ -159,9 +162,9 @@ def _check_names(names: Iterable[Any], kind: str, where: str, taken: Iterable[st
     seen = {*taken}
     for name in names:
         if not isinstance(name, str) or not name.isidentifier() or keyword.iskeyword(name) or name.startswith("_"):
-            raise ValueError(f"{where}{name!r} cannot be the name of a {kind}: needed is an identifier.")
+            raise ValueError(f"{where}{name!r} cannot be the name of {kind}: needed is an identifier.")
         if name in seen:
-            raise ValueError(f"{where}{name!r} cannot be the name of a {kind}: it is taken.")
+            raise ValueError(f"{where}{name!r} cannot be the name of {kind}: it is taken.")
         seen.add(name)
 
 
@@ -204,7 +207,7 @@ def _carried(carry: Any, options: Mapping[str, Any], states: tuple[str, ...], wh
         raise TypeError(
             f"{where}carry must return a NamedTuple of at most {COHORT_WORDS - CARRY} numbers, got {first!r}."
         )
-    _check_names(names, "number carried", where, {*OF_STATES, *states})
+    _check_names(names, "a number carried", where, {*OF_STATES, *states})
     return first
 
 
@@ -223,7 +226,7 @@ def _given(scalars: Any, options: Mapping[str, Any], first: Any, where: str) -> 
         given = given[0]
     if not isinstance(given, dict) or not all(isinstance(x, numbers.Real) for x in given.values()):
         raise TypeError(f"{where}scalars must return a dict of numbers, got {given!r}.")
-    _check_names(given, "scalar", where, OF_SCALARS)
+    _check_names(given, "a scalar", where, OF_SCALARS)
     return given, asked.names
 
 
