@@ -293,7 +293,7 @@ class Front(NamedTuple):
 NUMPY = Front((Optimizer,), (("maximize", False), ("capturable", False)), constructor_arguments)
 
 
-def optimizer(rule: Rule) -> type[Optimizer]:
+def optimizer(rule: Rule) -> type[Any]:
     """The class of optimizers ``C(params, <options>, *, maximize, capturable, <options of the step>)`` by a rule.
 
     Args:
@@ -306,11 +306,10 @@ def optimizer(rule: Rule) -> type[Optimizer]:
     Raises:
         TypeError: ``rule`` is none, or was made without defaults for its options.
     """
-    made: type[Optimizer] = class_of(rule, NUMPY)
-    return made
+    return class_of(rule, NUMPY)
 
 
-def class_of(rule: Rule, front: Front) -> Any:
+def class_of(rule: Rule, front: Front) -> type[Any]:
     """The class of a rule. Its constructor names all that it takes: options, flags, and what that of the base does."""
     if not isinstance(rule, Rule) or rule.defaults is None:
         raise TypeError(f"fastopt.optimizer: rule must be what @fastopt.rule makes of a function, got {rule!r}.")
@@ -318,7 +317,7 @@ def class_of(rule: Rule, front: Front) -> Any:
 
 
 @functools.cache
-def _class_of(rule: Rule, front: Front) -> Any:
+def _class_of(rule: Rule, front: Front) -> type[Any]:
     assert rule.defaults is not None
     own = inspect.signature(front.bases[0].__init__).parameters.values()  # type: ignore[misc]
     shared = {**dict(front.flags), **{p.name: p.default for p in own if p.kind is p.KEYWORD_ONLY}}
@@ -334,5 +333,5 @@ def _class_of(rule: Rule, front: Front) -> Any:
     lines = [head, "", "Args:", "    params: As for other classes.", *listed, f"    {', '.join(shared)}: As there.", ""]
     doc = "\n".join([*lines, f"State: {', '.join(('step', *rule.carried, *rule.state))}."])
     members = {"__doc__": doc, "__module__": rule.step.__module__, "rule": rule, "__init__": namespace["__init__"]}
-    namespace["cls"] = type(rule.name, front.bases, members)
-    return namespace["cls"]
+    made = namespace["cls"] = type(rule.name, front.bases, members)
+    return made

@@ -138,7 +138,8 @@ class TensorOptimizer(StepOptions, Checkpoints):
         options = {name: without_numpy(value) for name, value in options.items()}
         check_rate(options.get("lr", 0.0), where)
         for name, check in self.ranges.items():
-            check(plain(options[name], f"{where}: {name}"), f"{where}: {name}")
+            if name in options:
+                check(plain(options[name], f"{where}: {name}"), f"{where}: {name}")
         flags = {}
         for name in options.keys() - self._torch_names:
             value = options.pop(name)

@@ -57,10 +57,11 @@ FRONT = Front((TensorOptimizer, _OfRule), FLAGS, given_arguments)
 
 
 def _unmade(rule: Rule) -> Any:
-    return optimizer(rule).__new__(optimizer(rule))
+    made: Any = optimizer(rule)
+    return made.__new__(made)
 
 
-def optimizer(rule: Rule) -> type[TensorOptimizer]:
+def optimizer(rule: Rule) -> type[Any]:
     """The class of optimizers for tensors by a rule, ``C(params, <options>, *, maximize, foreach, capturable, ...)``.
 
     Args:
@@ -87,8 +88,7 @@ def optimizer(rule: Rule) -> type[TensorOptimizer]:
         >>> w.tolist()
         [0.5, 1.0]
     """
-    made: type[TensorOptimizer] = class_of(rule, FRONT)
-    return made
+    return class_of(rule, FRONT)
 
 
 class Lion(TensorOptimizer, _Checked):
