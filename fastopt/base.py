@@ -12,7 +12,7 @@ import numpy as np
 
 from .arrays import Array, Space
 from .engine.exclusive import exclusive, finish
-from .engine.options import own_options, unchanged
+from .engine.options import own_options
 from .engine.plan import Parameter, Plan, Progress, Treatment, treatment
 from .engine.plans import Plans, plan_class
 from .engine.step import StepInfo
@@ -230,7 +230,11 @@ class Optimizer(Base):
                 raise ValueError(f'{self._name}: param_groups[{index}]["params"] was replaced. Make a new optimizer.')
             for name in known.foreign:
                 options.pop(name, None)
-            if not unchanged(options, known.seen):
+            try:
+                same = options == known.seen  # a copy: values may change in place
+            except ValueError:  # an array where a number belongs has no truth
+                same = False
+            if not same:
                 if options.keys() != known.seen.keys():
                     options = own_options(options, self._known_options, self._place(index))
                     known.foreign = group.keys() - options.keys() - {"params"}
@@ -290,8 +294,14 @@ class Optimizer(Base):
                 without ``capturable``, or before a step of the same kind was taken.
         """
         options = self._current_options()
-        keep = self._keeps(options)
-        request = self._requested(grad_scale, max_grad_norm, max_norm, skip_nonfinite, zero_grads, keep)
+        keep, request = self._keeps(options), self._request
+        if (
+            keep
+            or type(grad_scale) is not float
+            or grad_scale != 1.0
+            or not (max_grad_norm is max_norm is skip_nonfinite is zero_grads is ...)
+        ):
+            request = self._requested(grad_scale, max_grad_norm, max_norm, skip_nonfinite, zero_grads, keep)
         # alive: another thread may drop the gradients while they are read
         gradients, alive = self._reader.read(grads, request.zero_grads)
         plan = self._plan_for(gradients, options)

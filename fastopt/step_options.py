@@ -57,13 +57,6 @@ class StepOptions:
         keep_weights: bool,
     ) -> Request:
         """What a step with these arguments is asked to do; ... stands for what the optimizer does in every step."""
-        if (
-            type(grad_scale) is float
-            and grad_scale == 1.0
-            and max_grad_norm is max_norm is skip_nonfinite is zero_grads is ...
-            and not keep_weights
-        ):
-            return self._request
         own, where = self._request, f"{type(self).__name__}.step"
         if max_norm is not ... and max_grad_norm is not ...:
             raise TypeError(f"{where}: max_norm is another name of max_grad_norm; pass one of them.")

@@ -22,18 +22,21 @@ HEAD = object.__basicsize__
 class Watch:
     """Arrays as they are now. Of arrays on a GPU, which NumPy's ways do not change, it only knows which they are.
 
+    Attributes:
+        unchanged: Function of a list as long as ``listed``: whether it holds the same arrays, and all are as they
+            were. Not a method, for it is called in each step and most often is one of C.
+
     Args:
         kept: Arrays that somebody keeps alive.
         listed: Arrays, or None, that will be in a list; they are not kept alive.
     """
 
     def __init__(self, kept: Sequence[Array], listed: Sequence[Array | None] = ()) -> None:
-        self._count = len(listed)
         arrays = [a for a in (*kept, *listed) if a is not None]
         library = _library()
         if library is None or not all(isinstance(a, np.ndarray) for a in arrays):
             refs = [type(None) if a is None else weakref.ref(a) for a in listed]
-            self._unchanged: Any = functools.partial(_unchanged, refs, list(kept), _look([*kept, *listed]))
+            self.unchanged: Any = functools.partial(_unchanged, refs, list(kept), _look([*kept, *listed]))
             return
         objects = np.array([(id(a), id(type(a)), 0) for a in arrays], structure("watched"))
         places = np.fromiter(map(id, listed), np.uint64, len(listed))
@@ -41,11 +44,7 @@ class Watch:
         watch = np.array((library.get_item, *at, len(places), len(arrays), HEAD, 0), structure("watch"))
         watch["seen"] = library.look(watch.ctypes.data)
         self._memory = objects, places, watch
-        self._unchanged = functools.partial(library.unchanged, watch.ctypes.data)
-
-    def unchanged(self, listed: list[Any]) -> bool:
-        """Whether the list holds the same arrays, and all are as they were."""
-        return len(listed) == self._count and bool(self._unchanged(listed))
+        self.unchanged = functools.partial(library.unchanged, watch.ctypes.data)
 
 
 def _unchanged(refs: list[Any], kept: list[Any], seen: list[Any], listed: list[Any]) -> bool:

@@ -80,7 +80,7 @@ STRUCTURES: dict[str, dict[str, str | tuple[str, int]]] = {
         "head": "int64_t",  # bytes of Python's own fields; the type is the last of them
         "seen": "uint64_t",
     },
-    # What tensors are asked through; fastopt/torch/_probe.py finds it.
+    # What tensors are asked through; fastopt/torch/_interface.py finds it.
     "torch_functions": {
         "get_data_ptr": "tensor_address",
         "get_dim": "tensor_number",

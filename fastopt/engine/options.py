@@ -207,11 +207,3 @@ def check_options(
         if eps and np.dtype(dtype).type(eps) == 0:
             raise ValueError(f"{where}eps={eps!r} rounds to zero in {dtype}, in which this is computed.")
     return checked
-
-
-def unchanged(options: Mapping[str, Any], seen: Mapping[str, Any]) -> bool:
-    """Whether options equal those that were checked, of which ``seen`` is a copy: values may change in place."""
-    try:
-        return options == seen
-    except ValueError:  # an array where a number belongs has no truth
-        return False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -17,11 +17,10 @@ class Request:
     skip_nonfinite: bool = False
     zero_grads: bool = False
     keep_weights: bool = False  # trust the weight norms that the last step left
+    needs_norm: bool = field(init=False)  # whether something is asked that depends on the norm of all gradients
 
-    @property
-    def needs_norm(self) -> bool:
-        """Whether something is asked that depends on the norm of all gradients."""
-        return self.max_norm is not None or self.skip_nonfinite
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "needs_norm", self.max_norm is not None or self.skip_nonfinite)
 
     def clipped(self, norm: float) -> float:
         """The multiplier of the gradients, whose norm after unscaling is this."""

@@ -17,11 +17,11 @@ class DeviceRates:
 
     def __init__(self) -> None:
         self._seen: dict[int, tuple[Tensor, float]] = {}
-        self._homes: set[Home] = set()
+        self.homes: set[Home] = set()  # where rates are
 
     def placed(self, groups: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
         """The groups with such an lr as a number, for which the first time is waited, and the place to read it."""
-        self._homes.clear()
+        self.homes.clear()
         return [self._placed(k, group) if group.get("capturable") else group for k, group in enumerate(groups)]
 
     def _placed(self, k: int, group: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -31,15 +31,15 @@ class DeviceRates:
         home = _devices.home_of(lr)
         if not home.on_gpu:
             return group
-        self._homes.add(home)
+        self.homes.add(home)
         if k not in self._seen or self._seen[k][0] is not lr:
             self._seen[k] = lr, lr.item()
         return {**group, "lr": self._seen[k][1], "lr_at": (lr.data_ptr(), lr.itemsize)}
 
     def check(self, home: Home | None, where: str) -> None:
         """Refuse a rate on another device than the parameters."""
-        if self._homes and self._homes != {home}:
-            devices = ", ".join(sorted(str(h.device) for h in self._homes))
+        if self.homes != {home}:
+            devices = ", ".join(sorted(str(h.device) for h in self.homes))
             raise ValueError(
                 f"{where}: with capturable=True an lr on {devices} must be on the one device of all parameters. "
                 "Use a number, or an lr on the CPU."

@@ -12,14 +12,100 @@ from torch import Tensor
 
 from ..arrays import first_hit, first_overlap
 from ..kernels.dtypes import ITEMSIZE
+from ..kernels.layout import structure
 from ..kernels.rules.rule import Options
+from . import _interface
 from ._devices import Home
 from ._entries import Entries, Kind, Treat
 from ._master import MASTER, Masters
-from ._probe import Probe
 from ._shards import Shards
 from ._state import Mirror
 from ._tensors import PLAIN, STORED, address_of, gradient_memory, local, local_gradient, parameter_memory
+
+
+class Probe:
+    """Knows plain parameters on one device, with or without gradient, as they are now; none is an inference tensor.
+
+    Args:
+        params: All parameters.
+        gradient_dtypes: The dtype of the gradient that each of them has; None where it must have none.
+        states: The tensors in ``state`` that a step writes, and where their elements are.
+        device: Where they and their gradients are.
+        owned: Addresses and bytes of what a step writes, sorted and apart: no gradient may lie there.
+    """
+
+    def __init__(
+        self,
+        params: Sequence[Tensor],
+        gradient_dtypes: Sequence[torch.dtype | None],
+        states: Sequence[tuple[Tensor, int]],
+        device: torch.device,
+        owned: tuple[NDArray[np.uint64], NDArray[np.int64]],
+    ) -> None:
+        library = _interface.library()
+        assert library is not None
+        self._library = library
+        self._alive = params, states  # the addresses of these objects hold while they live
+        self._table = library.table(device)
+        self._known = np.array(
+            [(id(t), t._cdata, address, t.untyped_storage()._cdata) for t, address in states], structure("known")
+        )
+        self._states = np.array((self._known.ctypes.data, len(states)), structure("states"))
+        self._expected = np.zeros(len(params), structure("expected"))
+        layouts: dict[Any, tuple[NDArray[np.int64], NDArray[np.int64]]] = {}
+        for entry, p, dtype in zip(self._expected, params, gradient_dtypes, strict=True):
+            storage = p.untyped_storage()._cdata
+            entry["parameter"] = id(p), p._cdata, p.data_ptr() if dtype is not None else 0, storage
+            if dtype is None:
+                entry["dim"] = -1
+                continue
+            layout = p.shape, p.stride()
+            if layout not in layouts:
+                layouts[layout] = np.array(p.shape, np.int64), np.array(p.stride(), np.int64)
+            entry["dim"], entry["nbytes"] = p.dim(), p.numel() * dtype.itemsize
+            entry["sizes"], entry["strides"] = (x.ctypes.data for x in layouts[layout])
+            if p.grad is not None:
+                entry["gradient_storage"] = p.grad.untyped_storage()._cdata
+            entry["dtype"], entry["gradient_dtype"] = library.codes[p.dtype], library.codes[dtype]
+        self._layouts = layouts
+        self._count = sum(dtype is not None for dtype in gradient_dtypes)
+        self.pointers: NDArray[np.uint64] = np.zeros(self._count, np.uint64)
+        self._held = np.zeros(self._count, np.uint64)
+        self._owned = np.array([owned[0], owned[0] + owned[1].astype(np.uint64)])  # where each begins and ends
+        begin, end = (row.ctypes.data for row in self._owned)
+        self._runs = np.array((begin, end, len(owned[0])), structure("runs"))
+        # Reading an array's address takes as long as asking for a gradient.
+        self._held_at = self._held.ctypes.data
+        self._arguments = (
+            self._table.ctypes.data,
+            self._expected.ctypes.data,
+            len(self._expected),
+            self._states.ctypes.data,
+            self._runs.ctypes.data,
+            self.pointers.ctypes.data,
+            self._held_at,
+        )
+
+    @staticmethod
+    def available() -> bool:
+        """Whether there is such a thing here."""
+        return _interface.library() is not None
+
+    def hold(self) -> bool:
+        """Put the addresses of the gradients into ``pointers`` and keep them alive.
+
+        Returns:
+            False, and nothing is kept alive, if something is not as it was, or a gradient lies where the step writes.
+        """
+        return bool(self._library.gradients(*self._arguments))
+
+    def release(self) -> None:
+        """Let the gradients go, if any are kept alive."""
+        self._library.release(self._arguments[0], self._held_at, self._count)
+
+    def bump_versions(self) -> bool:
+        """Tell autograd that the parameters with a gradient were written; False if one is not the tensor it was."""
+        return bool(self._library.bump_versions(*self._arguments[:3]))
 
 
 class Read(NamedTuple):
@@ -93,9 +179,8 @@ class Pattern:
         self._shown = [t for e in entries for t in (*e.numbers.values(), *e.tensors.values())]
         self._shown_at = list(map(address_of, self._shown))
         self._owned = parameters.entries.owned(present)
-        self.masters = Masters(
-            [(p, local(e.tensors[MASTER], "a master")) for p, e in zip(own, entries, strict=True) if e.record.copy]
-        )
+        pairs = [(p, local(e.tensors[MASTER], "a master")) for p, e in zip(own, entries, strict=True) if e.record.copy]
+        self.masters = Masters(pairs) if pairs else None
         self._itemsizes = np.array([dtype.itemsize for dtype in dtypes], np.int64)
         self._extent = np.array([r.size for r in records], np.int64) * self._itemsizes
         self._offsets, self._sizes = np.array([(r.offset, r.size) for r in records], np.int64).reshape(-1, 2).T

@@ -16,8 +16,7 @@ from ..kernels.rules.rule import Options
 from . import _devices
 from ._devices import Gpu, Home
 from ._entries import Entries, Kind, Treat
-from ._patterns import Parameters, Pattern, Read
-from ._probe import Probe
+from ._patterns import Parameters, Pattern, Probe, Read
 from ._shards import Shards
 from ._state import Mirror, State
 from ._tensors import parameter_memory
@@ -161,13 +160,14 @@ class Stepper:
     def take(self, request: Request, options: Sequence[Options]) -> StepInfo:
         """Take the step that was prepared."""
         pattern = self.serving
-        pattern.masters.take_over()
+        if pattern.masters is not None:
+            pattern.masters.take_over()
         # An interrupt may come anywhere from here on: what it leaves undone is made good when somebody needs it.
         self._pending = True
         info = pattern.plan.step(request, options)
         self._replayable = self.home.on_gpu and any(o.get("capturable") for o in options)
         # Whether a GPU skipped the step is not asked, because the answer would have to be waited for.
-        self._conclude(skipped=not self.home.on_gpu and info.skipped)
+        self._conclude(skipped=request.skip_nonfinite and not self.home.on_gpu and info.skipped)
         for gradient in self._gradients.copied if request.zero_grads else ():  # the plan zeroed the copies
             if not gradient._is_zerotensor():
                 gradient.zero_()
@@ -180,7 +180,8 @@ class Stepper:
         if not skipped:
             if pattern.probe is None or not pattern.probe.bump_versions():
                 torch.autograd.graph.increment_version(pattern.stepped)
-            pattern.masters.wrote()
+            if pattern.masters is not None:
+                pattern.masters.wrote()
             if self.home.on_gpu:
                 self._unsettled = any(c.progress.fetch is not None for c in pattern.plan.cohorts)
             if self._hidden and not self._unsettled:
@@ -234,7 +235,8 @@ class Stepper:
     def refresh(self) -> None:
         """Let masters follow their parameters in the next step."""
         for pattern in self._patterns:
-            pattern.masters.refresh()
+            if pattern.masters is not None:
+                pattern.masters.refresh()
 
     # --- GPUs ----------------------------------------------------------------------------------------------------
 

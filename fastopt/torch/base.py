@@ -338,29 +338,30 @@ class TensorOptimizer(StepOptions, Checkpoints):
             self._make_states(begin)
             return StepInfo(False, 0.0 if asked.needs_norm else None)
         for _ in range(2):
-            update = self._update()
+            stepper = self._stepper()
             if self._part is not None and asked.needs_norm:
                 self._refuse_part(self._part)
-            self._rates.check(update.home, type(self).__name__)
+            if self._rates.homes:
+                self._rates.check(stepper.home, type(self).__name__)
             request: Request | None = asked
             alive: Tensor | None = None  # what the step reads
             if scale is not None or found is not None:
-                request, alive = request_for(asked, scale, found, update.home)
+                request, alive = request_for(asked, scale, found, stepper.home)
             if request is None:
                 if self.zero_grads:
                     self.zero_grad(set_to_none=False)
                 return StepInfo(True)
-            info = update.step(request, options, self.treat)
+            info = stepper.step(request, options, self.treat)
             del alive
             if info is not None:
                 if scale is not None and self._unscales and not self.zero_grads:
-                    verdict = update.verdict()
+                    verdict = stepper.verdict()
                     unscale(self._parameters(), scale, info.skipped if verdict is None else verdict)
                 return info
             self.state.watch.drop()  # something moved or was changed: once more, from what is there now
         raise AssertionError("what was just derived cannot be stale")
 
-    def _update(self) -> Stepper | Several:
+    def _stepper(self) -> Stepper | Several:
         """What is derived from groups and state, anew where they changed."""
         if type(self.state) is not State:
             self.state = State(self.state)
@@ -401,7 +402,7 @@ class TensorOptimizer(StepOptions, Checkpoints):
             self._make_states(self._current_options())
 
     def _make_states(self, options: list[dict[str, Any]]) -> None:
-        self._update().make_states(options, self.treat)
+        self._stepper().make_states(options, self.treat)
         self.state.watch.drop()  # the first step begins from these states, with the options of then
 
     def _asks_for_states(self, options: list[dict[str, Any]]) -> bool:
@@ -453,7 +454,7 @@ class TensorOptimizer(StepOptions, Checkpoints):
 
     def _tell_skipped(self, found: Tensor) -> None:
         """Write 1 where the last step was skipped, else 0; not waited for."""
-        verdict = self._update().verdict()
+        verdict = self._stepper().verdict()
         if verdict is None:
             found.fill_(self.last_info.skipped)
         else:

@@ -1,7 +1,7 @@
 /* Reads where the gradients of PyTorch's parameters are, a thousand in some 50 µs, where Python needs 400.
  *
  * It needs no header of torch: tensors are asked through the functions of torch's stable C interface
- * (torch/csrc/inductor/aoti_torch/c/shim.h), and two of its C++ functions; fastopt/torch/_probe.py finds the addresses.
+ * (torch/csrc/inductor/aoti_torch/c/shim.h), and two of its C++ functions; fastopt/torch/_interface.py finds the addresses.
  * A tensor handle of that interface points to an at::Tensor, which is nothing but a pointer to a TensorImpl.
  */
 #include "layout.h"

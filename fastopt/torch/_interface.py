@@ -1,11 +1,10 @@
-"""Asks torch's C interface where parameters and gradients are: kernels/cpu/tensors.c, one call for all of them."""
+"""Torch's C interface, which kernels/cpu/tensors.c asks where parameters and gradients are, all in one call."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
 import pathlib
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -28,7 +27,7 @@ NAMES = {
 FUNCTIONS = [*STRUCTURES["torch_functions"]][:-3]  # behind them: where tensors are, and where they have their impl
 
 
-class _Library:
+class Library:
     """Functions of the compiled library and, for these, of torch."""
 
     def __init__(self, path: str) -> None:
@@ -99,98 +98,13 @@ def _address_at(tensor: Tensor, offset: int) -> int:
 
 
 @functools.cache
-def _library() -> _Library | None:
+def library() -> Library | None:
     """None where torch lacks a function, or fastopt was built without its library: then Python asks."""
     path = library_path()
     if path is None:
         return None
     try:
-        library = _Library(path)
+        known = Library(path)
     except (AttributeError, OSError):
         return None
-    return library if library.finds_gradients() else None
-
-
-class Probe:
-    """Knows plain parameters on one device, with or without gradient, as they are now; none is an inference tensor.
-
-    Args:
-        params: All parameters.
-        gradient_dtypes: The dtype of the gradient that each of them has; None where it must have none.
-        states: The tensors in ``state`` that a step writes, and where their elements are.
-        device: Where they and their gradients are.
-        owned: Addresses and bytes of what a step writes, sorted and apart: no gradient may lie there.
-    """
-
-    def __init__(
-        self,
-        params: Sequence[Tensor],
-        gradient_dtypes: Sequence[torch.dtype | None],
-        states: Sequence[tuple[Tensor, int]],
-        device: torch.device,
-        owned: tuple[NDArray[np.uint64], NDArray[np.int64]],
-    ) -> None:
-        library = _library()
-        assert library is not None
-        self._library = library
-        self._alive = params, states  # the addresses of these objects hold while they live
-        self._table = library.table(device)
-        self._known = np.array(
-            [(id(t), t._cdata, address, t.untyped_storage()._cdata) for t, address in states], structure("known")
-        )
-        self._states = np.array((self._known.ctypes.data, len(states)), structure("states"))
-        self._expected = np.zeros(len(params), structure("expected"))
-        layouts: dict[Any, tuple[NDArray[np.int64], NDArray[np.int64]]] = {}
-        for entry, p, dtype in zip(self._expected, params, gradient_dtypes, strict=True):
-            storage = p.untyped_storage()._cdata
-            entry["parameter"] = id(p), p._cdata, p.data_ptr() if dtype is not None else 0, storage
-            if dtype is None:
-                entry["dim"] = -1
-                continue
-            layout = p.shape, p.stride()
-            if layout not in layouts:
-                layouts[layout] = np.array(p.shape, np.int64), np.array(p.stride(), np.int64)
-            entry["dim"], entry["nbytes"] = p.dim(), p.numel() * dtype.itemsize
-            entry["sizes"], entry["strides"] = (x.ctypes.data for x in layouts[layout])
-            if p.grad is not None:
-                entry["gradient_storage"] = p.grad.untyped_storage()._cdata
-            entry["dtype"], entry["gradient_dtype"] = library.codes[p.dtype], library.codes[dtype]
-        self._layouts = layouts
-        self._count = sum(dtype is not None for dtype in gradient_dtypes)
-        self.pointers: NDArray[np.uint64] = np.zeros(self._count, np.uint64)
-        self._held = np.zeros(self._count, np.uint64)
-        self._owned = np.array([owned[0], owned[0] + owned[1].astype(np.uint64)])  # where each begins and ends
-        begin, end = (row.ctypes.data for row in self._owned)
-        self._runs = np.array((begin, end, len(owned[0])), structure("runs"))
-        # Reading an array's address takes as long as asking for a gradient.
-        self._held_at = self._held.ctypes.data
-        self._arguments = (
-            self._table.ctypes.data,
-            self._expected.ctypes.data,
-            len(self._expected),
-            self._states.ctypes.data,
-            self._runs.ctypes.data,
-            self.pointers.ctypes.data,
-            self._held_at,
-        )
-
-    @staticmethod
-    def available() -> bool:
-        """Whether there is such a thing here."""
-        return _library() is not None
-
-    def hold(self) -> bool:
-        """Put the addresses of the gradients into ``pointers`` and keep them alive.
-
-        Returns:
-            False, and nothing is kept alive, if something is not as it was, or a gradient lies where the step writes.
-        """
-        return bool(self._library.gradients(*self._arguments))
-
-    def release(self) -> None:
-        """Let the gradients go, if any are kept alive."""
-        self._library.release(self._arguments[0], self._held_at, self._count)
-
-    def bump_versions(self) -> bool:
-        """Tell autograd that the parameters with a gradient were written; False if one is not the tensor it was."""
-        return bool(self._library.bump_versions(*self._arguments[:3]))
+    return known if known.finds_gradients() else None
