@@ -15,9 +15,10 @@ import numpy as np
 
 from .base import Optimizer
 from .device_scalars import compilable
-from .engine.options import OF_THE_OPTIMIZER, USUAL, constructor_arguments, ranges_of
+from .engine.options import OF_THE_OPTIMIZER, USUAL, optimizer_arguments, ranges_of
 from .kernels.layout import CARRY, COHORT_WORDS
 from .kernels.rules.rule import Rule
+from .optimizers.lion import Lion
 
 OF_STATES = {"step", "params", "param_names", "master_param", "ema", "slow_param"}
 OF_SCALARS = {"ratio", "stretch"}
@@ -286,11 +287,11 @@ class Front(NamedTuple):
     """What the classes of a front end are made of."""
 
     bases: tuple[type, ...]
-    flags: tuple[tuple[str, Any], ...]  # options of each group that all classes have
+    like: type  # a class of the library, whose keyword-only arguments all have
     arguments: Callable[..., dict[str, Any]]  # from ``locals()`` to what the first base takes
 
 
-NUMPY = Front((Optimizer,), (("maximize", False), ("capturable", False)), constructor_arguments)
+NUMPY = Front((Optimizer,), Lion, optimizer_arguments)
 
 
 def optimizer(rule: Rule) -> type[Any]:
@@ -310,7 +311,7 @@ def optimizer(rule: Rule) -> type[Any]:
 
 
 def class_of(rule: Rule, front: Front) -> type[Any]:
-    """The class of a rule. Its constructor names all that it takes: options, flags, and what that of the base does."""
+    """The class of a rule. Its constructor names all that it takes: options, and what all classes do."""
     if not isinstance(rule, Rule) or rule.defaults is None:
         raise TypeError(f"fastopt.optimizer: rule must be what @fastopt.rule makes of a function, got {rule!r}.")
     return _class_of(rule, front)
@@ -319,13 +320,13 @@ def class_of(rule: Rule, front: Front) -> type[Any]:
 @functools.cache
 def _class_of(rule: Rule, front: Front) -> type[Any]:
     assert rule.defaults is not None
-    own = inspect.signature(front.bases[0].__init__).parameters.values()  # type: ignore[misc]
-    shared = {**dict(front.flags), **{p.name: p.default for p in own if p.kind is p.KEYWORD_ONLY}}
-    first, last = ("".join(f"{name}=defaults[{name!r}], " for name in names) for names in (rule.defaults, shared))
-    namespace: dict[str, Any] = {"defaults": {**rule.defaults, **shared}, "arguments": front.arguments}
-    exec(  # as dataclasses do, so that the constructor is one as others are
-        f"def __init__(self, params, {first}*, {last}):\n super(cls, self).__init__(**arguments(locals()))", namespace
-    )
+    keywords = inspect.signature(front.like.__init__).parameters.values()  # type: ignore[misc]
+    shared = {p.name: p.default for p in keywords if p.kind is p.KEYWORD_ONLY}
+    first, last = ("".join(f"{name}=_[{name!r}], " for name in names) for names in (rule.defaults, shared))
+    body = "_super(_made, self).__init__(**_arguments(_locals()))"
+    namespace: dict[str, Any] = {"_": {**rule.defaults, **shared}, "_arguments": front.arguments}
+    namespace |= {"_super": super, "_locals": locals}  # no option begins with _
+    exec(f"def __init__(self, params, {first}*, {last}): {body}", namespace)  # as dataclasses do: one like others
     said = {**dict.fromkeys(USUAL, "[0, inf)"), **rule.ranges}
     where = {n: f", in {said[n]}" if n in said else "" for n in rule.defaults}
     head = inspect.getdoc(rule.step) or f"The rule {rule.name}."
@@ -333,5 +334,5 @@ def _class_of(rule: Rule, front: Front) -> type[Any]:
     lines = [head, "", "Args:", "    params: As for other classes.", *listed, f"    {', '.join(shared)}: As there.", ""]
     doc = "\n".join([*lines, f"State: {', '.join(('step', *rule.carried, *rule.state))}."])
     members = {"__doc__": doc, "__module__": rule.step.__module__, "rule": rule, "__init__": namespace["__init__"]}
-    made = namespace["cls"] = type(rule.name, front.bases, members)
+    made = namespace["_made"] = type(rule.name, front.bases, members)
     return made

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from ..engine.options import given_arguments
+from ..engine.options import arguments
 from ..kernels.registry import RULES
 from ._options import plain
 from .base import TensorOptimizer
@@ -49,7 +49,7 @@ class Adam(TensorOptimizer, torch.optim.Adam):
         master_weights: bool = False,
         flatten: bool = False,
     ) -> None:
-        super().__init__(**given_arguments(locals()))
+        super().__init__(**arguments(locals()))
 
     def begin_group(self, group: dict[str, Any]) -> None:  # noqa: D102
         if group.get("fully_decoupled"):
@@ -109,7 +109,7 @@ class AdamW(TensorOptimizer, torch.optim.AdamW):
         master_weights: bool = False,
         flatten: bool = False,
     ) -> None:
-        super().__init__(**given_arguments(locals()))
+        super().__init__(**arguments(locals()))
 
     begin_group, complete = Adam.begin_group, Adam.complete
 
@@ -140,7 +140,7 @@ class Adamax(TensorOptimizer, torch.optim.Adamax):
         master_weights: bool = False,
         flatten: bool = False,
     ) -> None:
-        super().__init__(**given_arguments(locals()))
+        super().__init__(**arguments(locals()))
 
 
 class NAdam(TensorOptimizer, torch.optim.NAdam):
@@ -171,7 +171,7 @@ class NAdam(TensorOptimizer, torch.optim.NAdam):
         master_weights: bool = False,
         flatten: bool = False,
     ) -> None:
-        super().__init__(**given_arguments(locals()))
+        super().__init__(**arguments(locals()))
 
 
 class RAdam(TensorOptimizer, torch.optim.RAdam):
@@ -201,4 +201,4 @@ class RAdam(TensorOptimizer, torch.optim.RAdam):
         master_weights: bool = False,
         flatten: bool = False,
     ) -> None:
-        super().__init__(**given_arguments(locals()))
+        super().__init__(**arguments(locals()))
