@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from ..engine.classes import Front, class_of
 from ..engine.options import arguments
 from ..kernels.registry import RULES
 from ..kernels.rules.rule import Rule
-from ..own_rules import Front, class_of
 from .base import TensorOptimizer
 
 NONNEGATIVE = {name: f"{name} value" for name in ("momentum", "weight_decay", "trust_coefficient")}
