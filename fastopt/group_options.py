@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 from .arrays import HOST, Space
-from .engine.options import STEP_OPTIONS, USUAL, Range, boolean, check_options, naming_options, ranges_of
+from .engine.options import EMA_RANGES, STEP_OPTIONS, USUAL, Range, boolean, check_options, naming_options, ranges_of
 from .kernels.dtypes import COMPUTE
 from .kernels.rules.rule import Options, Rule
 from .step_options import StepOptions
@@ -19,7 +19,7 @@ class Base(StepOptions):
     rule: ClassVar[Rule | None] = None
     """The rule of the class, which knows ranges and variants; a subclass may override ``select_rule`` instead."""
 
-    ranges: ClassVar[Mapping[str, Range]] = {**USUAL, "maximize": boolean, "capturable": boolean}
+    ranges: ClassVar[Mapping[str, Range]] = {**USUAL, "maximize": boolean, "capturable": boolean, **EMA_RANGES}
     """Range of each option, beside those that the rule knows."""
 
     defaults: dict[str, Any]

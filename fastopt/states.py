@@ -11,6 +11,7 @@ import numpy as np
 from .arrays import Array, check_dtype, is_array
 from .engine.plan import MAX_STEP, Parameter
 from .kernels.dtypes import COMPUTE
+from .kernels.epilogues import EMA, EMA_STEP
 from .kernels.registry import family_states
 from .kernels.rules.rule import Options, Rule
 
@@ -131,6 +132,8 @@ def _parameter(entry: Mapping[str, Any], name: str, where: str) -> SavedParamete
             if type(value) not in (int, float) or not -1e308 <= value <= 1e308:
                 raise TypeError(f"{where}: {key} of parameter {name!r} must be an array or a number, got {value!r}.")
             carry[key] = float(value)
+    if EMA not in arrays:
+        carry.pop(EMA_STEP, None)  # the average begins anew
     return SavedParameter(int(step), carry, arrays)
 
 
@@ -138,7 +141,7 @@ def check_states(saved: SavedParameter, p: Parameter, rule: Rule, options: Optio
     """Refuse states of the wrong names, shapes or dtypes for a parameter."""
     dtype = COMPUTE[p.dtype]
     missing = set(rule.state) - set(saved.arrays) - set(rule.late)
-    unknown = set(saved.arrays) - set(p.states) - family_states(rule)  # of a variant that an option chose before
+    unknown = set(saved.arrays) - {EMA, *p.states} - family_states(rule)  # of a variant that an option chose before
     if missing or unknown:
         raise ValueError(
             f"{where}: parameter {p.name!r} has the states {sorted(saved.arrays)}, but its rule needs "
@@ -153,7 +156,7 @@ def check_states(saved: SavedParameter, p: Parameter, rule: Rule, options: Optio
                 f"{dtype} of shape {p.array.shape}."
             )
     known = set(rule.carry(options)._fields) if rule.carry else set()
-    if set(saved.carry) - known or (saved.step and set(saved.carry) != known):
+    if saved.carry.keys() - {EMA_STEP, *known} or (saved.step and known - saved.carry.keys()):
         raise ValueError(
             f"{where}: parameter {p.name!r} has the host scalars {sorted(saved.carry)}, but its rule needs "
             f"{sorted(known)}."

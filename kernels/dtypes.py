@@ -30,9 +30,9 @@ def update_symbol(rule: str, p: str, g: str, isa: str) -> str:
     return f"fastopt_{rule}_{p}_{g}_{_identifier(isa)}"
 
 
-def round_symbol(dtype: str, isa: str) -> str:
-    """Name of the kernel that rounds float32 parameters to a copy of a 16-bit dtype."""
-    return f"fastopt_round_{dtype}_{_identifier(isa)}"
+def epilogue_symbol(epilogue: str, p: str, target: str, isa: str) -> str:
+    """Name of the kernel of an epilogue, for parameters stored as p and a target stored as target."""
+    return f"fastopt_{epilogue}_{p}_{target}_{_identifier(isa)}"
 
 
 def terms_symbol(rule: str, p: str, g: str, isa: str) -> str:

@@ -12,7 +12,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ..kernels.dtypes import ratio_symbol, round_symbol, squares_symbol, terms_symbol, update_symbol
+from ..kernels.dtypes import epilogue_symbol, ratio_symbol, squares_symbol, terms_symbol, update_symbol
+from ..kernels.epilogues import Epilogue
 from ..kernels.registry import RULES
 from ..kernels.rules.rule import Rule
 from .library import library_path, open_library
@@ -37,8 +38,8 @@ class Backend(Protocol):
     def update_kernel(self, rule: Rule, p: str, g: str) -> int:
         """Address of the update of a rule for parameters stored as p and gradients stored as g."""
 
-    def round_kernel(self, dtype: str) -> int:
-        """Address of the rounding of float32 parameters to a 16-bit dtype."""
+    def epilogue_kernel(self, epilogue: Epilogue, p: str, target: str) -> int:
+        """Address of an epilogue for parameters stored as p and a target stored as target."""
 
     def squares_kernel(self, dtype: str) -> int:
         """Address of the sum of squares of a storage dtype."""
@@ -89,7 +90,7 @@ class Jit:
 
 
 def _names(key: tuple[Any, ...]) -> list[str]:
-    return [f"rule {x.name!r}" if isinstance(x, Rule) else str(x) for x in key]
+    return [f"rule {x.name!r}" if isinstance(x, Rule) else getattr(x, "name", x) for x in key]
 
 
 JIT = Jit()
@@ -140,8 +141,9 @@ class Native:
         found = self._address(update_symbol(rule.name, p, g, self.isa)) if prebuilt else None
         return found or JIT.address(self.compiles, "update", rule, p, g)
 
-    def round_kernel(self, dtype: str) -> int:
-        return self._address(round_symbol(dtype, self.isa)) or JIT.address(self.compiles, "round", dtype)
+    def epilogue_kernel(self, epilogue: Epilogue, p: str, target: str) -> int:
+        prebuilt = self._address(epilogue_symbol(epilogue.name, p, target, self.isa))
+        return prebuilt or JIT.address(self.compiles, "epilogue", epilogue, p, target)
 
     def squares_kernel(self, dtype: str) -> int:
         return self._address(squares_symbol(dtype, self.isa)) or JIT.address(self.compiles, "squares", dtype)
@@ -199,8 +201,8 @@ class Numba:
     def update_kernel(self, rule: Rule, p: str, g: str) -> int:
         return JIT.address(self.compiles, "update", rule, p, g)
 
-    def round_kernel(self, dtype: str) -> int:
-        return JIT.address(self.compiles, "round", dtype)
+    def epilogue_kernel(self, epilogue: Epilogue, p: str, target: str) -> int:
+        return JIT.address(self.compiles, "epilogue", epilogue, p, target)
 
     def squares_kernel(self, dtype: str) -> int:
         return JIT.address(self.compiles, "squares", dtype)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+class _Swap:
+    """Uses an object while its parameters hold their averages."""
 
 
 def exclusive(method: Method) -> Method:
@@ -27,12 +32,56 @@ def exclusive(method: Method) -> Method:
         try:
             users.append(me)
             if users[0] is not me:
-                raise RuntimeError(f"{type(self).__name__}.{name}: another thread is using this optimizer.")
+                raise _refusal(self, name)
             return method(self, *args, **kwargs)
         finally:
             users.remove(me)
 
     return alone  # type: ignore[return-value]
+
+
+def _refusal(used: Any, name: str) -> RuntimeError:
+    why = "another thread is using this optimizer."
+    if used._users and isinstance(used._users[0], _Swap):
+        why = "the parameters hold their averages; call it after the block of swap_ema, which puts them back."
+    return RuntimeError(f"{type(used).__name__}.{name}: {why}")
+
+
+@contextlib.contextmanager
+def swapping(
+    optimizer: Any,
+    pairs: Callable[[], Iterable[tuple[Any, Any]]],
+    copy: Callable[[Any], Any],
+    assign: Callable[[Any, Any], None],
+) -> Iterator[None]:
+    """A block in which arrays hold the values of others, and in which all exclusive methods of the optimizer refuse.
+
+    Args:
+        optimizer: It has a list ``_users``.
+        pairs: Lists the arrays, each with the one whose values it is to hold.
+        copy: Returns a copy of an array.
+        assign: Writes values, its second argument, into an array.
+    """
+    users, me = optimizer._users, _Swap()
+    kept: list[tuple[Any, Any]] = []
+
+    def put_back() -> None:
+        for array, values in kept:
+            assign(array, values)
+
+    try:
+        users.append(me)
+        if users[0] is not me:
+            raise _refusal(optimizer, "swap_ema")
+        for array, average in pairs():
+            kept.append((array, copy(array)))
+            assign(array, average)
+        yield
+    finally:
+        try:
+            finish(put_back)
+        finally:
+            users.remove(me)
 
 
 def finish(action: Callable[[], None]) -> None:

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..kernels.layout import GRADIENT, KNOW_G, KNOW_W, MULTIPLIER, ZERO
+from ..kernels.epilogues import Epilogue
+from ..kernels.layout import GRADIENT, KNOW_G, KNOW_W, MULTIPLIER, WEIGHT, WORD, ZERO
 from ..kernels.rules.rule import Options
 from .backend import SERIAL_BELOW, current, get_num_threads
 from .plan import Plan
@@ -19,7 +20,7 @@ from .step import Request, StepInfo
 from .table import Table
 
 _STEPPED = StepInfo()
-NAMES = ("update", "squares", "ratio", "terms", "round", "scalars", "copy")
+NAMES = ("update", "squares", "ratio", "terms", "scalars")
 
 
 class HostPlan(Plan):
@@ -50,15 +51,14 @@ class HostPlan(Plan):
 
     def _build(self, runs: list[tuple[int, int]], *, norms: bool) -> Table:
         table = Table([size for _, size in runs], self._counts)
-        kernels: dict[tuple[Any, ...], tuple[int, tuple[int, int], int, int, int]] = {}  # by kind of segment
-        scalars = [cohort.scalars.ctypes.data for cohort in self.cohorts]
-        first = [k for k, _ in runs]
+        kernels: dict[tuple[Any, ...], tuple[int, tuple[int, int], int, int]] = {}  # by kind of segment
+        scalars = [cohort.numbers.ctypes.data for cohort in self.cohorts]
+        first, at = [k for k, _ in runs], WORD * WEIGHT
         columns, squares = [], self.backend.squares_kernel
         for k in first:
             p, cohort = self.parameters[k], self.cohorts[self._member[k]]
             rule = cohort.treatment.rule
-            copied = p.copy.dtype if p.copy else None
-            kind = (rule, p.dtype, self.dtypes[k], self._adapts(k), copied)
+            kind = (rule, p.dtype, self.dtypes[k], self._adapts(k))
             if kind not in kernels:
                 stored = p.dtype, self.dtypes[k].name
                 kernels[kind] = (
@@ -66,17 +66,24 @@ class HostPlan(Plan):
                     (squares(stored[0]), squares(stored[1])) if norms else (0, 0),
                     self.backend.ratio_kernel(rule) if self._adapts(k) else 0,
                     self.backend.terms_kernel(rule, *stored) if self._adapts(k) and rule.sources else 0,
-                    self.backend.round_kernel(copied) if copied else 0,
                 )
-            columns.append((*kernels[kind], scalars[self._member[k]], p.copy.address if p.copy else 0))
+            columns.append((*kernels[kind], scalars[self._member[k]]))
         for name, column in zip(NAMES, zip(*columns, strict=True), strict=False):
             table.segments[name] = column
+        for place, column in enumerate(zip_longest(*map(self._epilogues, first))):
+            table.segments["epilogues"][:, place] = [
+                (0, 0, 0) if e is None else (self._epilogue_kernel(k, *e[:2]), e[2], scalars[self._member[k]] + at)
+                for k, e in zip(first, column, strict=True)
+            ]
         for place, addresses in enumerate(zip_longest(*self._addresses(runs), fillvalue=0)):
             table.arrays[:, place] = np.array(addresses, np.uint64)
         table.first = np.array(first, np.int64)
         table.signs = np.array([self._signs[self.parameters[k].group] for k in first])
         table.arrays[:, GRADIENT] = self._gradients[table.first]
         return table
+
+    def _epilogue_kernel(self, k: int, epilogue: Epilogue, dtype: str) -> int:
+        return self.backend.epilogue_kernel(epilogue, self.parameters[k].dtype, dtype)
 
     def point_at(self, gradients: NDArray[np.uint64]) -> None:
         self._gradients = gradients

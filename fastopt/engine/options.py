@@ -104,6 +104,9 @@ optional_norm = optional(NORM)
 USUAL: Mapping[str, Range] = {"lr": NONNEGATIVE, "weight_decay": NONNEGATIVE}
 """Options that mean the same in all classes."""
 
+EMA_RANGES: Mapping[str, Callable[[Any, str], Any]] = {"ema_decay": optional(interval("[0, 1)")), "ema_warmup": boolean}
+"""Options of every class, in both front ends."""
+
 
 def ranges_of(defaults: Mapping[str, Any], said: Mapping[str, Any]) -> dict[str, Range]:
     """The range of each option. A record need not say those of flags, and of numbers that only must be finite."""

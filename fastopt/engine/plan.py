@@ -13,7 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..arrays import Array, Space
-from ..kernels.dtypes import ITEMSIZE
+from ..kernels.dtypes import COMPUTE, ITEMSIZE
+from ..kernels.epilogues import AVERAGE, EMA, EMA_STEP, ROUND, Epilogue, average_weight
+from ..kernels.layout import SCALARS, WEIGHT
 from ..kernels.rules.rule import Options, Rule
 from .padding import keeps_zeros
 from .step import Request, StepInfo
@@ -106,13 +108,34 @@ class Parameter:
     guard: Any = None  # a weak reference to the array, which makes NumPy refuse to resize it
     elsewhere: dict[str, int] = field(default_factory=dict)  # addresses of states that lie in no flat array
 
+    @property
+    def views(self) -> dict[str, Array]:
+        """The states in the shape of the array."""
+        mine = slice(self.offset, self.offset + self.size)
+        return {name: flat[mine].reshape(self.array.shape) for name, flat in self.states.items()}
+
 
 class Treatment(NamedTuple):
-    """What is done to a parameter: its rule, whether its layer's trust ratio counts, and options that are replaced."""
+    """What is done to a parameter: its rule, whether its layer's trust ratio counts, options that are replaced, whether
+    it is averaged."""
 
     rule: Rule
     adapts: bool
     overrides: tuple[tuple[str, Any], ...] = ()
+    averages: bool = False
+
+    @property
+    def state(self) -> tuple[str, ...]:
+        """Names of the state arrays."""
+        return (*self.rule.state, EMA) if self.averages else self.rule.state
+
+    def start(self, options: Options) -> dict[str, float]:
+        """What the state arrays hold before the first step."""
+        return {**self.rule.start(options), **({EMA: 0.0} if self.averages else {})}
+
+    def by(self, options: Options) -> Treatment:
+        """The same with what options decide for every rule."""
+        return self._replace(averages=True) if options.get("ema_decay") is not None else self
 
 
 def treatment(rule: Rule, options: Options, dimensions: int) -> Treatment:
@@ -133,7 +156,7 @@ class Cohort:
     group: int
     treatment: Treatment
     progress: Progress
-    scalars: NDArray[np.float64]
+    numbers: NDArray[np.float64]  # a row of the table of scalars
     _tried: tuple[Options | None, bool] = None, True  # options, and whether zeros stay zeros with them
 
     def complete(self, options: Options) -> Options:
@@ -146,17 +169,29 @@ class Cohort:
         rule, t = self.treatment.rule, self.progress.steps + 1
         if t > MAX_STEP:
             raise OverflowError(f"fastopt: parameters of group {self.group} have taken 2^53 steps, so far steps count.")
+        carry: dict[str, float] = {}
         if rule.carry is None:
-            self.scalars[:] = rule.scalars(t, options)
-            self.progress.follow(t, {})
+            scalars = rule.scalars(t, options)
         else:
-            self.scalars[:], carry = rule.scalars(t, options, self.carried(options))
-            self.progress.follow(t, carry._asdict())
+            scalars, carried = rule.scalars(t, options, self.carried(options))
+            carry = carried._asdict()
+        self.numbers[: len(scalars)] = scalars
+        if self.treatment.averages:
+            n = self.averaged
+            self.numbers[WEIGHT] = average_weight(n, options["ema_decay"], options.get("ema_warmup", False))
+            carry[EMA_STEP] = n + 1.0
+        self.progress.follow(t, carry)
+
+    @property
+    def averaged(self) -> float:
+        """How often the parameters were averaged."""
+        return (self.progress.carry or {}).get(EMA_STEP, 0.0)
 
     def carried(self, options: Options) -> Any:
         """What the rule carries into the next step, in its NamedTuple."""
         assert self.treatment.rule.carry is not None
-        return self.treatment.rule.carry(options)._replace(**self.progress.carry or {})
+        start, known = self.treatment.rule.carry(options), self.progress.carry or {}
+        return start._replace(**{name: known[name] for name in start._fields if name in known})
 
     def keeps_zeros(self, options: Options) -> bool:
         """Whether padding of zeros stays zero with these options of the group, which are another dict once changed."""
@@ -206,6 +241,7 @@ class Plan(ABC):
         self._has_ratio = any(c.treatment.adapts and c.treatment.rule.ratio is not None for c in self.cohorts)
         self._signs = signs
         self._space = space
+        self._bases: dict[int, int] = {}  # addresses of flat state arrays, which the parameters keep alive
         self._runs = self._find_runs()
         self._gradients: NDArray[np.uint64] = np.zeros(len(parameters), np.uint64)
         self._adopt()
@@ -220,8 +256,8 @@ class Plan(ABC):
         counts = Counts(len(places))
         cohorts = []
         for (group, treatment, steps, carry), row in places.items():
-            scalars = np.zeros(len(treatment.rule.Scalars._fields))
-            cohorts.append(Cohort(group, treatment, Progress(steps, dict(carry) or None, counts, row), scalars))
+            progress = Progress(steps, dict(carry) or None, counts, row)
+            cohorts.append(Cohort(group, treatment, progress, np.zeros(SCALARS)))
         return cohorts, member, counts
 
     def _adopt(self) -> None:
@@ -261,7 +297,7 @@ class Plan(ABC):
                 and p.offset == previous.offset + previous.extent
                 and not self._adapts(k)
                 and not (p.elsewhere or previous.elsewhere)
-                and all(p.states[name] is previous.states[name] for name in self._rule(k).state)
+                and all(p.states[name] is previous.states[name] for name in self._treatment(k).state)
                 and self._copy_follows(k, runs[-1][0])
             ):
                 first, _ = runs[-1]
@@ -290,29 +326,34 @@ class Plan(ABC):
         # An empty array may be said to lie anywhere.
         return p.copy.dtype == before.copy.dtype and (not p.size or p.copy.address == before.copy.address + distance)
 
+    def _treatment(self, k: int) -> Treatment:
+        return self.cohorts[self._member[k]].treatment
+
     def _rule(self, k: int) -> Rule:
-        return self.cohorts[self._member[k]].treatment.rule
+        return self._treatment(k).rule
 
     def _adapts(self, k: int) -> bool:
-        return self.cohorts[self._member[k]].treatment.adapts and self._rule(k).ratio is not None
+        return self._treatment(k).adapts and self._rule(k).ratio is not None
+
+    def _epilogues(self, k: int) -> list[tuple[Epilogue, str, int]]:
+        """Epilogues of a run that begins with this parameter, each with the dtype and the address of its target."""
+        p = self.parameters[k]
+        found = [] if p.copy is None else [(ROUND, p.copy.dtype, p.copy.address)]
+        return [*found, (AVERAGE, COMPUTE[p.dtype], self._place(p, EMA))] if self._treatment(k).averages else found
+
+    def _place(self, p: Parameter, name: str) -> int:
+        """Where a state of a parameter begins."""
+        if name in p.elsewhere:
+            return p.elsewhere[name]
+        flat = p.states[name]
+        if id(flat) not in self._bases:  # an address costs microseconds to find, so each is asked for once
+            self._bases[id(flat)] = self._space.address(flat)
+        return self._bases[id(flat)] + p.offset * flat.itemsize
 
     def _addresses(self, runs: list[tuple[int, int]]) -> list[list[int]]:
         """For each run where its parameter, gradient and states begin; the gradient's place is left 0."""
-        states: dict[int, int] = {}  # an address costs microseconds to find, so each is asked for once
-        found = []
-        for k, _ in runs:
-            p = self.parameters[k]
-            arrays = [p.address, 0]
-            for name in self._rule(k).state:
-                if name in p.elsewhere:
-                    arrays.append(p.elsewhere[name])
-                    continue
-                flat = p.states[name]
-                if id(flat) not in states:
-                    states[id(flat)] = self._space.address(flat)
-                arrays.append(states[id(flat)] + p.offset * flat.itemsize)
-            found.append(arrays)
-        return found
+        mine = ((k, self.parameters[k]) for k, _ in runs)
+        return [[p.address, 0, *(self._place(p, name) for name in self._rule(k).state)] for k, p in mine]
 
     @property
     def _every_parameter(self) -> list[tuple[int, int]]:

@@ -33,6 +33,7 @@ class Adam(Optimizer):
         capturable: The step can be captured into a CUDA graph, see ``fastopt.Optimizer``.
         eps_hat: Add eps before the second moment's correction, as the paper's second form, TensorFlow and Keras do:
             lr sqrt(1 - beta2^t) / (1 - beta1^t) m_t / (sqrt(v_t) + eps).
+        ema_decay, ema_warmup: Average the parameters, see ``fastopt.Optimizer``.
         max_grad_norm, skip_nonfinite, zero_grads: Of every step, see ``fastopt.Optimizer``.
 
     State: ``exp_avg``, ``exp_avg_sq`` and with AMSGrad ``max_exp_avg_sq`` (float32; float64 for float64 parameters).
@@ -68,6 +69,8 @@ class Adam(Optimizer):
         maximize: bool = False,
         capturable: bool = False,
         eps_hat: bool = False,
+        ema_decay: float | None = None,
+        ema_warmup: bool = False,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
         zero_grads: bool = False,
@@ -95,6 +98,7 @@ class AdamW(Optimizer):
         eps_hat: Add eps before the second moment's correction, as in ``Adam``.
         fully_decoupled: Multiply the decay by the schedule only, as the paper does: by lr / initial_lr, where
             initial_lr is the group's lr at the start. Choose weight_decay about lr times smaller then.
+        ema_decay, ema_warmup: Average the parameters, see ``fastopt.Optimizer``.
         max_grad_norm, skip_nonfinite, zero_grads: Of every step, see ``fastopt.Optimizer``.
 
     State: ``exp_avg``, ``exp_avg_sq`` and with AMSGrad ``max_exp_avg_sq`` (float32; float64 for float64 parameters).
@@ -131,6 +135,8 @@ class AdamW(Optimizer):
         capturable: bool = False,
         eps_hat: bool = False,
         fully_decoupled: bool = False,
+        ema_decay: float | None = None,
+        ema_warmup: bool = False,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
         zero_grads: bool = False,

@@ -31,6 +31,7 @@ class LAMB(Optimizer):
             given.
         trust_clip: The largest ratio, > 0; None: no limit. timm takes 1.
         maximize: Ascend: the gradient is negated.
+        ema_decay, ema_warmup: Average the parameters, see ``fastopt.Optimizer``.
         capturable: The step can be captured into a CUDA graph, see ``fastopt.Optimizer``.
         max_grad_norm, skip_nonfinite, zero_grads: Of every step, see ``fastopt.Optimizer``. u is formed of the clipped
             gradients.
@@ -68,6 +69,8 @@ class LAMB(Optimizer):
         trust_clip: float | None = None,
         maximize: bool = False,
         capturable: bool = False,
+        ema_decay: float | None = None,
+        ema_warmup: bool = False,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
         zero_grads: bool = False,

@@ -42,6 +42,7 @@ class LARS(Optimizer):
             bits. After writing parameters all the same call ``weights_written()``, or the next step takes its ratios
             from the old weights. On a GPU they are
             always taken anew.
+        ema_decay, ema_warmup: Average the parameters, see ``fastopt.Optimizer``.
         max_grad_norm, skip_nonfinite, zero_grads: Of every step, see ``fastopt.Optimizer``.
 
     State: ``momentum_buffer`` (float32; float64 for float64 parameters).
@@ -81,6 +82,8 @@ class LARS(Optimizer):
         maximize: bool = False,
         capturable: bool = False,
         keep_weight_norms: bool = False,
+        ema_decay: float | None = None,
+        ema_warmup: bool = False,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
         zero_grads: bool = False,

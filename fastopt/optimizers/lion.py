@@ -21,6 +21,7 @@ class Lion(Optimizer):
         weight_decay: Decoupled decay rate, >= 0, multiplied by lr; three to ten times larger than AdamW's.
         maximize: Ascend: the gradient is negated.
         capturable: The step can be captured into a CUDA graph, see ``fastopt.Optimizer``.
+        ema_decay, ema_warmup: Average the parameters, see ``fastopt.Optimizer``.
         max_grad_norm, skip_nonfinite, zero_grads: Of every step, see ``fastopt.Optimizer``.
 
     State: ``exp_avg`` (float32; float64 for float64 parameters).
@@ -51,6 +52,8 @@ class Lion(Optimizer):
         *,
         maximize: bool = False,
         capturable: bool = False,
+        ema_decay: float | None = None,
+        ema_warmup: bool = False,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
         zero_grads: bool = False,

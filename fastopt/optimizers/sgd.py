@@ -31,6 +31,7 @@ class SGD(Optimizer):
         capturable: The step can be captured into a CUDA graph, see ``fastopt.Optimizer``.
         lr_in_momentum: Keep lr inside the buffer, b_t = momentum b_{t-1} + lr d_t and w_t = w_{t-1} - b_t, as papers,
             TensorFlow and MLPerf do. The two differ when lr changes.
+        ema_decay, ema_warmup: Average the parameters, see ``fastopt.Optimizer``.
         max_grad_norm, skip_nonfinite, zero_grads: Of every step, see ``fastopt.Optimizer``.
 
     State: ``momentum_buffer`` (float32; float64 for float64 parameters), unless momentum is 0.
@@ -66,6 +67,8 @@ class SGD(Optimizer):
         maximize: bool = False,
         capturable: bool = False,
         lr_in_momentum: bool = False,
+        ema_decay: float | None = None,
+        ema_warmup: bool = False,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
         zero_grads: bool = False,

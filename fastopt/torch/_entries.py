@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ..engine.plan import Copy, Parameter, Progress, Treatment
 from ..kernels.dtypes import COMPUTE, ITEMSIZE
-from ..kernels.rules.rule import Options, Rule
+from ..kernels.epilogues import EMA, EMA_STEP
+from ..kernels.rules.rule import Options
 from ._devices import Home
 from ._flat import FlatGroups
 from ._master import MASTER
@@ -129,8 +130,8 @@ class Entries:
         self, i: int, memory: Tensor, state: ParameterState, slot: Slot, options: Sequence[Options], treat: Treat
     ) -> Entry:
         parameter, group = self._params[i], self._places[i][0]
-        rule, untouched = treat(options[group], parameter).rule, state.is_untouched
-        progress = self._progress(i, rule, state, options[group])
+        treatment, untouched = treat(options[group], parameter), state.is_untouched
+        progress = self._progress(i, treatment, state, options[group])
         record = Parameter(
             name=self.name(i),
             array=parameter,  # type: ignore[arg-type]
@@ -146,7 +147,7 @@ class Entries:
         entry = Entry(record, slot, state, untouched or not dict.__len__(state))
         for name in [STEP] * self._kind.counts + list(progress.carry or {}):
             entry.numbers[name] = self._number(i, state, slot, name)
-        for name, start in rule.start(options[group]).items():
+        for name, start in treatment.start(options[group]).items():
             entry.tensors[name] = self._tensor(i, memory, entry, name, start)
         if self._kind.has_master(memory):
             record.copy = Copy(record.dtype, record.address)
@@ -168,9 +169,10 @@ class Entries:
             for i, entry in self._entries.items()
         )
 
-    def _progress(self, i: int, rule: Rule, state: ParameterState, options: Options) -> Progress:
+    def _progress(self, i: int, treatment: Treatment, state: ParameterState, options: Options) -> Progress:
         """How far the parameter has come, by what its state says."""
-        carried = rule.carry(options)._asdict() if rule.carry is not None else {}
+        rule = treatment.rule
+        carried: dict[str, float] = rule.carry(options)._asdict() if rule.carry is not None else {}
         present = [name for name in (*rule.state, *carried) if dict.get(state, name) is not None]
         if state.is_untouched:
             steps = 0
@@ -182,7 +184,12 @@ class Entries:
             carried.update((name, number(dict.get(state, name))) for name in carried if name in present)
         else:  # only the first step differs from the others, and leaves a state
             steps = int(bool(present))
-        return Progress(steps, carried if rule.carry is not None else None)
+        averagings = dict.get(state, EMA_STEP)
+        if treatment.averages:  # an average that is lacking begins as a copy
+            carried[EMA_STEP] = 0.0 if averagings is None or dict.get(state, EMA) is None else number(averagings)
+        elif isinstance(averagings, Tensor):  # and so does one that is switched on again
+            averagings.zero_()
+        return Progress(steps, carried or None)
 
     def _count(self, i: int, state: ParameterState, has_states: bool) -> int:
         value = dict.get(state, STEP)

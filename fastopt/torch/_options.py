@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from ..engine.options import NORM, boolean
+from ..engine.options import EMA_RANGES, NORM, Range, boolean
 from ..engine.step import Request
 from ..kernels.registry import RULES, family_states
 from ..kernels.rules.rule import Rule
@@ -91,6 +91,12 @@ class StepOptions:
         raise NotImplementedError(
             f"{type(self).__name__}: {asked} needs sums over all processes, but {part}. Leave it out, and {cure}."
         )
+
+
+def checked_flag(name: str, value: Any, where: str) -> Any:
+    """An option that torch's class does not have, in its range."""
+    check: Range = EMA_RANGES.get(name, boolean)
+    return check(plain(value, where), where)
 
 
 def check_keywords(cls: type, keywords: Iterable[str]) -> None:

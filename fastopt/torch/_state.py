@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..engine.plan import Progress
 from ..flat import Layout
+from ..kernels.epilogues import EMA, EMA_STEP
 from ..kernels.registry import RULES
 from ..kernels.rules.rule import Rule
 from . import _devices
@@ -36,7 +37,8 @@ class Names(NamedTuple):
     def of(cls, *rules: Rule) -> Names:
         """Those of some rules."""
         states = frozenset(name for rule in rules for name in rule.state)
-        return cls(states | {MASTER}, frozenset(name for rule in rules for name in rule.carried))
+        numbers = frozenset(name for rule in rules for name in rule.carried)
+        return cls(states | {MASTER, EMA}, numbers | {EMA_STEP})
 
 
 LIBRARY = Names.of(*RULES.values())

@@ -15,13 +15,14 @@ from torch._compile import _disable_dynamo
 from torch.optim.optimizer import Optimizer, _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from ..engine.exclusive import exclusive
-from ..engine.options import Range, boolean, ranges_of
+from ..engine.options import EMA_RANGES, Range, boolean, ranges_of
 from ..engine.plan import Treatment, treatment
 from ..engine.step import Request, StepInfo
 from ..kernels.registry import variant
 from ..kernels.rules.rule import Options, Rule
 from . import _devices
 from ._checkpoints import Checkpoints
+from ._ema import Averages
 from ._entries import Kind
 from ._flat import FlatGroups
 from ._lr import DeviceRates
@@ -31,6 +32,7 @@ from ._options import (
     check_loaded_group,
     check_loaded_state,
     check_rate,
+    checked_flag,
     is_fixed,
     plain,
     refuse_extras,
@@ -46,7 +48,7 @@ from ._tensors import FLOATING, PLAIN, check_apart, parameter_memory
 Made = TypeVar("Made", bound="TensorOptimizer")
 
 
-class TensorOptimizer(StepOptions, Checkpoints):
+class TensorOptimizer(StepOptions, Averages, Checkpoints):
     """What all optimizers of ``fastopt.torch`` share; torch's class of the same name supplies the rest.
 
     Parameters and ``.grad`` stay where they are; a step is one pass over memory for all parameters of all groups. What
@@ -68,6 +70,10 @@ class TensorOptimizer(StepOptions, Checkpoints):
             None, so that a parameter without gradient is one with a gradient of zero: it decays, and its momentum goes
             on. Parameters with ``requires_grad=False`` stay where they are. Make optimizers after ``model.to`` and
             before DDP; other references to the old memory go stale.
+        ema_decay, ema_warmup: Average the parameters in the same pass, as in ``fastopt.Optimizer``; options of param
+            groups, too. The state ``ema`` is float32 (float64 for float64 parameters); of 16-bit parameters with a
+            master the master is averaged. Buffers, such as the statistics of batch normalization, are the model's:
+            ``torch.optim.swa_utils.update_bn`` renews them inside ``swap_ema``.
         **options: The other arguments of the class. ``foreach`` and ``fused`` are accepted and make no difference.
             ``capturable=True``, which all classes take, lets steps on a GPU be captured into CUDA graphs; it makes no
             difference on the CPU. Numbers may be Python's, NumPy's or tensors of one element.
@@ -144,7 +150,7 @@ class TensorOptimizer(StepOptions, Checkpoints):
         for name in options.keys() - self._torch_names:
             value = options.pop(name)
             if name in self.rule_options:
-                flags[name] = boolean(value, f"{where}: {name}")
+                flags[name] = checked_flag(name, value, f"{where}: {name}")
             elif name not in ("foreach", "fused"):  # which older versions do not take everywhere
                 raise TypeError(f"{where}.__init__() got an unexpected keyword argument {name!r}.")
         flags = {name: value for name, value in flags.items() if value is not self.rule_options[name]}
@@ -167,7 +173,7 @@ class TensorOptimizer(StepOptions, Checkpoints):
         if TensorOptimizer in cls.__bases__:
             inherited = inspect.signature(super().__init__).parameters
             takes_all = any(p.kind is p.VAR_KEYWORD for p in inherited.values())
-            names = own.parameters.keys() - {"capturable"} if takes_all else inherited.keys()
+            names = own.parameters.keys() - {"capturable", *EMA_RANGES} if takes_all else inherited.keys()
             cls._torch_names = frozenset(names - {"self", "params"})
             shared = inspect.signature(TensorOptimizer.__init__).parameters
             flags = {p.name: p.default for p in parameters if p.name not in (*names, *shared, "foreach", "fused")}
@@ -216,6 +222,9 @@ class TensorOptimizer(StepOptions, Checkpoints):
             )
         return treatment(rule, options, parameter.ndim)
 
+    def _treatment(self, options: Options, parameter: Tensor) -> Treatment:
+        return self.treat(options, parameter).by(options)
+
     def begin_group(self, group: dict[str, Any]) -> None:
         """Note what an option needs to know of the start of a group."""
 
@@ -223,7 +232,7 @@ class TensorOptimizer(StepOptions, Checkpoints):
         """The part of the options that decides on kernels and states."""
         rule = self.select_rule(options)
         layers = (options["adapt"], options.get("decay_1d")) if rule.layerwise else ()
-        return rule, bool(options.get("maximize")), *layers
+        return rule, bool(options.get("maximize")), options["ema_decay"] is not None, *layers
 
     @_disable_dynamo
     @exclusive
@@ -351,7 +360,7 @@ class TensorOptimizer(StepOptions, Checkpoints):
                 if self.zero_grads:
                     self.zero_grad(set_to_none=False)
                 return StepInfo(True)
-            info = stepper.step(request, options, self.treat)
+            info = stepper.step(request, options, self._treatment)
             del alive
             if info is not None:
                 if scale is not None and self._unscales and not self.zero_grads:
@@ -402,7 +411,7 @@ class TensorOptimizer(StepOptions, Checkpoints):
             self._make_states(self._current_options())
 
     def _make_states(self, options: list[dict[str, Any]]) -> None:
-        self._stepper().make_states(options, self.treat)
+        self._stepper().make_states(options, self._treatment)
         self.state.watch.drop()  # the first step begins from these states, with the options of then
 
     def _asks_for_states(self, options: list[dict[str, Any]]) -> bool:
@@ -511,7 +520,7 @@ class TensorOptimizer(StepOptions, Checkpoints):
         if options.get("differentiable"):
             raise NotImplementedError(f"{where}differentiable=True is not supported.")
         for name in self.rule_options.keys() - self._torch_names:
-            options[name] = boolean(options[name], where + name)
+            options[name] = checked_flag(name, options[name], where + name)
         options |= {name: check(options[name], where + name) for name, check in self.ranges.items() if name in options}
         rule = self.select_rule(options)
         for name in {*rule.options, *rule.initial.values()} & {*options, *self.defaults}:
@@ -534,9 +543,9 @@ class TensorOptimizer(StepOptions, Checkpoints):
         groups = []
         for index, (group, now) in enumerate(zip(loaded["param_groups"], self.param_groups, strict=False)):
             refuse_extras(group, self._extras(), f"{where}group {index} of the state dict")
-            check_loaded_group(group, self.defaults, f"{where}group {index} of the state dict")
             kept = {name: now[name] for name in self.rule_options if name in now and name not in group}
             groups.append({**group, **kept})
+            check_loaded_group(groups[-1], self.defaults, f"{where}group {index} of the state dict")
             rule = self.select_rule({**self.rule_options, **self.defaults, **groups[-1]})
             for key in group["params"]:
                 state = loaded["state"].get(key)

@@ -22,7 +22,8 @@ import llvmlite.binding as llvm
 from numba import cfunc
 
 from .. import reductions
-from ..dtypes import COMPUTE, COPIES, PAIRS, ratio_symbol, round_symbol, squares_symbol, terms_symbol, update_symbol
+from ..dtypes import COMPUTE, PAIRS, epilogue_symbol, ratio_symbol, squares_symbol, terms_symbol, update_symbol
+from ..epilogues import KINDS, Epilogue, kinds_of
 from ..registry import RULES
 from ..rules.rule import Rule
 from ..storage import Features
@@ -42,9 +43,10 @@ def update_kernel(rule: Rule, p: str, g: str, isa: str, features: Features) -> K
     return Kernel(update_symbol(rule.name, p, g, isa), loop.cpu_loop(rule, p, g, features), loop.SIGNATURE)
 
 
-def round_kernel(dtype: str, isa: str, features: Features) -> Kernel:
-    """Rounds float32 parameters to a copy stored as ``dtype``."""
-    return Kernel(round_symbol(dtype, isa), loop.rounding_loop(dtype, features), loop.ROUND_SIGNATURE)
+def epilogue_kernel(epilogue: Epilogue, p: str, target: str, isa: str, features: Features) -> Kernel:
+    """An epilogue for parameters stored as ``p`` and a target stored as ``target``."""
+    symbol = epilogue_symbol(epilogue.name, p, target, isa)
+    return Kernel(symbol, loop.epilogue_loop(epilogue, p, target, features), loop.EPILOGUE_SIGNATURE)
 
 
 def squares_kernel(dtype: str, isa: str, features: Features) -> Kernel:
@@ -111,8 +113,8 @@ def _kernels(p: str, g: str, features: Features) -> Iterator[tuple[Kernel, bool]
             yield ratio_kernel(rule, "", features), False
     if p == g:
         yield squares_kernel(p, "", features), True
-        if p in COPIES:
-            yield round_kernel(p, "", features), p == "float16"
+        for epilogue, target in (KINDS[k] for k in kinds_of(p)):
+            yield epilogue_kernel(epilogue, p, target, "", features), "float16" in (p, target)
 
 
 def _translate(kernel: Kernel) -> tuple[str, str]:

@@ -123,17 +123,19 @@ static void leave(mode m) {
     if ((m & CONTROL) != DEFAULT_MODE) set_mode(m);
 }
 
-/* A 16-bit copy is written block by block, while the parameters are in the first-level cache. The sums of squares of the
- * blocks are added in the order in which the kernel would add them. */
+/* Epilogues follow strip by strip, while the parameters are in the first-level cache: where the kernel sums squares, block
+ * by block, which are then added in the order in which it would add them. */
 static double update_chunk(const segment *segments, const chunk *c) {
     const segment *s = segments + c->segment;
-    if (!s->round) return s->update(c->lo, c->hi, (void **)s->arrays, s->scalars, s->own);
+    if (!s->epilogues->kernel) return s->update(c->lo, c->hi, (void **)s->arrays, s->scalars, s->own);
     mode m = enter();
     double squares = 0;
+    int64_t strip = s->ratio && !s->terms ? BLOCK : STRIP;
     for (int64_t lo = c->lo, hi; lo < c->hi; lo = hi) {
-        hi = lo + BLOCK < c->hi ? lo + BLOCK : c->hi;
+        hi = lo + strip < c->hi ? lo + strip : c->hi;
         squares += s->update(lo, hi, (void **)s->arrays, s->scalars, s->own);
-        s->round(lo, hi, s->arrays[PARAMETER], s->copy);
+        for (const epilogue *e = s->epilogues; e < s->epilogues + EPILOGUES && e->kernel; e++)
+            e->kernel(lo, hi, s->arrays[PARAMETER], e->target, e->number);
     }
     squares = settled(squares);
     leave(m);

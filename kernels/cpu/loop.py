@@ -13,6 +13,7 @@ from numba.core.extending import intrinsic
 from .. import reductions
 from ..dtypes import COMPUTE, ITEMSIZE
 from ..environment import enter, leave, settled
+from ..epilogues import Epilogue
 from ..layout import BLOCK as REDUCED
 from ..layout import LANES, MULTIPLIER, PARAMETER, RATIO, ZERO
 from ..reductions import scaled, take_sum
@@ -29,8 +30,8 @@ SIGNATURE = types.float64(
 """C signature of an update kernel. For rules with a trust ratio it returns the sum of squares of the new parameters,
 from which the next step has its weight norms; for others 0."""
 
-ROUND_SIGNATURE = types.void(types.int64, types.int64, types.voidptr, types.voidptr)
-"""C signature of a rounding kernel: elements lo to hi - 1 of a float32 array into a 16-bit one."""
+EPILOGUE_SIGNATURE = types.void(types.int64, types.int64, types.voidptr, types.voidptr, types.CPointer(types.float64))
+"""C signature of an epilogue's kernel: elements lo to hi - 1 of the parameter and the target; its number."""
 
 PROMOTED = "a literal such as 2 promotes what it touches, so make it an option or one of the scalars"
 
@@ -103,21 +104,23 @@ def cpu_loop(rule: Rule, p: str, g: str, features: Features) -> Callable[..., fl
     return loop
 
 
-def rounding_loop(dtype: str, features: Features) -> Callable[..., None]:
-    """The loop that rounds float32 parameters to a copy stored as ``dtype``, to be compiled."""
-    access = Access([Storage("float32"), Storage(dtype, features.half)], types.float32)
-    ahead, round_one = access.ahead([1], write=True), access.round_one()  # parameters were just written
+def epilogue_loop(epilogue: Epilogue, p: str, target: str, features: Features) -> Callable[..., None]:
+    """The loop of ``epilogue`` over parameters stored as ``p`` and a target stored as ``target``, to be compiled."""
+    compute = getattr(types, COMPUTE[p])
+    access = Access([Storage(target, features.half), Storage(p, features.half)], compute)
+    load, store, ahead = access.load(), access.store(), access.ahead([0], write=True)  # parameters were just written
+    step = njit(error_model="numpy", forceinline=True)(epilogue.step)
 
-    def loop(lo: Any, hi: Any, parameter: Any, copy: Any) -> None:
+    def loop(lo: Any, hi: Any, parameter: Any, target: Any, number: Any) -> None:
         mode: Any = enter()  # type: ignore[call-arg]
-        pointers = parameter, copy
+        pointers, h = (target, parameter), compute(number[0])
         tail = hi - (hi - lo) % BLOCK
         for start in range(lo, tail, BLOCK):
             ahead(pointers, start + AHEAD)
             for i in range(start, start + BLOCK):
-                round_one(pointers, i)
+                store(pointers, i, step(*load(pointers, i, compute(1.0), h)))
         for i in range(tail, hi):
-            round_one(pointers, i)
+            store(pointers, i, step(*load(pointers, i, compute(1.0), h)))
         leave(mode)
 
     return loop
@@ -266,21 +269,6 @@ class Access:
             return types.void(pointers, types.int64), codegen
 
         return clear
-
-    def round_one(self) -> Any:
-        """Intrinsic ``(pointers, i)``: element i of the first array, rounded to the second."""
-
-        @intrinsic
-        def round_one(typingctx: Any, pointers: Any, i: Any) -> Any:
-            def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-                number = self._mark(builder, builder.load(self._element(builder, args[0], 0, args[1])), 0)
-                value = self.storages[1].encode(builder, number)
-                self._mark(builder, builder.store(value, self._element(builder, args[0], 1, args[1])), 1)
-                return context.get_dummy_value()
-
-            return types.void(self.pointers, types.int64), codegen
-
-        return round_one
 
     def ahead(self, arrays: Iterable[int], write: bool = False) -> Any:
         """Intrinsic ``(pointers, i)``: ask for the cache lines of the block that begins at element i of some arrays."""

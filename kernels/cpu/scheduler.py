@@ -19,7 +19,7 @@ from numba.core.extending import intrinsic
 
 from .. import reductions
 from ..environment import enter, leave, settled
-from ..layout import BLOCK, GRADIENT, KNOW_W, LANES, MULTIPLIER, PARAMETER, RATIO, SEGMENT, SUMS
+from ..layout import BLOCK, EPILOGUES, GRADIENT, KNOW_W, LANES, MULTIPLIER, PARAMETER, RATIO, SEGMENT, STRIP, SUMS
 from . import loop, terms
 
 WORD = np.dtype(np.uint64).itemsize
@@ -52,7 +52,7 @@ def _caller(signature: Any) -> Any:
 
 
 _update = _caller(loop.SIGNATURE)
-_round = _caller(loop.ROUND_SIGNATURE)
+_epilogue = _caller(loop.EPILOGUE_SIGNATURE)
 _squares = _caller(reductions.SIGNATURE)
 _terms = _caller(terms.SIGNATURE)
 _ratio = _caller(reductions.RATIO_SIGNATURE)
@@ -67,8 +67,7 @@ class Scheduler:
         words = SEGMENT.itemsize // WORD
         update_at, squares_at, scalars_at = places["update"], places["squares"], places["scalars"]
         arrays_at, own_at, ratio_at = places["arrays"], places["own"], places["ratio"]
-        round_at, copy_at = places["round"], places["copy"]
-        terms_at, sums_at = places["terms"], places["sums"]
+        terms_at, sums_at, epilogues_at = places["terms"], places["sums"], places["epilogues"]
 
         # A table arrives as words: two views of the same bytes, as integers and as float64.
         @njit(nogil=True)
@@ -80,14 +79,17 @@ class Scheduler:
         @njit(nogil=True)
         def update_chunk(table: Any, at: int, chunk: Any) -> float:
             s, lo, end = chunk[0] * words, chunk[1], chunk[2]
-            if table[s + round_at] == 0:
+            if table[s + epilogues_at] == 0:
                 return update_part(table, at, s, lo, end)  # type: ignore[no-any-return]
             mode: Any = enter()  # type: ignore[call-arg]
             squares = 0.0
+            strip = BLOCK if table[s + ratio_at] != 0 and table[s + terms_at] == 0 else STRIP
             while lo < end:
-                hi = min(lo + BLOCK, end)
+                hi = min(lo + strip, end)
                 squares += update_part(table, at, s, lo, hi)
-                _round(table[s + round_at], (lo, hi, table[s + arrays_at + PARAMETER], table[s + copy_at]))
+                for e in range(s + epilogues_at, s + epilogues_at + 3 * EPILOGUES, 3):  # kernel, target, number
+                    if table[e] != 0:
+                        _epilogue(table[e], (lo, hi, table[s + arrays_at + PARAMETER], table[e + 1], table[e + 2]))
                 lo = hi
             squares = settled(squares)
             leave(mode)

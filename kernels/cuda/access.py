@@ -11,15 +11,12 @@ from typing import Any
 from llvmlite import ir
 from numba.core import cgutils
 
-from ..dtypes import CODES, COMPUTE, COPIES, ITEMSIZE
-from ..layout import CARRY, COPY, COPY_CODE, LANES
+from ..dtypes import COMPUTE, ITEMSIZE
+from ..layout import CARRY, LANES
 from ..reductions import scaled
 from ..rules.rule import Rule
 from ..storage import DOUBLE, FLOAT, I32, I64, Storage
 from .toolchain import intrinsic, types
-
-COPY_BYTES = 2
-"""Bytes of an element of a 16-bit copy."""
 
 GLOBAL = 1
 """Address space of device memory: said in the pointer's type, a load needs no check of where it points."""
@@ -214,22 +211,18 @@ def ratio_caller(rule: Rule) -> Any:
 class Arrays:
     """Loads and stores of neighbouring elements of every array of a rule.
 
-    Of float32 parameters there may be a 16-bit copy. Whether there is one is asked at every store, which costs a branch
-    that all threads take alike: kernels of their own would be half as many again.
-
     Args:
-        rule: The rule.
+        rule: The rule, or an epilogue, whose target and parameter take the places of parameter and gradient.
         p: Storage dtype of the parameter.
         g: Storage dtype of the gradient.
     """
 
-    def __init__(self, rule: Rule, p: str, g: str) -> None:
+    def __init__(self, rule: Any, p: str, g: str) -> None:
         self.storages = [Storage(p), Storage(g)] + [Storage(COMPUTE[p])] * len(rule.state)
         self.compute = getattr(types, COMPUTE[p])
         self.rule, self.step = rule, rule.step
         self.written = [0, *range(2, len(self.storages))]  # everything but the gradient
-        self.copies = p == "float32"
-        self.pointers = types.UniTuple(types.int64, len(self.storages) + 2 * self.copies)
+        self.pointers = types.UniTuple(types.int64, len(self.storages))
 
     def _place(self, builder: Any, pointers: Any, k: int, index: Any) -> Any:
         return _at(builder, builder.extract_value(pointers, k), index, self.storages[k].memory)
@@ -249,11 +242,8 @@ class Arrays:
         return [builder.trunc(builder.lshr(x, shift), memory) for x in words for shift in shifts]
 
     def pointers_of(self) -> Any:
-        """Intrinsic ``(segment, gradient) -> pointers``: addresses of parameter, gradient and states.
-
-        With float32 parameters the address of their copy, or 0, and the number of its dtype follow.
-        """
-        places = [*range(len(self.storages)), *((COPY, COPY_CODE) if self.copies else ())]
+        """Intrinsic ``(segment, gradient) -> pointers``: addresses of parameter, gradient and states."""
+        places = range(len(self.storages))
 
         @intrinsic
         def pointers_of(typingctx: Any, segment: Any, gradient: Any) -> Any:
@@ -274,9 +264,8 @@ class Arrays:
         def aligned(typingctx: Any, pointers: Any) -> Any:
             def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
                 rests = ir.Constant(I64, 0)
-                sizes = [ITEMSIZE[storage.dtype] for storage in self.storages] + [COPY_BYTES] * self.copies
-                for k, itemsize in enumerate(sizes):
-                    mask = ir.Constant(I64, count * itemsize - 1)
+                for k in range(len(self.storages)):
+                    mask = ir.Constant(I64, count * self._itemsize(k) - 1)
                     rests = builder.or_(rests, builder.and_(builder.extract_value(args[0], k), mask))
                 return builder.icmp_unsigned("==", rests, ir.Constant(I64, 0))
 
@@ -401,8 +390,6 @@ class Arrays:
                     storage = self.storages[k]
                     values = [storage.encode(builder, builder.extract_value(t, position)) for t in tuples]
                     self._put(builder, args[0], k, args[1], values)
-                if self.copies:
-                    self._put_copy(builder, args[0], args[1], [builder.extract_value(t, 0) for t in tuples])
                 return context.get_dummy_value()
 
             expected = types.UniTuple(types.UniTuple(self.compute, len(self.written)), count)
@@ -425,29 +412,16 @@ class Arrays:
 
     def _put(self, builder: Any, pointers: Any, k: int, index: Any, values: list[Any]) -> None:
         """Elements of array k from ``index`` on, by one store."""
-        _put_all(builder, self._place(builder, pointers, k, index), values, self._itemsize(k))
-
-    def _put_copy(self, builder: Any, pointers: Any, index: Any, numbers: list[Any]) -> None:
-        """Parameters from ``index`` on, rounded to their copy, where there is one."""
-        address, code = (builder.extract_value(pointers, len(self.storages) + j) for j in range(2))
-        first, second = map(Storage, COPIES)
-        with builder.if_then(builder.icmp_unsigned("!=", address, ir.Constant(I64, 0))):
-            is_first = builder.icmp_unsigned("==", code, ir.Constant(I64, CODES[first.dtype]))
-            values = [builder.select(is_first, first.encode(builder, x), second.encode(builder, x)) for x in numbers]
-            _put_all(builder, _at(builder, address, index, first.memory), values, COPY_BYTES)
+        place = self._place(builder, pointers, k, index)
+        if len(values) == 1:
+            builder.store(values[0], place)
+            return
+        kind = ir.VectorType(values[0].type, len(values))
+        vector = ir.Constant(kind, ir.Undefined)
+        for j, value in enumerate(values):
+            vector = builder.insert_element(vector, value, ir.Constant(I32, j))
+        place = builder.bitcast(place, ir.PointerType(kind, GLOBAL))
+        builder.store(vector, place, align=len(values) * self._itemsize(k))
 
     def _itemsize(self, k: int) -> int:
         return ITEMSIZE[self.storages[k].dtype]
-
-
-def _put_all(builder: Any, place: Any, values: list[Any], itemsize: int) -> None:
-    """Neighbouring elements, by one store."""
-    if len(values) == 1:
-        builder.store(values[0], place)
-        return
-    kind = ir.VectorType(values[0].type, len(values))
-    vector = ir.Constant(kind, ir.Undefined)
-    for j, value in enumerate(values):
-        vector = builder.insert_element(vector, value, ir.Constant(I32, j))
-    place = builder.bitcast(place, ir.PointerType(kind, GLOBAL))
-    builder.store(vector, place, align=len(values) * itemsize)

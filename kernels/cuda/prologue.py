@@ -13,12 +13,15 @@ from collections.abc import Callable
 from typing import Any
 
 from ..dtypes import CODES, COMPUTE
+from ..epilogues import average_weight
 from ..layout import (
     ADAPTS,
+    AVERAGED,
     BLOCK,
     CHUNKS,
     COHORT,
     COHORT_WORDS,
+    DECAY,
     FIRST_CHUNK,
     G_CODE,
     LANES,
@@ -34,6 +37,8 @@ from ..layout import (
     SEGMENT_WORDS,
     SKIP,
     STEPS,
+    WARMUP,
+    WEIGHT,
     WORD,
 )
 from ..rules.rule import Rule
@@ -54,6 +59,7 @@ def prologue(rule: Rule, access: Any) -> Callable[..., None]:
     form_scalars, trust_ratio = access.scalars_former(rule), access.ratio_caller(rule)
     has_ratio, last_scalar = rule.ratio is not None and not rule.sources, len(rule.Scalars._fields) - 1  # type: ignore[attr-defined]
     factors = cuda.jit(device=True, inline="always")(rule.factors)
+    weight_of = cuda.jit(device=True, inline="always")(average_weight)
     lr_at = -1 if "lr" not in rule.options else sum(_before(rule.options, "lr"))
 
     def kernel(
@@ -180,7 +186,13 @@ def prologue(rule: Rule, access: Any) -> Callable[..., None]:
                     if lr_at >= 0 and word(cohort, LR) != 0:
                         lr = real(word(cohort, LR), 0) if word(cohort, LR_BYTES) == 8 else single(word(cohort, LR), 0)
                         put_real(row, lr_at, lr)
-                    form_scalars(t, cohort, row, scalars64 + 8 * SCALARS * c, scalars32 + 4 * SCALARS * c)
+                    own64, own32 = scalars64 + 8 * SCALARS * c, scalars32 + 4 * SCALARS * c
+                    form_scalars(t, cohort, row, own64, own32)
+                    n = word(cohort, AVERAGED)
+                    put_word(cohort, AVERAGED, n + 1)
+                    weight = weight_of(float(n), real(row, DECAY), real(row, WARMUP))
+                    put_real(own64, WEIGHT, weight)
+                    put_single(own32, WEIGHT, weight)
             cuda.syncthreads()
         if has_ratio:
             multiplier = real(header, MULTIPLIER64)

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from ..dtypes import COMPUTE
+from ..epilogues import KINDS, kinds_of
 from ..layout import (
     ADAPTS,
     CHUNK,
     COHORT,
     MULTIPLIER32,
     MULTIPLIER64,
+    PARAMETER,
     PARTS_BITS,
     SCALARS,
     SEGMENT_WORDS,
     SIGN,
     SKIP,
+    TARGETS,
+    WEIGHT,
     WORD,
 )
 from ..rules.rule import Rule
@@ -44,12 +51,11 @@ def update_loop(rule: Rule, p: str, g: str, access: Any, threads: int = THREADS)
     multiplier_at = MULTIPLIER32 if compute == "float32" else MULTIPLIER64
     apply = arrays.apply()
     has_ratio, last = rule.ratio is not None, len(rule.Scalars._fields) - 1  # type: ignore[attr-defined]
+    part_of = _part(access)
+    follow = functools.reduce(_then, [_epilogue(k, p, access, threads) for k in kinds_of(p)])
 
     def update(chunks: Any, segments: Any, gradients: Any, header: Any, scalars: Any, ratios: Any, zero: Any) -> None:
-        chunk, part = cuda.blockIdx.x >> PARTS_BITS, cuda.blockIdx.x & (PARTS - 1)
-        s = word(chunks, 3 * chunk)
-        lo = word(chunks, 3 * chunk + 1) + part * (CHUNK // PARTS)
-        hi = min(word(chunks, 3 * chunk + 2), lo + CHUNK // PARTS)
+        s, lo, hi = part_of(chunks)
         if hi <= lo:  # the chunk ends before this part of it
             return
         segment = segments + WORD * SEGMENT_WORDS * s
@@ -72,11 +78,11 @@ def update_loop(rule: Rule, p: str, g: str, access: Any, threads: int = THREADS)
         multiplier = number(header, multiplier_at)
         if word(segment, SIGN) < 0:
             multiplier = -multiplier
-        scalars += number_size * SCALARS * word(segment, COHORT)
+        own = scalars + number_size * SCALARS * word(segment, COHORT)
         ratio = ratios + 2 * number_size * s
         if has_ratio and word(segment, ADAPTS) == 0:
-            ratio = scalars + number_size * (last - 1)
-        h = scalars_of(scalars, ratio)
+            ratio = own + number_size * (last - 1)
+        h = scalars_of(own, ratio)
         while i + stride + width <= hi:
             first, second = load(pointers, i, multiplier, h), load(pointers, i + stride, multiplier, h)
             store(pointers, i, apply(first))
@@ -94,5 +100,64 @@ def update_loop(rule: Rule, p: str, g: str, access: Any, threads: int = THREADS)
             if zero:
                 clear_one(pointers, one)
             one += threads
+        follow(chunks, segments, scalars)
 
     return update
+
+
+def _part(access: Any) -> Any:
+    """Device function ``(chunks) -> (segment, first element, one past the last)``: what a block of threads takes."""
+    word = access.word
+
+    def part_of(chunks: Any) -> tuple[Any, Any, Any]:
+        chunk, part = cuda.blockIdx.x >> PARTS_BITS, cuda.blockIdx.x & (PARTS - 1)
+        lo = word(chunks, 3 * chunk + 1) + part * (CHUNK // PARTS)
+        return word(chunks, 3 * chunk), lo, min(word(chunks, 3 * chunk + 2), lo + CHUNK // PARTS)
+
+    return cuda.jit(device=True, inline="always")(part_of)
+
+
+def _then(first: Any, second: Any) -> Any:
+    def both(chunks: Any, segments: Any, scalars: Any) -> None:
+        first(chunks, segments, scalars)
+        second(chunks, segments, scalars)
+
+    return cuda.jit(device=True, inline="always")(both)
+
+
+def _epilogue(kind: int, p: str, access: Any, threads: int) -> Any:
+    """Device function ``(chunks, segments, scalars)``: an epilogue of what the block updated, where the segment has it.
+
+    It is a loop of its own and reads all anew, addresses, too: the loop of the update keeps no register for it, and is
+    the same with and without. What was just written comes from the caches.
+    """
+    epilogue, target = KINDS[kind]
+    compute = COMPUTE[p]
+    width, unit = VECTOR[compute], np.dtype(compute).type(1)
+    arrays, part_of, word = access.Arrays(epilogue, target, p), _part(access), access.word
+    aligned, apply = arrays.aligned(width), arrays.apply()
+    load, load_one, store, store_one = arrays.load(width), arrays.load(1), arrays.store(width), arrays.store(1)
+    number, number_size = (access.single, 4) if compute == "float32" else (access.real, 8)
+
+    def follow(chunks: Any, segments: Any, scalars: Any) -> None:
+        s, lo, hi = part_of(chunks)
+        segment = segments + WORD * SEGMENT_WORDS * s
+        if word(segment, TARGETS + kind) == 0:
+            return
+        cuda.syncthreads()  # another thread of the block may have written what this one reads
+        pointers = word(segment, TARGETS + kind), word(segment, PARAMETER)
+        h = number(scalars + number_size * SCALARS * word(segment, COHORT), WEIGHT)
+        i = lo + width * cuda.threadIdx.x
+        one = lo + cuda.threadIdx.x
+        if aligned(pointers):
+            one += (hi - lo) & -width
+        else:
+            i = hi
+        while i + width <= hi:
+            store(pointers, i, apply(load(pointers, i, unit, h)))
+            i += width * threads
+        while one < hi:
+            store_one(pointers, one, apply(load_one(pointers, one, unit, h)))
+            one += threads
+
+    return cuda.jit(device=True, inline="always")(follow)

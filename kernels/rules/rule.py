@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ..layout import GRADIENT, OPTIONS, PARAMETER, SCALARS, SUMS
+from ..layout import DECAY, GRADIENT, PARAMETER, SUMS, WEIGHT
 
 MAX_STATES = 6
 """State arrays that a segment has room for."""
@@ -157,9 +157,9 @@ class Rule:
         if len(self.state) > MAX_STATES:
             raise ValueError(f"Rule {self.name!r}: at most {MAX_STATES} state arrays, got {len(self.state)}.")
         for what, room, taken in (
-            ("scalars", SCALARS, len(fields)),
+            ("scalars", WEIGHT, len(fields)),
             ("products", SUMS, len(self.products)),
-            ("numbers in its options", OPTIONS, sum(self.options.values())),
+            ("numbers in its options", DECAY, sum(self.options.values())),
         ):
             if taken > room:
                 raise ValueError(f"Rule {self.name!r}: at most {room} {what}, got {taken}.")

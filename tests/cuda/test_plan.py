@@ -92,6 +92,15 @@ def test_groups_late_gradients_and_frozen_parameters(gpu: Any) -> None:
     assert_same(gpu, on_gpu, params, *optimizers)
 
 
+@pytest.mark.parametrize("options", [{}, {"max_norm": 0.5, "skip_nonfinite": True}], ids=["host", "device"])
+@pytest.mark.parametrize(("name", "p"), [("AdamW", "float32"), ("NAdam", "float64"), ("LARS", "bfloat16")])
+def test_averages_have_the_bits_of_the_cpu(gpu: Any, name: str, p: str, options: Any) -> None:
+    """Whether the host knows the weights or, where the device decides on skipping, only the device."""
+    params, grads = problem(p, shapes=FEW, steps=5)
+    grads[1]["w"][2, 2] = math.inf
+    run_both(gpu, Case(name, "", {"lr": 0.1, "ema_decay": 0.25, "ema_warmup": True}), params, grads, **options)
+
+
 def test_a_loss_scale_on_the_device_is_read_when_the_step_runs(gpu: Any) -> None:
     params, grads = problem(shapes=FEW, steps=2)
     on_gpu, scale = moved(gpu, params), gpu.put(np.array([4.0], np.float32))

@@ -16,8 +16,9 @@ from compare import DTYPES, PARAMETER, assert_same_bits, bits, build
 from cuda_simulator import UPDATE_THREADS, BadAccess, Segment, Tables, allow, kernel_of
 from fastopt.kernels.cuda.toolchain import THREADS
 from fastopt.kernels.cuda.update import PARTS, update_loop
-from fastopt.kernels.dtypes import COMPUTE, COPIES, PAIRS, cuda_update_symbol
-from fastopt.kernels.layout import CHUNK, GRADIENT, SIGN
+from fastopt.kernels.dtypes import COMPUTE, PAIRS, cuda_update_symbol
+from fastopt.kernels.epilogues import AVERAGE, KINDS, kinds_of
+from fastopt.kernels.layout import CHUNK, GRADIENT, SIGN, WEIGHT
 from fastopt.kernels.registry import RULES
 
 from fastopt.engine import backend as _backend
@@ -119,6 +120,7 @@ def update_on_cuda(
     tables = Tables(segments, len(scalars(rule)))
     for dtype in ("float64", "float32"):
         tables.scalars[dtype][:, : scalars(rule).shape[1]] = scalars(rule)
+        tables.scalars[dtype][:, WEIGHT] = 0.25
         for row, segment, ratio in zip(tables.ratios[dtype], segments, ratios(rule, segments), strict=True):
             row[:] = rule.factors(ratio * scalars(rule)[segment.cohort, -1]) if segment.adapts else (7.0, 7.0)
     tables.set_header(multiplier, skip=skip)
@@ -191,34 +193,33 @@ def test_a_skipped_step_only_zeroes_gradients(pair, zero):
     assert_same(rule, segments, expected)
 
 
-# --- 16-bit copies of float32 parameters -----------------------------------------------------------------------------
+# --- epilogues: 16-bit copies of float32 parameters, averages --------------------------------------------------------
 
 
-def give_copies(segments):
-    """Copies of both dtypes, some of which are not aligned to vectors, for two segments in three."""
+def give_targets(segments, p):
+    """Targets of every kind that there is, some of which are not aligned to vectors, for two segments in three."""
+    kinds = kinds_of(p)
     for k, segment in enumerate(segments):
-        if k % 3:
-            values = np.full(segment.arrays[0].size, 7, DTYPES[COPIES[k % 2]])
-            segment.copy = place(values, shift=(0, 4, 1, 2)[k // 3 % 4])
+        for kind in {kinds[k % len(kinds)], kinds[-1]} if k % 3 else ():
+            values = np.full(segment.arrays[0].size, 7, DTYPES[KINDS[kind][1]])
+            segment.targets[kind] = place(values, shift=(0, 4, 1, 2)[k // 3 % 4])
     return segments
 
 
-def assert_copies(segments, *, written=True):
-    for segment in segments:
-        if segment.copy is not None:
-            with np.errstate(over="ignore"):
-                expected = segment.arrays[0] if written else np.full(segment.copy.size, 7)
-                assert (bits(segment.copy) == bits(expected.astype(segment.copy.dtype))).all()
-            assert (surroundings(segment.copy) == UNTOUCHED).all()
-
-
-@pytest.mark.parametrize("pair", [pair for pair in PAIRS if pair[0] == "float32"], ids="-".join)
+@every_pair
 @pytest.mark.parametrize("rule", ["sgd", "adamw", "lars"])
-def test_copies_are_rounded_and_change_nothing_else(rule, pair):
+def test_epilogues_write_their_targets_and_change_nothing_else(rule, pair):
     rule = RULES[rule]
-    segments = give_copies(make_segments(rule, pair, [*SIZES, CHUNK // PARTS + 3]))
+    segments = give_targets(make_segments(rule, pair, [*SIZES, CHUNK // PARTS + 3]), pair[0])
     check(rule, pair, segments, zeros=(True,))
-    assert_copies(segments)
+    for segment in segments:
+        for kind, target in segment.targets.items():
+            with np.errstate(over="ignore", invalid="ignore"):
+                values, compute = segment.arrays[0].astype(COMPUTE[pair[0]]), DTYPES[COMPUTE[pair[0]]].type
+                if KINDS[kind][0] is AVERAGE:
+                    values = compute(7) + compute(0.25) * (values - compute(7))
+                assert (bits(target) == bits(values.astype(target.dtype))).all()
+            assert (surroundings(target) == UNTOUCHED).all()
 
 
 # --- negative controls -----------------------------------------------------------------------------------------------

@@ -336,11 +336,13 @@ def test_state_dict_of_several_groups() -> None:
 
 
 def test_repr_shows_groups_and_options() -> None:
-    opt = fastopt.Lion([{"params": [np.ones(2)]}, {"params": [np.ones(3), np.ones(4)], "lr": 0.5}])
+    groups = [{"params": [np.ones(2)]}, {"params": [np.ones(3), np.ones(4)], "lr": 0.5}]
+    opt = fastopt.Lion(groups, ema_decay=0.5)
+    rest = "weight_decay=0.0, maximize=False, capturable=False, ema_decay=0.5, ema_warmup=False"
     assert repr(opt) == (
         "Lion (\n"
         "  max_grad_norm=None, skip_nonfinite=False, zero_grads=False\n"
-        "  group 0: 1 array, lr=0.0001, betas=(0.9, 0.99), weight_decay=0.0, maximize=False, capturable=False\n"
-        "  group 1: 2 arrays, lr=0.5, betas=(0.9, 0.99), weight_decay=0.0, maximize=False, capturable=False\n"
+        f"  group 0: 1 array, lr=0.0001, betas=(0.9, 0.99), {rest}\n"
+        f"  group 1: 2 arrays, lr=0.5, betas=(0.9, 0.99), {rest}\n"
         ")"
     )

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 from fastopt.kernels import dtypes
-from fastopt.kernels.dtypes import COMPUTE, COPIES, PAIRS, ratio_symbol, round_symbol, squares_symbol, update_symbol
+from fastopt.kernels.dtypes import COMPUTE, COPIES, PAIRS, epilogue_symbol, ratio_symbol, squares_symbol, update_symbol
+from fastopt.kernels.epilogues import KINDS, kinds_of
 from fastopt.kernels.registry import RULES
 from fastopt.kernels.rules.rule import Rule
 
@@ -21,6 +22,7 @@ RULE_NAMES = sorted(RULES)
 ROOTED = [name for name in RULE_NAMES if "sqrt" in inspect.getsource(RULES[name].step)]
 UPDATES = [(rule, p, g, isa) for rule in RULE_NAMES for p, g in PAIRS for isa in _backend.ISAS]
 TERMS = [update for update in UPDATES if RULES[update[0]].sources]
+EPILOGUES = [(KINDS[k][0].name, p, KINDS[k][1], isa) for p in COMPUTE for k in kinds_of(p) for isa in _backend.ISAS]
 
 
 # --- rules -----------------------------------------------------------------------------------------------------------
@@ -139,7 +141,7 @@ needs_x86 = pytest.mark.skipif(_backend.load().isa == "native", reason="the libr
 def test_every_kernel_is_in_the_library() -> None:
     wanted = {update_symbol(*update) for update in UPDATES} | {dtypes.terms_symbol(*update) for update in TERMS}
     wanted |= {squares_symbol(dtype, isa) for dtype in COMPUTE for isa in _backend.ISAS}
-    wanted |= {round_symbol(dtype, isa) for dtype in COPIES for isa in _backend.ISAS}
+    wanted |= {epilogue_symbol(*epilogue) for epilogue in EPILOGUES}
     wanted |= {ratio_symbol(name, isa) for name in RULE_NAMES if RULES[name].ratio for isa in _backend.ISAS}
     parts = ("update", "squares", "sums", "ratios", "waves", "isa", "layout", "default_threads", "look", "unchanged")
     scheduler = {f"fastopt_{part}" for part in (*parts, "gradients", "release", "bump_versions")}
@@ -198,11 +200,10 @@ def test_kernels_call_nothing() -> None:
     for update in UPDATES:
         assert calls(update_symbol(*update)) <= {"memset", *(["memcpy"] if RULES[update[0]].ratio else [])}, update
     assert not any(calls(dtypes.terms_symbol(*update)) - {"memset"} for update in TERMS)
+    assert not any(calls(epilogue_symbol(*epilogue)) for epilogue in EPILOGUES)
     for isa in _backend.ISAS:
         for dtype in COMPUTE:
             assert calls(squares_symbol(dtype, isa)) <= {"memcpy"}, (dtype, isa)
-        for dtype in COPIES:
-            assert calls(round_symbol(dtype, isa)) == set(), (dtype, isa)
         for name in RULE_NAMES:
             if RULES[name].ratio:
                 assert calls(ratio_symbol(name, isa)) == set(), (name, isa)
@@ -213,7 +214,7 @@ def test_kernels_call_nothing() -> None:
 @pytest.mark.parametrize("dtype", COPIES)
 def test_rounding_is_packed(isa: str, dtype: str) -> None:
     wide = {"x86-64-v2": "%xmm", "x86-64-v3": "%ymm", "x86-64-v4": "%zmm"}[isa]
-    symbol = round_symbol(dtype, isa)
+    symbol = epilogue_symbol("round", "float32", dtype, isa)
     conversions = [operands for name, operands in instructions()[symbol] if name == "vcvtps2ph"]
     shifts = [operands for name, operands in instructions()[symbol] if "psrld" in name]
     native = dtype == "float16" and isa != "x86-64-v2"

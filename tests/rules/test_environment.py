@@ -12,11 +12,10 @@ import numpy as np
 import pytest
 from cases import CASES, Case
 from compare import DTYPES, assert_same_bits, build, snapshot
+from fastopt.kernels import epilogues
 from fastopt.kernels.dtypes import COPIES, PAIRS
 from fastopt.kernels.layout import CHUNK, GRADIENT
-from isas import native_isas
-
-from fastopt.engine import backend as _backend
+from isas import native_isas, run_epilogue
 
 pytestmark = [
     pytest.mark.usefixtures("always_threaded"),
@@ -106,11 +105,9 @@ def test_copies(dtype):
     numbers = (np.random.default_rng(3).standard_normal((5, 200)) * [[1], [1e-5], [1e-7], [1e-39], [1e-44]]).astype(
         "f4"
     )
-    call = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p)
     for isa in [*native_isas(), "numba"]:
-        kernel = call(_backend.load(isa).round_kernel(dtype))
         for bits in (FLUSH | ROUND).values():
             copy = np.zeros((5, 200), DTYPES[dtype])
             with mode_of_this_thread(bits):
-                kernel(0, 1000, numbers.ctypes.data, copy.ctypes.data)
+                run_epilogue(isa, epilogues.ROUND, numbers, copy, (0, 1000))
             assert copy.tobytes() == numbers.astype(DTYPES[dtype]).tobytes(), isa

@@ -165,7 +165,7 @@ def test_masters_are_stepped_where_parameters_have_16_bits():
 
 
 def test_classes_name_what_they_take_and_check_it():
-    tail = ["max_grad_norm", "skip_nonfinite", "zero_grads"]
+    tail = ["ema_decay", "ema_warmup", "max_grad_norm", "skip_nonfinite", "zero_grads"]
     cls, params, _ = torch_problem()
     flags = ["foreach", "capturable", "differentiable", "fused", *tail, "master_weights", "flatten"]
     for made, arrays, last in ((Outside, [np.ones(3)], ["capturable", *tail]), (cls, [*params.values()], flags)):

@@ -16,7 +16,7 @@ import threading
 import types
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import greenlet
@@ -204,22 +204,19 @@ class Arrays:
         self.dtypes = [DTYPES[p], DTYPES[g]] + [self.compute] * len(rule.state)
         self.written = [0, *range(2, len(self.dtypes))]
         self.rule, self.step = rule, in_numpy(rule.step)
-        self.copies = p == "float32"
 
     def _elements(self, pointers: Sequence[int], k: int, i: int, count: int) -> Array:
         return _at(pointers[k] + self.dtypes[k].itemsize * i, self.dtypes[k], count)
 
     def pointers_of(self) -> Any:
         def pointers_of(segment: int, gradient: int) -> tuple[int, ...]:
-            places = [*range(len(self.dtypes)), *((layout.COPY, layout.COPY_CODE) if self.copies else ())]
-            return tuple(gradient if k == layout.GRADIENT else word(segment, k) for k in places)
+            return tuple(gradient if k == layout.GRADIENT else word(segment, k) for k in range(len(self.dtypes)))
 
         return pointers_of
 
     def aligned(self, count: int) -> Any:
         def aligned(pointers: Sequence[int]) -> bool:
-            itemsizes = [dtype.itemsize for dtype in self.dtypes] + [2] * self.copies
-            return not any(x % (count * itemsize) for x, itemsize in zip(pointers, itemsizes, strict=False))
+            return not any(x % (count * dtype.itemsize) for x, dtype in zip(pointers, self.dtypes, strict=True))
 
         return aligned
 
@@ -227,6 +224,7 @@ class Arrays:
         def load(pointers: Sequence[int], i: int, multiplier: float, h: Any) -> list[tuple[Any, ...]]:
             values = [self._elements(pointers, k, i, count).astype(self.compute) for k in range(len(self.dtypes))]
             values[layout.GRADIENT] *= self.compute.type(multiplier)
+            h = self.compute.type(h) if isinstance(h, float) else h  # of an epilogue it is a number
             return [(*element, h) for element in zip(*values, strict=True)]
 
         return load
@@ -257,9 +255,6 @@ class Arrays:
             for k, values in zip(self.written, zip(*results, strict=True), strict=True):
                 assert {type(value) for value in values} == {self.compute.type}
                 self._elements(pointers, k, i, count)[...] = np.array(values)
-            if self.copies and pointers[-2]:
-                (dtype,) = (DTYPES[name] for name, code in CODES.items() if code == pointers[-1])
-                _at(pointers[-2] + 2 * i, dtype, count)[...] = np.array([result[0] for result in results])
 
         return store
 
@@ -344,7 +339,7 @@ class Segment:
     cohort: int = 0
     sign: int = 1
     adapts: bool = False
-    copy: Array | None = None  # of the parameter, in 16 bits
+    targets: dict[int, Array] = field(default_factory=dict)  # of epilogues, by their place in KINDS
 
 
 class Tables:
@@ -371,8 +366,8 @@ class Tables:
             words[layout.GRADIENT] = 0  # its address is in a list of its own
             words[[layout.COHORT, layout.SIGN, layout.ADAPTS]] = segment.cohort, segment.sign, segment.adapts
             words[layout.P_CODE], words[layout.G_CODE] = (CODES[a.dtype.name] for a in segment.arrays[:2])
-            if segment.copy is not None:
-                words[layout.COPY], words[layout.COPY_CODE] = segment.copy.ctypes.data, CODES[segment.copy.dtype.name]
+            for kind, target in segment.targets.items():
+                words[layout.TARGETS + kind] = target.ctypes.data
             words[layout.FIRST_CHUNK], words[layout.CHUNKS] = chunks[:k].sum(), chunks[k]
         self.jobs = [(layout.GRADIENT, c) for c in range(table.count)]
         self.jobs += [(layout.PARAMETER, c) for c, (s, _, _) in enumerate(table.chunks.tolist()) if segments[s].adapts]

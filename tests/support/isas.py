@@ -1,5 +1,10 @@
 """The instruction sets that tests run through."""
 
+import ctypes
+from typing import Any
+
+from fastopt.kernels.epilogues import Epilogue
+
 from fastopt.engine import backend as _backend
 
 
@@ -7,3 +12,13 @@ def native_isas() -> list[str]:
     """The instruction sets of the compiled library that this machine runs, the oldest first."""
     best = _backend.load().isa
     return [isa for isa in _backend.ISAS if isa <= best] if best in _backend.ISAS else [best]
+
+
+def run_epilogue(
+    isa: str, epilogue: Epilogue, values: Any, target: Any, *ranges: tuple[int, int], h: float = 0
+) -> None:
+    """Call the kernel of an epilogue for ranges of elements of parameters and their target."""
+    signature = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64, *[ctypes.c_void_p] * 3)
+    kernel = signature(_backend.load(isa).epilogue_kernel(epilogue, values.dtype.name, target.dtype.name))
+    for lo, hi in ranges:
+        kernel(lo, hi, values.ctypes.data, target.ctypes.data, ctypes.addressof(ctypes.c_double(h)))

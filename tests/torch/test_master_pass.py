@@ -1,6 +1,5 @@
 """16-bit copies of float32 parameters, written in the pass that steps the parameters."""
 
-import ctypes
 import itertools
 
 import ml_dtypes
@@ -9,13 +8,13 @@ import pytest
 from cases import CASES
 from compare import DTYPES, bits, build
 from fastopt.kernels.dtypes import COPIES
+from fastopt.kernels.epilogues import ROUND
 from fastopt.kernels.layout import BLOCK, CHUNK
 from fastopt.kernels.registry import RULES
-from isas import native_isas
+from isas import native_isas, run_epilogue
 
 import fastopt
 from fastopt.arrays import HOST
-from fastopt.engine import backend as _backend
 from fastopt.engine.host import HostPlan
 from fastopt.engine.plan import Copy, Parameter, Treatment
 from fastopt.engine.step import Request
@@ -66,11 +65,8 @@ def every_kind():
 def test_every_kind_of_number_is_rounded_to_nearest_even(isa, dtype):
     values = every_kind()
     memory, copy = guarded(values.size)
-    kernel = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p)(
-        _backend.load(isa).round_kernel(dtype)
-    )
-    for lo, hi in itertools.pairwise([0, 1000, 1000, BLOCK, values.size]):
-        kernel(lo, hi, values.ctypes.data, copy.ctypes.data)
+    ranges = itertools.pairwise([0, 1000, 1000, BLOCK, values.size])
+    run_epilogue(isa, ROUND, values, copy.view(DTYPES[dtype]), *ranges)
     assert_copy(memory, copy, values, dtype)
     infinity = {"float16": 0x7C00, "bfloat16": 0x7F80}[dtype]
     assert ((copy[np.isnan(values)] & 0x7FFF) > infinity).all()

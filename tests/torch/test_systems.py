@@ -98,7 +98,7 @@ def test_fsdp2_shards():
 
         alone, model = make(), make()
         fully_shard(model, mesh=mesh)
-        opts = [front.AdamW(m.parameters(), lr=0.05) for m in (alone, model)]
+        opts = [front.AdamW(m.parameters(), lr=0.05, ema_decay=0.5) for m in (alone, model)]
         for t in range(4):
             torch.manual_seed(t)
             x = torch.randn(6, 5)
@@ -106,6 +106,9 @@ def test_fsdp2_shards():
                 opt.zero_grad()
                 m(x).square().mean().backward()
                 opt.step()
+        with opts[1].swap_ema():
+            for p, q in zip(alone.parameters(), model.parameters(), strict=True):
+                torch.testing.assert_close(opts[0].state[p]["ema"], q.full_tensor(), rtol=1e-4, atol=1e-5)
         for p, q in zip(alone.parameters(), model.parameters(), strict=True):
             assert isinstance(q, DTensor)
             torch.testing.assert_close(p, q.full_tensor(), rtol=1e-4, atol=1e-5)

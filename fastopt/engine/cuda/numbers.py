@@ -8,9 +8,12 @@ from typing import Any
 
 import numpy as np
 
+from ...kernels.epilogues import EMA_STEP
 from ...kernels.layout import (
+    AVERAGED,
     CARRY,
     COHORT_WORDS,
+    DECAY,
     HEADER_WORDS,
     LR,
     LR_BYTES,
@@ -20,10 +23,11 @@ from ...kernels.layout import (
     RULE,
     SCALARS,
     STEPS,
+    WARMUP,
     WORD,
 )
 from ...kernels.rules.rule import Options, Rule
-from ..plan import Cohort
+from ..plan import Cohort, Treatment
 from .runtime import Runtime, address
 from .staging import Staging
 
@@ -52,7 +56,7 @@ class Numbers:
         self._header32[MULTIPLIER32] = multiplier
         for row, cohort in zip(self._numbers64, cohorts, strict=True):
             cohort.prepare(options[cohort.group])
-            row[: len(cohort.scalars)] = cohort.scalars
+            row[:] = cohort.numbers
         with np.errstate(over="ignore"):  # to infinity, as on the host
             self._numbers32[...] = self._numbers64
         self._staging.send(self._content, stream)
@@ -101,8 +105,9 @@ class DeviceProgress:
             rule, mine = cohort.treatment.rule, cohort.complete(options[cohort.group])
             numbers = [x for name in rule.options for x in np.ravel(mine.get(name) or 0.0)]
             self._options[c, : len(numbers)] = numbers
+            self._options[c, [DECAY, WARMUP]] = mine.get("ema_decay") or 0.0, mine.get("ema_warmup", False)
             if not self.there:
-                self._words[c, [STEPS, LR, LR_BYTES]] = cohort.progress.steps, *lrs[c]
+                self._words[c, [STEPS, LR, LR_BYTES, AVERAGED]] = cohort.progress.steps, *lrs[c], cohort.averaged
                 if rule.carry is not None:
                     carried = cohort.carried(mine)
                     self._words[c, CARRY : CARRY + len(carried)].view(np.float64)[:] = carried
@@ -121,15 +126,17 @@ class DeviceProgress:
     def advance(self, stream: Any) -> None:
         """A step was put on the stream: who wants to know the counts has to fetch them."""
         for c, cohort in enumerate(self._cohorts):
-            rule = cohort.treatment.rule
-            cohort.progress.fetch = functools.partial(_fetch, self._runtime, self._device, rule, c, stream)
+            treatment = cohort.treatment
+            cohort.progress.fetch = functools.partial(_fetch, self._runtime, self._device, treatment, c, stream)
 
 
-def _fetch(runtime: Runtime, words: Any, rule: Rule, c: int, stream: Any) -> tuple[int, dict[str, float] | None]:
+def _fetch(
+    runtime: Runtime, words: Any, treatment: Treatment, c: int, stream: Any
+) -> tuple[int, dict[str, float] | None]:
     """Steps and carried numbers of a cohort. It knows no cohort, which would know it: a cycle, freed late."""
-    row = runtime.download(words, stream)[c]
+    row, rule = runtime.download(words, stream)[c], treatment.rule
     steps = int(row[STEPS])
-    if rule.carry is None or steps == 0:
-        return steps, None
-    names = rule.carried
-    return steps, dict(zip(names, row[CARRY:].view(np.float64).tolist(), strict=False))
+    carry = dict(zip(rule.carried, row[CARRY:].view(np.float64).tolist(), strict=False))
+    if treatment.averages:
+        carry[EMA_STEP] = float(row[AVERAGED])
+    return steps, carry if carry and steps > 0 else None

@@ -67,7 +67,7 @@ class CudaPlan(Plan):
             signs=[self._signs[self.parameters[k].group] for k in first],
             adapts=[self._adapts(k) for k in first],
             stored=stored,
-            copies=[self.parameters[k].copy for k in first],
+            epilogues=[self._epilogues(k) for k in first],
         )
         sizes = np.array([size for _, size in runs], np.int64)
         return CudaTable(self._runtime, sizes, words, np.array(first, np.int64), kernels, terms)

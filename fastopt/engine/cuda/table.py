@@ -9,12 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...kernels.dtypes import CODES
+from ...kernels.epilogues import KINDS, Epilogue
 from ...kernels.layout import (
     ADAPTS,
     CHUNKS,
     COHORT,
-    COPY,
-    COPY_CODE,
     FIRST_CHUNK,
     G_CODE,
     GRADIENT,
@@ -24,9 +23,9 @@ from ...kernels.layout import (
     SEGMENT_WORDS,
     SIGN,
     SUMS,
+    TARGETS,
     WORD,
 )
-from ..plan import Copy
 from ..table import chunks_of
 from .runtime import Function, Runtime, address
 from .staging import Staging
@@ -153,14 +152,16 @@ def segment_words(
     signs: list[float],
     adapts: list[bool],
     stored: list[tuple[str, str]],
-    copies: list[Copy | None],
+    epilogues: list[list[tuple[Epilogue, str, int]]],
 ) -> NDArray[np.int64]:
-    """What segments are, for ``CudaTable``; ``stored`` are the dtypes of parameter and gradient."""
+    """What segments are, for ``CudaTable``; ``stored`` are the dtypes of parameter and gradient, ``epilogues`` those of
+    each with dtype and address of the target."""
     words = np.zeros((len(addresses), SEGMENT_WORDS), np.int64)
     for row, arrays in zip(words, addresses, strict=True):
         row[: len(arrays)] = arrays
     words[:, COHORT], words[:, SIGN], words[:, ADAPTS] = cohorts, signs, adapts
-    words[:, COPY] = [copy.address if copy else 0 for copy in copies]
-    words[:, COPY_CODE] = [CODES[copy.dtype] if copy else 0 for copy in copies]
+    for row, of_segment in zip(words, epilogues, strict=True):
+        for what, dtype, target in of_segment:
+            row[TARGETS + KINDS.index((what, dtype))] = target
     words[:, P_CODE], words[:, G_CODE] = [CODES[p] for p, _ in stored], [CODES[g] for _, g in stored]
     return words
