@@ -18,7 +18,7 @@ def compilable(scalars: Any, Scalars: Any, given: Mapping[str, Any]) -> Any:
     """
     code = scalars.__code__
     definition = _definition(scalars)
-    if definition is None or len(definition.args.args) < 2:
+    if definition is None or len(definition.args.args) < 2 or scalars.__kwdefaults__:
         return None
     options = definition.args.args[1].arg
     for node in list(ast.walk(definition)):
@@ -33,7 +33,7 @@ def compilable(scalars: Any, Scalars: Any, given: Mapping[str, Any]) -> Any:
             fields = [entries.get(name) or ast.parse(text, mode="eval").body for name, text in texts.items()]
             made = ast.Call(ast.Name(MADE, ast.Load()), fields, [])
             node.value = ast.Tuple([made, pair[1]], ast.Load()) if pair else made
-    changed = _code(definition, (*code.co_freevars, MADE))
+    changed = _code(definition, (*code.co_freevars, MADE), code.co_filename)
     cells = dict(zip(code.co_freevars, scalars.__closure__ or (), strict=True)) | {MADE: CellType(Scalars)}
     closure = tuple(cells[name] for name in changed.co_freevars)
     return FunctionType(changed, scalars.__globals__, scalars.__name__, scalars.__defaults__, closure)
@@ -55,7 +55,7 @@ def _definition(function: Any) -> Any:
             definition.body = [ast.Return(node.body)] if isinstance(node, ast.Lambda) else node.body
             first = min(x.lineno for x in (node, *getattr(node, "decorator_list", ())))
             if first == code.co_firstlineno:
-                seen = _code(definition, code.co_freevars)
+                seen = _code(definition, code.co_freevars, code.co_filename)
                 if (seen.co_code, seen.co_names, seen.co_consts) == (code.co_code, code.co_names, code.co_consts):
                     return definition
     return None
@@ -70,11 +70,11 @@ def _entries(node: Any) -> dict[str, ast.expr]:
     return {}
 
 
-def _code(definition: Any, free: Sequence[str]) -> CodeType:
+def _code(definition: Any, free: Sequence[str], file: str) -> CodeType:
     """The code of a function with these free variables."""
     module = ast.parse(f"def around({', '.join(free)}): pass")
     module.body[0].body = [definition]  # type: ignore[attr-defined]
-    code = compile(ast.fix_missing_locations(module), "<scalars>", "exec", dont_inherit=True)
+    code = compile(ast.fix_missing_locations(module), file, "exec", dont_inherit=True)
     for _ in range(2):
         code = next(x for x in code.co_consts if isinstance(x, CodeType))
     return code

@@ -1,4 +1,4 @@
-"""Rules of one's own: the record that functions make, checked once, and the class that a record makes."""
+"""Rules of one's own: the record that functions make, checked once, and its class for arrays."""
 
 from __future__ import annotations
 
@@ -9,15 +9,17 @@ import keyword
 import numbers
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from .base import Optimizer
 from .device_scalars import compilable
-from .engine.options import OF_THE_OPTIMIZER, USUAL, constructor_arguments, ranges_of
+from .engine.classes import Front, class_of
+from .engine.options import OF_THE_OPTIMIZER, optimizer_arguments, ranges_of
 from .kernels.layout import CARRY, COHORT_WORDS
 from .kernels.rules.rule import Rule
+from .optimizers.lion import Lion
 
 OF_STATES = {"step", "params", "param_names", "master_param", "ema", "slow_param"}
 OF_SCALARS = {"ratio", "stretch"}
@@ -96,19 +98,22 @@ def rule(
     def decorate(step: Callable[..., tuple[Any, ...]]) -> Rule:
         called = name if name is not None else getattr(step, "__name__", step)
         where = f"Rule {called!r}: "
-        _check_names([called], "name", where)
+        _check_names([called], "a rule", where)
         if isinstance(state, str) or not isinstance(state, Iterable):
             raise TypeError(f"{where}state must be a tuple of names, got {state!r}.")
         if not isinstance(options, Mapping):
             raise TypeError(f"{where}options must be a dict of names and defaults, got {options!r}.")
-        _check_names(states := tuple(state), "state", where, OF_STATES)
-        _check_names(options, "option", where, OF_GROUPS)
+        _check_names(states := tuple(state), "a state", where, OF_STATES)
+        _check_names(options, "an option", where, OF_GROUPS)
         said, starts, pairs = {**(ranges or {})}, {**(initial or {})}, _pairs(products, where)
         for argument, named in (("ranges", said), ("initial", starts.values())):
             for each in named:
                 if each not in options:
                     raise ValueError(f"{where}{argument} names the option {each!r}; options are {', '.join(options)}.")
-        checks = ranges_of(options, said)
+        try:
+            checks = ranges_of(options, said)
+        except ValueError as error:
+            raise ValueError(f"{where}ranges: {error}") from None
         checked = {n: checks[n](v, where + n) if n in checks else v for n, v in options.items()}
         first = None if carry is None else _carried(carry, checked, states, where)
         given, asked = _given(scalars, checked, first, where)
@@ -159,9 +164,9 @@ def _check_names(names: Iterable[Any], kind: str, where: str, taken: Iterable[st
     seen = {*taken}
     for name in names:
         if not isinstance(name, str) or not name.isidentifier() or keyword.iskeyword(name) or name.startswith("_"):
-            raise ValueError(f"{where}{name!r} cannot be the name of a {kind}: needed is an identifier.")
+            raise ValueError(f"{where}{name!r} cannot be the name of {kind}: needed is an identifier.")
         if name in seen:
-            raise ValueError(f"{where}{name!r} cannot be the name of a {kind}: it is taken.")
+            raise ValueError(f"{where}{name!r} cannot be the name of {kind}: it is taken.")
         seen.add(name)
 
 
@@ -204,7 +209,7 @@ def _carried(carry: Any, options: Mapping[str, Any], states: tuple[str, ...], wh
         raise TypeError(
             f"{where}carry must return a NamedTuple of at most {COHORT_WORDS - CARRY} numbers, got {first!r}."
         )
-    _check_names(names, "number carried", where, {*OF_STATES, *states})
+    _check_names(names, "a number carried", where, {*OF_STATES, *states})
     return first
 
 
@@ -223,7 +228,7 @@ def _given(scalars: Any, options: Mapping[str, Any], first: Any, where: str) -> 
         given = given[0]
     if not isinstance(given, dict) or not all(isinstance(x, numbers.Real) for x in given.values()):
         raise TypeError(f"{where}scalars must return a dict of numbers, got {given!r}.")
-    _check_names(given, "scalar", where, OF_SCALARS)
+    _check_names(given, "a scalar", where, OF_SCALARS)
     return given, asked.names
 
 
@@ -279,19 +284,10 @@ def _formed(scalars: Any, Scalars: Any, given: Mapping[str, Any], where: str) ->
     return formed
 
 
-class Front(NamedTuple):
-    """What the classes of a front end are made of."""
-
-    bases: tuple[type, ...]
-    flags: tuple[tuple[str, Any], ...]  # options of each group that all classes have
-    arguments: Callable[..., dict[str, Any]]  # from ``locals()`` to what the first base takes
+NUMPY = Front((Optimizer,), Lion, optimizer_arguments)
 
 
-FLAGS = ("maximize", False), ("capturable", False), ("ema_decay", None), ("ema_warmup", False)
-NUMPY = Front((Optimizer,), FLAGS, constructor_arguments)
-
-
-def optimizer(rule: Rule) -> type[Optimizer]:
+def optimizer(rule: Rule) -> type[Any]:
     """The class of optimizers ``C(params, <options>, *, maximize, capturable, <options of the step>)`` by a rule.
 
     Args:
@@ -304,33 +300,4 @@ def optimizer(rule: Rule) -> type[Optimizer]:
     Raises:
         TypeError: ``rule`` is none, or was made without defaults for its options.
     """
-    made: type[Optimizer] = class_of(rule, NUMPY)
-    return made
-
-
-def class_of(rule: Rule, front: Front) -> Any:
-    """The class of a rule. Its constructor names all that it takes: options, flags, and what that of the base does."""
-    if not isinstance(rule, Rule) or rule.defaults is None:
-        raise TypeError(f"fastopt.optimizer: rule must be what @fastopt.rule makes of a function, got {rule!r}.")
-    return _class_of(rule, front)
-
-
-@functools.cache
-def _class_of(rule: Rule, front: Front) -> Any:
-    assert rule.defaults is not None
-    own = inspect.signature(front.bases[0].__init__).parameters.values()  # type: ignore[misc]
-    shared = {**dict(front.flags), **{p.name: p.default for p in own if p.kind is p.KEYWORD_ONLY}}
-    first, last = ("".join(f"{name}=defaults[{name!r}], " for name in names) for names in (rule.defaults, shared))
-    namespace: dict[str, Any] = {"defaults": {**rule.defaults, **shared}, "arguments": front.arguments}
-    exec(  # as dataclasses do, so that the constructor is one as others are
-        f"def __init__(self, params, {first}*, {last}):\n super(cls, self).__init__(**arguments(locals()))", namespace
-    )
-    said = {**dict.fromkeys(USUAL, "[0, inf)"), **rule.ranges}
-    where = {n: f", in {said[n]}" if n in said else "" for n in rule.defaults}
-    head = inspect.getdoc(rule.step) or f"The rule {rule.name}."
-    listed = [f"    {n}: By default {default!r}{where[n]}." for n, default in rule.defaults.items()]
-    lines = [head, "", "Args:", "    params: As for other classes.", *listed, f"    {', '.join(shared)}: As there.", ""]
-    doc = "\n".join([*lines, f"State: {', '.join(('step', *rule.carried, *rule.state))}."])
-    members = {"__doc__": doc, "__module__": rule.step.__module__, "rule": rule, "__init__": namespace["__init__"]}
-    namespace["cls"] = type(rule.name, front.bases, members)
-    return namespace["cls"]
+    return class_of(rule, NUMPY)

@@ -153,17 +153,6 @@ def near_name(name: Any, known: Collection[str]) -> str | None:
     return next(iter(difflib.get_close_matches(name, known, 1, 0.8)), None)
 
 
-def given_arguments(local: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of a constructor by name, from its ``locals()``."""
-    return {name: value for name, value in local.items() if name not in ("self", "__class__")}
-
-
-def constructor_arguments(local: Mapping[str, Any]) -> dict[str, Any]:
-    """What a class's constructor hands to that of ``fastopt.Optimizer``, from its ``locals()``."""
-    defaults = given_arguments(local)
-    return {name: defaults.pop(name) for name in ("params", *STEP_OPTIONS)} | {"defaults": defaults}
-
-
 def naming_options(init: Callable[..., None]) -> Callable[..., None]:
     """A constructor that names its arguments where it is given one that it does not have."""
     parameters = inspect.signature(init).parameters
@@ -186,6 +175,18 @@ def no_option(name: Any, known: Collection[str]) -> str:
     near = near_name(name, known)
     hint = f" Did you mean {near!r}?" if near else ""
     return f"there is no option {name!r}; options are {', '.join(known)}.{hint}"
+
+
+def arguments(local: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of a constructor by name, from its ``locals()``."""
+    return {name: value for name, value in local.items() if name not in ("self", "__class__")}
+
+
+def optimizer_arguments(local: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of ``Optimizer`` from the ``locals()`` of a subclass's constructor: most are defaults of options."""
+    defaults = arguments(local)
+    own = {name: defaults.pop(name) for name in ("params", *OF_THE_OPTIMIZER) if name in defaults}
+    return {**own, "defaults": defaults}
 
 
 def check_options(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..base import Optimizer, Params
-from ..engine.options import constructor_arguments
+from ..engine.options import optimizer_arguments
 from ..kernels.registry import RULES
 from ..kernels.rules.rule import Options
 
@@ -75,7 +75,7 @@ class Adam(Optimizer):
         skip_nonfinite: bool = False,
         zero_grads: bool = False,
     ) -> None:
-        super().__init__(**constructor_arguments(locals()))
+        super().__init__(**optimizer_arguments(locals()))
 
 
 class AdamW(Optimizer):
@@ -141,7 +141,7 @@ class AdamW(Optimizer):
         skip_nonfinite: bool = False,
         zero_grads: bool = False,
     ) -> None:
-        super().__init__(**constructor_arguments(locals()))
+        super().__init__(**optimizer_arguments(locals()))
 
     def complete(self, group: dict[str, Any]) -> None:  # noqa: D102 - see Optimizer
         if group.get("fully_decoupled"):

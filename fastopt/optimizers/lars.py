@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..base import Optimizer, Params
-from ..engine.options import constructor_arguments
+from ..engine.options import optimizer_arguments
 from ..kernels.registry import RULES
 from ..kernels.rules.rule import Options
 
@@ -88,7 +88,7 @@ class LARS(Optimizer):
         skip_nonfinite: bool = False,
         zero_grads: bool = False,
     ) -> None:
-        super().__init__(**constructor_arguments(locals()))
+        super().__init__(**optimizer_arguments(locals()))
 
     def weights_written(self) -> None:
         """Another name of ``refresh``."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..base import Optimizer, Params
-from ..engine.options import constructor_arguments
+from ..engine.options import optimizer_arguments
 from ..kernels.registry import RULES
 
 
@@ -70,4 +70,4 @@ class NAdam(Optimizer):
         skip_nonfinite: bool = False,
         zero_grads: bool = False,
     ) -> None:
-        super().__init__(**constructor_arguments(locals()))
+        super().__init__(**optimizer_arguments(locals()))

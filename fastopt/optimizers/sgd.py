@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..base import Optimizer, Params
-from ..engine.options import constructor_arguments
+from ..engine.options import optimizer_arguments
 from ..kernels.registry import RULES
 from ..kernels.rules.rule import Options
 
@@ -73,7 +73,7 @@ class SGD(Optimizer):
         skip_nonfinite: bool = False,
         zero_grads: bool = False,
     ) -> None:
-        super().__init__(**constructor_arguments(locals()))
+        super().__init__(**optimizer_arguments(locals()))
 
     def check(self, options: Options, where: str) -> None:  # noqa: D102 - see Optimizer
         if options["nesterov"] and (options["momentum"] == 0.0 or options["dampening"] != 0.0):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from ..engine.options import given_arguments
+from ..engine.options import arguments
 from ..kernels.registry import RULES
 from ._options import plain
 from .base import TensorOptimizer
@@ -51,7 +51,7 @@ class Adam(TensorOptimizer, torch.optim.Adam):
         master_weights: bool = False,
         flatten: bool = False,
     ) -> None:
-        super().__init__(**given_arguments(locals()))
+        super().__init__(**arguments(locals()))
 
     def begin_group(self, group: dict[str, Any]) -> None:  # noqa: D102
         if group.get("fully_decoupled"):
@@ -113,7 +113,7 @@ class AdamW(TensorOptimizer, torch.optim.AdamW):
         master_weights: bool = False,
         flatten: bool = False,
     ) -> None:
-        super().__init__(**given_arguments(locals()))
+        super().__init__(**arguments(locals()))
 
     begin_group, complete = Adam.begin_group, Adam.complete
 
@@ -146,7 +146,7 @@ class Adamax(TensorOptimizer, torch.optim.Adamax):
         master_weights: bool = False,
         flatten: bool = False,
     ) -> None:
-        super().__init__(**given_arguments(locals()))
+        super().__init__(**arguments(locals()))
 
 
 class NAdam(TensorOptimizer, torch.optim.NAdam):
@@ -179,7 +179,7 @@ class NAdam(TensorOptimizer, torch.optim.NAdam):
         master_weights: bool = False,
         flatten: bool = False,
     ) -> None:
-        super().__init__(**given_arguments(locals()))
+        super().__init__(**arguments(locals()))
 
 
 class RAdam(TensorOptimizer, torch.optim.RAdam):
@@ -211,4 +211,4 @@ class RAdam(TensorOptimizer, torch.optim.RAdam):
         master_weights: bool = False,
         flatten: bool = False,
     ) -> None:
-        super().__init__(**given_arguments(locals()))
+        super().__init__(**arguments(locals()))

@@ -15,7 +15,7 @@ from torch._compile import _disable_dynamo
 from torch.optim.optimizer import Optimizer, _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from ..engine.exclusive import exclusive
-from ..engine.options import Range, boolean, ranges_of
+from ..engine.options import EMA_RANGES, Range, boolean, ranges_of
 from ..engine.plan import Treatment, treatment
 from ..engine.step import Request, StepInfo
 from ..kernels.registry import variant
@@ -144,7 +144,8 @@ class TensorOptimizer(StepOptions, Averages, Checkpoints):
         options = {name: without_numpy(value) for name, value in options.items()}
         check_rate(options.get("lr", 0.0), where)
         for name, check in self.ranges.items():
-            check(plain(options[name], f"{where}: {name}"), f"{where}: {name}")
+            if name in options:
+                check(plain(options[name], f"{where}: {name}"), f"{where}: {name}")
         flags = {}
         for name in options.keys() - self._torch_names:
             value = options.pop(name)
@@ -172,7 +173,7 @@ class TensorOptimizer(StepOptions, Averages, Checkpoints):
         if TensorOptimizer in cls.__bases__:
             inherited = inspect.signature(super().__init__).parameters
             takes_all = any(p.kind is p.VAR_KEYWORD for p in inherited.values())
-            names = own.parameters.keys() - {"capturable"} if takes_all else inherited.keys()
+            names = own.parameters.keys() - {"capturable", *EMA_RANGES} if takes_all else inherited.keys()
             cls._torch_names = frozenset(names - {"self", "params"})
             shared = inspect.signature(TensorOptimizer.__init__).parameters
             flags = {p.name: p.default for p in parameters if p.name not in (*names, *shared, "foreach", "fused")}

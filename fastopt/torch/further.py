@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from ..engine.options import given_arguments
+from ..engine.classes import Front, class_of
+from ..engine.options import arguments
 from ..kernels.registry import RULES
 from ..kernels.rules.rule import Rule
-from ..own_rules import Front, class_of
 from .base import TensorOptimizer
 
 NONNEGATIVE = {name: f"{name} value" for name in ("momentum", "weight_decay", "trust_coefficient")}
@@ -39,56 +39,6 @@ class _Checked(_WithDefaults):
         if defaults.get("nesterov") and defaults["momentum"] <= 0:
             raise ValueError("Nesterov momentum requires a momentum")
         super().__init__(params, **defaults)
-
-
-class _OfRule(_WithDefaults):
-    """What a class of a rule has beside: its objects are pickled by the rule's name, for the class has none."""
-
-    rule: ClassVar[Rule]
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        if type(self) is not class_of(self.rule, FRONT):
-            return super().__reduce_ex__(protocol)
-        return _unmade, (self.rule,), self.__getstate__()
-
-
-FLAGS = ("maximize", False), ("foreach", None), ("capturable", False), ("differentiable", False), ("fused", None)
-FRONT = Front((TensorOptimizer, _OfRule), (*FLAGS, ("ema_decay", None), ("ema_warmup", False)), given_arguments)
-
-
-def _unmade(rule: Rule) -> Any:
-    return optimizer(rule).__new__(optimizer(rule))
-
-
-def optimizer(rule: Rule) -> type[TensorOptimizer]:
-    """The class of optimizers for tensors by a rule, ``C(params, <options>, *, maximize, foreach, capturable, ...)``.
-
-    Args:
-        rule: What ``@fastopt.rule`` made.
-
-    Returns:
-        A class in torch's manner: all of ``TensorOptimizer``, and checkpoints. It is named as the rule, and always the
-        same for a rule. Objects can be copied; they can be pickled if the rule stands at the top level of a module.
-
-    State: ``step``, what the rule carries, and its states.
-
-    Raises:
-        TypeError: ``rule`` is none, or was made without defaults for its options.
-
-    Example:
-        >>> import torch, fastopt, fastopt.torch
-        >>> @fastopt.rule(options={"lr": 0.5})
-        ... def descent(p, g, h):
-        ...     return (p - h.lr * g,)
-        >>> w = torch.nn.Parameter(torch.ones(2))
-        >>> opt = fastopt.torch.optimizer(descent)([w])
-        >>> w.grad = torch.tensor([1.0, 0.0])
-        >>> opt.step()
-        >>> w.tolist()
-        [0.5, 1.0]
-    """
-    made: type[TensorOptimizer] = class_of(rule, FRONT)
-    return made
 
 
 class Lion(TensorOptimizer, _Checked):
@@ -136,7 +86,7 @@ class Lion(TensorOptimizer, _Checked):
         master_weights: bool = False,
         flatten: bool = False,
     ) -> None:
-        super().__init__(**given_arguments(locals()))
+        super().__init__(**arguments(locals()))
 
 
 class LARS(TensorOptimizer, _Checked):
@@ -190,7 +140,7 @@ class LARS(TensorOptimizer, _Checked):
         master_weights: bool = False,
         flatten: bool = False,
     ) -> None:
-        super().__init__(**given_arguments(locals()))
+        super().__init__(**arguments(locals()))
 
 
 class LAMB(TensorOptimizer, _Checked):
@@ -240,4 +190,53 @@ class LAMB(TensorOptimizer, _Checked):
         master_weights: bool = False,
         flatten: bool = False,
     ) -> None:
-        super().__init__(**given_arguments(locals()))
+        super().__init__(**arguments(locals()))
+
+
+class _OfRule(_WithDefaults):
+    """What a class of a rule has beside: its objects are pickled by the rule's name, for the class has none."""
+
+    rule: ClassVar[Rule]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        if type(self) is not class_of(self.rule, FRONT):
+            return super().__reduce_ex__(protocol)
+        return _unmade, (self.rule,), self.__getstate__()
+
+
+FRONT = Front((TensorOptimizer, _OfRule), Lion, arguments)
+
+
+def _unmade(rule: Rule) -> Any:
+    made: Any = optimizer(rule)
+    return made.__new__(made)
+
+
+def optimizer(rule: Rule) -> type[Any]:
+    """The class of optimizers for tensors by a rule, ``C(params, <options>, *, maximize, foreach, capturable, ...)``.
+
+    Args:
+        rule: What ``@fastopt.rule`` made.
+
+    Returns:
+        A class in torch's manner: all of ``TensorOptimizer``, and checkpoints. It is named as the rule, and always the
+        same for a rule. Objects can be copied; they can be pickled if the rule stands at the top level of a module.
+
+    State: ``step``, what the rule carries, and its states.
+
+    Raises:
+        TypeError: ``rule`` is none, or was made without defaults for its options.
+
+    Example:
+        >>> import torch, fastopt, fastopt.torch
+        >>> @fastopt.rule(options={"lr": 0.5})
+        ... def descent(p, g, h):
+        ...     return (p - h.lr * g,)
+        >>> w = torch.nn.Parameter(torch.ones(2))
+        >>> opt = fastopt.torch.optimizer(descent)([w])
+        >>> w.grad = torch.tensor([1.0, 0.0])
+        >>> opt.step()
+        >>> w.tolist()
+        [0.5, 1.0]
+    """
+    return class_of(rule, FRONT)

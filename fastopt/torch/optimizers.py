@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from ..engine.options import given_arguments
+from ..engine.options import arguments
 from ..kernels.registry import RULES
 from ._tensors import COMPUTED
 from .base import TensorOptimizer
@@ -56,7 +56,7 @@ class SGD(TensorOptimizer, torch.optim.SGD):
         master_weights: bool = False,
         flatten: bool = False,
     ) -> None:
-        super().__init__(**given_arguments(locals()))
+        super().__init__(**arguments(locals()))
 
 
 class Adagrad(TensorOptimizer, torch.optim.Adagrad):
@@ -91,7 +91,7 @@ class Adagrad(TensorOptimizer, torch.optim.Adagrad):
         master_weights: bool = False,
         flatten: bool = False,
     ) -> None:
-        super().__init__(**given_arguments(locals()))
+        super().__init__(**arguments(locals()))
         for p, state in self.state.items():
             if COMPUTED.get(p.dtype, p.dtype) != p.dtype:  # torch's constructor rounds the start to 16 bits
                 start = self.defaults["initial_accumulator_value"]
@@ -126,7 +126,7 @@ class Adadelta(TensorOptimizer, torch.optim.Adadelta):
         master_weights: bool = False,
         flatten: bool = False,
     ) -> None:
-        super().__init__(**given_arguments(locals()))
+        super().__init__(**arguments(locals()))
 
 
 class RMSprop(TensorOptimizer, torch.optim.RMSprop):
@@ -161,7 +161,7 @@ class RMSprop(TensorOptimizer, torch.optim.RMSprop):
         master_weights: bool = False,
         flatten: bool = False,
     ) -> None:
-        super().__init__(**given_arguments(locals()))
+        super().__init__(**arguments(locals()))
 
 
 class Rprop(TensorOptimizer, torch.optim.Rprop):
@@ -191,7 +191,7 @@ class Rprop(TensorOptimizer, torch.optim.Rprop):
         master_weights: bool = False,
         flatten: bool = False,
     ) -> None:
-        super().__init__(**given_arguments(locals()))
+        super().__init__(**arguments(locals()))
 
 
 class ASGD(TensorOptimizer, torch.optim.ASGD):
@@ -223,4 +223,4 @@ class ASGD(TensorOptimizer, torch.optim.ASGD):
         master_weights: bool = False,
         flatten: bool = False,
     ) -> None:
-        super().__init__(**given_arguments(locals()))
+        super().__init__(**arguments(locals()))

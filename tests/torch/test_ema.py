@@ -137,10 +137,11 @@ def test_averages_exist_before_the_first_step_where_tools_want_states():
     assert_same(bits_of(others, other), bits_of(params, opt))
 
 
-def test_decays_that_cannot_be_are_refused():
-    with pytest.raises(ValueError, match=r"AdamW: ema_decay must be in \[0, 1\), got 1.0"):
-        make("AdamW", ema_decay=1.0)
-    params, opt = make("AdamW")
+@pytest.mark.parametrize("name", ["AdamW", "Lion"])
+def test_decays_that_cannot_be_are_refused(name):
+    with pytest.raises(ValueError, match=rf"{name}: ema_decay must be in \[0, 1\), got 1.0"):
+        make(name, ema_decay=1.0)
+    params, opt = make(name)
     opt.param_groups[0]["ema_decay"] = "0.9"
     with pytest.raises(TypeError, match="group 0: ema_decay must be a number"):
         train(params, opt)
