@@ -1,7 +1,5 @@
 """How a step reaches a GPU: launches, uploads, graphs, refusals. Counted on the stand-in, which needs no GPU."""
 
-from typing import Any
-
 import numpy as np
 import pytest
 from refusal import refused
@@ -12,14 +10,14 @@ from fastopt.engine.cuda import runtime as cuda_runtime
 F32 = np.float32
 
 
-def model(gpu: Any, arrays: int = 20) -> tuple[dict[str, Any], dict[str, Any]]:
+def model(gpu, arrays=20):
     rng = np.random.default_rng(0)
     shapes = {f"p{k}": (2, k + 1) if k % 2 else (k + 1,) for k in range(arrays)}
     params, grads = ({k: gpu.put(rng.standard_normal(s).astype(F32)) for k, s in shapes.items()} for _ in range(2))
     return params, grads
 
 
-def test_a_step_is_one_launch_whatever_the_number_of_arrays_and_groups(stand_in: Any) -> None:
+def test_a_step_is_one_launch_whatever_the_number_of_arrays_and_groups(stand_in):
     params, grads = model(stand_in)
     names = list(params)
     groups = [{"params": {n: params[n] for n in names[k::3]}, "lr": 0.1 * (k + 1)} for k in range(3)]
@@ -32,7 +30,7 @@ def test_a_step_is_one_launch_whatever_the_number_of_arrays_and_groups(stand_in:
 
 
 @pytest.mark.parametrize("options", [{"max_norm": 1.0}, {"skip_nonfinite": True}, {"max_norm": 1.0, "grad_scale": 2.0}])
-def test_what_must_be_known_first_is_one_more_launch_and_no_wait(stand_in: Any, options: Any) -> None:
+def test_what_must_be_known_first_is_one_more_launch_and_no_wait(stand_in, options):
     params, grads = model(stand_in, 3)
     opt, device = fastopt.AdamW(params), stand_in.device()
     info = opt.step(grads, **options)
@@ -46,13 +44,13 @@ def test_what_must_be_known_first_is_one_more_launch_and_no_wait(stand_in: Any, 
     assert device.downloads == 1
 
 
-def test_lars_is_two_launches(stand_in: Any) -> None:
+def test_lars_is_two_launches(stand_in):
     params, grads = model(stand_in, 3)
     fastopt.LARS(params, lr=0.1).step(grads)
     assert stand_in.device().launches == ["fastopt_cuda_prologue_lars", "fastopt_cuda_lars_float32_float32"]
 
 
-def test_only_what_changed_is_uploaded(stand_in: Any) -> None:
+def test_only_what_changed_is_uploaded(stand_in):
     params, grads = model(stand_in)
     opt, device = fastopt.SGD(params, lr=0.1, momentum=0.9), stand_in.device()
     opt.step(grads)
@@ -67,7 +65,7 @@ def test_only_what_changed_is_uploaded(stand_in: Any) -> None:
     assert device.uploads == [8 * len(grads)]  # the gradients' new addresses
 
 
-def test_several_dtypes_are_a_launch_each(stand_in: Any) -> None:
+def test_several_dtypes_are_a_launch_each(stand_in):
     params = {"a": stand_in.put(np.ones(5, F32)), "b": stand_in.put(np.ones(5)), "c": stand_in.put(np.ones(4, F32))}
     grads = {name: stand_in.put(np.ones_like(stand_in.get(p))) for name, p in params.items()}
     fastopt.SGD(params, lr=0.5).step(grads)
@@ -89,7 +87,7 @@ DECIDED = {"max_norm": 0.5, "skip_nonfinite": True}
     [("Adam", {}), ("Adam", DECIDED), ("NAdam", DECIDED), ("ASGD", {}), ("RAdam", {}), ("SGD", {}), ("LARS", DECIDED)],
     ids=str,
 )
-def test_a_captured_step_replayed_is_as_many_steps(gpu: Any, name: str, options: Any) -> None:
+def test_a_captured_step_replayed_is_as_many_steps(gpu, name, options):
     rng = np.random.default_rng(1)
     arrays = {"w": rng.standard_normal((3, 5)).astype(F32), "b": rng.standard_normal(2).astype(F32)}
     gradient = {k: rng.standard_normal(a.shape).astype(F32) for k, a in arrays.items()}
@@ -113,7 +111,7 @@ def test_a_captured_step_replayed_is_as_many_steps(gpu: Any, name: str, options:
         assert gpu.get(params[key]).tobytes() == arrays[key].tobytes()
 
 
-def test_a_graph_reads_the_loss_scale_and_skips(stand_in: Any) -> None:
+def test_a_graph_reads_the_loss_scale_and_skips(stand_in):
     w, g, scale = (stand_in.put(np.full(4, x, F32)) for x in (1.0, 8.0, 4.0))
     scale = stand_in.put(np.array([4.0], F32))
     opt, device = fastopt.SGD([w], lr=0.5, capturable=True), stand_in.device()
@@ -132,7 +130,7 @@ def test_a_graph_reads_the_loss_scale_and_skips(stand_in: Any) -> None:
 
 
 @pytest.mark.parametrize(("capturable", "said"), [(False, "capturable=True"), (True, "before capturing")])
-def test_captures_that_are_refused(gpu: Any, capturable: bool, said: str) -> None:
+def test_captures_that_are_refused(gpu, capturable, said):
     params, grads = model(gpu, 2)
     opt = fastopt.SGD(params, lr=0.1, capturable=capturable)
     if not capturable:
@@ -145,7 +143,7 @@ def test_captures_that_are_refused(gpu: Any, capturable: bool, said: str) -> Non
     opt.step(grads)
 
 
-def test_upload_options_needs_a_step_before(stand_in: Any) -> None:
+def test_upload_options_needs_a_step_before(stand_in):
     params, _ = model(stand_in, 2)
     for opt in (fastopt.SGD(params, lr=0.1, capturable=True), fastopt.SGD([np.ones(2)])):
         with refused(RuntimeError, "upload_options", "no step was taken yet with capturable=True"):
@@ -155,7 +153,7 @@ def test_upload_options_needs_a_step_before(stand_in: Any) -> None:
 # --- refusals --------------------------------------------------------------------------------------------------------
 
 
-def test_capturable_on_the_host_is_refused() -> None:
+def test_capturable_on_the_host_is_refused():
     with refused(ValueError, "capturable=True", "host memory"):
         fastopt.Adam([np.ones(2)], capturable=True)
     opt = fastopt.Adam([np.ones(2)])
@@ -164,7 +162,7 @@ def test_capturable_on_the_host_is_refused() -> None:
         opt.step([np.ones(2)])
 
 
-def test_memories_do_not_mix(stand_in: Any) -> None:
+def test_memories_do_not_mix(stand_in):
     here, there, other = np.ones(3, F32), stand_in.put(np.ones(3, F32)), stand_in.put(np.ones(3, F32), device=1)
     with refused(ValueError, "params[1]", "numpy.ndarray in host memory", "cuda:0", "cupy.asarray"):
         fastopt.SGD([there, here])
@@ -187,7 +185,7 @@ def test_memories_do_not_mix(stand_in: Any) -> None:
     assert stand_in.get(there).tolist() == here.tolist() == [1.0] * 3
 
 
-def test_wrong_arrays_are_refused(stand_in: Any) -> None:
+def test_wrong_arrays_are_refused(stand_in):
     w = stand_in.put(np.ones((2, 3), F32))
     with refused(ValueError, "strides", "cupy.ascontiguousarray"):
         fastopt.SGD([w.T])
@@ -207,7 +205,7 @@ def test_wrong_arrays_are_refused(stand_in: Any) -> None:
     assert stand_in.get(w).tolist() == [[1.0] * 3] * 2
 
 
-def test_too_little_memory_for_the_state_leaves_nothing_half_built(stand_in: Any) -> None:
+def test_too_little_memory_for_the_state_leaves_nothing_half_built(stand_in):
     a, b = stand_in.put(np.ones(1000, F32)), stand_in.put(np.ones(10_000, F32))
     device = stand_in.device()
     opt = fastopt.Adam([a])
@@ -220,7 +218,7 @@ def test_too_little_memory_for_the_state_leaves_nothing_half_built(stand_in: Any
     opt.step([stand_in.put(np.ones(1000, F32)), None])
 
 
-def test_without_cupy_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_cupy_the_error_names_the_extra(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "cupy", None)
     cuda_runtime.cupy.cache_clear()
     with refused(ImportError, 'pip install cupy-cuda12x "numba-cuda[cu12]"'):
@@ -228,12 +226,12 @@ def test_without_cupy_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch)
     cuda_runtime.cupy.cache_clear()
 
 
-def test_a_gpu_that_is_not_there_is_refused(stand_in: Any) -> None:
+def test_a_gpu_that_is_not_there_is_refused(stand_in):
     with refused(ValueError, "cuda:7", "cuda:0, cuda:1"):
         fastopt.FlatBuffer({"w": (3,)}, device="cuda:7")
 
 
-def test_without_a_driver_the_error_says_so() -> None:
+def test_without_a_driver_the_error_says_so():
     cupy = pytest.importorskip("cupy")
     try:
         cupy.cuda.runtime.getDeviceCount()
@@ -243,6 +241,6 @@ def test_without_a_driver_the_error_says_so() -> None:
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:-1", "cuda:x", 0, None])
-def test_unknown_devices_are_refused(device: Any) -> None:
+def test_unknown_devices_are_refused(device):
     with refused(ValueError, "device", '"cuda"'):
         fastopt.FlatBuffer({"w": (3,)}, device=device)

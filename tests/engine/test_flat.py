@@ -6,13 +6,13 @@ import math
 import pickle
 import weakref
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
 import pytest
-from cases import CASES, RULE_CASES, SHAPES, Case
-from compare import DTYPES, build
+from cases import CASES, RULE_CASES, SHAPES
+from compare import DTYPES, build, padding
 from refusal import refused
 
 import fastopt
@@ -22,18 +22,10 @@ from fastopt.engine.padding import keeps_zeros
 every_dtype = pytest.mark.parametrize("dtype", DTYPES)
 
 
-def padding(buffer: FlatBuffer, data: Any = None) -> Any:
-    """The elements of the buffer, or of ``data`` of the same layout, that belong to no array."""
-    inside = np.zeros(buffer.data.size, bool)
-    for name, array in buffer.items():
-        inside[buffer.offsets[name] : buffer.offsets[name] + array.size] = True
-    return (buffer.data if data is None else data)[~inside]
-
-
 # --- a mapping -------------------------------------------------------------------------------------------------------
 
 
-def test_it_is_a_mapping_in_the_given_order() -> None:
+def test_it_is_a_mapping_in_the_given_order():
     buffer = FlatBuffer({"z": (2, 3), "a": (), "m": (0, 4), "": (5,)})
     assert isinstance(buffer, Mapping)
     assert list(buffer) == list(buffer.keys()) == list(buffer.names) == ["z", "a", "m", ""]
@@ -54,7 +46,7 @@ def test_it_is_a_mapping_in_the_given_order() -> None:
     assert repr(buffer) == "FlatBuffer(4 arrays, 12 elements, float32, cpu)"
 
 
-def test_equality_is_identity() -> None:
+def test_equality_is_identity():
     a, b = FlatBuffer({"w": (3,)}), FlatBuffer({"w": (3,)})
     assert a == a
     assert a != b
@@ -64,16 +56,16 @@ def test_equality_is_identity() -> None:
     assert weakref.ref(a)() is a
 
 
-def test_nothing_else_can_be_set() -> None:
+def test_nothing_else_can_be_set():
     with pytest.raises(AttributeError):
-        FlatBuffer({}).weights = 1  # type: ignore[attr-defined]
+        FlatBuffer({}).weights = 1
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------
 
 
 @every_dtype
-def test_every_array_begins_on_a_64_byte_boundary(dtype: str) -> None:
+def test_every_array_begins_on_a_64_byte_boundary(dtype):
     for sizes in itertools.product((0, 1, 15, 16, 17, 33), repeat=3):
         buffer = FlatBuffer({str(i): (size,) for i, size in enumerate(sizes)}, dtype)
         for name, array in buffer.items():
@@ -88,7 +80,7 @@ def test_every_array_begins_on_a_64_byte_boundary(dtype: str) -> None:
     assert FlatBuffer(SHAPES, dtype).offsets == FlatBuffer(SHAPES).offsets  # the layout of every dtype
 
 
-def test_views_write_through() -> None:
+def test_views_write_through():
     buffer = FlatBuffer({"w": (2, 3), "b": (3,)})
     buffer["w"][1] = 2.0
     buffer["b"] += 3.0
@@ -101,13 +93,13 @@ def test_views_write_through() -> None:
         buffer["w"] = np.ones(4)
 
 
-def test_the_memory_lives_as_long_as_a_view() -> None:
+def test_the_memory_lives_as_long_as_a_view():
     view = FlatBuffer({"w": (1000,)})["w"]
     view += 1
     assert view.sum() == 1000
 
 
-def test_nothing_at_all() -> None:
+def test_nothing_at_all():
     for buffer in (FlatBuffer({}), FlatBuffer({"a": (0,), "b": (2, 0)}), FlatBuffer.from_arrays([], dtype="float16")):
         assert (buffer.size, buffer.nbytes) == (0, 0)
         again = pickle.loads(pickle.dumps(buffer.copy()))
@@ -118,7 +110,7 @@ def test_nothing_at_all() -> None:
 
 
 @every_dtype
-def test_copies(dtype: str) -> None:
+def test_copies(dtype):
     rng = np.random.default_rng(1)
     buffer = FlatBuffer.from_arrays({k: np.asarray(rng.standard_normal(s)) for k, s in SHAPES.items()}, dtype)
     pickled = [pickle.loads(pickle.dumps(buffer, protocol)) for protocol in range(pickle.HIGHEST_PROTOCOL + 1)]
@@ -132,7 +124,7 @@ def test_copies(dtype: str) -> None:
         assert buffer["weight"].any()
 
 
-def test_zeros_like() -> None:
+def test_zeros_like():
     buffer = FlatBuffer.from_arrays({"w": np.ones((2, 3)), "b": np.ones(3)})
     for dtype in (None, "float32", np.float16, "bfloat16", ml_dtypes.bfloat16, np.dtype("float64")):
         zeros = buffer.zeros_like(dtype)
@@ -146,7 +138,7 @@ def test_zeros_like() -> None:
 
 
 @every_dtype
-def test_from_arrays(dtype: str) -> None:
+def test_from_arrays(dtype):
     arrays = {"b": np.arange(3).astype(DTYPES[dtype]), "w": np.arange(6).astype(DTYPES[dtype]).reshape(2, 3).T}
     arrays["scalar"], arrays["none"] = np.full((), 7, DTYPES[dtype]), np.zeros((3, 0), DTYPES[dtype])
     for given in (arrays, FlatBuffer.from_arrays(arrays)):
@@ -168,7 +160,7 @@ def test_from_arrays(dtype: str) -> None:
     assert swapped["0"].tolist() == [0, 1, 2]
 
 
-def test_from_arrays_converts_where_it_is_told_to() -> None:
+def test_from_arrays_converts_where_it_is_told_to():
     arrays = {"a": np.full(3, 0.1), "b": np.arange(3), "c": np.full(2, 0.1, np.float16), "d": np.array([True, False])}
     buffer = FlatBuffer.from_arrays(arrays, dtype="bfloat16")
     assert buffer.dtype == ml_dtypes.bfloat16
@@ -177,7 +169,7 @@ def test_from_arrays_converts_where_it_is_told_to() -> None:
     assert buffer["d"].astype(bool).tolist() == [True, False]
 
 
-def test_what_is_no_buffer_is_refused() -> None:
+def test_what_is_no_buffer_is_refused():
     ones = np.ones(3, np.float32)
     with refused(TypeError, "FlatBuffer.from_arrays: the arrays have several dtypes (float32, float64)", "dtype="):
         FlatBuffer.from_arrays({"w": ones, "b": np.ones(3)})
@@ -214,12 +206,12 @@ def test_what_is_no_buffer_is_refused() -> None:
 
 
 @pytest.mark.parametrize("shape", [(-1,), (2, -3), (2.5,), 3, "34", None, (True, "2"), (2**62, 4)], ids=repr)
-def test_bad_shapes_are_refused(shape: Any) -> None:
+def test_bad_shapes_are_refused(shape):
     with pytest.raises((TypeError, ValueError), match=r"^FlatBuffer.*'w'.*shape"):
         FlatBuffer({"w": shape})
 
 
-def test_shapes_of_numpy_integers() -> None:
+def test_shapes_of_numpy_integers():
     assert FlatBuffer({"w": [np.int64(2), np.uint8(3)]}).shapes == {"w": (2, 3)}
 
 
@@ -228,7 +220,7 @@ def test_shapes_of_numpy_integers() -> None:
     [np.ones((2, 3)), np.ones(()), 5, None, "wb", [[1.0, 2.0]]],
     ids=lambda x: f"{type(x).__name__}-{np.ndim(x)}d",
 )
-def test_what_holds_no_arrays_is_refused(arrays: Any) -> None:
+def test_what_holds_no_arrays_is_refused(arrays):
     with pytest.raises(TypeError, match=r"^FlatBuffer.from_arrays: arrays"):
         FlatBuffer.from_arrays(arrays)
 
@@ -236,7 +228,7 @@ def test_what_holds_no_arrays_is_refused(arrays: Any) -> None:
 # --- steps -----------------------------------------------------------------------------------------------------------
 
 
-def test_padding_stays_zero_when_the_norm_is_nan() -> None:
+def test_padding_stays_zero_when_the_norm_is_nan():
     params = FlatBuffer.from_arrays({"a": np.ones(3), "b": np.ones(3)})
     grads = params.zeros_like()
     grads["a"][0] = np.nan
@@ -250,11 +242,11 @@ class SignScalars(NamedTuple):
     lr: float
 
 
-def sign(p: Any, g: Any, h: SignScalars) -> Any:
+def sign(p, g, h):
     return (p - math.copysign(h.lr, g),)
 
 
-def sign_scalars(t: int, options: Any) -> SignScalars:
+def sign_scalars(t, options):
     return SignScalars(options["lr"])
 
 
@@ -263,11 +255,11 @@ class Sign(fastopt.Optimizer):
 
     rule = fastopt.Rule("flat_sign", sign, SignScalars, sign_scalars)
 
-    def select_rule(self, options: Any) -> fastopt.Rule:
+    def select_rule(self, options):
         return self.rule
 
 
-def test_padding_stays_zero_where_a_rule_moves_zeros() -> None:
+def test_padding_stays_zero_where_a_rule_moves_zeros():
     params = FlatBuffer({"a": (3,), "b": (3,)})
     opt = Sign(params, {"lr": 0.0})
     for lr in (0.0, 0.5, 0.5):  # with lr 0 the rule leaves zeros alone
@@ -281,7 +273,7 @@ WITH_EPS = [case for case in RULE_CASES if "eps" in build(case, [np.ones(1)]).de
 
 
 @pytest.mark.parametrize("case", WITH_EPS, ids=lambda case: case.rule)
-def test_padding_stays_zero_without_eps(case: Case) -> None:
+def test_padding_stays_zero_without_eps(case):
     params = FlatBuffer.from_arrays({"a": np.ones((3, 1)), "b": np.ones((2, 2))})
     opt, alone = build(case, params), build(case, [array.copy() for array in params.values()])
     rng = np.random.default_rng(0)
@@ -297,7 +289,7 @@ def test_padding_stays_zero_without_eps(case: Case) -> None:
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
-def test_every_rule_of_the_library_keeps_zeros_while_eps_is_above_zero(case: Case) -> None:
+def test_every_rule_of_the_library_keeps_zeros_while_eps_is_above_zero(case):
     opt = build(case, [np.ones(1)])
     options = dict(opt.param_groups[0])
     assert keeps_zeros(opt.select_rule(options), options)

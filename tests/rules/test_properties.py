@@ -6,7 +6,7 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 from cases import CASES
-from compare import DTYPES, PARAMETER, assert_same_bits, bits, build, snapshot
+from compare import PARAMETER, assert_same_bits, bits, build, rounded, snapshot
 from fastopt.kernels.dtypes import PAIRS
 from hypothesis import given
 from hypothesis.extra.numpy import arrays
@@ -19,12 +19,6 @@ any_case = st.sampled_from(CASES)
 element_wise = st.sampled_from([case for case in CASES if case.optimizer != "LARS"])  # which takes norms of layers
 any_float = st.floats(width=32)  # NaN, infinities and subnormals too
 moderate = st.floats(-1e6, 1e6, width=32)
-
-
-def rounded(values, dtype):
-    """float32 values as another dtype; what is too large becomes infinite."""
-    with np.errstate(over="ignore"):
-        return values.astype(DTYPES[dtype])
 
 
 @st.composite

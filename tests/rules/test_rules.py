@@ -114,7 +114,7 @@ def test_a_rule_names_the_options_that_its_scalars_read(rule):
 # --- what a step folds into the gradient -----------------------------------------------------------------------------
 
 
-def two_of_a_case(case: Case, dtype: str, **replaced: object):
+def two_of_a_case(case, dtype, **replaced):
     """Gradients, and twice the same parameters and optimizer, the second with some options replaced."""
     params, gradients = case_problem(case, dtype, 3, seed=1)
     other = {name: p.copy() for name, p in params.items()}

@@ -1,7 +1,6 @@
 """Traps that other libraries fell into, one test each: what options mean, norms of layers, state."""
 
 import pickle
-from typing import Any
 
 import numpy as np
 import pytest
@@ -11,14 +10,14 @@ from compare import assert_same_bits, build, case_problem, snapshot
 import fastopt
 
 
-def copies(arrays: Any) -> dict[str, Any]:
+def copies(arrays):
     return {name: array.copy() for name, array in arrays.items()}
 
 
 # --- what an option means --------------------------------------------------------------------------------------------
 
 
-def test_weight_decay_in_the_wrong_place_for_maximize() -> None:
+def test_weight_decay_in_the_wrong_place_for_maximize():
     w = np.array([1.0])
     fastopt.SGD([w], lr=1.0, weight_decay=0.25, maximize=True).step([np.array([0.5])])
     assert w.tolist() == [1.0 - (-0.5 + 0.25)]  # the gradient is negated, the decay is not
@@ -32,7 +31,7 @@ def test_weight_decay_in_the_wrong_place_for_maximize() -> None:
             assert (a == b).all(), case.id
 
 
-def test_nesterov_or_dampening_accepted_and_ignored() -> None:
+def test_nesterov_or_dampening_accepted_and_ignored():
     ends = {}
     for name, options in {"plain": {}, "nesterov": {"nesterov": True}, "dampening": {"dampening": 0.5}}.items():
         w = np.zeros(1)
@@ -47,7 +46,7 @@ def test_nesterov_or_dampening_accepted_and_ignored() -> None:
 
 
 @pytest.mark.parametrize("nesterov", [False, True])
-def test_zero_norm_layers(nesterov: bool) -> None:
+def test_zero_norm_layers(nesterov):
     zero_w, zero_g = np.zeros((2, 2)), np.ones((2, 2))
     opt = fastopt.LARS([zero_w, zero_g], lr=0.5, momentum=0.5, weight_decay=0.25, nesterov=nesterov)
     opt.step([np.ones((2, 2)), np.zeros((2, 2))])  # the ratio of both is 1
@@ -56,11 +55,11 @@ def test_zero_norm_layers(nesterov: bool) -> None:
     assert (zero_g == 1 - 0.5 * 0.25 * factor).all()
 
 
-def test_layer_wise_norms_taken_over_the_whole_flat_buffer() -> None:
+def test_layer_wise_norms_taken_over_the_whole_flat_buffer():
     steps = {}
     for flat in (False, True):
         arrays = {"small": np.full((4, 4), 1.0), "large": np.full((4, 4), 128.0)}
-        params: Any = fastopt.FlatBuffer.from_arrays(arrays) if flat else arrays
+        params = fastopt.FlatBuffer.from_arrays(arrays) if flat else arrays
         before = copies(params)
         grads = {name: np.ones((4, 4)) for name in params}
         opt = fastopt.LARS(params, lr=1.0, trust_coefficient=2.0**-10)
@@ -72,7 +71,7 @@ def test_layer_wise_norms_taken_over_the_whole_flat_buffer() -> None:
 # --- state -----------------------------------------------------------------------------------------------------------
 
 
-def test_amsgrad_maximum_never_stored() -> None:
+def test_amsgrad_maximum_never_stored():
     for cls in (fastopt.Adam, fastopt.AdamW):
         opt = cls([np.ones(3)], amsgrad=True, betas=(0.5, 0.5))
         for g in (2.0, 0.0, 0.0):
@@ -82,7 +81,7 @@ def test_amsgrad_maximum_never_stored() -> None:
         assert state["max_exp_avg_sq"].tolist() == [2.0] * 3
 
 
-def test_eps_that_rounds_to_zero() -> None:
+def test_eps_that_rounds_to_zero():
     for dtype, eps in (("float16", 1e-50), ("float32", 1e-50), ("float64", -5e-324)):
         with pytest.raises(ValueError, match="eps"):
             fastopt.Adam([np.ones(3, dtype)], eps=eps)
@@ -92,7 +91,7 @@ def test_eps_that_rounds_to_zero() -> None:
     assert (w == 1).all()
 
 
-def test_saved_views_that_pickle_the_whole_buffer() -> None:
+def test_saved_views_that_pickle_the_whole_buffer():
     params = fastopt.FlatBuffer({"small": (2,), "large": (100_000,)})
     opt = fastopt.Adam(params)
     opt.step(params.zeros_like())
@@ -109,7 +108,7 @@ def test_saved_views_that_pickle_the_whole_buffer() -> None:
     assert (opt.state["large"]["exp_avg"] == 7.0).all()
 
 
-def test_two_optimizers() -> None:
+def test_two_optimizers():
     cases = [case for case in RULE_CASES if case.optimizer in ("Adam", "SGD", "LARS", "NAdam")]
     problems = [case_problem(case, "float32", 3, seed=i) for i, case in enumerate(cases)]
     together = [(build(case, p), p) for case, (p, _) in zip(cases, [(copies(p), g) for p, g in problems], strict=True)]
@@ -124,7 +123,7 @@ def test_two_optimizers() -> None:
 
 
 @pytest.mark.parametrize("kind", [float, np.float32, np.array])
-def test_host_scalars_frozen_at_the_first_step(kind: Any) -> None:
+def test_host_scalars_frozen_at_the_first_step(kind):
     w, g = np.zeros(1), np.ones(1)
     opt = fastopt.SGD([w], lr=kind(1.0))
     for lr in (1.0, 0.5, 0.25):
@@ -133,7 +132,7 @@ def test_host_scalars_frozen_at_the_first_step(kind: Any) -> None:
     assert w.item() == -1.75
 
 
-def test_options_changed_in_place() -> None:
+def test_options_changed_in_place():
     w, g, lr, betas = np.zeros(1), np.ones(1), np.array(1.0), [0.5, 0.5]
     opt = fastopt.Lion([w], lr=lr, betas=betas)
     opt.step([g])
@@ -145,14 +144,14 @@ def test_options_changed_in_place() -> None:
         opt.step([g])
 
 
-def test_gradients_that_come_from_a_generator_are_zeroed_in_a_skipped_step() -> None:
+def test_gradients_that_come_from_a_generator_are_zeroed_in_a_skipped_step():
     grads = [np.full(3, np.nan), np.ones(3)]
     opt = fastopt.SGD([np.ones(3), np.ones(3)])
     assert opt.step((g for g in grads), skip_nonfinite=True, zero_grads=True).skipped
     assert not any(g.any() for g in grads)
 
 
-def test_a_numpy_scalar_is_a_gradient_of_a_0d_parameter() -> None:
+def test_a_numpy_scalar_is_a_gradient_of_a_0d_parameter():
     w = np.ones((), np.float32)
     opt = fastopt.SGD([w], lr=0.5)
     opt.step([w * np.float32(2)])  # NumPy makes a scalar of this product

@@ -10,8 +10,6 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Sequence
-from typing import Any
 
 import llvmlite.binding as llvm
 from fastopt.kernels.cuda import compile as compiler
@@ -46,7 +44,7 @@ class _Captured(Exception):
     """Carries the IR out of the compiler, which need not go on."""
 
 
-def _ir(symbol: str) -> list[str]:
+def _ir(symbol):
     """The modules that NVVM would get for a kernel; kept for other processes where FASTOPT_TEST_IR names a folder."""
     folder = os.environ.get("FASTOPT_TEST_IR")
     if folder is None:
@@ -56,12 +54,12 @@ def _ir(symbol: str) -> list[str]:
         written = kept.with_suffix(f".{os.getpid()}")
         written.write_text(json.dumps(_compiled(symbol)))
         written.rename(kept)
-    modules: list[str] = json.loads(kept.read_text())
+    modules = json.loads(kept.read_text())
     return modules
 
 
-def _compiled(symbol: str) -> list[str]:
-    def capture(modules: Any, **options: Any) -> None:
+def _compiled(symbol):
+    def capture(modules, **options):
         assert options["fma"] == 0
         raise _Captured([modules] if isinstance(modules, str) else modules)
 
@@ -77,14 +75,14 @@ def _compiled(symbol: str) -> list[str]:
                     if symbol == cuda_terms_symbol(rule.name, p, g):
                         compiler.terms_ptx(rule, p, g)
     except _Captured as captured:
-        modules: list[str] = captured.args[0]
+        modules = captured.args[0]
         return modules
     finally:
         nvvm.compile_ir = original
     raise LookupError(f"no kernel is called {symbol}")
 
 
-def _for_host(text: str) -> str:
+def _for_host(text):
     text = re.sub(r"^(target|!nvvm|@\"llvm.used\").*$", "", text, flags=re.MULTILINE)
     for name, place in (("tid", "%of_block"), ("ctaid", "%of_grid")):
         text = re.sub(rf'call i32 @"llvm\.nvvm\.read\.ptx\.sreg\.{name}\.x"\(\)', f"add i32 0, {place}", text)
@@ -100,7 +98,7 @@ def _for_host(text: str) -> str:
     return re.sub(r"addrspace\([13]\) ?", "", text.replace("addrspacecast", "bitcast"))
 
 
-def _with_entry(text: str) -> str:
+def _with_entry(text):
     """Adds the barrier, and a function of one pointer to words: the thread, its block, the arguments of the kernel."""
     match = re.search(r'define void @("[^"]+")\(([^)]*)\)', text)
     assert match
@@ -125,7 +123,7 @@ def _with_entry(text: str) -> str:
 class Kernel:
     """A kernel compiled for this processor."""
 
-    def __init__(self, symbol: str) -> None:
+    def __init__(self, symbol):
         llvm.initialize_native_target()
         llvm.initialize_native_asmprinter()
         kernel, *others = map(_for_host, _ir(symbol))
@@ -143,7 +141,7 @@ class Kernel:
         barrier = self._engine.get_global_value_address("block")
         assert libc.pthread_barrier_init(ctypes.c_void_p(barrier), None, THREADS) == 0
 
-    def launch(self, blocks: int, arguments: Sequence[float]) -> None:
+    def launch(self, blocks, arguments):
         """Run all blocks."""
         words = [ctypes.c_double(x) if isinstance(x, float) else ctypes.c_int64(x) for x in arguments]
         raw = b"".join(bytes(word) for word in words)
@@ -166,6 +164,6 @@ class Kernel:
 
 
 @functools.cache
-def kernel_of(symbol: str) -> Kernel:
+def kernel_of(symbol):
     """The kernel of this name (kernels/dtypes.py)."""
     return Kernel(symbol)

@@ -15,7 +15,6 @@ import sys
 import threading
 import types
 import weakref
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +30,6 @@ from fastopt.kernels.cuda.toolchain import THREADS, cuda
 from fastopt.kernels.cuda.update import PARTS, update_loop
 from fastopt.kernels.dtypes import CODES, COMPUTE, cuda_prologue_symbol, cuda_terms_symbol, cuda_update_symbol
 from fastopt.kernels.registry import RULES
-from fastopt.kernels.rules.rule import Rule
 from numba.cuda.core import config
 from numba.cuda.simulator import kernel as simulator
 from numba.cuda.simulator import kernelapi
@@ -54,10 +52,10 @@ class BadAccess(AssertionError):
     """A GPU would have stopped the kernel, or read or written what is not the kernel's."""
 
 
-_allowed: list[tuple[int, float]] = []  # first address of each array and one past the last, sorted
+_allowed = []  # first address of each array and one past the last, sorted
 
 
-def allow(array: Array) -> Array:
+def allow(array):
     """Let kernels access an array, as long as this very object lives; the array itself."""
     start, stop = array.ctypes.data, array.ctypes.data + array.nbytes
     if array.nbytes:
@@ -70,7 +68,7 @@ def allow(array: Array) -> Array:
     return array
 
 
-def _is_allowed(address: int, size: int) -> bool:
+def _is_allowed(address, size):
     place = bisect.bisect(_allowed, (address, math.inf)) - 1
     nearest = _allowed[place : place + 1]
     # The garbage collector may take arrays away meanwhile, in another thread: then every place has changed.
@@ -79,7 +77,7 @@ def _is_allowed(address: int, size: int) -> bool:
     )
 
 
-def _at(address: int, dtype: np.dtype[Any], count: int = 1, *, aligned_to: int | None = None) -> Array:
+def _at(address, dtype, count=1, *, aligned_to=None):
     """The elements at an address, accessed at once."""
     size = dtype.itemsize * count
     if not _is_allowed(address, size):
@@ -92,15 +90,15 @@ def _at(address: int, dtype: np.dtype[Any], count: int = 1, *, aligned_to: int |
 # --- kernels/cuda/access.py ------------------------------------------------------------------------------------------
 
 
-def _loader(name: str, result: Callable[[Any], Any]) -> Callable[[int, int], Any]:
+def _loader(name, result):
     dtype = np.dtype(name)
     return lambda address, index: result(_at(address + dtype.itemsize * index, dtype)[0])
 
 
-def _storer(name: str) -> Callable[[int, int, Any], None]:
+def _storer(name):
     dtype = np.dtype(name)
 
-    def store(address: int, index: int, number: Any) -> None:
+    def store(address, index, number):
         _at(address + dtype.itemsize * index, dtype)[0] = number
 
     return store
@@ -113,16 +111,16 @@ single, put_single = _loader("float32", np.float64), _storer("float32")
 fresh_real = real
 
 
-def count_up(address: int, index: int) -> int:
-    before: int = word(address, index)  # no other thread runs meanwhile, see _Block
+def count_up(address, index):
+    before = word(address, index)  # no other thread runs meanwhile, see _Block
     put_word(address, index, before + 1)
     return before
 
 
-def scalars_loader(rule: Rule, compute: str) -> Any:
-    dtype, names = DTYPES[compute], rule.Scalars._fields  # type: ignore[attr-defined]
+def scalars_loader(rule, compute):
+    dtype, names = DTYPES[compute], rule.Scalars._fields
 
-    def load(scalars: int, ratio: int) -> Any:
+    def load(scalars, ratio):
         places = {name: scalars + dtype.itemsize * k for k, name in enumerate(names)}
         if rule.ratio is not None:
             places |= {name: ratio + dtype.itemsize * k for k, name in enumerate(("stretch", "ratio")) if name in names}
@@ -131,10 +129,10 @@ def scalars_loader(rule: Rule, compute: str) -> Any:
     return load
 
 
-def add_rows(dtype: str, rows: int) -> Any:
+def add_rows(dtype, rows):
     stored = DTYPES[dtype]
 
-    def add(total: float, x: int, i: int) -> float:
+    def add(total, x, i):
         span = (rows - 1) * layout.LANES + 1
         elements = _at(x + stored.itemsize * i, stored, span, aligned_to=stored.itemsize)
         for number in elements[:: layout.LANES].astype(np.float64).tolist():
@@ -144,10 +142,10 @@ def add_rows(dtype: str, rows: int) -> Any:
     return add
 
 
-def scalars_former(rule: Rule) -> Any:
+def scalars_former(rule):
     counts = rule.options.items()
 
-    def form(t: int, cohort: int, options: int, scalars64: int, scalars32: int) -> None:
+    def form(t, cohort, options, scalars64, scalars32):
         numbers = (float(real(options, k)) for k in itertools.count())
         given = {name: next(numbers) if n == 1 else tuple(itertools.islice(numbers, n)) for name, n in counts}
         if rule.carry is None:
@@ -165,29 +163,29 @@ def scalars_former(rule: Rule) -> Any:
     return form
 
 
-def ratio_caller(rule: Rule) -> Any:
+def ratio_caller(rule):
     if rule.ratio is None:
         return lambda sums, multiplier, scalars: 1.0
     ratio = in_numpy(rule.ratio)
 
-    def scaled(total: float, product: Any, multiplier: float) -> Any:
+    def scaled(total, product, multiplier):
         if product != ("g", "g"):
             return np.float64(total) * multiplier ** product.count("g")
         norm = abs(multiplier) * np.sqrt(np.float64(total))
         return norm * norm
 
-    def call(sums: Sequence[float], multiplier: float, scalars: int) -> float:
+    def call(sums, multiplier, scalars):
         of_products = zip((sums[place] for place in rule.places), rule.products, strict=True)
-        h = rule.Scalars(*(real(scalars, k) for k in range(len(rule.Scalars._fields))))  # type: ignore[attr-defined]
+        h = rule.Scalars(*(real(scalars, k) for k in range(len(rule.Scalars._fields))))
         return float(ratio(tuple(scaled(total, product, multiplier) for total, product in of_products), h))
 
     return call
 
 
-def in_numpy(function: Callable[..., Any]) -> Callable[..., Any]:
+def in_numpy(function):
     """A rule that takes its math from NumPy, which has it under the same names and keeps the dtype."""
     assert isinstance(function, types.FunctionType)
-    changed: dict[str, Any] = {}
+    changed = {}
     for name in function.__code__.co_names:
         value = function.__globals__.get(name)
         if value is math:
@@ -199,61 +197,61 @@ def in_numpy(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class Arrays:
-    def __init__(self, rule: Rule, p: str, g: str) -> None:
+    def __init__(self, rule, p, g):
         self.compute = DTYPES[COMPUTE[p]]
         self.dtypes = [DTYPES[p], DTYPES[g]] + [self.compute] * len(rule.state)
         self.written = [0, *range(2, len(self.dtypes))]
         self.rule, self.step = rule, in_numpy(rule.step)
         self.copies = p == "float32"
 
-    def _elements(self, pointers: Sequence[int], k: int, i: int, count: int) -> Array:
+    def _elements(self, pointers, k, i, count):
         return _at(pointers[k] + self.dtypes[k].itemsize * i, self.dtypes[k], count)
 
-    def pointers_of(self) -> Any:
-        def pointers_of(segment: int, gradient: int) -> tuple[int, ...]:
+    def pointers_of(self):
+        def pointers_of(segment, gradient):
             places = [*range(len(self.dtypes)), *((layout.COPY, layout.COPY_CODE) if self.copies else ())]
             return tuple(gradient if k == layout.GRADIENT else word(segment, k) for k in places)
 
         return pointers_of
 
-    def aligned(self, count: int) -> Any:
-        def aligned(pointers: Sequence[int]) -> bool:
+    def aligned(self, count):
+        def aligned(pointers):
             itemsizes = [dtype.itemsize for dtype in self.dtypes] + [2] * self.copies
             return not any(x % (count * itemsize) for x, itemsize in zip(pointers, itemsizes, strict=False))
 
         return aligned
 
-    def load(self, count: int) -> Any:
-        def load(pointers: Sequence[int], i: int, multiplier: float, h: Any) -> list[tuple[Any, ...]]:
+    def load(self, count):
+        def load(pointers, i, multiplier, h):
             values = [self._elements(pointers, k, i, count).astype(self.compute) for k in range(len(self.dtypes))]
             values[layout.GRADIENT] *= self.compute.type(multiplier)
             return [(*element, h) for element in zip(*values, strict=True)]
 
         return load
 
-    def apply(self) -> Any:
+    def apply(self):
         return lambda elements: [self.step(*arguments) for arguments in elements]
 
-    def no_sums(self) -> Any:
+    def no_sums(self):
         return lambda: (0.0,) * len(self.rule.products)
 
-    def stored(self) -> Any:
+    def stored(self):
         return lambda pointers, i: [self._elements(pointers, k, i, 1).astype(self.compute)[0] for k in range(2)]
 
-    def terms(self) -> Any:
+    def terms(self):
         terms = in_numpy(self.rule.terms) if self.rule.terms else lambda *_: ()
         return lambda arguments: terms(*arguments)
 
-    def add_products(self) -> Any:
-        def add(totals: Sequence[float], stored: Sequence[Any], terms: Sequence[Any]) -> tuple[float, ...]:
+    def add_products(self):
+        def add(totals, stored, terms):
             factors = {"p": stored[0], "g": stored[1], **dict(enumerate(terms))}
             pairs = [(float(factors[a]), float(factors[b])) for a, b in self.rule.products]
             return tuple(total + x * y for total, (x, y) in zip(totals, pairs, strict=True))
 
         return add
 
-    def store(self, count: int) -> Any:
-        def store(pointers: Sequence[int], i: int, results: Sequence[tuple[Any, ...]]) -> None:
+    def store(self, count):
+        def store(pointers, i, results):
             for k, values in zip(self.written, zip(*results, strict=True), strict=True):
                 assert {type(value) for value in values} == {self.compute.type}
                 self._elements(pointers, k, i, count)[...] = np.array(values)
@@ -263,8 +261,8 @@ class Arrays:
 
         return store
 
-    def clear(self, count: int) -> Any:
-        def clear(pointers: Sequence[int], i: int) -> None:
+    def clear(self, count):
+        def clear(pointers, i):
             self._elements(pointers, layout.GRADIENT, i, count)[...] = 0
 
         return clear
@@ -278,11 +276,11 @@ _launching = threading.Lock()  # the simulator runs one kernel at a time
 class _Thread(greenlet.greenlet):
     """A thread of a block: what the simulator asks of ``threading.current_thread()``."""
 
-    def __init__(self, run: Callable[..., None], block: tuple[int, ...], number: int) -> None:
+    def __init__(self, run, block, number):
         super().__init__(run)
         self.blockIdx, self.threadIdx, self.thread_id = Dim3(*block), Dim3(number, 0, 0), number
 
-    def syncthreads(self) -> None:
+    def syncthreads(self):
         assert self.parent is not None
         self.parent.switch()
 
@@ -291,11 +289,11 @@ class _Block:
     """In place of the simulator's, whose operating system's threads take 20 times as long: greenlets, and in an order
     of their own between any two barriers."""
 
-    def __init__(self, f: Callable[..., None], grid: Sequence[int], block: Sequence[int], debug: bool) -> None:
+    def __init__(self, f, grid, block, debug):
         self._f, (self._count, _, _) = f, block
         self._order = random.Random(0)
 
-    def run(self, block: tuple[int, ...], *args: Any) -> None:
+    def run(self, block, *args):
         threads = [_Thread(lambda: self._f(*args), block, k) for k in range(self._count)]
         while threads:
             self._order.shuffle(threads)
@@ -304,14 +302,14 @@ class _Block:
             threads = [thread for thread in threads if not thread.dead]
 
 
-def launch(kernel: Callable[..., None], grid: int, args: Sequence[float], threads: int = THREADS) -> None:
+def launch(kernel, grid, args, threads=THREADS):
     """Run a kernel, as `update_loop` and `prologue` return them; it is done when this returns."""
     with _launching, pytest.MonkeyPatch.context() as patch:
         patch.setattr(simulator, "BlockManager", _Block)
         patch.setattr(kernelapi, "threading", types.SimpleNamespace(current_thread=greenlet.getcurrent))
         function = cuda.jit(device=True)(kernel)
 
-        def run(*args: Any) -> None:
+        def run(*args):
             with np.errstate(all="ignore"):  # every thread has a state of its own
                 function(*args)
 
@@ -319,7 +317,7 @@ def launch(kernel: Callable[..., None], grid: int, args: Sequence[float], thread
 
 
 @functools.cache
-def kernel_of(symbol: str) -> tuple[Callable[..., None], int]:
+def kernel_of(symbol):
     """The kernel of this name (kernels/dtypes.py), and with how many threads per block to launch it."""
     access = sys.modules[__name__]
     for rule in RULES.values():
@@ -350,7 +348,7 @@ class Segment:
 class Tables:
     """What kernels walk (kernels/layout.py), for some segments."""
 
-    def __init__(self, segments: Sequence[Segment], cohorts: int = 1) -> None:
+    def __init__(self, segments, cohorts=1):
         count = len(segments)
         table = Table([s.arrays[layout.PARAMETER].size for s in segments])
         self.chunks = allow(table.chunks)
@@ -377,29 +375,29 @@ class Tables:
         self.jobs = [(layout.GRADIENT, c) for c in range(table.count)]
         self.jobs += [(layout.PARAMETER, c) for c, (s, _, _) in enumerate(table.chunks.tolist()) if segments[s].adapts]
 
-    def set_header(self, multiplier: float, *, skip: bool = False) -> None:
+    def set_header(self, multiplier, *, skip=False):
         self.header.view(np.float64)[layout.MULTIPLIER64] = multiplier
         self.header.view(np.float32)[layout.MULTIPLIER32] = multiplier
         self.header[layout.SKIP] = skip
 
-    def update(self, kernel: Callable[..., None], compute: str, *, zero: bool, threads: int = UPDATE_THREADS) -> None:
+    def update(self, kernel, compute, *, zero, threads=UPDATE_THREADS):
         """Launch an update over every chunk."""
         tables = (self.chunks, self.segments, self.gradients, self.header, self.scalars[compute], self.ratios[compute])
         launch(kernel, PARTS * len(self.chunks), [*(t.ctypes.data for t in tables), zero], threads)
 
     def prologue(
         self,
-        kernel: Callable[..., None],
+        kernel,
         *,
-        jobs: Sequence[tuple[int, int]] | None = None,
-        number: int = 0,
-        multiplier: float = 1.0,
-        scale: int = 0,
-        max_norm: float = math.inf,
-        check: bool = False,
-        form: bool = False,
-        decide: bool = True,
-    ) -> None:
+        jobs=None,
+        number=0,
+        multiplier=1.0,
+        scale=0,
+        max_norm=math.inf,
+        check=False,
+        form=False,
+        decide=True,
+    ):
         """Launch a prologue: a block for each chunk whose squares are asked for, or one block if none are."""
         table = allow(np.array(self.jobs if jobs is None else jobs, np.int64).reshape(-1, 2))
         arrays = len({(which, self.chunks[chunk, 0]) for which, chunk in table.tolist()})

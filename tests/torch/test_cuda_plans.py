@@ -1,7 +1,5 @@
 """What fastopt.torch asks of plans beyond a step: norms that the host adds up, counts after a graph, mixed rules."""
 
-from typing import Any
-
 import numpy as np
 import pytest
 from fastopt.kernels.registry import RULES
@@ -14,17 +12,17 @@ F32 = np.float32
 class Mixed(fastopt.LARS):
     """LARS for some groups, plain descent for others."""
 
-    def select_rule(self, options: Any) -> fastopt.Rule:
+    def select_rule(self, options):
         return RULES["sgd" if options["clip"] else "lars"]
 
 
-def problem(seed: int = 0) -> dict[str, Any]:
+def problem(seed=0):
     rng = np.random.default_rng(seed)
     return {name: rng.standard_normal(shape).astype(F32) for name, shape in (("a", (3, 4)), ("b", (2, 3)), ("c", (0,)))}
 
 
 @pytest.mark.parametrize("scale", [1.0, np.inf, np.nan])
-def test_the_norm_alone(gpu: Any, scale: float) -> None:
+def test_the_norm_alone(gpu, scale):
     params, grads = problem(), problem(1)
     grads["b"][1, 1] *= F32(scale)
     there = {name: gpu.put(array) for name, array in params.items()}
@@ -43,7 +41,7 @@ def test_the_norm_alone(gpu: Any, scale: float) -> None:
     assert on_gpu._plan.norm() == 0.0
 
 
-def test_counts_after_replays_are_fetched_again(stand_in: Any) -> None:
+def test_counts_after_replays_are_fetched_again(stand_in):
     params = {name: stand_in.put(array) for name, array in problem().items()}
     grads = {name: stand_in.put(array) for name, array in problem(1).items()}
     opt = fastopt.NAdam(params, capturable=True)
@@ -57,12 +55,12 @@ def test_counts_after_replays_are_fetched_again(stand_in: Any) -> None:
         assert opt.state["a"]["step"] == steps
 
 
-def test_groups_with_and_without_trust_ratios(gpu: Any) -> None:
+def test_groups_with_and_without_trust_ratios(gpu):
     params, grads = problem(), problem(1)
     there = {name: gpu.put(array) for name, array in params.items()}
     grads_there = {name: gpu.put(array) for name, array in grads.items()}
 
-    def make(arrays: Any) -> Any:
+    def make(arrays):
         return Mixed([{"params": {"a": arrays["a"]}, "clip": True}, {"params": {"b": arrays["b"]}}], lr=0.1)
 
     opt, on_gpu = make(params), make(there)
