@@ -23,10 +23,10 @@ def record(rng, **milliseconds):
 
 
 def compared(tmp_path, capsys, before, after, *options):
-    paths = [str(tmp_path / name) for name in ("a.json", "b.json")]
+    paths = [tmp_path / name for name in ("a.json", "b.json")]
     for path, run in zip(paths, (before, after), strict=True):
         run.write(path)
-    return main(["compare", *paths, *options]), capsys.readouterr().out
+    return main(["compare", *map(str, paths), *options]), capsys.readouterr().out
 
 
 ONE = {"fastopt": 1.0, "stream": 1.0}

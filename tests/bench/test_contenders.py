@@ -85,7 +85,7 @@ def test_each_optimizer_of_a_contender_is_the_reference(name):
     if missing:
         pytest.skip(missing)
     timeout = 1800 if "FASTOPT_ALL_CONTENDERS" in os.environ else 600
-    run = program(__file__, name, timeout=timeout, OMP_NUM_THREADS="2", PYTHONPATH=str(ROOT))
+    run = program(__file__, name, timeout=timeout, OMP_NUM_THREADS="2", PYTHONPATH=f"{ROOT}:{ROOT}/tests/support")
     assert run.returncode == 0, run.stderr
     problems = json.loads(run.stdout.splitlines()[-1])
     assert len(problems) >= 2

@@ -34,15 +34,11 @@ MEASURE = """() => Object.fromEntries([...document.querySelectorAll(".chart")].m
     const at = text.getBoundingClientRect();
     return at.left >= box.left - 1 && at.right <= box.right + 1 && at.top >= box.top - 1 && at.bottom <= box.bottom + 1;
   });
-  return [chart.id, {
-    width: box.width,
-    height: box.height,
-    right: box.right,
-    marks: svg.querySelectorAll("[class*=mark-symbol] path, [class*=mark-rect] path").length,
-    font: Math.min(...texts.map((text) => scale * parseFloat(getComputedStyle(text).fontSize))),
-    inside,
-    label: chart.querySelector("[aria-label]")?.getAttribute("aria-label") ?? "",
-  }];
+  const {width, height, right} = box;
+  const marks = svg.querySelectorAll("[class*=mark-symbol] path, [class*=mark-rect] path").length;
+  const font = Math.min(...texts.map((text) => scale * parseFloat(getComputedStyle(text).fontSize)));
+  const label = chart.querySelector("[aria-label]")?.getAttribute("aria-label") ?? "";
+  return [chart.id, {width, height, right, marks, font, inside, label}];
 }))"""
 
 

@@ -1,7 +1,9 @@
 """What `fastopt info` says of GPUs: what is there, or what is missing and the command that mends it."""
 
 import importlib.metadata
+import sys
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 
@@ -49,12 +51,11 @@ def test_two_installations_of_cupy(monkeypatch):
 
 
 def test_gpus(monkeypatch):
-    def properties(number):
-        name, major = (b"NVIDIA H200", 9) if number == 0 else (b"Tesla P4", 6)
-        return {"name": name, "major": major, "minor": 0, "totalGlobalMem": 140 * 2**30}
-
-    runtime = SimpleNamespace(getDeviceCount=lambda: 2, getDeviceProperties=properties)
-    monkeypatch.setitem(__import__("sys").modules, "cupy", SimpleNamespace(cuda=SimpleNamespace(runtime=runtime)))
+    gpus = [{"name": b"NVIDIA H200", "major": 9}, {"name": b"Tesla P4", "major": 6}]
+    cupy = Mock()
+    cupy.cuda.runtime.getDeviceCount.return_value = 2
+    cupy.cuda.runtime.getDeviceProperties = lambda n: {"minor": 0, "totalGlobalMem": 140 * 2**30, **gpus[n]}
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
     monkeypatch.setattr(info, "_driver_version", lambda: 12080)
     installed(monkeypatch, cupy_cuda12x="14.2")
     facts = info.cuda_facts()

@@ -1,9 +1,10 @@
 """Where kernels for GPUs come from: the package, a cache, or Numba at first use. No GPU is needed to compile them."""
 
+import contextlib
 import importlib.metadata
 import sys
 from pathlib import Path
-from types import SimpleNamespace
+from unittest.mock import Mock
 
 import fastopt.kernels.cuda
 import pytest
@@ -125,12 +126,10 @@ def test_a_driver_that_refuses_the_ptx_is_told_of(monkeypatch):
     class DriverError(RuntimeError):
         pass
 
-    def refuse(path):
-        raise DriverError("CUDA_ERROR_UNSUPPORTED_PTX_VERSION")
-
-    fake = SimpleNamespace(RawModule=refuse, cuda=SimpleNamespace(driver=SimpleNamespace(CUDADriverError=DriverError)))
+    fake = Mock(RawModule=Mock(side_effect=DriverError("CUDA_ERROR_UNSUPPORTED_PTX_VERSION")))
+    fake.cuda.driver.CUDADriverError = DriverError
     monkeypatch.setattr("fastopt.engine.cuda.runtime.cupy", lambda: fake)
     runtime = Runtime(0, "cupy")
-    monkeypatch.setattr(runtime, "current", lambda: __import__("contextlib").nullcontext())
+    monkeypatch.setattr(runtime, "current", contextlib.nullcontext)
     with refused(RuntimeError, "cuda:0", "UNSUPPORTED_PTX_VERSION", "compute capability 7.5", "driver for CUDA 11"):
         runtime.function("adam.ptx", "adam", 256)

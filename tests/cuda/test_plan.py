@@ -58,37 +58,33 @@ def test_a_flat_buffer_is_one_run(gpu):
     assert not gpu.get(grads_gpu.data).any()
 
 
-def test_a_nan_norm_leaves_the_padding_of_a_flat_buffer_zero(gpu):
-    flat = fastopt.FlatBuffer.from_arrays(moved(gpu, {"w": np.ones(3, np.float32), "b": np.ones(3, np.float32)}))
-    grads = fastopt.FlatBuffer.from_arrays(
-        moved(gpu, {"w": np.full(3, np.nan, np.float32), "b": np.ones(3, np.float32)})
-    )
-    fastopt.SGD(flat).step(grads, max_norm=1.0)
-    assert np.isnan(gpu.get(flat["b"])).all()
-    assert gpu.get(flat.data)[3:32].tolist() == [0.0] * 29
-
-
-def test_without_eps_the_padding_of_a_flat_buffer_is_left_alone(gpu):
+@pytest.mark.parametrize(
+    ("make", "first", "options"),
+    [(fastopt.SGD, np.nan, {"max_norm": 1.0}), (lambda flat: fastopt.Adam(flat, eps=0.0), 1.0, {})],
+    ids=["a norm that is NaN", "no eps"],
+)
+def test_the_padding_of_a_flat_buffer_stays_zero(gpu, make, first, options):
     ones = {"w": np.ones(3, np.float32), "b": np.ones(3, np.float32)}
-    flat, grads = (fastopt.FlatBuffer.from_arrays(moved(gpu, ones)) for _ in range(2))
-    fastopt.Adam(flat, eps=0.0).step(grads)
+    flat = fastopt.FlatBuffer.from_arrays(moved(gpu, ones))
+    grads = fastopt.FlatBuffer.from_arrays(moved(gpu, ones | {"w": np.full(3, first, np.float32)}))
+    make(flat).step(grads, **options)
+    assert np.isnan(gpu.get(flat["b"])).all() == np.isnan(first)
     assert gpu.get(flat.data)[3:32].tolist() == [0.0] * 29
 
 
 def test_groups_late_gradients_and_frozen_parameters(gpu):
     params, grads = problem(shapes=FEW, steps=4)
-    for gradient in grads[:2]:
-        gradient["b"] = None
     on_gpu = moved(gpu, params)
-    optimizers = [
+    opt_gpu, opt = (
         fastopt.Adam([{"params": {"w": p["w"]}, "lr": 0.1}, {"params": {"b": p["b"]}, "maximize": True}])
         for p in (on_gpu, params)
-    ]
-    for gradient in grads:
-        optimizers[0].step({name: None if g is None else gpu.put(g) for name, g in gradient.items()})
-        optimizers[1].step(gradient)
-    assert optimizers[1].state["b"]["step"] == 2
-    assert_same(gpu, on_gpu, params, *optimizers)
+    )
+    for t, gradient in enumerate(grads):
+        late = {"b": None} if t < 2 else {}
+        opt_gpu.step(moved(gpu, gradient) | late)
+        opt.step(gradient | late)
+    assert opt.state["b"]["step"] == 2
+    assert_same(gpu, on_gpu, params, opt_gpu, opt)
 
 
 def test_a_loss_scale_on_the_device_is_read_when_the_step_runs(gpu):

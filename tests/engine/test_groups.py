@@ -31,17 +31,17 @@ def part(named, names):
 # --- groups ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("cls", CLASSES, ids=short)
 def test_every_group_has_its_own_options(cls):
     together, alone = arrays(), arrays()
     options = {"w": {"lr": 0.1}, "b": {"lr": 0.02, "maximize": True}, "s": {}}
-    opt = cls([{"params": {name: together[name]}, **options[name]} for name in together], lr=0.5)
-    others = {name: cls({name: alone[name]}, **{"lr": 0.5} | options[name]) for name in alone}
+    opt = cls([{"params": part(together, name), **options[name]} for name in together], lr=0.5)
+    others = {name: cls(part(alone, name), **{"lr": 0.5} | options[name]) for name in alone}
     for grads in series(4):
         opt.step(grads)
         for name, other in others.items():
-            other.step({name: grads[name]})
-    want = {name: snapshot({name: alone[name]}, others[name])[name] for name in alone}
+            other.step(part(grads, name))
+    want = {name: snapshot(part(alone, name), others[name])[name] for name in alone}
     assert_same_bits(snapshot(together, opt), want, "groups")
 
 
@@ -131,8 +131,7 @@ def test_momentum_switched_on_in_training():
 
 
 def test_the_first_gradient_of_a_late_momentum_is_damped():
-    w = np.zeros(3)
-    opt = fastopt.SGD([w], lr=1.0)
+    opt = fastopt.SGD([np.zeros(3)], lr=1.0)
     opt.step([np.ones(3)])
     opt.param_groups[0].update(momentum=0.5, dampening=0.5)
     opt.step([np.ones(3)])  # torch would start the buffer undamped; SGD's docstring tells the difference

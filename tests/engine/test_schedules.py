@@ -11,14 +11,8 @@ from fastopt import schedules
 from fastopt.schedules import constant, cosine, exponential, inverse_sqrt, one_cycle, polynomial, step, warmup
 
 ONE_OF_EACH = [
-    constant(0.1),
-    step(0.1, 30, 0.5),
-    exponential(0.1, 0.97),
-    polynomial(0.1, 100, 2.0, 0.01),
-    cosine(0.1, 100, 0.01),
-    inverse_sqrt(0.1, 50.0),
-    one_cycle(0.1, 100),
-    warmup(cosine(0.1, 90), 10),
+    *(constant(0.1), step(0.1, 30, 0.5), exponential(0.1, 0.97), polynomial(0.1, 100, 2.0, 0.01)),
+    *(cosine(0.1, 100, 0.01), inverse_sqrt(0.1, 50.0), one_cycle(0.1, 100), warmup(cosine(0.1, 90), 10)),
 ]
 
 

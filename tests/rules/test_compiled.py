@@ -6,6 +6,7 @@ import inspect
 import re
 import shutil
 import subprocess
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from fastopt.kernels.dtypes import COMPUTE, COPIES, PAIRS, ratio_symbol, round_s
 from fastopt.kernels.registry import RULES
 from fastopt.kernels.rules.rule import Rule
 
+import fastopt
 from fastopt.engine import backend as _backend
 
 RULE_NAMES = sorted(RULES)
@@ -31,43 +33,31 @@ def returned(rule, dtype):
     step = numba.njit(error_model="numpy")(rule.step)
     one = dtype(1)
     step(*[one] * (2 + len(rule.state)), rule.Scalars(*[one] * len(rule.Scalars._fields)))
-    return [signature.return_type for signature in step.nopython_signatures]
+    return [[str(t) for t in signature.return_type] for signature in step.nopython_signatures]
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("name", RULE_NAMES)
 def test_no_literal_promotes_a_rule(name, dtype):
-    rule = RULES[name]
-    types = pytest.importorskip("numba").types
-    assert returned(rule, dtype) == [types.UniTuple(getattr(types, dtype.__name__), 1 + len(rule.state))]
+    assert returned(RULES[name], dtype) == [[dtype.__name__] * (1 + len(RULES[name].state))]
+
+
+def with_literal(p, g, h):
+    return (p - 0.5 * h.lr * g,)
+
+
+BROKEN = Rule("broken", with_literal, RULES["sgd"].Scalars, RULES["sgd"].scalars)
 
 
 def test_a_literal_would_be_seen():
-    def with_literal(p, g, h):
-        return (p - 0.5 * h.lr * g,)
-
-    types = pytest.importorskip("numba").types
-    sgd = RULES["sgd"]
-    assert returned(Rule("broken", with_literal, sgd.Scalars, sgd.scalars), np.float32) == [
-        types.UniTuple(types.float64, 1)
-    ]
+    assert returned(BROKEN, np.float32) == [["float64"]]
 
 
-def test_a_rule_with_a_literal_does_not_compile():
+def test_a_rule_with_a_literal_does_not_compile(monkeypatch):
     numba = pytest.importorskip("numba")
-    import fastopt
-
-    def with_literal(p, g, h):
-        return (p - 0.5 * h.lr * g,)
-
-    broken = Rule("broken", with_literal, RULES["sgd"].Scalars, RULES["sgd"].scalars)
-
-    class Broken(fastopt.SGD):
-        def select_rule(self, options):
-            return broken
-
+    monkeypatch.setattr(fastopt.SGD, "select_rule", lambda self, options: BROKEN)
     w = np.ones(3, np.float32)
-    opt = Broken([w])
+    opt = fastopt.SGD([w])
     with pytest.raises(numba.TypingError, match="float32"):
         opt.step([np.ones(3, np.float32)])
     assert (w == 1).all()
@@ -159,9 +149,9 @@ def test_arithmetic_is_packed(isa):
         assert {f"add{kind}", f"sub{kind}"} & found, symbol
         if rule in ROOTED and kind == "ps":  # two float64 roots at a time may not pay
             assert {"sqrtps", "divps"} <= found, symbol
-        wide = {"x86-64-v2": "%xmm", "x86-64-v3": "%ymm", "x86-64-v4": ("%ymm", "%zmm")}[isa]
+        wide = {"x86-64-v2": "%xmm", "x86-64-v3": "%ymm", "x86-64-v4": "%[yz]mm"}[isa]
         packed = [operands for name, operands in instructions()[symbol] if name.endswith(f"mul{kind}")]
-        assert any(w in operands for operands in packed for w in ([wide] if isinstance(wide, str) else wide)), symbol
+        assert any(re.search(wide, operands) for operands in packed), symbol
 
 
 def arithmetic(*kinds):
@@ -244,10 +234,8 @@ def test_rooted_rules_are_found():
 
 @pytest.mark.parametrize("isa", _backend.ISAS)
 def test_parameters_alone_are_prefetched_for_writing(isa):
-    found = [
-        name for name, _ in instructions()[update_symbol("adamw", "float32", "float32", isa)] if "prefetch" in name
-    ]
-    lines = {name: found.count(name) for name in set(found)}
+    symbol = update_symbol("adamw", "float32", "float32", isa)
+    lines = Counter(name for name, _ in instructions()[symbol] if "prefetch" in name)
     if isa == "x86-64-v2":  # which has no such instruction
         assert lines.keys() == {"prefetcht0"}
     else:

@@ -7,6 +7,7 @@ this file also tests rules of one's own.
 import dataclasses
 import math
 
+import numba
 import numpy as np
 import pytest
 from cases import CASES, Case
@@ -20,42 +21,43 @@ every_dtype = pytest.mark.parametrize("dtype", ["float32", pytest.param("float64
 # --- wrong steps -----------------------------------------------------------------------------------------------------
 
 
-def adamw_without_decay(p, g, m, v, h):
+@numba.njit(error_model="numpy")
+def adamw(p, g, m, v, h):
+    """Adam's moments, and its step."""
     m = h.beta1 * m + h.one_minus_beta1 * g
     v = h.beta2 * v + h.one_minus_beta2 * (g * g)
-    return p - h.step_size * m / (math.sqrt(v) * h.unbias_root + h.eps), m, v
+    return h.step_size * m / (math.sqrt(v) * h.unbias_root + h.eps), m, v
+
+
+def adamw_without_decay(p, g, m, v, h):
+    u, m, v = adamw(p, g, m, v, h)
+    return p - u, m, v
 
 
 def adamw_with_coupled_decay(p, g, m, v, h):
-    g = g + h.weight_decay * p
-    m = h.beta1 * m + h.one_minus_beta1 * g
-    v = h.beta2 * v + h.one_minus_beta2 * (g * g)
-    return p - h.step_size * m / (math.sqrt(v) * h.unbias_root + h.eps), m, v
+    u, m, v = adamw(p, g + h.weight_decay * p, m, v, h)
+    return p - u, m, v
 
 
 def adamw_with_eps_before_the_correction(p, g, m, v, h):
-    m = h.beta1 * m + h.one_minus_beta1 * g
-    v = h.beta2 * v + h.one_minus_beta2 * (g * g)
+    _, m, v = adamw(p, g, m, v, h)
     return h.decay * p - h.step_size * m / ((math.sqrt(v) + h.eps) * h.unbias_root), m, v
 
 
 def adamw_with_eps_inside_the_root(p, g, m, v, h):
-    m = h.beta1 * m + h.one_minus_beta1 * g
-    v = h.beta2 * v + h.one_minus_beta2 * (g * g)
+    _, m, v = adamw(p, g, m, v, h)
     return h.decay * p - h.step_size * m / math.sqrt(v * h.unbias_root * h.unbias_root + h.eps), m, v
 
 
 def amsgradw_that_forgets_the_maximum(p, g, m, v, v_max, h):
-    m = h.beta1 * m + h.one_minus_beta1 * g
-    v = h.beta2 * v + h.one_minus_beta2 * (g * g)
+    _, m, v = adamw(p, g, m, v, h)
     larger = v_max if v_max > v else v
     return h.decay * p - h.step_size * m / (math.sqrt(larger) * h.unbias_root + h.eps), m, v, v_max
 
 
 def amsgradw_without_the_maximum(p, g, m, v, v_max, h):
-    m = h.beta1 * m + h.one_minus_beta1 * g
-    v = h.beta2 * v + h.one_minus_beta2 * (g * g)
-    return h.decay * p - h.step_size * m / (math.sqrt(v) * h.unbias_root + h.eps), m, v, v
+    u, m, v = adamw(p, g, m, v, h)
+    return h.decay * p - u, m, v, v
 
 
 def lion_with_the_new_momentum(p, g, m, h):
@@ -116,10 +118,7 @@ MISTAKES = {
     "maximum not taken": ("amsgradw", {"step": amsgradw_without_the_maximum}),
     "Lion steps with the new momentum": ("lion", {"step": lion_with_the_new_momentum}),
     "no trust ratio": ("lars", {"ratio": lambda sums, h: h.ratio}),
-    "trust ratio without decay": (
-        "lars",
-        {"ratio": lambda sums, h: h.trust_coefficient * math.sqrt(sums[0] / sums[1])},
-    ),
+    "no decay in the ratio": ("lars", {"ratio": lambda sums, h: h.trust_coefficient * math.sqrt(sums[0] / sums[1])}),
 }
 
 # An averaging that forgets slowly, so that digits lost in 1 - beta2 show; fast, so that the maximum matters.

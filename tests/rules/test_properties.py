@@ -44,8 +44,7 @@ def assert_same_elements(got, want, pick, where):
     """Compare some elements of every array bit for bit."""
     for key, value in want["w"].items():
         if isinstance(value, np.ndarray):
-            a, b = bits(got["w"][key])[pick], bits(value)[pick]
-            assert np.array_equal(a, b), f"{where}: {key}"
+            assert np.array_equal(bits(got["w"][key])[pick], bits(value)[pick]), f"{where}: {key}"
 
 
 @given(case=element_wise, problem=problems(), cuts=st.lists(st.integers(0, 200)), threads=st.integers(1, 4), flat=...)

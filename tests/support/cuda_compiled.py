@@ -6,6 +6,7 @@ rule's own functions compiled for the device. A block is as many POSIX threads a
 
 import ctypes
 import functools
+import itertools
 import json
 import os
 import pathlib
@@ -20,14 +21,10 @@ from numba.cuda.cudadrv import nvvm
 
 # What a GPU has in hardware or NVIDIA's library, and a CPU under other names.
 HOST = {
-    r'"llvm.nvvm.barrier0"\(\)': '"pthread_barrier_wait"(i8* @block)',
-    r'"__nv_pow"': '"pow"',
-    r'"__nv_sqrt"': '"llvm.sqrt.f64"',
-    r'"__nv_sqrtf"': '"llvm.sqrt.f32"',
-    r'"__nv_fabs"': '"llvm.fabs.f64"',
-    r'"__nv_fabsf"': '"llvm.fabs.f32"',
-    r'"__nv_fmax"': '"llvm.maxnum.f64"',
-}
+    r'"llvm.nvvm.barrier0"\(\)': '"pthread_barrier_wait"(i8* @block)', '"__nv_pow"': '"pow"',
+    '"__nv_sqrt"': '"llvm.sqrt.f64"', '"__nv_sqrtf"': '"llvm.sqrt.f32"', '"__nv_fabs"': '"llvm.fabs.f64"',
+    '"__nv_fabsf"': '"llvm.fabs.f32"', '"__nv_fmax"': '"llvm.maxnum.f64"',
+}  # fmt: skip
 LIBRARIES = {"pthread_barrier_wait": ("i32 (i8*)", "libc.so.6"), "pow": ("double (double, double)", "libm.so.6")}
 LOAD = re.compile(r'%"(\S+)" = call double asm sideeffect "ld\.volatile\.global\.f64[^(]*\(i64 (%\S+)\)')
 FINITE = """
@@ -54,8 +51,7 @@ def _ir(symbol):
         written = kept.with_suffix(f".{os.getpid()}")
         written.write_text(json.dumps(_compiled(symbol)))
         written.rename(kept)
-    modules = json.loads(kept.read_text())
-    return modules
+    return json.loads(kept.read_text())
 
 
 def _compiled(symbol):
@@ -68,15 +64,13 @@ def _compiled(symbol):
         for rule in RULES.values():
             if symbol == cuda_prologue_symbol(rule.name):
                 compiler.prologue_ptx(rule)
-            for p in COMPUTE:
-                for g in COMPUTE:
-                    if symbol == cuda_update_symbol(rule.name, p, g):
-                        compiler.update_ptx(rule, p, g)
-                    if symbol == cuda_terms_symbol(rule.name, p, g):
-                        compiler.terms_ptx(rule, p, g)
+            for p, g in itertools.product(COMPUTE, repeat=2):
+                if symbol == cuda_update_symbol(rule.name, p, g):
+                    compiler.update_ptx(rule, p, g)
+                if symbol == cuda_terms_symbol(rule.name, p, g):
+                    compiler.terms_ptx(rule, p, g)
     except _Captured as captured:
-        modules = captured.args[0]
-        return modules
+        return captured.args[0]
     finally:
         nvvm.compile_ir = original
     raise LookupError(f"no kernel is called {symbol}")
@@ -108,16 +102,11 @@ def _with_entry(text):
     for k, kind in enumerate(["i32", "i32", *parameters]):
         lines.append(f"  %at{k} = getelementptr i64, i64* %words, i64 {k}")
         lines.append(f"  %word{k} = load i64, i64* %at{k}")
-        change = {"i64": "bitcast i64 %word{} to i64", "i32": "trunc i64 %word{} to i32"}.get(
-            kind, "bitcast i64 %word{} to double"
-        )
-        lines.append(f"  %value{k} = {change.format(k)}")
+        lines.append(f"  %value{k} = {'trunc' if kind == 'i32' else 'bitcast'} i64 %word{k} to {kind}")
         passed.append(f"{kind} %value{k}")
-    lines += [f"  call void @{name}({', '.join(passed)})", "  ret i8* null", "}"]
-    barrier = ["@block = global i8 0", FINITE]
-    return "\n".join([text.replace("@block", "bitcast ([64 x i8]* @block to i8*)"), *lines, *barrier]).replace(
-        "@block = global i8 0", "@block = global [64 x i8] zeroinitializer, align 16"
-    )
+    lines += [f"  call void @{name}({', '.join(passed)})", "  ret i8* null", "}", FINITE]
+    barrier = "@block = global [64 x i8] zeroinitializer, align 16"
+    return "\n".join([text.replace("@block", "bitcast ([64 x i8]* @block to i8*)"), *lines, barrier])
 
 
 class Kernel:

@@ -16,11 +16,9 @@ import threading
 import types
 import weakref
 from dataclasses import dataclass
-from typing import Any
 
 import greenlet
 import numpy as np
-import numpy.typing as npt
 import pytest
 from compare import DTYPES
 from fastopt.kernels import layout
@@ -40,7 +38,6 @@ from fastopt.engine.table import Table
 if not config.ENABLE_CUDASIM:
     raise ImportError("cuda_simulator: NUMBA_ENABLE_CUDASIM=1 must be set before Numba is imported.")
 
-Array = npt.NDArray[Any]
 
 UPDATE_THREADS = 8
 """Threads per block of the update here: enough for every path, and much faster than as many as on a GPU."""
@@ -185,14 +182,13 @@ def ratio_caller(rule):
 def in_numpy(function):
     """A rule that takes its math from NumPy, which has it under the same names and keeps the dtype."""
     assert isinstance(function, types.FunctionType)
-    changed = {}
+    names = dict(function.__globals__)
     for name in function.__code__.co_names:
-        value = function.__globals__.get(name)
+        value = names.get(name)
         if value is math:
-            changed[name] = np
+            names[name] = np
         elif isinstance(value, types.FunctionType):
-            changed[name] = in_numpy(value)
-    names = {**function.__globals__, **changed}
+            names[name] = in_numpy(value)
     return types.FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
 
 
@@ -208,18 +204,12 @@ class Arrays:
         return _at(pointers[k] + self.dtypes[k].itemsize * i, self.dtypes[k], count)
 
     def pointers_of(self):
-        def pointers_of(segment, gradient):
-            places = [*range(len(self.dtypes)), *((layout.COPY, layout.COPY_CODE) if self.copies else ())]
-            return tuple(gradient if k == layout.GRADIENT else word(segment, k) for k in places)
-
-        return pointers_of
+        places = [*range(len(self.dtypes)), *((layout.COPY, layout.COPY_CODE) if self.copies else ())]
+        return lambda segment, gradient: tuple(gradient if k == layout.GRADIENT else word(segment, k) for k in places)
 
     def aligned(self, count):
-        def aligned(pointers):
-            itemsizes = [dtype.itemsize for dtype in self.dtypes] + [2] * self.copies
-            return not any(x % (count * itemsize) for x, itemsize in zip(pointers, itemsizes, strict=False))
-
-        return aligned
+        sizes = [count * size for size in [dtype.itemsize for dtype in self.dtypes] + [2] * self.copies]
+        return lambda pointers: not any(x % size for x, size in zip(pointers, sizes, strict=False))
 
     def load(self, count):
         def load(pointers, i, multiplier, h):
@@ -262,10 +252,7 @@ class Arrays:
         return store
 
     def clear(self, count):
-        def clear(pointers, i):
-            self._elements(pointers, layout.GRADIENT, i, count)[...] = 0
-
-        return clear
+        return lambda pointers, i: self._elements(pointers, layout.GRADIENT, i, count).fill(0)
 
 
 # --- launches --------------------------------------------------------------------------------------------------------
@@ -338,31 +325,32 @@ def kernel_of(symbol):
 class Segment:
     """One array to update, and what the table of segments says of it."""
 
-    arrays: list[Array]  # parameter, gradient, states
+    arrays: list  # parameter, gradient, states
     cohort: int = 0
     sign: int = 1
     adapts: bool = False
-    copy: Array | None = None  # of the parameter, in 16 bits
+    copy: np.ndarray | None = None  # of the parameter, in 16 bits
 
 
 class Tables:
     """What kernels walk (kernels/layout.py), for some segments."""
 
     def __init__(self, segments, cohorts=1):
-        count = len(segments)
-        table = Table([s.arrays[layout.PARAMETER].size for s in segments])
+        count, table = len(segments), Table([s.arrays[layout.PARAMETER].size for s in segments])
+
+        def zeros(*shape, dtype="float64"):
+            return allow(np.zeros(shape, dtype))
+
         self.chunks = allow(table.chunks)
-        self.segments = allow(np.zeros((count, layout.SEGMENT_WORDS), np.int64))
+        self.segments = zeros(count, layout.SEGMENT_WORDS, dtype="int64")
         self.gradients = allow(np.array([s.arrays[layout.GRADIENT].ctypes.data for s in segments], np.int64))
-        self.header = allow(np.zeros(layout.HEADER_WORDS, np.int64))
-        self.scalars = {name: allow(np.zeros((cohorts, layout.SCALARS), name)) for name in ("float64", "float32")}
+        self.header = zeros(layout.HEADER_WORDS, dtype="int64")
+        self.scalars = {name: zeros(cohorts, layout.SCALARS, dtype=name) for name in ("float64", "float32")}
         self.ratios = {name: allow(np.ones((count, 2), name)) for name in ("float64", "float32")}
-        self.partials = allow(np.zeros((2, table.count)))
-        self.squares = allow(np.zeros((2, count)))
-        self.counters = allow(np.zeros(2 * count + 1, np.int64))
-        self.cohorts = allow(np.zeros((cohorts, layout.COHORT_WORDS), np.int64))
-        self.options = allow(np.zeros((cohorts, layout.OPTIONS)))
-        self.result = allow(np.zeros(2))
+        self.partials, self.squares = zeros(2, table.count), zeros(2, count)
+        self.counters = zeros(2 * count + 1, dtype="int64")
+        self.cohorts = zeros(cohorts, layout.COHORT_WORDS, dtype="int64")
+        self.options, self.result = zeros(cohorts, layout.OPTIONS), zeros(2)
         chunks = np.bincount(table.chunks[:, 0], minlength=count)
         for k, (words, segment) in enumerate(zip(self.segments, segments, strict=True)):
             words[: len(segment.arrays)] = [a.ctypes.data for a in segment.arrays]
@@ -386,18 +374,9 @@ class Tables:
         launch(kernel, PARTS * len(self.chunks), [*(t.ctypes.data for t in tables), zero], threads)
 
     def prologue(
-        self,
-        kernel,
-        *,
-        jobs=None,
-        number=0,
-        multiplier=1.0,
-        scale=0,
-        max_norm=math.inf,
-        check=False,
-        form=False,
+        self, kernel, *, jobs=None, number=0, multiplier=1.0, scale=0, max_norm=math.inf, check=False, form=False,
         decide=True,
-    ):
+    ):  # fmt: skip
         """Launch a prologue: a block for each chunk whose squares are asked for, or one block if none are."""
         table = allow(np.array(self.jobs if jobs is None else jobs, np.int64).reshape(-1, 2))
         arrays = len({(which, self.chunks[chunk, 0]) for which, chunk in table.tolist()})

@@ -158,8 +158,7 @@ def storm(front_end, interrupts, seed):
         times[action] = time.perf_counter() - began
     report = {"interrupts": collections.Counter(), "locked": [], "torn": []}
     for n in range(interrupts):
-        action = scene.actions[n % len(scene.actions)]
-        place = ""
+        action, place = scene.actions[n % len(scene.actions)], ""
         fired.clear()
         try:
             signal.setitimer(signal.ITIMER_REAL, rng.uniform(1e-6, 1.5 * times[action]))

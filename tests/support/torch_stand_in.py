@@ -6,7 +6,6 @@ plans, uploads, launches, and what is waited for.
 
 import contextlib
 import sys
-from typing import Any
 
 import gpus
 import torch
@@ -21,9 +20,10 @@ class TorchGpus:
     type = "cpu"  # of a GradScaler
 
     def __init__(self, monkeypatch):
-        self._there: Any = WeakIdKeyDictionary()
+        self._there = WeakIdKeyDictionary()
         self._stand_in = gpus.StandInGpu(monkeypatch)
-        self._homes: dict[int, _devices.Gpu] = {}
+        self._homes = {}
+        self.capture = self._stand_in.capture
         import cuda_stand_in
 
         monkeypatch.setattr(_devices, "home_of", self._home_of)
@@ -54,12 +54,6 @@ class TorchGpus:
     def downloads(self, device=0):
         """How many times the host waited for results of the GPU."""
         return int(self.runtime(device).downloads)
-
-    @contextlib.contextmanager
-    def capture(self):
-        """A CUDA graph of what is done within; what it yields replays the graph."""
-        with self.runtime().capture() as graph:
-            yield lambda: [launch() for launch in graph] and None
 
     def _home_of(self, tensor):
         device = self._there.get(tensor)

@@ -42,9 +42,7 @@ def test_every_hook_is_called_once_a_step(kind):
 
 @pytest.mark.parametrize("kind", [front.AdamW, torch.optim.AdamW])
 def test_a_profiler_sees_the_step(kind):
-    params = params_of()
-    opt = kind(params, lr=0.1)
-    train(params, opt, 1)
+    train(params := params_of(), opt := kind(params, lr=0.1), 1)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         opt.step()
     assert f"Optimizer.step#{kind.__name__}.step" in {event.key for event in profile.key_averages()}

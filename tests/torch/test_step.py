@@ -61,8 +61,7 @@ def test_mixed_dtypes_are_one_step():
 
 
 def test_no_gradients_is_no_step():
-    p = params_of()
-    opt = front.AdamW(p)
+    opt = front.AdamW(params_of())
     opt.step()
     assert not opt.state
     assert not opt.last_info.skipped
@@ -85,13 +84,11 @@ def test_accumulated_gradients(fresh):
 
 
 def test_zero_grads_in_the_same_pass():
-    p = params_of()
-    strided = torch.randn(7, 5).t()
+    p, strided = params_of(), torch.ones(7, 5).t()
     opt = front.SGD(p, lr=0.1, zero_grads=True)
     for t in range(2):
         set_gradients(p, t)
-        p[0].grad = strided
-        strided.fill_(1.0)
+        p[0].grad = strided.fill_(1.0)
         before = p[0].detach().clone()
         opt.step()
         assert torch.equal(p[0], before - torch.tensor(0.1))
@@ -174,20 +171,19 @@ def test_schedulers(scheduler, name, options):
 def test_swa_and_names_of_parameters():
     model = torch.nn.Linear(3, 2)
     opt = front.AdamW(model.named_parameters())
-    assert opt.param_groups[0]["param_names"] == ["weight", "bias"]
     swa = torch.optim.swa_utils.SWALR(opt, swa_lr=0.5, anneal_epochs=1)
     model(torch.ones(1, 3)).sum().backward()
     opt.step()
     swa.step()
     assert opt.param_groups[0]["lr"] == 0.5
-    assert opt.state_dict()["param_groups"][0]["param_names"] == ["weight", "bias"]
+    for groups in (opt.param_groups, opt.state_dict()["param_groups"]):
+        assert groups[0]["param_names"] == ["weight", "bias"]
 
 
 @pytest.mark.parametrize("keyword", [{"foreach": True}, {"fused": True}, {"capturable": True}, {"foreach": False}])
 def test_choices_of_implementation_make_no_difference(keyword):
     p, q = params_of(), params_of()
-    a, b = front.AdamW(p), front.AdamW(q, **keyword)
-    assert_same_bits(train(p, a), train(q, b))
+    assert_same_bits(train(p, front.AdamW(p)), train(q, front.AdamW(q, **keyword)))
 
 
 # --- layouts ---------------------------------------------------------------------------------------------------------
