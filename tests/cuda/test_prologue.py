@@ -110,10 +110,7 @@ def add_rows_from_the_last(dtype, rows):
 
 @pytest.mark.parametrize(
     ("sizes", "functions"),
-    [
-        ([layout.BLOCK], {"add_rows": add_rows_from_the_last}),
-        ([5, 6], {"count_up": lambda address, index: 0}),
-    ],
+    [([layout.BLOCK], {"add_rows": add_rows_from_the_last}), ([5, 6], {"count_up": lambda address, index: 0})],
     ids=["another order of addition", "a lost count"],
 )
 def test_a_mistake_is_found(sizes, functions):

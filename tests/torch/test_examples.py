@@ -14,8 +14,7 @@ NEEDS = {"torch_huggingface": ("transformers", "accelerate"), "torch_lightning":
 
 
 @pytest.mark.parametrize(
-    "example",
-    [pytest.param(x, marks=pytest.mark.integrations if x.stem in NEEDS else (), id=x.stem) for x in EXAMPLES],
+    "example", [pytest.param(x, marks=pytest.mark.integrations if x.stem in NEEDS else (), id=x.stem) for x in EXAMPLES]
 )
 def test_example(example):
     for package in NEEDS.get(example.stem, ()):
