@@ -167,9 +167,8 @@ def test_options_that_cannot_be_completed_are_refused_before_anything_is_loaded(
     opt = fastopt.AdamW([np.ones(4)], fully_decoupled=True)
     opt.step([np.ones(4)])
     saved = opt.state_dict()
-    group = saved["param_groups"][0]
-    del group["initial_lr"]
-    group["lr"] = 0.0
+    del saved["param_groups"][0]["initial_lr"]
+    saved["param_groups"][0]["lr"] = 0.0
     with refused(ValueError, "initial lr", opt=opt):
         opt.load_state_dict(saved)
 

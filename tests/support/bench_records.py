@@ -135,12 +135,8 @@ def awkward():
     rng = random.Random(1)
     one_round = result("adam", "sizes", {"fastopt": 0.03, "numpy": 0.02}, rng)
     one_round.timings = {name: Timing(found.samples[:1]) for name, found in one_round.timings.items()}
-    one_round.problems = {
-        "torch fused": "not installed: pip install torch",
-        "torch loop": "not installed: pip install torch",
-        "numba": "wrong answer: w is off by 0.25",
-        "stream": f"RuntimeError: {HOSTILE}",
-    }
+    one_round.problems = dict.fromkeys(("torch fused", "torch loop"), "not installed: pip install torch")
+    one_round.problems |= {"numba": "wrong answer: w is off by 0.25", "stream": f"RuntimeError: {HOSTILE}"}
     one_round.verdicts = [Verdict("fastopt ≥ 0.93 of stream's speed", "fastopt", "stream", 1.08)]
     nothing = result("adam-1g", "sizes", {}, rng, elements=10**9)
     nothing.skipped = f"adam-1g needs about 96.0 GB for 3 contenders; 20.1 GB are free. {HOSTILE}"

@@ -17,21 +17,12 @@ import numpy as np
 def initial_state(name, p, **hyper):
     """The state of the class `name` before its first step on `p`; `hyper` are its options, with the lr of that step."""
     momentum = ["momentum_buffer"] * (hyper.get("momentum", 0.0) != 0)
-    moments = ["exp_avg", "exp_avg_sq"]
+    moments, maximum = ["exp_avg", "exp_avg_sq"], ["max_exp_avg_sq"] * hyper.get("amsgrad", False)
     names = {
-        "SGD": momentum,
-        "Adagrad": ["sum"],
+        "SGD": momentum, "Adagrad": ["sum"], "Adadelta": ["square_avg", "acc_delta"], "Adamax": ["exp_avg", "exp_inf"],
         "RMSprop": ["square_avg"] + ["grad_avg"] * hyper.get("centered", False) + momentum,
-        "Adam": moments + ["max_exp_avg_sq"] * hyper.get("amsgrad", False),
-        "AdamW": moments + ["max_exp_avg_sq"] * hyper.get("amsgrad", False),
-        "Adadelta": ["square_avg", "acc_delta"],
-        "Adamax": ["exp_avg", "exp_inf"],
-        "NAdam": moments,
-        "RAdam": moments,
-        "Rprop": ["prev", "step_size"],
-        "ASGD": ["ax"],
-        "Lion": ["exp_avg"],
-        "LARS": ["momentum_buffer"], "LAMB": ["exp_avg", "exp_avg_sq"],
+        "Adam": moments + maximum, "AdamW": moments + maximum, "NAdam": moments, "RAdam": moments, "LAMB": moments,
+        "Rprop": ["prev", "step_size"], "ASGD": ["ax"], "Lion": ["exp_avg"], "LARS": ["momentum_buffer"],
     }[name]
     first = {"sum": hyper.get("initial_accumulator_value", 0.0), "step_size": hyper.get("lr", 1e-2)}
     floats = {"NAdam": {"mu_product": 1.0}, "ASGD": {"eta": hyper.get("lr", 1e-2), "mu": 1.0}}
