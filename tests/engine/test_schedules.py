@@ -40,21 +40,16 @@ AGAINST_TORCH = {
     "cosine": (cosine(0.3, 50), lambda s, o: s.CosineAnnealingLR(o, 50), 51),
     "cosine end": (cosine(0.3, 50, 0.02), lambda s, o: s.CosineAnnealingLR(o, 50, 0.02), 51),
     "one_cycle": (one_cycle(0.3, 97), lambda s, o: s.OneCycleLR(o, 0.3, 97), 97),
-    "one_cycle linear": (
-        one_cycle(0.3, 97, 0.25, "linear", 10.0, 100.0),
-        lambda s, o: s.OneCycleLR(o, 0.3, 97, None, None, 0.25, "linear", div_factor=10.0, final_div_factor=100.0),
-        97,
-    ),
+    "one_cycle linear": (one_cycle(0.3, 97, 0.25, "linear", 10.0, 100.0),
+        lambda s, o: s.OneCycleLR(o, 0.3, 97, None, None, 0.25, "linear", div_factor=10.0, final_div_factor=100.0), 97),
     "one_cycle falls at once": (one_cycle(0.3, 9, 0.0), lambda s, o: s.OneCycleLR(o, 0.3, 9, pct_start=0.0), 9),
     "one_cycle rises only": (one_cycle(0.3, 9, 1.0), lambda s, o: s.OneCycleLR(o, 0.3, 9, pct_start=1.0), 9),
     "one_cycle of one step": (one_cycle(0.3, 1), lambda s, o: s.OneCycleLR(o, 0.3, 1), 1),
     "warmup constant": (warmup(constant(0.3), 8, 0.1), lambda s, o: s.LinearLR(o, 0.1, total_iters=8), 30),
-    "warmup cosine": (
-        warmup(cosine(0.3, 50, 0.01), 10, 0.2),
+    "warmup cosine": (warmup(cosine(0.3, 50, 0.01), 10, 0.2),
         lambda s, o: s.SequentialLR(o, [s.LinearLR(o, 0.2, total_iters=10), s.CosineAnnealingLR(o, 50, 0.01)], [10]),
-        60,
-    ),
-}
+        60),
+}  # fmt: skip
 
 
 @pytest.mark.filterwarnings("ignore:The epoch parameter:UserWarning")  # SequentialLR's own use of a deprecated argument
