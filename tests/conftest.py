@@ -6,8 +6,6 @@ import os
 import pathlib
 import random
 import sys
-from collections.abc import Callable, Generator, Iterator
-from typing import Any
 
 import pytest
 
@@ -29,7 +27,7 @@ collect_ignore = ["support"]  # no tests: --doctest-modules would import every f
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_configure(config: pytest.Config) -> None:
+def pytest_configure(config):
     """Hypothesis takes the same few examples in the quick tier; `-m random` draws new ones by a seed that it prints."""
     if importlib.util.find_spec("hypothesis") is None:
         return
@@ -44,14 +42,14 @@ def pytest_configure(config: pytest.Config) -> None:
         config.option.hypothesis_seed = str(random.SystemRandom().randrange(2**32))  # xdist hands it to its workers
 
 
-def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+def pytest_terminal_summary(terminalreporter, config):
     """The seed of the random tier, for a failure must be repeatable."""
     seed = getattr(config.option, "hypothesis_seed", None)
     if seed is not None:
         terminalreporter.line(f"repeat with: pytest -m random --hypothesis-seed={seed}")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(items):
     """What runs on the stand-in for a GPU belongs to the full tier, what Hypothesis draws to the random one as well."""
     for item in items:
         if {"gpu", "gpus", "stand_in", "stand_ins"} & {
@@ -62,7 +60,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("random")
 
 
-def _with_command(report: Any) -> Any:
+def _with_command(report):
     """A report of a skipped file or test that also tells how to install the package whose lack it names."""
     if report.skipped and isinstance(report.longrepr, tuple) and "could not import" in report.longrepr[2]:  # no xfail
         report.longrepr = (*report.longrepr[:2], f"{report.longrepr[2]}: pip install -e '.[test-full]'")
@@ -70,12 +68,12 @@ def _with_command(report: Any) -> Any:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_make_collect_report() -> Generator[None, Any, Any]:
+def pytest_make_collect_report():
     return _with_command((yield))
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport() -> Generator[None, Any, Any]:
+def pytest_runtest_makereport():
     return _with_command((yield))
 
 
@@ -83,24 +81,24 @@ def pytest_runtest_makereport() -> Generator[None, Any, Any]:
 
 
 @pytest.fixture(scope="session")
-def shared(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> pathlib.Path:
+def shared(tmp_path_factory, worker_id):
     """A folder of this run of pytest, for all its processes."""
     own = tmp_path_factory.getbasetemp()
     return own if worker_id == "master" else own.parent
 
 
 @pytest.fixture(autouse=True)
-def _two_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+def _two_threads(monkeypatch):
     """As many threads on every machine; a test may set others, which the next one does not see."""
     monkeypatch.setattr(_backend, "_threads", None)
     set_num_threads(2)
 
 
 @pytest.fixture
-def backend(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+def backend(monkeypatch):
     """Chooses the kernels of the optimizers that the test makes from then on."""
 
-    def choose(isa: str) -> None:
+    def choose(isa):
         chosen = _load(isa)
         for module in (_backend, _host_plan):
             monkeypatch.setattr(module, "current", lambda: chosen)
@@ -109,19 +107,19 @@ def backend(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
 
 
 @pytest.fixture(params=[*(pytest.param(isa, marks=pytest.mark.full) for isa in native_isas()[:-1]), native_isas()[-1]])
-def isa(request: pytest.FixtureRequest, backend: Callable[[str], None]) -> str:
+def isa(request, backend):
     """Runs the test once with the kernels of each instruction set."""
     backend(request.param)
     return str(request.param)
 
 
 @pytest.fixture
-def always_threaded(monkeypatch: pytest.MonkeyPatch) -> None:
+def always_threaded(monkeypatch):
     """Start threads for few elements too, where a step would be serial."""
     monkeypatch.setattr(_host_plan, "SERIAL_BELOW", 1)
 
 
-def _gpu(monkeypatch: pytest.MonkeyPatch, real: bool = False) -> Iterator[Any]:
+def _gpu(monkeypatch, real=False):
     pytest.importorskip("cupy")
     import gpus
 
@@ -130,7 +128,7 @@ def _gpu(monkeypatch: pytest.MonkeyPatch, real: bool = False) -> Iterator[Any]:
     gpus.forget_devices()
 
 
-def _torch_gpus(monkeypatch: pytest.MonkeyPatch, real: bool = False) -> Iterator[Any]:
+def _torch_gpus(monkeypatch, real=False):
     pytest.importorskip("cupy")
     import torch_stand_in
 
@@ -138,31 +136,31 @@ def _torch_gpus(monkeypatch: pytest.MonkeyPatch, real: bool = False) -> Iterator
 
 
 @pytest.fixture(params=["stand-in", pytest.param("real", marks=pytest.mark.gpu)])
-def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def gpu(request, monkeypatch):
     """A GPU: a real one where the tests marked gpu run, else the stand-in."""
     yield from _gpu(monkeypatch, request.param == "real")
 
 
 @pytest.fixture
-def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def stand_in(monkeypatch):
     """A GPU that counts what is asked of it, and that can be made to fail."""
     yield from _gpu(monkeypatch)
 
 
 @pytest.fixture(params=["stand-in", pytest.param("real", marks=pytest.mark.gpu)])
-def gpus(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def gpus(request, monkeypatch):
     """GPUs for torch's tensors: real ones where the tests marked gpu run, else the stand-in."""
     yield from _torch_gpus(monkeypatch, request.param == "real")
 
 
 @pytest.fixture(params=["cpu", pytest.param("gpu", marks=pytest.mark.full)])
-def place(request: pytest.FixtureRequest) -> Any:
+def place(request):
     """Puts torch's parameters on the CPU, or where the stand-in of a GPU finds them."""
     return request.getfixturevalue("stand_ins").put if request.param == "gpu" else lambda params: params
 
 
 @pytest.fixture
-def fake(stand_in: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+def fake(stand_in, monkeypatch):
     """The GPU of the benchmark's tests, of which a sample takes no time."""
     from gpu_fake import FakeGpu
 
@@ -174,6 +172,6 @@ def fake(stand_in: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.fixture
-def stand_ins(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def stand_ins(monkeypatch):
     """GPUs for torch's tensors that count what is asked of them."""
     yield from _torch_gpus(monkeypatch)

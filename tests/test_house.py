@@ -12,9 +12,9 @@ MOST_LINES = 11_500
 NO_CODE = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
 
 
-def code_lines(text: str) -> int:
+def code_lines(text):
     """Lines with at least one token that is neither a comment nor part of a docstring."""
-    docs: set[int] = set()
+    docs = set()
     for node in ast.walk(ast.parse(text)):
         body = getattr(node, "body", None)
         for each in body if isinstance(body, list) else ():
@@ -24,22 +24,22 @@ def code_lines(text: str) -> int:
                 and isinstance(each.value.value, str)
             ):
                 docs.update(range(each.lineno, (each.end_lineno or each.lineno) + 1))
-    lines: set[int] = set()
+    lines = set()
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
         if token.type not in NO_CODE:
             lines.update(range(token.start[0], token.end[0] + 1))
     return len(lines - docs)
 
 
-def test_lines_of_code_are_counted_without_comments_and_docstrings() -> None:
+def test_lines_of_code_are_counted_without_comments_and_docstrings():
     assert code_lines('"""Doc,\nmore."""\n\n# a comment\nx = """a\nb"""  # another\n\n\ndef f():\n    "doc"\n') == 3
 
 
-def test_tests_do_not_outgrow_what_they_test() -> None:
+def test_tests_do_not_outgrow_what_they_test():
     assert sum(code_lines(file.read_text()) for file in FILES) <= MOST_LINES
 
 
-def test_no_test_hides_another_and_none_is_written_twice_in_a_folder() -> None:
+def test_no_test_hides_another_and_none_is_written_twice_in_a_folder():
     names = collections.Counter(
         (file.parent, node.name)
         for file in FILES
@@ -49,7 +49,7 @@ def test_no_test_hides_another_and_none_is_written_twice_in_a_folder() -> None:
     assert [f"{folder.name}: {name}" for (folder, name), count in names.items() if count > 1] == []
 
 
-def test_the_readme_has_two_commands() -> None:
+def test_the_readme_has_two_commands():
     commands = [x for x in (ROOT / "README.md").read_text().splitlines() if x.startswith("python3 -m venv .venv")]
     assert len(commands) == 2
     assert "pytest" not in commands[0]

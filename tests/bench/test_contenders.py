@@ -7,17 +7,14 @@
 import importlib
 import json
 import os
-import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
+from fresh import program
 
 from bench import worker
 from bench.case import Case
-from bench.contenders.base import Contender
 from bench.contenders.limited import Limited
 from bench.contenders.plain import Plain
 
@@ -36,33 +33,28 @@ SHAPES = {"one": (1,), "seven": (7,), "matrix": (5, 7), "thousand": (1000,)}
 LR = {"SGD": 1.0, "Adadelta": 1.0}
 RATE = 3e-3
 
-EXTRA: dict[str, Any] = {
-    **{"momentum": 0.8, "nesterov": True, "weight_decay": 0.1, "betas": (0.8, 0.95), "alpha": 0.9, "rho": 0.8},
-    "eps": 1e-4,
-}
+EXTRA = {
+    "momentum": 0.8, "nesterov": True, "weight_decay": 0.1, "betas": (0.8, 0.95), "alpha": 0.9, "rho": 0.8, "eps": 1e-4,
+}  # fmt: skip
 """Options that are no defaults: eps so large that it shows where it stands."""
 
 
-def kind_of(name: str) -> type[Contender]:
+def kind_of(name):
     module, kind, _ = CLASSES[name]
-    found: type[Contender] = getattr(importlib.import_module(f"bench.contenders.{module}"), kind)
-    return found
+    return getattr(importlib.import_module(f"bench.contenders.{module}"), kind)
 
 
-def cases_of(name: str) -> Iterator[Case]:
+def cases_of(name):
     """Each optimizer that it claims, with the defaults of torch and without them."""
     kind = kind_of(name)
-    if not issubclass(kind, Limited):
-        every = "FASTOPT_ALL_CONTENDERS" in os.environ
-        for optimizer in kind.optimizers or ():
-            if every or optimizer in ("SGD", "AdamW"):
-                hyper = {"lr": LR.get(optimizer, RATE)} | ({"momentum": 0.9} if optimizer == "SGD" else {})
-                yield Case(optimizer, optimizer, hyper, SHAPES, ())
-        return
-    for optimizer, known in kind.known.items():
+    for optimizer in kind.optimizers or () if not issubclass(kind, Limited) else kind.known:
         plain = {"lr": LR.get(optimizer, RATE)}
-        full = plain | {option: EXTRA[option] for option in known if option != "lr"}
-        for hyper in (plain, full):
+        if not issubclass(kind, Limited):
+            if "FASTOPT_ALL_CONTENDERS" in os.environ or optimizer in ("SGD", "AdamW"):
+                hyper = plain | ({"momentum": 0.9} if optimizer == "SGD" else {})
+                yield Case(optimizer, optimizer, hyper, SHAPES, ())
+            continue
+        for hyper in (plain, plain | {option: EXTRA[option] for option in kind.known[optimizer] if option != "lr"}):
             case = Case(f"{optimizer} {hyper}", optimizer, hyper, SHAPES, ())
             if kind.refusal(case) is None:
                 yield case
@@ -70,11 +62,11 @@ def cases_of(name: str) -> Iterator[Case]:
                 assert (name, optimizer) == ("bitsandbytes", "SGD")  # which needs momentum
 
 
-def problem_of(kind: type[Contender], case: Case, threads: int = 2) -> str | None:
+def problem_of(kind, case):
     """What the worker would say of a contender."""
     params, grads = worker.data(case)
     expected = worker.expectation(case, params, grads)
-    contender = kind(case, params, grads, threads)
+    contender = kind(case, params, grads, 2)
     try:
         worker.check(contender, case, expected)
     except worker.WrongAnswer as error:
@@ -88,19 +80,12 @@ def problem_of(kind: type[Contender], case: Case, threads: int = 2) -> str | Non
 
 
 @pytest.mark.parametrize("name", CLASSES)
-def test_each_optimizer_of_a_contender_is_the_reference(name: str) -> None:
+def test_each_optimizer_of_a_contender_is_the_reference(name):
     missing = kind_of(name).missing()
     if missing:
         pytest.skip(missing)
-    run = subprocess.run(
-        [sys.executable, __file__, name],
-        capture_output=True,
-        text=True,
-        timeout=1800 if "FASTOPT_ALL_CONTENDERS" in os.environ else 600,
-        check=False,
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "2", "PYTHONPATH": str(ROOT)},
-    )
+    timeout = 1800 if "FASTOPT_ALL_CONTENDERS" in os.environ else 600
+    run = program(__file__, name, timeout=timeout, OMP_NUM_THREADS="2", PYTHONPATH=f"{ROOT}:{ROOT}/tests/support")
     assert run.returncode == 0, run.stderr
     problems = json.loads(run.stdout.splitlines()[-1])
     assert len(problems) >= 2
@@ -113,30 +98,30 @@ ADAM = Case("x", "Adam", {"lr": RATE}, SHAPES, ())
 
 
 class OtherBetas(Plain):
-    def __init__(self, case: Case, *rest: Any) -> None:
+    def __init__(self, case, *rest):
         super().__init__(case, *rest)
         self.hyper = {**case.hyper, "betas": (0.9, 0.99)}
 
 
 class OldGradients(Plain):
-    def scale_gradients(self, factor: float) -> None:
+    def scale_gradients(self, factor):
         pass
 
 
 class Still(Plain):
-    def step(self) -> None:
+    def step(self):
         pass
 
 
 class LastElement(Plain):
-    def step(self) -> None:
+    def step(self):
         before = {name: array.flat[-1] for name, array in self.params.items()}
         super().step()
         self.params["thousand"].flat[-1] = before["thousand"]
 
 
 @pytest.mark.parametrize("kind", [OtherBetas, OldGradients, Still, LastElement])
-def test_a_wrong_contender_is_found(kind: type[Contender]) -> None:
+def test_a_wrong_contender_is_found(kind):
     assert problem_of(Plain, ADAM) is None
     assert "is off by" in str(problem_of(kind, ADAM))
 
@@ -145,21 +130,17 @@ def test_a_wrong_contender_is_found(kind: type[Contender]) -> None:
 
 
 @pytest.mark.parametrize("name", CLASSES)
-def test_what_is_missing_is_told_with_the_command(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    kind = kind_of(name)
-    monkeypatch.setattr("shutil.which", lambda program: program)
+def test_what_is_missing_is_told_with_the_command(name, monkeypatch):
+    kind, compiler = kind_of(name), "g++"
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr("shutil.which", lambda program: compiler)
     monkeypatch.setattr("importlib.util.find_spec", lambda package: None)
     assert kind.missing() == f"not installed: pip install {CLASSES[name][2]}"
     monkeypatch.setattr("importlib.util.find_spec", lambda package: object())
     assert kind.missing() is None
-
-
-@pytest.mark.parametrize("name", ["torch compile", "deepspeed"])
-def test_a_missing_compiler_is_told(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("CXX", raising=False)
-    monkeypatch.setattr("importlib.util.find_spec", lambda package: object())
-    monkeypatch.setattr("shutil.which", lambda program: None)
-    assert kind_of(name).missing() == "not installed: a C++ compiler, g++"
+    compiler = None
+    needed = "not installed: a C++ compiler, g++" if name in ("torch compile", "deepspeed") else None
+    assert kind.missing() == needed
 
 
 @pytest.mark.parametrize(
@@ -179,11 +160,11 @@ def test_a_missing_compiler_is_told(name: str, monkeypatch: pytest.MonkeyPatch) 
         ("bitsandbytes", "SGD", {}, "its SGD needs momentum"),
     ],
 )
-def test_what_it_cannot_do_is_refused(name: str, optimizer: str, hyper: dict[str, Any], refusal: str | None) -> None:
+def test_what_it_cannot_do_is_refused(name, optimizer, hyper, refusal):
     assert kind_of(name).refusal(Case("x", optimizer, {"lr": 1e-3, **hyper}, SHAPES, ())) == refusal
 
 
-def main(name: str) -> None:
+def main(name):
     kind, problems = kind_of(name), dict[str, str | None]()
     for case in cases_of(name):
         try:

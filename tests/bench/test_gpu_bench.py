@@ -4,7 +4,6 @@ What only a GPU can do is in `Gpu` (bench/gpu/device.py), and `FakeGpu` does it 
 """
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 import numpy as np
@@ -30,7 +29,7 @@ pytestmark = pytest.mark.full
 # --- bars ------------------------------------------------------------------------------------------------------------
 
 
-def test_cases_and_their_bars_name_contenders_that_exist() -> None:
+def test_cases_and_their_bars_name_contenders_that_exist():
     for case in SUITE.values():
         assert {name for b in case.bars for name in (b.contender, b.against) if name} <= set(case.contenders)
         assert set(case.contenders) <= set(CONTENDERS)
@@ -39,7 +38,7 @@ def test_cases_and_their_bars_name_contenders_that_exist() -> None:
     assert SUITE["bfloat16-beyond-2^31"].elements == 2**31 + 17
 
 
-def test_bytes_are_those_of_the_states_that_optimizers_have() -> None:
+def test_bytes_are_those_of_the_states_that_optimizers_have():
     momentum = {"momentum": 0.9}
     assert bytes_per_element("SGD", momentum, "float32") == 20
     assert bytes_per_element("Adam", {}, "float32") == bytes_per_element("AdamW", {}, "float32") == 28
@@ -50,12 +49,12 @@ def test_bytes_are_those_of_the_states_that_optimizers_have() -> None:
         assert bytes_per_element(case.optimizer, case.hyper, "float32") == 12 + 8 * states
 
 
-def result(**samples: list[float]) -> dict[str, Any]:
+def result(**samples):
     contenders = {name: {"samples": values, "bytes": 100} for name, values in samples.items()}
     return {"error": None, "problems": {}, "contenders": contenders}
 
 
-def case_with(*bars: Bar) -> Case:
+def case_with(*bars):
     return Case("x", "device", "Adam", {}, {"w": (3,)}, ("a", "b"), bars=bars)
 
 
@@ -70,44 +69,37 @@ def case_with(*bars: Bar) -> Case:
         (Bar("a", "microseconds", 3.9e6, ""), 4e6, "MISSED"),
     ],
 )
-def test_a_bar_is_judged_by_the_median_of_rounds(bar: Bar, measured: float, verdict: str) -> None:
+def test_a_bar_is_judged_by_the_median_of_rounds(bar, measured, verdict):
     (found,) = judge(case_with(bar), result(a=[1.0, 4.0, 12.0], b=[1.0, 2.0, 4.0]))
     assert (found.measured, found.verdict) == (pytest.approx(measured), verdict)
     assert found.spread is not None
     assert found.spread[0] < measured < found.spread[1]
 
 
-def test_bytes_count_in_a_fraction() -> None:
+def test_bytes_count_in_a_fraction():
     found = result(a=[1.0], b=[1.0])
     found["contenders"]["b"]["bytes"] = 200
     assert judge(case_with(Bar("a", "fraction", 0.5, "b")), found)[0].measured == 0.5
 
 
-@pytest.mark.parametrize(("waits", "verdict"), [(0, "reached"), (1, "MISSED")])
-def test_a_single_wait_misses_the_bar(waits: int, verdict: str) -> None:
-    found = result(a=[])
-    found["contenders"]["a"] = {"waits": waits}
-    assert judge(case_with(Bar("a", "count", 0)), found)[0].verdict == verdict
-
-
-def test_what_failed_or_did_not_run_is_a_row() -> None:
-    bar = Bar("a", "ratio", 2.0, "b")
-    assert [v.verdict for v in judge(case_with(bar), None)] == ["not measured"]
-    assert [v.verdict for v in judge(case_with(), None)] == ["not measured"]
-    failed = {**result(), "error": "KeyError: 1"}
-    assert [v.verdict for v in judge(case_with(bar), failed)] == ["error: KeyError: 1"]
-    assert [v.verdict for v in judge(case_with(), failed)] == ["error: KeyError: 1"]
+def test_what_failed_or_did_not_run_is_a_row():
+    failed, measured = {**result(), "error": "KeyError: 1"}, result(a=[1.0], b=[1.0])
     without = {**result(a=[1.0]), "problems": {"b": "OutOfMemoryError: 9"}}
-    assert [v.verdict for v in judge(case_with(bar), without)] == ["not measured", "error: OutOfMemoryError: 9"]
-    assert [v.verdict for v in judge(case_with(), without)] == ["error: OutOfMemoryError: 9"]
-    assert [v.verdict for v in judge(case_with(), result(a=[1.0], b=[1.0]))] == ["reached"]
+    for found, with_bar, without_bars in (
+        (None, ["not measured"], ["not measured"]),
+        (failed, ["error: KeyError: 1"], ["error: KeyError: 1"]),
+        (without, ["not measured", "error: OutOfMemoryError: 9"], ["error: OutOfMemoryError: 9"]),
+        (measured, ["reached"], ["reached"]),
+    ):
+        assert [v.verdict for v in judge(case_with(Bar("a", "ratio", 2.0, "b")), found)] == with_bar
+        assert [v.verdict for v in judge(case_with(), found)] == without_bars
 
 
 # --- numbers ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("count", "start"), [(0, 0), (1, 6), (7, 0), (20, 5), (14, 21)])
-def test_values_repeat_and_are_the_same_on_the_gpu(stand_in: Any, count: int, start: int) -> None:
+def test_values_repeat_and_are_the_same_on_the_gpu(stand_in, count, start):
     gpu = FakeGpu(stand_in)
     values = Values(gpu, np.dtype(np.float32), 1.0, seed=0, period=7)
     taken = values.take(count, start)
@@ -120,7 +112,7 @@ def test_values_repeat_and_are_the_same_on_the_gpu(stand_in: Any, count: int, st
 
 
 @pytest.mark.parametrize("name", [n for n, case in SUITE.items() if case.kind in ("device", "wall")])
-def test_parameter_sets_are_beyond_the_cache(fake: FakeGpu, name: str) -> None:
+def test_parameter_sets_are_beyond_the_cache(fake, name):
     fake.l2 = 60_000_000
     case = SUITE[name]
     sets = Problem(case, fake, period=7).sets
@@ -133,10 +125,10 @@ def test_parameter_sets_are_beyond_the_cache(fake: FakeGpu, name: str) -> None:
 
 
 class WrongFastopt(gpu_contenders.Fastopt):
-    def recipe_of(self, problem: Problem) -> Recipe:
+    def recipe_of(self, problem):
         return Recipe("Adam", {"lr": 2e-3}, {})
 
-    def compare(self, model: Any) -> None:
+    def compare(self, model):
         self.recipe = super().recipe_of(self.problem)
         super().compare(model)
 
@@ -162,7 +154,7 @@ def test_wrong_answers_and_errors_are_problems_and_the_others_go_on(fake, monkey
     assert found["problems"]["wrong torch"].startswith("WrongAnswer: w is off by")
 
 
-def test_one_wrong_bit_in_a_state_is_found(fake: FakeGpu) -> None:
+def test_one_wrong_bit_in_a_state_is_found(fake):
     case = Case("x", "check", "Adam", ADAM, {"w": (50,)}, ())
     contender = CONTENDERS["fastopt"](Problem(case, fake, period=7), Copy(fake))
     contender.check()
@@ -178,7 +170,7 @@ def test_one_wrong_bit_in_a_state_is_found(fake: FakeGpu) -> None:
 
 
 @pytest.mark.parametrize("rule", [others.eager, others.functional])
-def test_adam_of_cupy_is_adam(rule: Callable[..., Any]) -> None:
+def test_adam_of_cupy_is_adam(rule):
     # CuPy computes only on a GPU: the same lines compute on NumPy's arrays.
     rng = np.random.default_rng(0)
     p, m, v = rng.standard_normal(50, np.float32), np.zeros(50, np.float32), np.zeros(50, np.float32)
@@ -192,7 +184,7 @@ def test_adam_of_cupy_is_adam(rule: Callable[..., Any]) -> None:
     assert np.abs(p - params["w"]).max() < 1e-6
 
 
-def test_what_is_not_installed_is_told_and_is_no_error(fake: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_not_installed_is_told_and_is_no_error(fake, monkeypatch):
     pytest.importorskip("torch")
     monkeypatch.setattr(others.importlib.util, "find_spec", lambda package: None)
     assert set(OTHERS) == set(others.OTHERS) <= set(CONTENDERS)
@@ -213,7 +205,7 @@ def test_a_library_beside_torch_is_checked(fake, monkeypatch, name, right):
         package, install = "torch", ""
         options: ClassVar[dict[str, Any]] = {"weight_decay": 0.0 if right else 0.5}
 
-        def kind(self) -> Any:
+        def kind(self):
             return getattr(torch.optim, name)
 
     monkeypatch.setitem(CONTENDERS, "stand", Stand)
@@ -227,16 +219,15 @@ def test_a_library_beside_torch_is_checked(fake, monkeypatch, name, right):
 # --- waits -----------------------------------------------------------------------------------------------------------
 
 
-def call(name: str, ts: float, cat: str = "cuda_runtime", dur: float = 1.0) -> dict[str, Any]:
-    return {"ph": "X", "cat": cat, "name": name, "ts": ts, "dur": dur}
+def call(name, ts, cat="cuda_runtime"):
+    return {"ph": "X", "cat": cat, "name": name, "ts": ts, "dur": 50 if cat == "user_annotation" else 1.0}
 
 
-def spans() -> list[dict[str, Any]]:
-    return [call(STEPS, 100, "user_annotation", 50), call(CONTROL, 200, "user_annotation", 50), {"ph": "M"}]
+SPANS = [call(STEPS, 100, "user_annotation"), call(CONTROL, 200, "user_annotation"), {"ph": "M"}]
 
 
-def test_calls_are_counted_in_the_steps_and_in_the_control_apart() -> None:
-    events = [*spans(), call("cudaMemcpyAsync", 110), call("cuLaunchKernel", 120, "cuda_driver")]
+def test_calls_are_counted_in_the_steps_and_in_the_control_apart():
+    events = [*SPANS, call("cudaMemcpyAsync", 110), call("cuLaunchKernel", 120, "cuda_driver")]
     events += [call("cudaEventSynchronize", 99), call("cudaDeviceSynchronize", 210), call("aten::add", 111, "cpu_op")]
     events += [call("Memcpy DtoH (Device -> Pageable)", 130, "gpu_memcpy"), call("cuLaunchKernel", 121, "cuda_driver")]
     assert tally(events) == {
@@ -260,18 +251,13 @@ def test_calls_are_counted_in_the_steps_and_in_the_control_apart() -> None:
 def test_waits_are_counted(fake, monkeypatch, seen, idle, waits):
     monkeypatch.setattr(fake, "idle", lambda: idle)
     case = Case("x", "waits", "SGD", ADAM, SMALL, ("fastopt",), bars=(Bar("fastopt", "count", 0),))
-    events = [*spans(), *seen, call("cudaDeviceSynchronize", 210)]
-
-    def trace(steps: Callable[[], object], control: Callable[[], object]) -> Any:
-        steps()
-        return events
-
-    found = measure(case, fake, Copy(fake), 1, period=7, trace=trace)
+    events = [*SPANS, *seen, call("cudaDeviceSynchronize", 210)]
+    found = measure(case, fake, Copy(fake), 1, period=7, trace=lambda steps, control: (steps(), events)[1])
     assert found["contenders"]["fastopt"]["waits"] == waits
     assert judge(case, found)[0].verdict == ("MISSED" if waits else "reached")
 
 
-def test_a_profiler_that_sees_nothing_is_an_error(fake: FakeGpu) -> None:
+def test_a_profiler_that_sees_nothing_is_an_error(fake):
     case = Case("x", "waits", "SGD", ADAM, SMALL, ("fastopt",))
-    found = measure(case, fake, Copy(fake), 1, period=7, trace=lambda steps, control: spans())
+    found = measure(case, fake, Copy(fake), 1, period=7, trace=lambda steps, control: SPANS)
     assert "did not see a wait" in found["error"]

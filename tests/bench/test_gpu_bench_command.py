@@ -7,7 +7,7 @@ import subprocess
 import sys
 import types
 from pathlib import Path
-from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ import pytest
 pytest.importorskip("rich")
 pytest.importorskip("cupy")
 
-from gpu_fake import ADAM, SMALL, FakeGpu, Raises
+from gpu_fake import ADAM, SMALL, Raises
 
 import fastopt
 from bench.__main__ import main
@@ -53,124 +53,125 @@ TINY = (
 )  # fmt: skip
 
 
-def gpu(arguments: list[str]) -> int:
-    return main(["gpu", *arguments])
-
-
 @pytest.fixture
-def suite(fake: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
-    cases = {case.name: case for case in TINY}
-    monkeypatch.setattr(bench_gpu, "SUITE", cases)
-    monkeypatch.setattr(bench_gpu, "Gpu", lambda: fake)
-    monkeypatch.setattr(bench_gpu, "ROUNDS", 2)
-    monkeypatch.setattr(bench_gpu, "STAGES", {"bandwidth": ("clip", "check")})
-    monkeypatch.setattr(bench_gpu, "measure", lambda *args: measure(*args, period=7))
+def suite(fake, monkeypatch):
+    replaced = {
+        "SUITE": {case.name: case for case in TINY}, "STAGES": {"bandwidth": ("clip", "check")}, "ROUNDS": 2,
+        "Gpu": lambda: fake, "measure": lambda *args: measure(*args, period=7),
+    }  # fmt: skip
+    for name, value in replaced.items():
+        monkeypatch.setattr(bench_gpu, name, value)
     return fake
 
 
+@pytest.fixture
+def gpu(tmp_path):
+    """Runs ``bench gpu`` with a file for its results; the exit status, and the cases in the file."""
+
+    def run(*arguments):
+        file = tmp_path / "gpu.json"
+        status = main(["gpu", *arguments, "--out", str(file)])
+        return status, json.loads(file.read_text())["cases"] if file.exists() else None
+
+    return run
+
+
 @pytest.mark.usefixtures("suite")
-def test_every_kind_of_case_runs_and_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_kind_of_case_runs_and_is_written(tmp_path, capsys):
     pytest.importorskip("torch")
     file = tmp_path / "gpu.json"
-    status = gpu(["--out", str(file)])
+    status = main(["gpu", "--out", str(file)])
     shown = capsys.readouterr().out
     record = json.loads(file.read_text())
-    assert {name: case["problems"] for name, case in record["cases"].items()} == {case.name: {} for case in TINY}
-    assert [case["error"] for case in record["cases"].values()] == [None] * len(TINY)
+    cases = record["cases"]
+    outcomes = {name: (case["problems"], case["error"]) for name, case in cases.items()}
+    assert outcomes == {case.name: ({}, None) for case in TINY}
     assert status == 0
     for case in TINY:
-        found = record["cases"][case.name]
-        assert set(found["contenders"]) == set(case.contenders if case.kind != "check" else ())
-        for contender in found["contenders"].values():
+        found = cases[case.name]["contenders"]
+        assert set(found) == set(case.contenders if case.kind != "check" else ())
+        for contender in found.values():
             assert len(contender["samples"]) == 2
             assert min(contender["samples"]) > 0
             assert contender["quartiles"][0] <= contender["median"] <= contender["quartiles"][1]
         assert f"{case.name}: " in shown
-    assert record["cases"]["flat"]["sets"] == math.ceil(8 * 100 / (40 * 16)) == 2
-    assert record["machine"]["gpu"] == "stand-in"
-    assert record["machine"]["fastopt"] == fastopt.__version__
+    assert cases["flat"]["sets"] == math.ceil(8 * 100 / (40 * 16)) == 2
+    assert (record["machine"]["gpu"], record["machine"]["fastopt"]) == ("stand-in", fastopt.__version__)
     table = shown[shown.rindex("bars") :]
-    assert "reached" in table
-    assert "MISSED" in table
-    assert "≤ 1e-09 × torch fused" in table
-    assert gpu(["--show", str(file)]) == 0
+    for said in ("reached", "MISSED", "≤ 1e-09 × torch fused"):
+        assert said in table
+    assert main(["gpu", "--show", str(file)]) == 0
     assert table in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("suite")
-def test_a_case_that_fails_is_a_row_and_the_exit_status(tmp_path, monkeypatch, capsys):
+def test_a_case_that_fails_is_a_row_and_the_exit_status(gpu, monkeypatch, capsys):
     monkeypatch.setitem(CONTENDERS, "momentum", Raises)
-    file = tmp_path / "gpu.json"
-    assert gpu(["lars", "check", "--out", str(file)]) == 1
+    status, cases = gpu("lars", "check")
+    assert status == 1
     assert "error: MemoryError: no room" in capsys.readouterr().out
-    record = json.loads(file.read_text())
-    assert list(record["cases"]) == ["lars", "check"]
-    assert list(record["cases"]["lars"]["contenders"]) == ["fastopt"]
+    assert list(cases) == ["lars", "check"]
+    assert list(cases["lars"]["contenders"]) == ["fastopt"]
 
 
-def test_a_gpu_that_broke_ends_the_process_and_the_next_one_goes_on(suite, tmp_path, monkeypatch, capsys):
+def test_a_gpu_that_broke_ends_the_process_and_the_next_one_goes_on(suite, gpu, monkeypatch, capsys):
     class Breaks(gpu_contenders.Fastopt):
-        def make(self) -> Any:
+        def make(self):
             suite.broken = True
             return super().make()
 
-    file = tmp_path / "gpu.json"
     monkeypatch.setitem(CONTENDERS, "fastopt flat", Breaks)
-    arguments = ["check", "arrays", "bf16", "--out", str(file), "--resume"]
-    assert gpu(arguments) == bench_gpu.BROKEN == 3
+    arguments = ["check", "arrays", "bf16", "--resume"]
+    status, cases = gpu(*arguments)
+    assert status == bench_gpu.BROKEN == 3
     assert "--resume" in capsys.readouterr().err
-    assert list(json.loads(file.read_text())["cases"]) == ["check", "arrays"]
+    assert list(cases) == ["check", "arrays"]
     suite.broken = False
-    assert gpu(arguments) == 1
-    record = json.loads(file.read_text())
-    assert list(record["cases"]) == ["check", "arrays", "bf16"]
-    assert "illegal memory access" in str(record["cases"]["arrays"]["problems"])
-    assert record["cases"]["bf16"]["error"] is None
+    status, cases = gpu(*arguments)
+    assert status == 1
+    assert list(cases) == ["check", "arrays", "bf16"]
+    assert "illegal memory access" in str(cases["arrays"]["problems"])
+    assert cases["bf16"]["error"] is None
 
 
 @pytest.mark.usefixtures("suite")
-def test_a_process_that_died_leaves_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def die(*args: Any) -> Any:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(bench_gpu, "measure", die)
-    file = tmp_path / "gpu.json"
+def test_a_process_that_died_leaves_a_row(tmp_path, gpu, monkeypatch):
+    monkeypatch.setattr(bench_gpu, "measure", Mock(side_effect=KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        gpu(["check", "--out", str(file)])
-    assert gpu(["--show", str(file)]) == 1
+        gpu("check")
+    file = tmp_path / "gpu.json"
+    assert main(["gpu", "--show", str(file)]) == 1
     assert "died" in json.loads(file.read_text())["cases"]["check"]["error"]
 
 
 @pytest.mark.usefixtures("suite")
-def test_a_stage_is_its_cases_and_a_limit_leaves_cases_out(capsys: pytest.CaptureFixture[str]) -> None:
-    assert gpu(["bandwidth", "--limit", "-1"]) == 0
+def test_a_stage_is_its_cases_and_a_limit_leaves_cases_out(capsys):
+    assert main(["gpu", "bandwidth", "--limit", "-1"]) == 0
     shown = capsys.readouterr().out
     assert "clip: not measured, -1 s are over" in shown
     assert "check: not measured" in shown
     assert "lars" not in shown
 
 
-def test_every_case_belongs_to_a_stage() -> None:
+def test_every_case_belongs_to_a_stage():
     assert sorted(SUITE) == sorted(name for stage in STAGES.values() for name in stage)
 
 
-def test_without_cupy_or_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setitem(sys.modules, "cupy", None)
-    assert gpu([]) == 2
+def test_without_cupy_or_a_gpu_it_says_so(monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "cupy", None)
+        assert main(["gpu"]) == 2
     error = capsys.readouterr().err
     assert 'bench gpu: CuPy is missing: pip install -e ".[cuda12]"' in error
     assert error.count("\n") == 1
-    monkeypatch.undo()
     import cupy
 
-    def none() -> int:
-        raise cupy.cuda.runtime.CUDARuntimeError(35)
-
+    none = Mock(side_effect=cupy.cuda.runtime.CUDARuntimeError(35))
     for count, said in ((none, "insufficient"), (lambda: 0, "there is no GPU")):
         monkeypatch.setattr(cupy.cuda.runtime, "getDeviceCount", count)
         with pytest.raises(NoGpu, match=said):
             Gpu()
-    assert gpu([]) == 2
+    assert main(["gpu"]) == 2
     assert "fastopt info" in capsys.readouterr().err
 
 
@@ -178,34 +179,25 @@ def test_without_cupy_or_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch, capsy
 
 
 @pytest.mark.parametrize("case", [smoke.CASES[k] for k in (0, 3, 5)], ids=lambda case: case[0])  # the quick ones here
-def test_smoke_steps_have_the_bits_of_the_cpu(stand_in: Any, monkeypatch: pytest.MonkeyPatch, case: Any) -> None:
+def test_smoke_steps_have_the_bits_of_the_cpu(stand_in, monkeypatch, case):
     monkeypatch.setattr(smoke, "CHUNK", 40)
     monkeypatch.setattr(smoke, "SHAPES", {"one": (1,), "odd": (3, 7), "empty": (0,)})
     smoke.run(case, stand_in.put, stand_in.get)
 
 
-def test_a_wrong_bit_fails_the_smoke_stage(stand_in: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    def get(array: Any) -> Any:
-        return np.nextafter(stand_in.get(array), np.float32(9))
-
+def test_a_wrong_bit_fails_the_smoke_stage(stand_in, monkeypatch):
     monkeypatch.setattr(smoke, "SHAPES", {"one": (1,)})
     with pytest.raises(WrongAnswer, match="one differs from the CPU's"):
-        smoke.run(smoke.CASES[0], stand_in.put, get)
+        smoke.run(smoke.CASES[0], stand_in.put, lambda array: np.nextafter(stand_in.get(array), np.float32(9)))
 
 
 def test_registers_are_told_and_a_kernel_that_cannot_be_loaded(tmp_path, monkeypatch, capsys):
-    class RawModule:
-        def __init__(self, path: str) -> None:
-            if "bad" in path:
-                raise RuntimeError("no")
-
-        def get_function(self, symbol: str) -> Any:
-            return types.SimpleNamespace(num_regs=76 if symbol == "large" else 64, local_size_bytes=8)
-
+    functions = [types.SimpleNamespace(num_regs=n, local_size_bytes=8) for n in (76, 64)]
+    modules = [RuntimeError("no"), *(Mock(get_function=Mock(return_value=function)) for function in functions)]
     for name in ("bad", "large", "other"):
         (tmp_path / f"{name}.ptx").touch()
     monkeypatch.setattr("fastopt.engine.cuda.kernels.prebuilt_folder", lambda: tmp_path)
-    monkeypatch.setattr("cupy.RawModule", RawModule)
+    monkeypatch.setattr("cupy.RawModule", Mock(side_effect=modules))
     assert registers.main() == 1
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "bad: FAILED: RuntimeError: no"
@@ -223,9 +215,7 @@ case "$args" in *{failing}*) exit {status} ;; *"import fastopt"*) [ "{built}" = 
 """
 
 
-def run_script(
-    folder: Path, *stages: str, failing: str = "nothing at all", status: int = 1, built: str = "yes"
-) -> tuple[int, str, list[str]]:
+def run_script(folder, *stages, failing="nothing at all", status=1, built="yes"):
     """Status and output of gpu.sh with stand-ins for Python and compute-sanitizer, and the calls of those."""
     calls = folder / "calls"
     calls.touch()
@@ -287,7 +277,7 @@ def test_a_failing_stage_stops_nothing_and_is_the_exit_status(tmp_path, failing,
 
 
 @pytest.mark.parametrize("lacking", [{"built": "no"}, {"failing": "pip install"}], ids=str)
-def test_without_prebuilt_kernels_the_script_warns_and_builds_again(tmp_path: Path, lacking: dict[str, Any]) -> None:
+def test_without_prebuilt_kernels_the_script_warns_and_builds_again(tmp_path, lacking):
     status, said, calls = run_script(tmp_path, **lacking)
     assert status == 1
     tried = [x for call in calls for x in ("=ON", "=AUTO", "=OFF") if f"FASTOPT_CUDA{x}" in call]
@@ -298,9 +288,8 @@ def test_without_prebuilt_kernels_the_script_warns_and_builds_again(tmp_path: Pa
 
 
 @pytest.mark.parametrize("arguments", [["somewhere", "all"], []], ids=str)
-def test_bad_arguments_of_the_script_are_one_line_and_status_2(arguments: list[str], tmp_path: Path) -> None:
-    run = subprocess.run(
-        ["bash", ROOT / "bench" / "gpu.sh", *arguments], capture_output=True, text=True, check=False, cwd=tmp_path
-    )
+def test_bad_arguments_of_the_script_are_one_line_and_status_2(arguments, tmp_path):
+    command = ["bash", ROOT / "bench" / "gpu.sh", *arguments]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert (run.returncode, run.stdout, run.stderr.count("\n")) == (2, "", 1)
     assert "smoke bits bandwidth rest" in run.stderr

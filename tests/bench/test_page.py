@@ -1,7 +1,6 @@
 import json
 import random
 import re
-from pathlib import Path
 
 import bench_records
 import pytest
@@ -17,7 +16,7 @@ from bench.results import Record, Timing
 pytestmark = pytest.mark.full
 
 
-def single(times: dict[str, list[float]]) -> Record:
+def single(times):
     result = bench_records.result("case", "sizes", {}, random.Random(0), elements=1000, threads=1)
     result.timings = {name: Timing(samples) for name, samples in times.items()}
     return Record({}, "quick", [result])
@@ -134,7 +133,7 @@ def test_the_page_is_one_file_of_moderate_size(tmp_path, make):
     assert set(json.loads(data[1])) == {"specs", "light", "dark"}
 
 
-def test_pictures_are_drawn_on_white(tmp_path: Path):
+def test_pictures_are_drawn_on_white(tmp_path):
     written = write_pictures(bench_records.plausible(), tmp_path)
     assert [path.name for path in written] == ["bench-models.png", "bench-bandwidth.png", "bench-arrays.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 20_000 for path in written)

@@ -1,7 +1,4 @@
 import shutil
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
 
 import bench_records
 import pytest
@@ -37,20 +34,16 @@ MEASURE = """() => Object.fromEntries([...document.querySelectorAll(".chart")].m
     const at = text.getBoundingClientRect();
     return at.left >= box.left - 1 && at.right <= box.right + 1 && at.top >= box.top - 1 && at.bottom <= box.bottom + 1;
   });
-  return [chart.id, {
-    width: box.width,
-    height: box.height,
-    right: box.right,
-    marks: svg.querySelectorAll("[class*=mark-symbol] path, [class*=mark-rect] path").length,
-    font: Math.min(...texts.map((text) => scale * parseFloat(getComputedStyle(text).fontSize))),
-    inside,
-    label: chart.querySelector("[aria-label]")?.getAttribute("aria-label") ?? "",
-  }];
+  const {width, height, right} = box;
+  const marks = svg.querySelectorAll("[class*=mark-symbol] path, [class*=mark-rect] path").length;
+  const font = Math.min(...texts.map((text) => scale * parseFloat(getComputedStyle(text).fontSize)));
+  const label = chart.querySelector("[aria-label]")?.getAttribute("aria-label") ?? "";
+  return [chart.id, {width, height, right, marks, font, inside, label}];
 }))"""
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
+def browser():
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as started:
@@ -60,7 +53,7 @@ def browser() -> Iterator[Any]:
 
 
 @pytest.fixture(scope="module")
-def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def paths(tmp_path_factory):
     folder = tmp_path_factory.mktemp("page")
     records = {"plausible": bench_records.plausible(), "awkward": bench_records.awkward(), "empty": Record({}, "quick")}
     for name, record in records.items():
@@ -69,12 +62,12 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture
-def visit(browser: Any, paths: dict[str, Path]) -> Iterator[Callable[..., Any]]:
+def visit(browser, paths):
     """Opens a page, and fails at the end if it complained or asked the network for anything."""
-    complaints: list[str] = []
+    complaints = []
     opened = []
 
-    def open_page(name: str, width: int = 1280, **options: Any) -> Any:
+    def open_page(name, width=1280, **options):
         page = browser.new_page(viewport={"width": width, "height": 800}, **options)
         opened.append(page)
         url = paths[name].as_uri()
@@ -91,7 +84,7 @@ def visit(browser: Any, paths: dict[str, Path]) -> Iterator[Callable[..., Any]]:
     assert complaints == []
 
 
-def assert_fits(page: Any, width: int) -> None:
+def assert_fits(page, width):
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     for name, chart in page.evaluate(MEASURE).items():
         assert chart["width"] > 200, name

@@ -13,7 +13,7 @@ from bench.__main__ import main
 pytestmark = pytest.mark.full
 NEEDS = {"train": ("sklearn", "torch"), "compare": ("scipy",), "gpu": ("cupy",)}
 TEXT = ("--task", "text")
-REFUSED: list[tuple[str, tuple[str, ...], str]] = [
+REFUSED = [
     ("train", ("--optimizer", "adamv"), "--optimizer must be all or one of SGD, Momentum,"),
     ("train", ("--schedule", "zigzag"), "--schedule must be one of constant, cosine,"),
     ("train", ("--batch-size", "0"), "--batch-size must be in [1, 1536], the number of training images, got 0."),

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
-def suite(monkeypatch: pytest.MonkeyPatch) -> None:
+def suite(monkeypatch):
     """A suite of one small case."""
     bars = (Bar("fastopt", 1e9),)
     case = Case("small", "Adam", {"lr": 1e-3}, {"w": (50,)}, ("fastopt", "numpy", "stream"), bars=bars, family="rules")
@@ -33,7 +33,7 @@ def suite(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("suite")
-def test_a_report_is_measured_and_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_report_is_measured_and_written(tmp_path, capsys):
     assert main(["report", "--out", str(tmp_path / "new"), "--threads", "1"]) == 0
     assert str(tmp_path / "new" / "report.html") in capsys.readouterr().out
     record = Record.read(tmp_path / "new" / "report.json")
@@ -46,7 +46,7 @@ def test_a_report_is_measured_and_written(tmp_path: Path, capsys: pytest.Capture
     assert "small" in html
 
 
-def test_a_page_of_a_file_measures_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_page_of_a_file_measures_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "measured", None)
     plausible().write(tmp_path / "run.json")
     assert main(["report", "--from", str(tmp_path / "run.json"), "--out", str(tmp_path / "out")]) == 0
@@ -54,7 +54,7 @@ def test_a_page_of_a_file_measures_nothing(tmp_path: Path, monkeypatch: pytest.M
     assert len(list((tmp_path / "out").glob("*.png"))) == 3
 
 
-def test_the_figures_of_the_readme_are_those_of_the_file() -> None:
+def test_the_figures_of_the_readme_are_those_of_the_file():
     record = Record.read(ROOT / "bench" / "results" / "cpu.json")
     text = (ROOT / "README.md").read_text()
     _, rest = text.split(report.BEGIN)
@@ -62,14 +62,14 @@ def test_the_figures_of_the_readme_are_those_of_the_file() -> None:
     assert block == page.readme_block(record)
 
 
-def test_the_readme_keeps_what_is_around_the_figures(tmp_path: Path) -> None:
+def test_the_readme_keeps_what_is_around_the_figures(tmp_path):
     file = tmp_path / "README.md"
     file.write_text(f"before\n{report.BEGIN}old\n{report.END}after\n")
     report.update_readme(file, "new\n")
     assert file.read_text() == f"before\n{report.BEGIN}new\n{report.END}after\n"
 
 
-def test_a_full_run_has_every_case_and_a_quick_one_no_contender_that_compiles_for_a_minute() -> None:
+def test_a_full_run_has_every_case_and_a_quick_one_no_contender_that_compiles_for_a_minute():
     assert {case.name for case in report.cases(full=True)} == set(step.SUITE)
     quick = report.cases(full=False)
     assert not {name for case in quick for name in case.contenders} & set(report.SLOW)

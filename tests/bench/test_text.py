@@ -58,9 +58,8 @@ def test_text_is_the_same_each_time_and_split_by_files(sources):
 def test_no_sources_are_refused_in_one_line(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(text_data.sysconfig, "get_path", lambda name: str(tmp_path))
     assert command(*SMALL, "--out", tmp_path) == 2
-    assert capsys.readouterr().err == (
-        f"bench train: the sources of Python's standard library are not in {tmp_path}.\n"
-    )
+    error = f"bench train: the sources of Python's standard library are not in {tmp_path}.\n"
+    assert capsys.readouterr().err == error
 
 
 # --- model ---------------------------------------------------------------------------------------------------------
@@ -109,14 +108,12 @@ def test_clipping_in_the_step_is_torchs(settings, sources):
     assert clipped[text.OURS].losses != free[text.OURS].losses
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    [{"lr": 1.01e-2}, {"eps": 1e-6}, {"betas": (0.9, 0.9985)}, {"weight_decay": 0.02}, {"amsgrad": True}],
-    ids=str,
-)
+WRONG = {"lr": 1.01e-2}, {"eps": 1e-6}, {"betas": (0.9, 0.9985)}, {"weight_decay": 0.02}, {"amsgrad": True}
+
+
+@pytest.mark.parametrize("wrong", WRONG, ids=str)
 def test_a_wrong_optimizer_is_noticed(wrong, settings, sources):
-    options = {"lr": 1e-2} | wrong
-    planted = text_race.Contender(lambda params: fastopt.torch.AdamW(params, **options))
+    planted = text_race.Contender(lambda params: fastopt.torch.AdamW(params, **{"lr": 1e-2} | wrong))
     settings = dataclasses.replace(settings, shape=dataclasses.replace(SHAPE, steps=30))
     same = agreement(race(settings, sources, **{text.OURS: planted}))
     assert same.first_wrong is not None
@@ -125,11 +122,14 @@ def test_a_wrong_optimizer_is_noticed(wrong, settings, sources):
 
 def test_agreement_knows_divergence():
     nan = math.nan
-    assert text_race.agreement([5, nan], [5, nan], [5, nan]).first_wrong is None
-    assert text_race.agreement([5, nan], [5, 5], [5, 5]).first_wrong == 2
-    assert text_race.agreement([5, 5], [5, nan], [5, nan]).first_wrong == 2
-    assert text_race.agreement([5, 5.1], [5, 5], [5, 5.02]).first_wrong is None  # torch's two are as far apart
-    assert text_race.agreement([5.1, 5], [5, 5], [5, 5.02]).first_wrong == 1  # before they were
+    for *losses, first_wrong in (
+        ([5, nan], [5, nan], [5, nan], None),
+        ([5, nan], [5, 5], [5, 5], 2),
+        ([5, 5], [5, nan], [5, nan], 2),
+        ([5, 5.1], [5, 5], [5, 5.02], None),  # torch's two are as far apart
+        ([5.1, 5], [5, 5], [5, 5.02], 1),  # before they were
+    ):
+        assert text_race.agreement(*losses).first_wrong == first_wrong
 
 
 def test_ratio_compares_medians_and_says_when_it_is_noise():
@@ -180,9 +180,8 @@ def test_command_fails_if_the_curves_differ(tmp_path, capsys, monkeypatch):
 def test_without_torch_the_command_to_install_it_is_named(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     assert command(*SMALL, "--out", tmp_path) == 2
-    assert capsys.readouterr().err == (
-        'bench train: needs torch, which is not installed; pip install -e ".[train,torch]" brings it.\n'
-    )
+    error = 'bench train: needs torch, which is not installed; pip install -e ".[train,torch]" brings it.\n'
+    assert capsys.readouterr().err == error
 
 
 def test_recipes_are_all_that_both_have_and_fused_is_all_that_torch_has():

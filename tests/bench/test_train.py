@@ -1,5 +1,7 @@
 """The training benchmark: gradients, learning, determinism, refusals, figures; small settings."""
 
+from unittest.mock import Mock
+
 import numpy as np
 import pytest
 
@@ -32,20 +34,20 @@ def short_run(seed=0, epochs=3, recipe=train.NAMES["adamw"], batch_size=64):
 def test_gradients_equal_central_differences(widths):
     rng = np.random.default_rng(1)
     x, labels = rng.standard_normal((11, 5)), rng.integers(0, 3, 11)
-    model = mlp.MLP(widths, 2, np.float64)
+    model, step = mlp.MLP(widths, 2, np.float64), 1e-6
     for name in model.params.names:
         model.params[name][...] += 0.1 * rng.standard_normal(model.params[name].shape)  # no bias stays 0
     model.backward(x, labels)
-    step = 1e-6
-    for name in model.params.names:
-        values, slopes = model.params[name], np.zeros(model.params[name].shape)
+
+    def loss(values, i, change):
+        kept, values[i] = values[i], values[i] + change
+        found, values[i] = model.evaluate(x, labels)[0], kept
+        return found
+
+    for name, values in model.params.items():
+        slopes = np.zeros(values.shape)
         for i in np.ndindex(values.shape):
-            kept = values[i]
-            values[i] = kept + step
-            above = model.evaluate(x, labels)[0]
-            values[i] = kept - step
-            slopes[i] = (above - model.evaluate(x, labels)[0]) / (2 * step)
-            values[i] = kept
+            slopes[i] = (loss(values, i, step) - loss(values, i, -step)) / (2 * step)
         # The rounding of the loss, about 1e-16, is divided by 2 step; the difference itself is off by order step^2.
         np.testing.assert_allclose(model.grads[name], slopes, rtol=0, atol=2e-9)
 
@@ -117,12 +119,10 @@ def test_a_rule_that_differs_from_the_eager_one_is_not_timed(recipe, monkeypatch
 
 
 def test_a_wrong_answer_is_one_line_and_the_exit_status(tmp_path, capsys, monkeypatch):
-    def wrong(recipe, arrays):
-        raise steps.WrongAnswer("AdamW of fastopt and of NumPy differ")
-
-    monkeypatch.setattr(steps, "compare", wrong)
+    wrong = steps.WrongAnswer("AdamW of fastopt and of NumPy differ")
+    monkeypatch.setattr(steps, "compare", Mock(side_effect=wrong))
     assert command(*SMALL, "--out", tmp_path) == 1
-    assert capsys.readouterr().err == "bench train: WRONG: AdamW of fastopt and of NumPy differ\n"
+    assert capsys.readouterr().err == f"bench train: WRONG: {wrong}\n"
 
 
 def test_threads_are_set_back():

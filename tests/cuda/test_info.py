@@ -1,21 +1,21 @@
 """What `fastopt info` says of GPUs: what is there, or what is missing and the command that mends it."""
 
 import importlib.metadata
-from pathlib import Path
+import sys
 from types import SimpleNamespace
-from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
 from fastopt.engine.cuda import info
 
 
-def installed(monkeypatch: pytest.MonkeyPatch, **versions: str) -> None:
+def installed(monkeypatch, **versions):
     """Let exactly these packages be installed."""
     names = {name.replace("_", "-"): version for name, version in versions.items()}
     found = [SimpleNamespace(metadata={"Name": name}, version=version) for name, version in names.items()]
 
-    def version(name: str) -> str:
+    def version(name):
         if name not in names:
             raise importlib.metadata.PackageNotFoundError(name)
         return names[name]
@@ -28,7 +28,7 @@ def installed(monkeypatch: pytest.MonkeyPatch, **versions: str) -> None:
     ("driver", "said"),
     [(0, "not found: arrays on a GPU need NVIDIA's driver"), (10020, "CUDA 10.2, too old"), (13000, "CUDA 13.0")],
 )
-def test_the_driver(monkeypatch: pytest.MonkeyPatch, driver: int, said: str) -> None:
+def test_the_driver(monkeypatch, driver, said):
     monkeypatch.setattr(info, "_driver_version", lambda: driver)
     installed(monkeypatch)
     assert info.cuda_facts()["CUDA driver"].startswith(said)
@@ -44,19 +44,18 @@ def test_without_cupy_the_packages_for_the_driver_are_named(monkeypatch, driver,
     assert "GPUs" not in facts
 
 
-def test_two_installations_of_cupy(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_installations_of_cupy(monkeypatch):
     monkeypatch.setattr(info, "_driver_version", lambda: 13000)
     installed(monkeypatch, cupy_cuda12x="14.2", cupy_cuda13x="14.2")
     assert "uninstall all but cupy-cuda13x" in info.cuda_facts()["CuPy"]
 
 
-def test_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    def properties(number: int) -> dict[str, Any]:
-        name, major = (b"NVIDIA H200", 9) if number == 0 else (b"Tesla P4", 6)
-        return {"name": name, "major": major, "minor": 0, "totalGlobalMem": 140 * 2**30}
-
-    runtime = SimpleNamespace(getDeviceCount=lambda: 2, getDeviceProperties=properties)
-    monkeypatch.setitem(__import__("sys").modules, "cupy", SimpleNamespace(cuda=SimpleNamespace(runtime=runtime)))
+def test_gpus(monkeypatch):
+    gpus = [{"name": b"NVIDIA H200", "major": 9}, {"name": b"Tesla P4", "major": 6}]
+    cupy = Mock()
+    cupy.cuda.runtime.getDeviceCount.return_value = 2
+    cupy.cuda.runtime.getDeviceProperties = lambda n: {"minor": 0, "totalGlobalMem": 140 * 2**30, **gpus[n]}
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
     monkeypatch.setattr(info, "_driver_version", lambda: 12080)
     installed(monkeypatch, cupy_cuda12x="14.2")
     facts = info.cuda_facts()
@@ -67,7 +66,7 @@ def test_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
 
 
-def test_kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_kernels(monkeypatch, tmp_path):
     (tmp_path / "a.ptx").touch()
     monkeypatch.setattr(info, "prebuilt_folder", lambda: tmp_path)
     assert info.cuda_facts()["CUDA kernels"] == f"1 prebuilt, in {tmp_path}"

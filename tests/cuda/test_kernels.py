@@ -1,16 +1,15 @@
 """Where kernels for GPUs come from: the package, a cache, or Numba at first use. No GPU is needed to compile them."""
 
+import contextlib
 import importlib.metadata
-import os
-import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+from unittest.mock import Mock
 
 import fastopt.kernels.cuda
 import pytest
 from fastopt.kernels.registry import RULES
+from fresh import python
 from refusal import refused
 
 from fastopt.engine.cuda import kernels
@@ -30,22 +29,14 @@ update, prologue = (functools.partial(kernels.ptx_file, kind) for kind in ("upda
 """
 
 
-def run(program: str, cache: Path, **environment: str) -> str:
+def run(program, cache):
     """What a process without the simulator prints."""
     pytest.importorskip("numba_cuda")
-    inherited = {name: value for name, value in os.environ.items() if name != "NUMBA_ENABLE_CUDASIM"}
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILE + program],
-        env={**inherited, "FASTOPT_CACHE_DIR": str(cache), **environment},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
+    return python(COMPILE + program, timeout=None, NUMBA_ENABLE_CUDASIM="0", FASTOPT_CACHE_DIR=str(cache))
 
 
 @pytest.mark.full
-def test_a_rule_of_the_package_is_compiled_once_for_all_processes(tmp_path: Path) -> None:
+def test_a_rule_of_the_package_is_compiled_once_for_all_processes(tmp_path):
     program = "print(update(RULES['sgd'], 'float32', 'float16')); print(prologue(RULES['sgd']))"
     paths = [Path(line) for line in run(program, tmp_path).splitlines()]
     assert [path.name for path in paths] == ["fastopt_cuda_sgd_float32_float16.ptx", "fastopt_cuda_prologue_sgd.ptx"]
@@ -59,7 +50,7 @@ def test_a_rule_of_the_package_is_compiled_once_for_all_processes(tmp_path: Path
 
 
 @pytest.mark.full
-def test_an_own_rule_is_compiled_by_each_process(tmp_path: Path) -> None:
+def test_an_own_rule_is_compiled_by_each_process(tmp_path):
     program = """
 def sign(p, g, h):
     return (p - math.copysign(h.lr, g),)
@@ -74,7 +65,7 @@ print(path, prologue(mine).is_file(), ".entry fastopt_cuda_sgd_float32_float32("
 
 
 @pytest.mark.full
-def test_a_rule_that_computes_in_another_dtype_is_refused(tmp_path: Path) -> None:
+def test_a_rule_that_computes_in_another_dtype_is_refused(tmp_path):
     program = """
 def half(p, g, h):
     return (p - 0.5 * h.lr * g,)
@@ -87,7 +78,7 @@ except TypeError as error:
     assert "Rule 'half' computes in float64 for float32 parameters" in run(program, tmp_path)
 
 
-def test_without_numbas_cuda_package_the_error_names_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_without_numbas_cuda_package_the_error_names_it(monkeypatch, tmp_path):
     monkeypatch.setattr(kernels, "prebuilt_folder", lambda: None)
     monkeypatch.setattr(kernels, "cache_folder", lambda: tmp_path)
     monkeypatch.setitem(sys.modules, "fastopt.kernels.cuda.compile", None)
@@ -97,7 +88,7 @@ def test_without_numbas_cuda_package_the_error_names_it(monkeypatch: pytest.Monk
     assert list(tmp_path.iterdir()) == []
 
 
-def compile_sgd(monkeypatch: pytest.MonkeyPatch, cache: Path) -> Path:
+def compile_sgd(monkeypatch, cache):
     """The file of a kernel whose compilation takes no time."""
     monkeypatch.setattr(kernels, "prebuilt_folder", lambda: None)
     monkeypatch.setattr(kernels, "_compiled", lambda *_: "text")
@@ -109,7 +100,7 @@ def compile_sgd(monkeypatch: pytest.MonkeyPatch, cache: Path) -> Path:
         kernels.cache_folder.cache_clear()
 
 
-def test_cached_kernels_can_be_read_by_whom_the_umask_lets(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_cached_kernels_can_be_read_by_whom_the_umask_lets(monkeypatch, tmp_path):
     (tmp_path / "usual").touch()
     assert compile_sgd(monkeypatch, tmp_path).stat().st_mode == (tmp_path / "usual").stat().st_mode
 
@@ -124,25 +115,21 @@ def test_where_nothing_can_be_kept_kernels_last_as_long_as_the_process(monkeypat
 
 
 @pytest.mark.parametrize("package", ["numba-cuda", "nvidia-cuda-nvcc-cu12", "nvidia-nvvm"])
-def test_another_compiler_has_a_cache_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, package: str) -> None:
+def test_another_compiler_has_a_cache_of_its_own(monkeypatch, tmp_path, package):
     before = compile_sgd(monkeypatch, tmp_path)
     version = importlib.metadata.version
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "0" if name == package else version(name))
     assert compile_sgd(monkeypatch, tmp_path).parent != before.parent
 
 
-def test_a_driver_that_refuses_the_ptx_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_driver_that_refuses_the_ptx_is_told_of(monkeypatch):
     class DriverError(RuntimeError):
         pass
 
-    def refuse(path: str) -> Any:
-        raise DriverError("CUDA_ERROR_UNSUPPORTED_PTX_VERSION")
-
-    fake: Any = SimpleNamespace(
-        RawModule=refuse, cuda=SimpleNamespace(driver=SimpleNamespace(CUDADriverError=DriverError))
-    )
+    fake = Mock(RawModule=Mock(side_effect=DriverError("CUDA_ERROR_UNSUPPORTED_PTX_VERSION")))
+    fake.cuda.driver.CUDADriverError = DriverError
     monkeypatch.setattr("fastopt.engine.cuda.runtime.cupy", lambda: fake)
     runtime = Runtime(0, "cupy")
-    monkeypatch.setattr(runtime, "current", lambda: __import__("contextlib").nullcontext())
+    monkeypatch.setattr(runtime, "current", contextlib.nullcontext)
     with refused(RuntimeError, "cuda:0", "UNSUPPORTED_PTX_VERSION", "compute capability 7.5", "driver for CUDA 11"):
         runtime.function("adam.ptx", "adam", 256)

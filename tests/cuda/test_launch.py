@@ -1,9 +1,8 @@
 """How a step reaches a GPU: launches, uploads, graphs, refusals. Counted on the stand-in, which needs no GPU."""
 
-from typing import Any
-
 import numpy as np
 import pytest
+from cuda_problem import FEW, assert_same, moved, problem
 from refusal import refused
 
 import fastopt
@@ -12,14 +11,13 @@ from fastopt.engine.cuda import runtime as cuda_runtime
 F32 = np.float32
 
 
-def model(gpu: Any, arrays: int = 20) -> tuple[dict[str, Any], dict[str, Any]]:
-    rng = np.random.default_rng(0)
+def model(gpu, arrays=20):
     shapes = {f"p{k}": (2, k + 1) if k % 2 else (k + 1,) for k in range(arrays)}
-    params, grads = ({k: gpu.put(rng.standard_normal(s).astype(F32)) for k, s in shapes.items()} for _ in range(2))
-    return params, grads
+    params, (grads,) = problem(shapes=shapes, steps=1)
+    return moved(gpu, params), moved(gpu, grads)
 
 
-def test_a_step_is_one_launch_whatever_the_number_of_arrays_and_groups(stand_in: Any) -> None:
+def test_a_step_is_one_launch_whatever_the_number_of_arrays_and_groups(stand_in):
     params, grads = model(stand_in)
     names = list(params)
     groups = [{"params": {n: params[n] for n in names[k::3]}, "lr": 0.1 * (k + 1)} for k in range(3)]
@@ -32,49 +30,46 @@ def test_a_step_is_one_launch_whatever_the_number_of_arrays_and_groups(stand_in:
 
 
 @pytest.mark.parametrize("options", [{"max_norm": 1.0}, {"skip_nonfinite": True}, {"max_norm": 1.0, "grad_scale": 2.0}])
-def test_what_must_be_known_first_is_one_more_launch_and_no_wait(stand_in: Any, options: Any) -> None:
+def test_what_must_be_known_first_is_one_more_launch_and_no_wait(stand_in, options):
     params, grads = model(stand_in, 3)
+    norm = np.sqrt(sum((stand_in.get(g).astype(float) ** 2).sum() for g in grads.values()))
     opt, device = fastopt.AdamW(params), stand_in.device()
     info = opt.step(grads, **options)
     assert device.launches == ["fastopt_cuda_prologue_adamw", "fastopt_cuda_adamw_float32_float32"]
     assert device.downloads == 0
-    assert info.grad_norm == pytest.approx(
-        np.sqrt(sum((stand_in.get(g).astype(float) ** 2).sum() for g in grads.values())) / options.get("grad_scale", 1)
-    )
-    assert device.downloads == 1
+    assert info.grad_norm == pytest.approx(norm / options.get("grad_scale", 1))
     assert not info.skipped
     assert device.downloads == 1
 
 
-def test_lars_is_two_launches(stand_in: Any) -> None:
+def test_lars_is_two_launches(stand_in):
     params, grads = model(stand_in, 3)
     fastopt.LARS(params, lr=0.1).step(grads)
     assert stand_in.device().launches == ["fastopt_cuda_prologue_lars", "fastopt_cuda_lars_float32_float32"]
 
 
-def test_only_what_changed_is_uploaded(stand_in: Any) -> None:
+def test_only_what_changed_is_uploaded(stand_in):
     params, grads = model(stand_in)
     opt, device = fastopt.SGD(params, lr=0.1, momentum=0.9), stand_in.device()
-    opt.step(grads)
-    device.uploads.clear()
-    opt.step(grads)
-    assert device.uploads == []  # not even lr moved
-    opt.param_groups[0]["lr"] = 0.2
-    opt.step(grads)
-    assert len(device.uploads) == 1
-    device.uploads.clear()
-    opt.step({name: stand_in.put(stand_in.get(g)) for name, g in grads.items()})
-    assert device.uploads == [8 * len(grads)]  # the gradients' new addresses
+
+    def uploads(grads, lr):
+        opt.param_groups[0]["lr"] = lr
+        device.uploads.clear()
+        opt.step(grads)
+        return device.uploads
+
+    uploads(grads, 0.1)
+    assert uploads(grads, 0.1) == []  # not even lr moved
+    assert len(uploads(grads, 0.2)) == 1
+    copies = {name: stand_in.put(stand_in.get(g)) for name, g in grads.items()}
+    assert uploads(copies, 0.2) == [8 * len(grads)]  # the gradients' new addresses
 
 
-def test_several_dtypes_are_a_launch_each(stand_in: Any) -> None:
-    params = {"a": stand_in.put(np.ones(5, F32)), "b": stand_in.put(np.ones(5)), "c": stand_in.put(np.ones(4, F32))}
-    grads = {name: stand_in.put(np.ones_like(stand_in.get(p))) for name, p in params.items()}
+def test_several_dtypes_are_a_launch_each(stand_in):
+    arrays = {"a": np.ones(5, F32), "b": np.ones(5), "c": np.ones(4, F32)}
+    params, grads = (moved(stand_in, arrays) for _ in range(2))
     fastopt.SGD(params, lr=0.5).step(grads)
-    assert sorted(stand_in.device().launches) == [
-        "fastopt_cuda_sgd_float32_float32",
-        "fastopt_cuda_sgd_float64_float64",
-    ]
+    assert sorted(stand_in.device().launches) == [f"fastopt_cuda_sgd_{x}_{x}" for x in ("float32", "float64")]
     assert [stand_in.get(p)[0] for p in params.values()] == [0.5] * 3
 
 
@@ -89,11 +84,9 @@ DECIDED = {"max_norm": 0.5, "skip_nonfinite": True}
     [("Adam", {}), ("Adam", DECIDED), ("NAdam", DECIDED), ("ASGD", {}), ("RAdam", {}), ("SGD", {}), ("LARS", DECIDED)],
     ids=str,
 )
-def test_a_captured_step_replayed_is_as_many_steps(gpu: Any, name: str, options: Any) -> None:
-    rng = np.random.default_rng(1)
-    arrays = {"w": rng.standard_normal((3, 5)).astype(F32), "b": rng.standard_normal(2).astype(F32)}
-    gradient = {k: rng.standard_normal(a.shape).astype(F32) for k, a in arrays.items()}
-    params, grads = ({k: gpu.put(a) for k, a in x.items()} for x in (arrays, gradient))
+def test_a_captured_step_replayed_is_as_many_steps(gpu, name, options):
+    arrays, (gradient,) = problem(shapes=FEW, steps=1)
+    params, grads = moved(gpu, arrays), moved(gpu, gradient)
     cls = getattr(fastopt, name)
     opt, wanted = cls(params, lr=0.1, capturable=True), cls(arrays, lr=0.1)
     opt.step(grads, **options)
@@ -108,31 +101,30 @@ def test_a_captured_step_replayed_is_as_many_steps(gpu: Any, name: str, options:
         replay()
         expected = wanted.step(gradient, **options)
     assert (info.skipped, info.grad_norm) == (expected.skipped, expected.grad_norm)
-    assert opt.state["w"]["step"] == wanted.state["w"]["step"] == 5
-    for key in arrays:
-        assert gpu.get(params[key]).tobytes() == arrays[key].tobytes()
+    assert wanted.state["w"]["step"] == 5
+    assert_same(gpu, params, arrays, opt, wanted)
 
 
-def test_a_graph_reads_the_loss_scale_and_skips(stand_in: Any) -> None:
-    w, g, scale = (stand_in.put(np.full(4, x, F32)) for x in (1.0, 8.0, 4.0))
+def test_a_graph_reads_the_loss_scale_and_skips(stand_in):
+    w, g = (stand_in.put(np.full(4, x, F32)) for x in (1.0, 8.0))
     scale = stand_in.put(np.array([4.0], F32))
     opt, device = fastopt.SGD([w], lr=0.5, capturable=True), stand_in.device()
     opt.step([g], grad_scale=scale, skip_nonfinite=True)
-    with device.capture() as graph:
+    with stand_in.capture() as replay:
         info = opt.step([g], grad_scale=scale, skip_nonfinite=True)
     assert stand_in.get(w).tolist() == [0.0] * 4
     device.assign(scale, 8.0)
-    [launch() for launch in graph]
+    replay()
     assert stand_in.get(w).tolist() == [-0.5] * 4
     assert (info.skipped, info.grad_norm) == (False, 2.0)
     device.assign(g, np.inf)
-    [launch() for launch in graph]
+    replay()
     assert stand_in.get(w).tolist() == [-0.5] * 4
     assert opt.state["0"]["step"] == 2
 
 
 @pytest.mark.parametrize(("capturable", "said"), [(False, "capturable=True"), (True, "before capturing")])
-def test_captures_that_are_refused(gpu: Any, capturable: bool, said: str) -> None:
+def test_captures_that_are_refused(gpu, capturable, said):
     params, grads = model(gpu, 2)
     opt = fastopt.SGD(params, lr=0.1, capturable=capturable)
     if not capturable:
@@ -145,7 +137,7 @@ def test_captures_that_are_refused(gpu: Any, capturable: bool, said: str) -> Non
     opt.step(grads)
 
 
-def test_upload_options_needs_a_step_before(stand_in: Any) -> None:
+def test_upload_options_needs_a_step_before(stand_in):
     params, _ = model(stand_in, 2)
     for opt in (fastopt.SGD(params, lr=0.1, capturable=True), fastopt.SGD([np.ones(2)])):
         with refused(RuntimeError, "upload_options", "no step was taken yet with capturable=True"):
@@ -155,59 +147,51 @@ def test_upload_options_needs_a_step_before(stand_in: Any) -> None:
 # --- refusals --------------------------------------------------------------------------------------------------------
 
 
-def test_capturable_on_the_host_is_refused() -> None:
-    with refused(ValueError, "capturable=True", "host memory"):
-        fastopt.Adam([np.ones(2)], capturable=True)
+def test_capturable_on_the_host_is_refused():
     opt = fastopt.Adam([np.ones(2)])
     opt.param_groups[0]["capturable"] = True
-    with refused(ValueError, "capturable=True", "host memory"):
-        opt.step([np.ones(2)])
+    for call in (lambda: fastopt.Adam([np.ones(2)], capturable=True), lambda: opt.step([np.ones(2)])):
+        with refused(ValueError, "capturable=True", "host memory"):
+            call()
 
 
-def test_memories_do_not_mix(stand_in: Any) -> None:
+def test_memories_do_not_mix(stand_in):
     here, there, other = np.ones(3, F32), stand_in.put(np.ones(3, F32)), stand_in.put(np.ones(3, F32), device=1)
-    with refused(ValueError, "params[1]", "numpy.ndarray in host memory", "cuda:0", "cupy.asarray"):
-        fastopt.SGD([there, here])
-    with refused(ValueError, "params[1]", "on a GPU", "host memory"):
-        fastopt.SGD([here, there])
-    with refused(ValueError, "params['b']", "cuda:1", "cuda:0", "one device"):
-        fastopt.SGD({"a": there, "b": other})
-    opt = fastopt.SGD({"a": there})
-    with refused(ValueError, "grads['a']", "host memory"):
-        opt.step({"a": here})
-    with refused(ValueError, "grads['a']", "cuda:1"):
-        opt.step({"a": other})
-    with refused(ValueError, "params of group 1['b']", "cuda:1"):
-        opt.add_param_group({"params": {"b": other}})
+    opt, host = fastopt.SGD({"a": there}), fastopt.SGD({"a": here})
+    for call, *words in (
+        (lambda: fastopt.SGD([there, here]), "params[1]", "numpy.ndarray in host memory", "cuda:0", "cupy.asarray"),
+        (lambda: fastopt.SGD([here, there]), "params[1]", "on a GPU", "host memory"),
+        (lambda: fastopt.SGD({"a": there, "b": other}), "params['b']", "cuda:1", "cuda:0", "one device"),
+        (lambda: opt.step({"a": here}), "grads['a']", "host memory"),
+        (lambda: opt.step({"a": other}), "grads['a']", "cuda:1"),
+        (lambda: opt.add_param_group({"params": {"b": other}}), "params of group 1['b']", "cuda:1"),
+        (lambda: host.step({"a": there}), "grads['a']", "GPU"),
+    ):
+        with refused(ValueError, *words):
+            call()
     with refused(TypeError, "grads['a']", "list"):
         opt.step({"a": [1.0, 2.0, 3.0]})
-    host = fastopt.SGD({"a": here})
-    with refused(ValueError, "grads['a']", "GPU"):
-        host.step({"a": there})
     assert stand_in.get(there).tolist() == here.tolist() == [1.0] * 3
 
 
-def test_wrong_arrays_are_refused(stand_in: Any) -> None:
-    w = stand_in.put(np.ones((2, 3), F32))
-    with refused(ValueError, "strides", "cupy.ascontiguousarray"):
-        fastopt.SGD([w.T])
-    with refused(TypeError, "int64", "float32"):
-        fastopt.SGD([stand_in.put(np.ones(3, np.int64))])
-    with refused(ValueError, "share memory"):
-        fastopt.SGD([w, w[:1]])
-    opt = fastopt.SGD([w])
-    with refused(ValueError, "shape (3, 2)", "shape (2, 3)"):
-        opt.step([stand_in.put(np.ones((3, 2), F32))])
-    with refused(TypeError, "float64", "float32"):
-        opt.step([stand_in.put(np.ones((2, 3)))])
-    with refused(ValueError, "shares memory with a parameter"):
-        opt.step([w])
-    with refused(TypeError, "grad_scale", "float64"):
-        opt.step([stand_in.put(np.ones((2, 3), F32))], grad_scale=stand_in.put(np.ones(1)))
+def test_wrong_arrays_are_refused(stand_in):
+    put, w = stand_in.put, stand_in.put(np.ones((2, 3), F32))
+    opt, g = fastopt.SGD([w]), stand_in.put(np.ones((2, 3), F32))
+    for call, error, *words in (
+        (lambda: fastopt.SGD([w.T]), ValueError, "strides", "cupy.ascontiguousarray"),
+        (lambda: fastopt.SGD([put(np.ones(3, np.int64))]), TypeError, "int64", "float32"),
+        (lambda: fastopt.SGD([w, w[:1]]), ValueError, "share memory"),
+        (lambda: opt.step([put(np.ones((3, 2), F32))]), ValueError, "shape (3, 2)", "shape (2, 3)"),
+        (lambda: opt.step([put(np.ones((2, 3)))]), TypeError, "float64", "float32"),
+        (lambda: opt.step([w]), ValueError, "shares memory with a parameter"),
+        (lambda: opt.step([g], grad_scale=put(np.ones(1))), TypeError, "grad_scale", "float64"),
+    ):
+        with refused(error, *words):
+            call()
     assert stand_in.get(w).tolist() == [[1.0] * 3] * 2
 
 
-def test_too_little_memory_for_the_state_leaves_nothing_half_built(stand_in: Any) -> None:
+def test_too_little_memory_for_the_state_leaves_nothing_half_built(stand_in):
     a, b = stand_in.put(np.ones(1000, F32)), stand_in.put(np.ones(10_000, F32))
     device = stand_in.device()
     opt = fastopt.Adam([a])
@@ -220,7 +204,7 @@ def test_too_little_memory_for_the_state_leaves_nothing_half_built(stand_in: Any
     opt.step([stand_in.put(np.ones(1000, F32)), None])
 
 
-def test_without_cupy_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_cupy_the_error_names_the_extra(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "cupy", None)
     cuda_runtime.cupy.cache_clear()
     with refused(ImportError, 'pip install cupy-cuda12x "numba-cuda[cu12]"'):
@@ -228,12 +212,12 @@ def test_without_cupy_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch)
     cuda_runtime.cupy.cache_clear()
 
 
-def test_a_gpu_that_is_not_there_is_refused(stand_in: Any) -> None:
+def test_a_gpu_that_is_not_there_is_refused(stand_in):
     with refused(ValueError, "cuda:7", "cuda:0, cuda:1"):
         fastopt.FlatBuffer({"w": (3,)}, device="cuda:7")
 
 
-def test_without_a_driver_the_error_says_so() -> None:
+def test_without_a_driver_the_error_says_so():
     cupy = pytest.importorskip("cupy")
     try:
         cupy.cuda.runtime.getDeviceCount()
@@ -243,6 +227,6 @@ def test_without_a_driver_the_error_says_so() -> None:
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:-1", "cuda:x", 0, None])
-def test_unknown_devices_are_refused(device: Any) -> None:
+def test_unknown_devices_are_refused(device):
     with refused(ValueError, "device", '"cuda"'):
         fastopt.FlatBuffer({"w": (3,)}, device=device)

@@ -11,9 +11,8 @@ import pytest
 pytest.importorskip("numba_cuda")
 
 import cuda_simulator
-from cases import CASES, problem
-from compare import DTYPES, assert_same_bits, build, snapshot
-from compare import PARAMETER as PARAMETER_KEY
+from cases import problem
+from compare import CASE, DTYPES, PARAMETER, assert_same_bits, build, options_of, snapshot
 from cuda_simulator import Segment, Tables, allow, kernel_of
 from fastopt.kernels import layout
 from fastopt.kernels.cuda.prologue import prologue
@@ -25,7 +24,6 @@ from fastopt.engine import backend as _backend
 from fastopt.engine.table import Table
 
 pytestmark = pytest.mark.full
-CASE = {case.rule: case for case in CASES}  # of several the last, which has the most options
 
 # Around a row, a block and a chunk.
 SIZES = (1, layout.LANES + 1, 0, layout.BLOCK - 1, layout.CHUNK + layout.BLOCK + layout.LANES + 3)
@@ -104,25 +102,21 @@ def test_the_order_of_blocks_does_not_matter():
     check_norms(segments, orders=(jobs[::-1], jobs[1::2] + jobs[::2]))
 
 
-def changed(**functions):
-    """The prologue of SGD with other functions to access memory."""
-    return prologue(RULES["sgd"], SimpleNamespace(**{**vars(cuda_simulator), **functions}))
-
-
 def add_rows_from_the_last(dtype, rows):
     add = cuda_simulator.add_rows(dtype, 1)
-    lanes = layout.LANES
-    return lambda total, x, i: functools.reduce(lambda t, k: add(t, x, i + k * lanes), reversed(range(rows)), total)
+    places = [k * layout.LANES for k in reversed(range(rows))]
+    return lambda total, x, i: functools.reduce(lambda t, k: add(t, x, i + k), places, total)
 
 
-def test_another_order_of_addition_is_found():
+@pytest.mark.parametrize(
+    ("sizes", "functions"),
+    [([layout.BLOCK], {"add_rows": add_rows_from_the_last}), ([5, 6], {"count_up": lambda address, index: 0})],
+    ids=["another order of addition", "a lost count"],
+)
+def test_a_mistake_is_found(sizes, functions):
+    access = SimpleNamespace(**{**vars(cuda_simulator), **functions})
     with pytest.raises(AssertionError):
-        check_norms(make_segments([layout.BLOCK], adapts=False), run=changed(add_rows=add_rows_from_the_last))
-
-
-def test_a_lost_count_is_found():
-    with pytest.raises(AssertionError):
-        check_norms(make_segments([5, 6], adapts=False), run=changed(count_up=lambda address, index: 0))
+        check_norms(make_segments(sizes, adapts=False), run=prologue(RULES["sgd"], access))
 
 
 # --- decisions -------------------------------------------------------------------------------------------------------
@@ -179,13 +173,6 @@ def test_gradients_that_are_not_finite(dtype, value):
 # --- scalars and trust ratios ----------------------------------------------------------------------------------------
 
 
-@functools.cache
-def options_of(rule):
-    """The numbers that the rule's case computes with."""
-    group = build(CASE[rule.name], [np.zeros(1)]).param_groups[0]
-    return {name: group[name] for name in rule.options}
-
-
 def put_cohort(tables, c, rule, options, *, number=0, steps=0, lr=None):
     """Write a cohort into its table; an array `lr` is where the device finds that option."""
     words = tables.cohorts[c]
@@ -203,9 +190,8 @@ def put_cohort(tables, c, rule, options, *, number=0, steps=0, lr=None):
 def test_scalars_formed_on_the_device(rule):
     """Four cohorts: one from its options, two whose lr lies on the device, one of another rule."""
     options, count = options_of(rule), len(rule.Scalars._fields)
-    rates = [None, allow(np.array([0.1])), allow(np.array([0.1], np.float32))] if "lr" in options else [None] * 3
-    steps = [0, 5, 9]
-    carries = [rule.carry(options) if rule.carry else None for _ in steps]
+    rates = [None, allow(np.array([0.1])), allow(np.array([0.1], np.float32))] if "lr" in rule.options else [None] * 3
+    steps, carries = [0, 5, 9], [rule.carry and rule.carry(options)] * 3
     tables = Tables(make_segments([3]), cohorts=4)
     for c, (taken, lr) in enumerate(zip(steps, rates, strict=True)):
         put_cohort(tables, c, rule, options, steps=taken, lr=lr)
@@ -249,16 +235,16 @@ def check_ratios(tables, rule, adapting, factor):
 @pytest.mark.parametrize("form", [False, True])
 def test_trust_ratios(rule, form):
     # More arrays than threads; cohort 1 belongs to another rule.
-    segments = make_segments([1] * (THREADS + 20))
+    segments, options = make_segments([1] * (THREADS + 20)), options_of(rule)
     for k, segment in enumerate(segments):
         segment.cohort = k % 5 == 0
     tables = Tables(segments, cohorts=2)
     tables.squares[:] = np.random.default_rng(1).exponential(size=tables.squares.shape)
     tables.squares[layout.PARAMETER, 4] = tables.squares[layout.GRADIENT, 7] = 0.0  # of layers that adapt
-    put_cohort(tables, 0, rule, options_of(rule), number=2)
-    put_cohort(tables, 1, rule, options_of(rule), number=1)
+    for cohort, number in enumerate((2, 1)):
+        put_cohort(tables, cohort, rule, options, number=number)
     if not form:
-        tables.scalars["float64"][0, : len(rule.Scalars._fields)] = rule.scalars(1, options_of(rule))
+        tables.scalars["float64"][0, : len(rule.Scalars._fields)] = rule.scalars(1, options)
     tables.prologue(kernel(rule.name), jobs=[], number=2, multiplier=-0.7, form=form)
     check_ratios(tables, rule, [k for k, s in enumerate(segments) if s.adapts and not s.cohort], 0.7)
 
@@ -285,13 +271,7 @@ def test_a_second_launch_for_another_rule():
 
 # --- whole steps -----------------------------------------------------------------------------------------------------
 
-WHOLE = {
-    "momentum": PAIRS[5],
-    "amsgradw": PAIRS[1],
-    "nadam": PAIRS[2],
-    "asgd": PAIRS[3],
-    "lars": PAIRS[0],
-}
+WHOLE = {"momentum": PAIRS[5], "amsgradw": PAIRS[1], "nadam": PAIRS[2], "asgd": PAIRS[3], "lars": PAIRS[0]}
 
 
 @pytest.mark.parametrize(("rule", "pair"), WHOLE.items(), ids=WHOLE)
@@ -304,23 +284,19 @@ def test_steps_are_those_of_the_optimizer(rule, pair):
     opt = build(case, params)
     sign = -1 if opt.param_groups[0].get("maximize") else 1
     states = {name: {k: allow(opt.state[name][k].copy()) for k in rule.state} for name in shapes}
-    segments = [
-        Segment([own[name], grads[name], *states[name].values()], sign=sign, adapts=rule.ratio is not None)
-        for name in shapes
-    ]
-    tables = Tables(segments)
+    arrays = [[own[name], grads[name], *states[name].values()] for name in shapes]
+    tables = Tables([Segment(each, sign=sign, adapts=rule.ratio is not None) for each in arrays])
     put_cohort(tables, 0, rule, options_of(rule))
     for k, given in enumerate(steps):
         for name, gradient in given.items():
             grads[name][...] = gradient
         info = opt.step(given, grad_scale=8.0, max_norm=2.0, skip_nonfinite=True, zero_grads=True)
         tables.prologue(kernel(rule.name), form=True, check=True, max_norm=2.0, multiplier=1 / 8)
-        update, _ = kernel_of(cuda_update_symbol(rule.name, *pair))
-        tables.update(update, COMPUTE[pair[0]], zero=True)
+        tables.update(kernel_of(cuda_update_symbol(rule.name, *pair))[0], COMPUTE[pair[0]], zero=True)
         assert tables.result.tolist() == [info.grad_norm, info.skipped]
         assert info.skipped == (k == 1)
         assert not any(gradient.any() for gradient in grads.values())
         count = int(tables.cohorts[0, layout.STEPS])
-        got = {name: {PARAMETER_KEY: own[name], "step": count, **states[name]} for name in own}
+        got = {name: {PARAMETER: own[name], "step": count, **states[name]} for name in own}
         want = {n: {key: v for key, v in s.items() if key in got[n]} for n, s in snapshot(params, opt).items()}
         assert_same_bits(got, want, rule.name)

@@ -10,13 +10,13 @@ import pathlib
 import re
 import shutil
 import subprocess
-import sys
 from collections import Counter
 from typing import NamedTuple
 
 import pytest
 from fastopt.kernels.dtypes import COMPUTE, PAIRS, cuda_prologue_symbol, cuda_terms_symbol, cuda_update_symbol
 from fastopt.kernels.registry import RULES
+from fresh import program
 
 ROOT = pathlib.Path(__file__).parents[2]
 WHAT = [*map("-".join, PAIRS), "prologue"]
@@ -29,9 +29,7 @@ pytestmark = pytest.mark.full
 
 
 def compile_cli(*arguments):
-    environment = {name: value for name, value in os.environ.items() if name != "NUMBA_ENABLE_CUDASIM"}
-    command = [sys.executable, "-m", "kernels.cuda.compile", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    return program("-m", "kernels.cuda.compile", *arguments, cwd=ROOT, timeout=None, NUMBA_ENABLE_CUDASIM="0")
 
 
 @pytest.fixture(scope="session", params=WHAT)
@@ -115,14 +113,9 @@ def check_arithmetic(text, compute):
 
 def check_accesses(text, arrays):
     """Each array is accessed whole vectors at a time, at three places: twice in the loop, and once after it."""
-    loads, stores = (
-        Counter(LOAD[dtype] for dtype in arrays),
-        Counter(STORE[dtype] for dtype in [arrays[0], *arrays[2:]]),
-    )
-    for kind, count in loads.items():
-        assert len(re.findall(rf"\bld\.global\.{kind}", text)) >= 3 * count
-    for kind, count in stores.items():
-        assert len(re.findall(rf"\bst\.global\.{kind}", text)) >= 3 * count
+    for access, kinds, dtypes in (("ld", LOAD, arrays), ("st", STORE, [arrays[0], *arrays[2:]])):
+        for kind, count in Counter(kinds[dtype] for dtype in dtypes).items():
+            assert len(re.findall(rf"\b{access}\.global\.{kind}", text)) >= 3 * count
     assert re.search(rf"\bst\.global\.{STORE[arrays[1]]}", text)  # zeroes the gradient
 
 
@@ -210,20 +203,21 @@ def test_too_few_registers_are_found(kernels, tmp_path):
 # --- the command -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("what", ["float16-float32", "float32", "int8-int8", "prologues"])
-def test_an_unknown_kernel_is_refused(what, tmp_path):
-    run = compile_cli(tmp_path / "out", "prologue", what)
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        *(
+            (("prologue", what), f"{what} is neither 'prologue' nor a pair of dtypes that is compiled ahead of time")
+            for what in ("float16-float32", "float32", "int8-int8", "prologues")
+        ),
+        ((), "needed are a directory and what to compile"),
+    ],
+)
+def test_what_cannot_be_compiled_is_refused(arguments, said, tmp_path):
+    run = compile_cli(tmp_path / "out", *arguments)
     assert run.returncode == 2
-    assert f"error: {what} is neither 'prologue' nor a pair of dtypes that is compiled ahead of time" in run.stderr
+    assert f"error: {said}" in run.stderr
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("arguments", [[], ["somewhere"]], ids=["nothing", "a directory"])
-def test_too_few_arguments_are_refused(arguments):
-    run = compile_cli(*arguments)
-    assert run.returncode == 2
-    assert "error: needed are a directory and what to compile" in run.stderr
-    assert not (ROOT / "somewhere").exists()
 
 
 def test_checking_whether_kernels_can_be_compiled_writes_nothing(tmp_path):

@@ -11,8 +11,8 @@ import pytest
 pytest.importorskip("numba_cuda")
 
 import cuda_simulator
-from cases import CASES, gradients, parameters
-from compare import DTYPES, PARAMETER, assert_same_bits, bits, build
+from cases import gradients, parameters
+from compare import DTYPES, PARAMETER, assert_intact, assert_same_bits, bits, guarded, options_of
 from cuda_simulator import UPDATE_THREADS, BadAccess, Segment, Tables, allow, kernel_of
 from fastopt.kernels.cuda.toolchain import THREADS
 from fastopt.kernels.cuda.update import PARTS, update_loop
@@ -25,10 +25,6 @@ from fastopt.engine import backend as _backend
 from fastopt.engine.table import Table
 
 pytestmark = pytest.mark.full
-CASE = {case.rule: case for case in CASES}  # of several the last, which has the most options
-ALIGNMENT = 16
-GUARD = 4 * ALIGNMENT  # bytes before and after every array
-UNTOUCHED = 0xA5
 
 # Around the vectors of 4 (float64: 2) elements, and 64 (32): two vectors of each of 8 threads.
 SIZES = (0, 1, 2, 3, 4, 5, 7, 8, 31, 33, 63, 64, 95, 131)
@@ -41,25 +37,10 @@ every_pair = pytest.mark.parametrize("pair", PAIRS, ids="-".join)
 # --- data ------------------------------------------------------------------------------------------------------------
 
 
-def place(values, shift=0):
-    """A copy that begins `shift` elements after a multiple of 16 bytes, between bytes that nobody may touch."""
-    memory = np.full(values.nbytes + 2 * GUARD + ALIGNMENT, UNTOUCHED, np.uint8)
-    start = GUARD + -(memory.ctypes.data + GUARD) % ALIGNMENT + shift * values.itemsize
-    array = memory[start : start + values.nbytes].view(values.dtype)
-    array[...] = values
-    return allow(array)
-
-
-def surroundings(array):
-    """The bytes before and after a placed array."""
-    start = array.ctypes.data - array.base.ctypes.data
-    return np.concatenate([array.base[:start], array.base[start + array.nbytes :]])
-
-
 @functools.cache
 def scalars(rule):
     """What a rule computes with in each cohort: what its case does, and numbers of which none is 0 or 1 by chance."""
-    options = build(CASE[rule.name], [np.zeros(1)]).param_groups[0]
+    options = options_of(rule)
     formed = rule.scalars(3, options, rule.carry(options))[0] if rule.carry else rule.scalars(3, options)
     constants = {"zero": 0.0, "one": 1.0, "stretch": 1.0}
     return np.array([formed, [constants.get(name, 0.3 + 0.05 * k) for k, name in enumerate(formed._fields)]])
@@ -84,7 +65,7 @@ def make_segments(rule, pair, sizes=SIZES, **options):
     segments = []
     for (n, moved, shift), treatment in zip(kinds, treatments, strict=False):
         values = make_values(rng, pair, n, len(rule.state), **options)
-        arrays = [place(v, shift * (k == moved)) for k, v in enumerate(values)]
+        arrays = [allow(guarded(v, shift * (k == moved))) for k, v in enumerate(values)]
         segments.append(Segment(arrays, *treatment, adapts=len(segments) % 3 != 0))
     return segments
 
@@ -138,7 +119,7 @@ def snapshot(rule, segments):
 def assert_same(rule, segments, expected):
     assert_same_bits(snapshot(rule, segments), snapshot(rule, expected), rule.name)
     for array in itertools.chain.from_iterable(s.arrays for s in segments):
-        assert (surroundings(array) == UNTOUCHED).all()
+        assert_intact(array)
 
 
 def check(rule, pair, segments, *, multiplier=1 / 3, zeros=(False, True), **options):
@@ -202,7 +183,7 @@ def give_targets(segments, p):
     for k, segment in enumerate(segments):
         for kind in {kinds[k % len(kinds)], kinds[-1]} if k % 3 else ():
             values = np.full(segment.arrays[0].size, 7, DTYPES[KINDS[kind][1]])
-            segment.targets[kind] = place(values, shift=(0, 4, 1, 2)[k // 3 % 4])
+            segment.targets[kind] = allow(guarded(values, shift=(0, 4, 1, 2)[k // 3 % 4]))
     return segments
 
 
@@ -219,7 +200,7 @@ def test_epilogues_write_their_targets_and_change_nothing_else(rule, pair):
                 if KINDS[kind][0] is AVERAGE:
                     values = compute(7) + compute(0.25) * (values - compute(7))
                 assert (bits(target) == bits(values.astype(target.dtype))).all()
-            assert (surroundings(target) == UNTOUCHED).all()
+            assert_intact(target)
 
 
 # --- negative controls -----------------------------------------------------------------------------------------------
@@ -260,23 +241,14 @@ def test_operands_may_be_swapped():
     check_momentum(momentum_in_another_order)
 
 
-def one_element_more(tables):
-    tables.chunks[:, 2] += 1
+CHANGES = {
+    "the last element left out": lambda tables: np.subtract(tables.chunks[:, 2], 1, out=tables.chunks[:, 2]),
+    "the neighbour's gradient": lambda tables: tables.gradients.put([0, 1], tables.gradients[[1, 0]]),
+    "without signs": lambda tables: tables.segments[:, SIGN].fill(1),
+}
 
 
-def the_last_element_left_out(tables):
-    tables.chunks[:, 2] -= 1
-
-
-def the_neighbours_gradient(tables):
-    tables.gradients[:] = np.roll(tables.gradients, 1)
-
-
-def without_signs(tables):
-    tables.segments[:, SIGN] = 1
-
-
-@pytest.mark.parametrize("change", [the_last_element_left_out, the_neighbours_gradient, without_signs])
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_a_wrong_table_is_found(change):
     with pytest.raises(AssertionError, match="differs in"):
         check_momentum(sizes=[33, 33], change=change)
@@ -287,14 +259,9 @@ class AlwaysAligned(cuda_simulator.Arrays):
         return lambda pointers: True
 
 
-def test_a_vector_that_is_not_aligned_is_found():
-    with pytest.raises(BadAccess, match="are not aligned"):
-        check_momentum(access=SimpleNamespace(**{**vars(cuda_simulator), "Arrays": AlwaysAligned}))
-
-
 def test_an_access_beyond_the_end_is_found():
     with pytest.raises(BadAccess, match="not inside one array"):
-        check_momentum(change=one_element_more)
+        check_momentum(change=lambda tables: np.add(tables.chunks[:, 2], 1, out=tables.chunks[:, 2]))
 
 
 class CutsInsteadOfRounding(cuda_simulator.Arrays):
@@ -307,7 +274,13 @@ class CutsInsteadOfRounding(cuda_simulator.Arrays):
         return lambda pointers, i, results: store(pointers, i, [cut(*r) for r in results])
 
 
-def test_a_wrong_rounding_is_found():
-    access = SimpleNamespace(**{**vars(cuda_simulator), "Arrays": CutsInsteadOfRounding})
-    with pytest.raises(AssertionError, match="differs in"):
-        check_momentum(pair=("bfloat16", "bfloat16"), access=access)
+@pytest.mark.parametrize(
+    ("arrays", "pair", "error"),
+    [
+        (AlwaysAligned, PAIRS[0], pytest.raises(BadAccess, match="are not aligned")),
+        (CutsInsteadOfRounding, ("bfloat16", "bfloat16"), pytest.raises(AssertionError, match="differs in")),
+    ],
+)
+def test_a_wrong_access_is_found(arrays, pair, error):
+    with error:
+        check_momentum(pair=pair, access=SimpleNamespace(**{**vars(cuda_simulator), "Arrays": arrays}))

@@ -1,16 +1,14 @@
 """What runs the kernels where something is missing: threads, GNU OpenMP, a compiler, Numba; and whether it fits."""
 
-import importlib.util
 import os
-import subprocess
-import sys
-from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 from fastopt.kernels import layout
+from fresh import python
+from refusal import hide
 
 import fastopt
 from fastopt import info
@@ -32,36 +30,25 @@ print("alive")
 """
 
 
-@pytest.mark.parametrize("mebibytes", [4, 100])
-def test_a_step_takes_the_threads_that_can_be_started(mebibytes: int) -> None:
-    done = subprocess.run([sys.executable, "-c", LIMITED, str(mebibytes)], capture_output=True, text=True)
-    assert (done.stdout.strip(), done.returncode) == ("alive", 0), done.stderr
-
-
-def hide(monkeypatch: pytest.MonkeyPatch, *packages: str) -> None:
-    """Let packages and modules not be found."""
-    find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name in packages else find(name, *a))
-    for name in packages:
-        monkeypatch.setitem(sys.modules, name, None)
+@pytest.mark.parametrize("mebibytes", ["4", "100"])
+def test_a_step_takes_the_threads_that_can_be_started(mebibytes):
+    assert python(LIMITED, mebibytes) == "alive"
 
 
 @pytest.fixture
-def no_libgomp(monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing(path: str) -> Any:
-        raise OSError("libgomp.so.1: cannot open shared object file: No such file or directory")
-
-    monkeypatch.setattr(library, "ctypes", SimpleNamespace(CDLL=missing))
+def no_libgomp(monkeypatch):
+    missing = OSError("libgomp.so.1: cannot open shared object file: No such file or directory")
+    monkeypatch.setattr(library, "ctypes", Mock(CDLL=Mock(side_effect=missing)))
 
 
-def row_of_kernels(monkeypatch: pytest.MonkeyPatch, backend: _backend.Backend) -> str:
+def row_of_kernels(monkeypatch, backend):
     monkeypatch.setattr(_backend, "current", lambda: backend)
     monkeypatch.setattr(info, "bandwidth", lambda: "")
     return info.facts()["kernels"]
 
 
 @pytest.mark.usefixtures("no_libgomp")
-def test_without_libgomp_numba_compiles_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_libgomp_numba_compiles_the_kernels(monkeypatch):
     with pytest.warns(UserWarning, match=r"cannot be loaded \(libgomp\.so\.1.*apt-get install libgomp1.*on first use"):
         backend = _backend.load()
     assert backend.isa == "numba"
@@ -72,7 +59,7 @@ def test_without_libgomp_numba_compiles_the_kernels(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.usefixtures("no_libgomp")
-def test_without_libgomp_and_numba_no_optimizer_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_libgomp_and_numba_no_optimizer_is_made(monkeypatch):
     hide(monkeypatch, "numba")
     backend = _backend.load()
     row = "none, for Numba is missing to compile them: the compiled library cannot be loaded (libgomp.so.1"
@@ -81,7 +68,7 @@ def test_without_libgomp_and_numba_no_optimizer_is_made(monkeypatch: pytest.Monk
         fastopt.SGD([np.ones(3)], lr=0.1)
 
 
-def test_a_build_without_kernels_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_build_without_kernels_says_so(monkeypatch):
     hide(monkeypatch, "fastopt._native", "numba", "fastopt.kernels.cpu.compile")
     backend = _backend.load()
     assert "built without a C compiler" in row_of_kernels(monkeypatch, backend)
@@ -89,9 +76,7 @@ def test_a_build_without_kernels_says_so(monkeypatch: pytest.MonkeyPatch) -> Non
         backend.require()
     monkeypatch.setattr(_backend, "JIT", _backend.Jit())
     monkeypatch.delattr("fastopt.kernels.cpu.compile", raising=False)  # another test may have imported it
-    with pytest.raises(
-        ImportError, match=r"build has no kernels .* compile the squares kernel for float16 now, install"
-    ):
+    with pytest.raises(ImportError, match=r"has no kernels .* compile the squares kernel for float16 now, install"):
         backend.squares_kernel("float16")
 
 
@@ -104,7 +89,7 @@ def test_omp_num_threads_is_read_as_openmp_reads_it(says, threads, monkeypatch):
     assert _backend.Numba("").default_threads == (threads or len(os.sched_getaffinity(0)))
 
 
-def test_numba_gets_its_number_of_threads_back(backend: Callable[[str], None], always_threaded: None) -> None:
+def test_numba_gets_its_number_of_threads_back(backend, always_threaded):
     numba = pytest.importorskip("numba")
     backend("numba")
     numba.set_num_threads(1)
@@ -113,14 +98,14 @@ def test_numba_gets_its_number_of_threads_back(backend: Callable[[str], None], a
 
 
 @pytest.mark.skipif(_backend.load().isa == "numba", reason="this fastopt was built without its compiled library")
-def test_a_library_of_another_layout_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_library_of_another_layout_is_refused(monkeypatch):
     right = layout.layout_hash()
     for fields in (vars(layout), *layout.STRUCTURES.values()):
         for name in layout.NAMES if fields is vars(layout) else fields:
             with monkeypatch.context() as patch:
-                patch.setitem(fields, name, 77 if fields is vars(layout) else "float")  # type: ignore[arg-type]
+                patch.setitem(fields, name, 77 if fields is vars(layout) else "float")
                 assert layout.layout_hash() != right
     monkeypatch.setattr(library, "layout_hash", lambda: right + 1)
     for kind in (None, lambda path: SimpleNamespace()):
         with pytest.raises(ImportError, match="belongs to another version of fastopt; install it again"):
-            _backend.load() if kind is None else library.open_library("old.so", kind)  # type: ignore[arg-type]
+            _backend.load() if kind is None else library.open_library("old.so", kind)

@@ -1,8 +1,5 @@
 """Parameters, gradients and saved states that do not fit are refused with one clear error, and nothing is written."""
 
-from collections.abc import Callable
-from typing import Any
-
 import numpy as np
 import pytest
 from refusal import BAD, gradients, refused, trained
@@ -10,12 +7,11 @@ from refusal import BAD, gradients, refused, trained
 import fastopt
 
 F32 = np.float32
-Bad = dict[str, tuple[Any, type[Exception], tuple[str, ...]]]
 
 # --- parameters ------------------------------------------------------------------------------------------------------
 
 BASE = np.ones(8, F32)
-BAD_PARAMETERS: Bad = {
+BAD_PARAMETERS = {
     "strided": (np.ones(8, F32)[::2], ValueError, ("['x'] has strides (8,) for shape (4,)", "C-contiguous")),
     "transposed": (np.ones((2, 3), F32).T, ValueError, ("['x'] has strides (4, 12)", "C-contiguous")),
     "channels-last": (np.ones((2, 4, 4, 3), F32).transpose(0, 3, 1, 2), ValueError, ("['x'] has strides", "C-contig")),
@@ -36,7 +32,7 @@ BAD_PARAMETERS: Bad = {
     "scalar": (F32(1), TypeError, ("['x'] is a numpy.float32", "numpy.ndarray")),
     "string": ("weights", TypeError, ("['x'] is a str", "numpy.ndarray")),
 }
-BAD_LISTS: Bad = {
+BAD_LISTS = {
     "no list": ([], ValueError, ("is empty", "at least one parameter")),
     "no mapping": ({}, ValueError, ("is empty",)),
     "no buffer": (fastopt.FlatBuffer({}), ValueError, ("is empty",)),
@@ -52,11 +48,11 @@ BAD_LISTS: Bad = {
     "other shape": ({"x": BASE, "y": BASE.reshape(2, 4)}, ValueError, ("'x' and 'y' share memory",)),
     "other dtype": ({"x": BASE, "y": BASE.view(np.float16)[15:]}, ValueError, ("'x' and 'y' share memory",)),
 }
-BAD_LISTS |= {name: ({"x": array}, *rest) for name, (array, *rest) in BAD_PARAMETERS.items()}  # type: ignore[misc]
+BAD_LISTS |= {name: ({"x": array}, *rest) for name, (array, *rest) in BAD_PARAMETERS.items()}
 
 
 @pytest.mark.parametrize("params", BAD_LISTS)
-def test_bad_parameters_are_refused(params: str) -> None:
+def test_bad_parameters_are_refused(params):
     bad, error, words = BAD_LISTS[params]
     with refused(error, "AdamW: param", *words):
         fastopt.AdamW(bad)
@@ -67,7 +63,7 @@ def test_bad_parameters_are_refused(params: str) -> None:
     opt.step(gradients())
 
 
-def test_torch_tensors_are_refused() -> None:
+def test_torch_tensors_are_refused():
     torch = pytest.importorskip("torch")
     with refused(TypeError, "SGD: params[0] is a torch.", "numpy.ndarray", "fastopt.torch"):
         fastopt.SGD([torch.ones(3)])
@@ -76,36 +72,33 @@ def test_torch_tensors_are_refused() -> None:
         opt.step(gradients(b=torch.ones(3)))
 
 
-def test_what_one_group_has_another_cannot_have() -> None:
+def test_what_one_group_has_another_cannot_have():
     opt = trained()
     w, moment = opt.param_groups[0]["params"]["w"], opt.state["w"]["exp_avg"]
-    for again, words in {"x": "'w' and 'x' are the same array", "w": "the name 'w' is taken"}.items():
+    for name, again, words in (
+        ("x", w, "'w' and 'x' are the same array"),
+        ("w", w, "the name 'w' is taken"),
+        ("x", w.reshape(-1)[:2], "'w' and 'x' share memory"),
+        ("x", moment, ""),  # a state, which is written at the same time
+    ):
         with refused(ValueError, "AdamW", words, opt=opt):
-            opt.add_param_group({"params": {again: w}})
-    with refused(ValueError, "AdamW", "'w' and 'x' share memory", opt=opt):
-        opt.add_param_group({"params": {"x": w.reshape(-1)[:2]}})
-    with refused(ValueError, "AdamW", opt=opt):
-        opt.add_param_group({"params": {"x": moment}})  # a state, which is written at the same time
-    with refused(ValueError, "SGD", "the same array"):
-        fastopt.SGD([{"params": {"x": w}}, {"params": {"y": w}}])
-    with refused(ValueError, "SGD", "'x' is taken"):
-        fastopt.SGD([{"params": {"x": w}}, {"params": {"x": w.copy()}}])
+            opt.add_param_group({"params": {name: again}})
+    for name, again, words in (("y", w, "the same array"), ("x", w.copy(), "'x' is taken")):
+        with refused(ValueError, "SGD", words):
+            fastopt.SGD([{"params": {"x": w}}, {"params": {name: again}}])
 
 
 class Foreign:
     """An array of another library, of which NumPy can make one."""
 
-    def __init__(self, device: Any = (1, 0)) -> None:
-        self.device = device
+    def __init__(self, device=(1, 0)):
+        self.__dlpack_device__ = lambda: device
 
-    def __array__(self, dtype: Any = None, copy: Any = None) -> Any:
+    def __array__(self, dtype=None, copy=None):
         return np.ones(3, F32)
 
-    def __dlpack_device__(self) -> Any:
-        return self.device
 
-
-def test_arrays_of_other_libraries_are_refused_with_the_cure() -> None:
+def test_arrays_of_other_libraries_are_refused_with_the_cure():
     opt = fastopt.SGD([np.ones(3, F32), np.ones((), F32)])
     with refused(TypeError, "SGD.step: grads[0] is a ", "Foreign; needed is a numpy.ndarray. Pass numpy.asarray of it"):
         opt.step([Foreign(), None])
@@ -120,7 +113,7 @@ def test_arrays_of_other_libraries_are_refused_with_the_cure() -> None:
 
 
 @pytest.mark.parametrize("group", [{}, {"lr": 0.1}, [np.ones(3)], None, "params"], ids=repr)
-def test_what_is_no_group_is_refused(group: Any) -> None:
+def test_what_is_no_group_is_refused(group):
     opt = trained()
     with refused(TypeError, "AdamW.add_param_group: group must be a dict", "params", opt=opt):
         opt.add_param_group(group)
@@ -130,7 +123,7 @@ def test_what_is_no_group_is_refused(group: Any) -> None:
 
 # --- gradients -------------------------------------------------------------------------------------------------------
 
-BAD_GRADIENTS: Bad = {
+BAD_GRADIENTS = {
     "short": (gradients(b=np.ones(2, F32)), ValueError, ("grads['b'] has shape (2,)", "has shape (3,)")),
     "transposed": (gradients(w=np.ones((2, 3), F32)), ValueError, ("grads['w'] has shape (2, 3)", "(3, 2)")),
     "flattened": (gradients(w=np.ones(6, F32)), ValueError, ("grads['w'] has shape (6,)", "(3, 2)")),
@@ -155,14 +148,14 @@ BAD_GRADIENTS: Bad = {
 
 @pytest.mark.parametrize("zero_grads", [False, True])
 @pytest.mark.parametrize("grads", BAD_GRADIENTS)
-def test_bad_gradients_are_refused(grads: str, zero_grads: bool) -> None:
+def test_bad_gradients_are_refused(grads, zero_grads):
     bad, error, words = BAD_GRADIENTS[grads]
     opt = trained()
     with refused(error, "AdamW.step: ", *words, opt=opt):
         opt.step(bad, zero_grads=zero_grads, max_norm=1.0)
 
 
-def test_gradients_that_a_step_would_overwrite_are_refused() -> None:
+def test_gradients_that_a_step_would_overwrite_are_refused():
     opt = trained()
     params, state = opt.param_groups[0]["params"], opt.state
     for own in (params["b"], params["w"], state["b"]["exp_avg"], state["w"]["exp_avg_sq"]):
@@ -175,7 +168,7 @@ def test_gradients_that_a_step_would_overwrite_are_refused() -> None:
         fastopt.SGD(flat).step(flat)
 
 
-def test_gradients_that_cannot_be_zeroed_are_refused() -> None:
+def test_gradients_that_cannot_be_zeroed_are_refused():
     opt = trained()
     read_only, shared = np.ones(3, F32), np.ones(6, F32)
     read_only.flags.writeable = False
@@ -195,8 +188,7 @@ def test_gradients_that_cannot_be_zeroed_are_refused() -> None:
 
 # --- saved states ----------------------------------------------------------------------------------------------------
 
-Change = Callable[[dict[str, Any]], Any]
-BAD_STATES: dict[str, tuple[Change, str]] = {
+BAD_STATES = {
     "version": (lambda d: d.update(version=2), "version 2 is not 1"),
     "optimizer": (lambda d: d.update(optimizer="Adam"), "of 'Adam', not of 'AdamW'"),
     "key missing": (lambda d: d.pop("optimizer"), "needed is what state_dict() returns"),
@@ -222,7 +214,7 @@ BAD_STATES: dict[str, tuple[Change, str]] = {
     "byte order": (lambda d: d["state"][1].update(exp_avg=np.ones(3, ">f4")), "byte order"),
     "step below 0": (
         lambda d: d["state"][1].update(step=-1),
-        "step of parameter 'b' must be an integer in [0, 2^53], got -1",
+        "step of parameter 'b' must be an integer in [0, 2^53], got",
     ),
     "step a float": (lambda d: d["state"][1].update(step=1.0), "'b' must be an integer in [0, 2^53], got 1.0"),
     "step a bool": (lambda d: d["state"][1].update(step=True), "'b' must be an integer in [0, 2^53], got True"),
@@ -236,7 +228,7 @@ BAD_STATES: dict[str, tuple[Change, str]] = {
 
 
 @pytest.mark.parametrize("change", BAD_STATES)
-def test_bad_state_dicts_are_refused(change: str) -> None:
+def test_bad_state_dicts_are_refused(change):
     opt, other = trained(), trained(lr=0.5)
     other.step(gradients())
     saved = other.state_dict()
@@ -247,13 +239,13 @@ def test_bad_state_dicts_are_refused(change: str) -> None:
 
 
 @pytest.mark.parametrize("saved", [None, {}, [], "state"], ids=repr)
-def test_what_is_no_state_dict_is_refused(saved: Any) -> None:
+def test_what_is_no_state_dict_is_refused(saved):
     opt = trained()
     with refused(TypeError, "AdamW.load_state_dict: needed is what state_dict() returns", opt=opt):
         opt.load_state_dict(saved)
 
 
-def test_a_missing_host_scalar_is_refused() -> None:
+def test_a_missing_host_scalar_is_refused():
     opt = trained(fastopt.NAdam)
     saved = opt.state_dict()
     del saved["state"][1]["mu_product"]

@@ -1,14 +1,14 @@
 """What an installation brings along, and what it says where something is missing."""
 
-import importlib.metadata
-import importlib.util
 import os
 import shutil
 import subprocess
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from fresh import python
+from refusal import hide
 
 from fastopt import info
 from fastopt.engine import backend as _backend
@@ -16,14 +16,14 @@ from fastopt.engine import backend as _backend
 ROOT = Path(__file__).parents[2]
 
 
-def test_nothing_but_the_package_can_be_imported() -> None:
+def test_nothing_but_the_package_can_be_imported():
     names = "bench", "docs", "examples", "kernels", "tests"
     found = python(f"import importlib.util, sys; print([n for n in {names} if importlib.util.find_spec(n)], *sys.path)")
     assert found.startswith("[]")
     assert not {str(ROOT), str(ROOT.parent)} & set(found.split())
 
 
-def test_fastopt_torch_is_imported_on_first_use() -> None:
+def test_fastopt_torch_is_imported_on_first_use():
     program = """
 import sys, fastopt
 assert "torch" in dir(fastopt) and "fastopt.torch" not in sys.modules
@@ -45,15 +45,7 @@ print(fastopt.torch.AdamW.__module__.split(".")[:2])
 )
 def test_info_tells_where_kernels_come_from(monkeypatch, isa, missing, said):
     pytest.importorskip("numba")
-    find, version = importlib.util.find_spec, importlib.metadata.version
-
-    def version_of(package: str) -> str:
-        if package in missing:
-            raise importlib.metadata.PackageNotFoundError(package)
-        return version(package)
-
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *_: None if name in missing else find(name))
-    monkeypatch.setattr(importlib.metadata, "version", version_of)
+    hide(monkeypatch, *missing)
     monkeypatch.setattr(_backend, "current", lambda: _backend.load(isa))
     monkeypatch.setattr(info, "bandwidth", str)
     facts = info.facts()
@@ -61,15 +53,12 @@ def test_info_tells_where_kernels_come_from(monkeypatch, isa, missing, said):
     assert ("needed to step: pip install numba" in facts["Numba"]) == ("none" in said)
 
 
-def test_info_without_enough_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    def too_large(shapes: object) -> None:
-        raise MemoryError("Unable to allocate 128 MiB")
-
-    monkeypatch.setattr(info, "FlatBuffer", too_large)
+def test_info_without_enough_memory(monkeypatch):
+    monkeypatch.setattr(info, "FlatBuffer", Mock(side_effect=MemoryError("Unable to allocate 128 MiB")))
     assert info.bandwidth() == "not measured: Unable to allocate 128 MiB"
 
 
-def test_an_installation_that_can_never_step_says_so_when_it_is_imported() -> None:
+def test_an_installation_that_can_never_step_says_so_when_it_is_imported():
     program = """
 import importlib.util, warnings
 find = importlib.util.find_spec
@@ -83,7 +72,7 @@ print(*[warning.message for warning in caught])
 
 @pytest.mark.full
 @pytest.mark.parametrize(("cuda", "said"), [("AUTO", "without compiled kernels"), ("1", "FASTOPT_CUDA=1 needs a C")])
-def test_without_a_c_compiler_only_what_was_asked_for_by_name_fails(tmp_path: Path, cuda: str, said: str) -> None:
+def test_without_a_c_compiler_only_what_was_asked_for_by_name_fails(tmp_path, cuda, said):
     if shutil.which("cmake") is None:
         pytest.skip("needs CMake")
     command = ["cmake", "-S", str(ROOT), "-B", str(tmp_path), f"-DFASTOPT_CUDA={cuda}"]

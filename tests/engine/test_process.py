@@ -1,35 +1,31 @@
 """Threads, forks and spawned processes; what importing and stepping import."""
 
-import subprocess
-import sys
+import itertools
 import threading
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from fresh import python
+from fresh import program, python
 
 import fastopt
 from fastopt.engine import backend as _backend
 
 SHAPES = {"large": (530, 400), "bias": (17,), "middle": (201, 301)}  # enough for threads to be used
 SUPPORT = str(Path(__file__).parents[1] / "support")
-ENOUGH = sum(int(np.prod(shape)) for shape in SHAPES.values())
-OPTIMIZERS: dict[str, Callable[[Any], fastopt.Optimizer]] = {
+OPTIMIZERS = {
     "Adam": lambda params: fastopt.Adam(params, lr=0.1),
     "LARS": lambda params: fastopt.LARS(params, lr=0.1, weight_decay=0.1, keep_weight_norms=True),
 }
 
 
-def arrays(seed: int) -> fastopt.FlatBuffer:
+def arrays(seed):
     rng = np.random.default_rng(seed)
     return fastopt.FlatBuffer.from_arrays({name: rng.standard_normal(s).astype("f4") for name, s in SHAPES.items()})
 
 
-def run(name: str, seed: int, steps: int = 5) -> bytes:
+def run(name, seed, steps=5):
     """The bytes of parameters after some steps."""
     params, grads = arrays(seed), arrays(seed + 100)
     opt = OPTIMIZERS[name](params)
@@ -38,30 +34,25 @@ def run(name: str, seed: int, steps: int = 5) -> bytes:
     return params.data.tobytes()
 
 
-def test_these_arrays_are_large_enough_for_threads() -> None:
-    assert ENOUGH > 2 * _backend.SERIAL_BELOW
+def test_these_arrays_are_large_enough_for_threads():
+    assert arrays(0).size > 2 * _backend.SERIAL_BELOW
 
 
 @pytest.mark.parametrize("kernels", ["library", "numba"])
-def test_two_threads_step_two_optimizers_at_once(kernels: str, backend: Callable[[str], None]) -> None:
+def test_two_threads_step_two_optimizers_at_once(kernels, backend):
     if kernels == "numba":
         pytest.importorskip("numba")
         backend("numba")
     jobs = [(name, seed) for name in OPTIMIZERS for seed in (0, 1)]
     want = [run(*job) for job in jobs]  # one after another; compiles what is to be compiled, too
+    start = threading.Barrier(len(jobs))
     for threads in (2, 1, 3):
         fastopt.set_num_threads(threads)
-        start = threading.Barrier(len(jobs))
-
-        def job(arguments: tuple[str, int], start: threading.Barrier = start) -> bytes:
-            start.wait()
-            return run(*arguments)
-
         with ThreadPoolExecutor(len(jobs)) as pool:
-            assert list(pool.map(job, jobs)) == want
+            assert list(pool.map(lambda job: (start.wait(), run(*job))[1], jobs)) == want
 
 
-def test_the_number_of_threads_changes_while_others_step() -> None:
+def test_the_number_of_threads_changes_while_others_step():
     want = run("Adam", 0, steps=40)
     with ThreadPoolExecutor(2) as pool:
         running = [pool.submit(run, "Adam", 0, steps=40) for _ in range(2)]
@@ -71,13 +62,13 @@ def test_the_number_of_threads_changes_while_others_step() -> None:
         assert [future.result() for future in running] == [want, want]
 
 
-def test_one_optimizer_stepped_from_two_threads_is_never_corrupted() -> None:
+def test_one_optimizer_stepped_from_two_threads_is_never_corrupted():
     params, grads = fastopt.FlatBuffer({"w": (300_000,)}), fastopt.FlatBuffer({"w": (300_000,)})
     grads["w"] = 1.0
     opt = fastopt.SGD(params, lr=2.0**-10)
     start = threading.Barrier(2)
 
-    def steps(_: int) -> int:
+    def steps(_):
         start.wait()
         taken = 0
         for _ in range(100):
@@ -95,32 +86,28 @@ def test_one_optimizer_stepped_from_two_threads_is_never_corrupted() -> None:
     assert (params["w"] == -taken * 2.0**-10).all()
 
 
-def test_an_optimizer_in_use_refuses_another_thread() -> None:
-    class Slow(fastopt.SGD):
-        waits = False
-
-        def select_rule(self, options: Any) -> Any:
-            if self.waits:
-                inside.set()
-                assert leave.wait(60)
-            return super().select_rule(options)
-
+def test_an_optimizer_in_use_refuses_another_thread(monkeypatch):
     inside, leave, w = threading.Event(), threading.Event(), np.zeros(3)
-    opt = Slow([w], lr=1.0)
-    opt.waits = True
+    opt, select_rule = fastopt.SGD([w], lr=1.0), fastopt.SGD.select_rule
+
+    def slow(self, options):
+        inside.set()
+        assert leave.wait(60)
+        return select_rule(self, options)
+
+    monkeypatch.setattr(fastopt.SGD, "select_rule", slow)
     with ThreadPoolExecutor(1) as pool:
         step = pool.submit(opt.step, [np.ones(3)])
         try:
             assert inside.wait(60)
-            calls: dict[str, Callable[[], Any]] = {
-                "step": lambda: opt.step([np.ones(3)]),
-                "state_dict": opt.state_dict,
-                "load_state_dict": lambda: opt.load_state_dict({}),
-                "add_param_group": lambda: opt.add_param_group({"params": {"v": np.ones(3)}}),
-            }
-            for name, call in calls.items():
-                with pytest.raises(RuntimeError, match=rf"^Slow\.{name}: another thread is using this optimizer\.$"):
-                    call()
+            for name, *arguments in (
+                ("step", [np.ones(3)]),
+                ("state_dict",),
+                ("load_state_dict", {}),
+                ("add_param_group", {"params": {"v": np.ones(3)}}),
+            ):
+                with pytest.raises(RuntimeError, match=rf"^SGD\.{name}: another thread is using this optimizer\.$"):
+                    getattr(opt, name)(*arguments)
         finally:
             leave.set()
         step.result()
@@ -143,14 +130,13 @@ for _ in range(int(sys.argv[2])):
     opt.step(grads, max_norm=1.0)
 reading, writing = os.pipe()
 child = os.fork()
+opt.step(grads, max_norm=1.0)  # the parent goes on with threads
 if child == 0:
-    opt.step(grads, max_norm=1.0)
     other = fastopt.SGD([np.ones(100_000)], lr=0.5)  # one that the parent never had
     other.step([np.ones(100_000)])
-    kept = [np.unique(params["w"]), np.unique(params["b"]), np.unique(other.param_groups[0]["params"]["0"])]
+    kept = [np.unique(x) for x in (params["w"], params["b"], other.param_groups[0]["params"]["0"])]
     os.write(writing, np.concatenate(kept).astype("f8").tobytes())
     os._exit(0)
-opt.step(grads, max_norm=1.0)  # the parent goes on with threads
 assert os.waitpid(child, 0)[1] == 0
 got = np.frombuffer(os.read(reading, 1000))
 assert got.tolist() == [float(params["w"][0, 0]), float(params["b"][0]), 0.5], got
@@ -159,15 +145,13 @@ print("ok")
 """
 
 
-@pytest.mark.parametrize("steps_before", [0, 2])
-@pytest.mark.parametrize("optimizer", ["Adam", "LARS"])
-def test_a_step_after_fork(optimizer: str, steps_before: int) -> None:
-    assert python(FORK, optimizer, str(steps_before)) == "ok"
-
-
-def test_a_step_after_fork_with_numba() -> None:
-    pytest.importorskip("numba")
-    assert python(FORK, "Adam", "2", FASTOPT_ISA="numba") == "ok"
+@pytest.mark.parametrize(
+    ("optimizer", "steps_before", "isa"), [*itertools.product(("Adam", "LARS"), "02", [""]), ("Adam", "2", "numba")]
+)
+def test_a_step_after_fork(optimizer, steps_before, isa):
+    if isa == "numba":
+        pytest.importorskip("numba")
+    assert python(FORK, optimizer, steps_before, FASTOPT_ISA=isa) == "ok"
 
 
 SPAWN = """
@@ -201,22 +185,22 @@ if __name__ == "__main__":
 
 
 @pytest.mark.parametrize("method", ["spawn", "fork", "forkserver"])
-def test_multiprocessing(method: str, tmp_path: Path) -> None:
+def test_multiprocessing(method, tmp_path):
     script = tmp_path / "script.py"
     script.write_text(SPAWN.format(method=method))
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=100)
+    done = program(script)
     assert (done.stdout.strip(), done.returncode) == ("ok", 0), done.stderr
 
 
 LATE = ("numba", "llvmlite", "torch", "safetensors", "ml_dtypes", "multiprocessing")
 
 
-def test_import_imports_nothing_heavy() -> None:
+def test_import_imports_nothing_heavy():
     assert python(f"import sys, fastopt; print([m for m in {LATE} if m in sys.modules])") == "[]"
 
 
 @pytest.mark.skipif(_backend.load().isa == "numba", reason="this fastopt was built without its compiled library")
-def test_no_step_imports_a_compiler() -> None:
+def test_no_step_imports_a_compiler():
     code = f"""
 import sys, numpy as np, fastopt
 from cases import CASES
@@ -232,12 +216,12 @@ print([m for m in {LATE} if m in sys.modules])
     assert python(code, PYTHONPATH=SUPPORT) == "[]"
 
 
-@pytest.mark.parametrize("threads", [1, 3])
-def test_omp_num_threads_is_the_default(threads: int) -> None:
-    assert python("import fastopt; print(fastopt.get_num_threads())", OMP_NUM_THREADS=str(threads)) == str(threads)
+@pytest.mark.parametrize("threads", ["1", "3"])
+def test_omp_num_threads_is_the_default(threads):
+    assert python("import fastopt; print(fastopt.get_num_threads())", OMP_NUM_THREADS=threads) == threads
 
 
-def test_bits_do_not_depend_on_the_threads_of_the_process() -> None:
+def test_bits_do_not_depend_on_the_threads_of_the_process():
     code = """
 import hashlib, sys
 sys.path.insert(0, sys.argv[1])

@@ -2,7 +2,7 @@
 
 import gc
 import weakref
-from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -13,17 +13,15 @@ import fastopt
 from fastopt import watch
 from fastopt.arrays import HOST
 from fastopt.engine import backend as _backend
-from fastopt.engine.plan import Treatment
 
 
-def test_a_flat_buffer_keeps_its_memory() -> None:
-    buffer = fastopt.FlatBuffer({"w": (3,)})
-    for name in ("data", "layout"):
-        with pytest.raises(AttributeError):
-            setattr(buffer, name, None)
+@pytest.mark.parametrize("name", ["data", "layout", "weights"])
+def test_no_attribute_of_a_flat_buffer_can_be_set(name):
+    with pytest.raises(AttributeError):
+        setattr(fastopt.FlatBuffer({"w": (3,)}), name, None)
 
 
-def test_a_parameter_cannot_be_resized() -> None:
+def test_a_parameter_cannot_be_resized():
     w = np.ones(1000, np.float32)
     opt = fastopt.SGD([w], lr=0.5)
     with pytest.raises(ValueError, match="resize"):
@@ -35,7 +33,7 @@ def test_a_parameter_cannot_be_resized() -> None:
     assert (w == -0.5).all()
 
 
-CHANGES: dict[str, Any] = {
+CHANGES = {
     "read-only": lambda a: a.setflags(write=False),
     "dtype": lambda a: setattr(a, "dtype", np.int32),
     "shape": lambda a: setattr(a, "shape", (8, 8)),
@@ -44,7 +42,7 @@ CHANGES: dict[str, Any] = {
 
 
 @pytest.fixture(params=[True, False], ids=["library", "python"])
-def watched(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def watched(request, monkeypatch):
     """Arrays are looked at by the compiled library, or without it."""
     if not request.param:
         monkeypatch.setattr(watch, "_library", lambda: None)
@@ -56,7 +54,7 @@ def watched(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("steps_before", [0, 1, 3])
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_parameter_that_was_changed_in_place_is_refused(change: str, steps_before: int) -> None:
+def test_a_parameter_that_was_changed_in_place_is_refused(change, steps_before):
     memory, other = np.ones(65, np.float32), np.ones(3)
     w = memory[1:]
     grads = {"o": np.ones(3), "w": np.ones(64, np.float32)}
@@ -77,7 +75,7 @@ def test_a_parameter_that_was_changed_in_place_is_refused(change: str, steps_bef
 
 
 @pytest.mark.usefixtures("watched")
-def test_of_a_flat_buffer_the_whole_is_written_and_looked_at() -> None:
+def test_of_a_flat_buffer_the_whole_is_written_and_looked_at():
     params = fastopt.FlatBuffer({"w": (4,), "b": (3,)})
     grads, opt = params.zeros_like(), fastopt.SGD(params, lr=0.5)
     for _ in range(4):
@@ -92,7 +90,7 @@ def test_of_a_flat_buffer_the_whole_is_written_and_looked_at() -> None:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("flat", [False, True])
 @pytest.mark.parametrize("change", ["dtype", "shape", "memory"])
-def test_gradients_that_were_changed_in_place_are_looked_at_again(change: str, flat: bool) -> None:
+def test_gradients_that_were_changed_in_place_are_looked_at_again(change, flat):
     params = fastopt.FlatBuffer({"w": (64,)})
     grads = params.zeros_like()
     grads.data[:] = 1.0
@@ -109,29 +107,25 @@ def test_gradients_that_were_changed_in_place_are_looked_at_again(change: str, f
     assert (params.data == -1.5).all()  # other memory is all zeros
 
 
-def test_gradients_that_stay_are_checked_twice_and_then_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    checked = []
-    plain = HOST.plain
-    monkeypatch.setattr(type(HOST), "plain", lambda self, *arrays: checked.append(arrays) or plain(*arrays))
-    opt = fastopt.SGD([np.ones(4), np.ones(4)], lr=0.5)
-    grads = [np.ones(4), None]
+def test_gradients_that_stay_are_checked_twice_and_then_known(monkeypatch):
+    plain = Mock(side_effect=HOST.plain)
+    monkeypatch.setattr(type(HOST), "plain", plain)
+    opt, grads = fastopt.SGD([np.ones(4), np.ones(4)], lr=0.5), [np.ones(4), None]
     for _ in range(6):
         opt.step(grads)
-    assert len(checked) == 2
+    assert plain.call_count == 2
     opt.step([np.ones(4), None])
-    assert len(checked) == 3
+    assert plain.call_count == 3
 
 
 @pytest.mark.parametrize("steps_before", [0, 3])
-def test_gradients_live_as_long_as_the_step(steps_before: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    opt = fastopt.SGD({"w": np.ones(10)}, lr=0.5)
-    grads = {"w": np.ones(10)}
+def test_gradients_live_as_long_as_the_step(steps_before, monkeypatch):
+    opt, grads, seen = fastopt.SGD({"w": np.ones(10)}, lr=0.5), {"w": np.ones(10)}, []
     for _ in range(steps_before):  # then they are recognised
         opt.step(grads)
     alive = weakref.ref(grads["w"])
-    seen = []
 
-    def update(table: Any, threads: int) -> None:
+    def update(table, threads):
         grads.clear()  # as another thread might, while the kernel runs
         gc.collect()
         seen.append(alive() is not None)
@@ -143,32 +137,22 @@ def test_gradients_live_as_long_as_the_step(steps_before: int, monkeypatch: pyte
     assert alive() is None  # and no longer than that
 
 
-def test_a_step_that_fails_is_not_taken_for_known_by_the_next() -> None:
-    class Picky(fastopt.SGD):
-        broken = False
-
-        def treat(self, options: Any, parameter: Any) -> Treatment:
-            if self.broken:
-                raise ZeroDivisionError
-            return super().treat(options, parameter)
-
+def test_a_step_that_fails_is_not_taken_for_known_by_the_next(monkeypatch):
     a, b, g = np.ones(4), np.ones(4), np.ones(4)
-    opt = Picky([a, b], lr=0.5)
+    opt = fastopt.SGD([a, b], lr=0.5)
     opt.step([g, None])
-    opt.broken = True
+    monkeypatch.setattr(fastopt.SGD, "treat", Mock(side_effect=ZeroDivisionError))
     for _ in range(3):
         with pytest.raises(ZeroDivisionError):
             opt.step([None, g])
-    assert a.tolist() == [0.5] * 4
-    assert b.tolist() == [1.0] * 4
+    assert (a.tolist(), b.tolist()) == ([0.5] * 4, [1.0] * 4)
 
 
-def test_an_interrupt_after_the_kernel_finds_the_step_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    opt = fastopt.Adam([np.ones(4)])
-    update = _backend.current().update
+def test_an_interrupt_after_the_kernel_finds_the_step_counted(monkeypatch):
+    opt, update = fastopt.Adam([np.ones(4)]), _backend.current().update
 
-    def interrupted(table: Any, threads: int) -> None:
-        update(table, threads)
+    def interrupted(*arguments):
+        update(*arguments)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
@@ -179,29 +163,24 @@ def test_an_interrupt_after_the_kernel_finds_the_step_counted(monkeypatch: pytes
     assert opt.state["0"]["exp_avg"].tolist() == pytest.approx([0.1] * 4)
 
 
-def test_options_that_cannot_be_completed_are_refused_before_anything_is_loaded() -> None:
+def test_options_that_cannot_be_completed_are_refused_before_anything_is_loaded():
     opt = fastopt.AdamW([np.ones(4)], fully_decoupled=True)
     opt.step([np.ones(4)])
     saved = opt.state_dict()
-    group = saved["param_groups"][0]
-    del group["initial_lr"]
-    group["lr"] = 0.0
+    del saved["param_groups"][0]["initial_lr"]
+    saved["param_groups"][0]["lr"] = 0.0
     with refused(ValueError, "initial lr", opt=opt):
         opt.load_state_dict(saved)
 
 
-def test_a_state_dict_shares_no_option() -> None:
+def test_a_state_dict_shares_no_option():
     betas = [0.9, 0.99]
-    opt = fastopt.Adam([np.ones(4)], betas=betas)  # type: ignore[arg-type]
+    opt = fastopt.Adam([np.ones(4)], betas=betas)
     saved = opt.state_dict()
     betas[0] = 0.5
     assert saved["param_groups"][0]["betas"] == [0.9, 0.99]
 
 
-def test_a_rule_has_room_for_six_states() -> None:
-    def step(p: Any, g: Any, *state: Any) -> Any:
-        return (p, *state[:-1])
-
-    scalars = RULES["sgd"].Scalars
+def test_a_rule_has_room_for_six_states():
     with pytest.raises(ValueError, match="at most 6 state arrays, got 7"):
-        fastopt.Rule("wide", step, scalars, step, tuple("abcdefg"))
+        fastopt.Rule("wide", lambda p, g, *state: (p, *state[:-1]), RULES["sgd"].Scalars, len, tuple("abcdefg"))

@@ -11,14 +11,8 @@ from fastopt import schedules
 from fastopt.schedules import constant, cosine, exponential, inverse_sqrt, one_cycle, polynomial, step, warmup
 
 ONE_OF_EACH = [
-    constant(0.1),
-    step(0.1, 30, 0.5),
-    exponential(0.1, 0.97),
-    polynomial(0.1, 100, 2.0, 0.01),
-    cosine(0.1, 100, 0.01),
-    inverse_sqrt(0.1, 50.0),
-    one_cycle(0.1, 100),
-    warmup(cosine(0.1, 90), 10),
+    *(constant(0.1), step(0.1, 30, 0.5), exponential(0.1, 0.97), polynomial(0.1, 100, 2.0, 0.01)),
+    *(cosine(0.1, 100, 0.01), inverse_sqrt(0.1, 50.0), one_cycle(0.1, 100), warmup(cosine(0.1, 90), 10)),
 ]
 
 
@@ -46,25 +40,16 @@ AGAINST_TORCH = {
     "cosine": (cosine(0.3, 50), lambda s, o: s.CosineAnnealingLR(o, 50), 51),
     "cosine end": (cosine(0.3, 50, 0.02), lambda s, o: s.CosineAnnealingLR(o, 50, 0.02), 51),
     "one_cycle": (one_cycle(0.3, 97), lambda s, o: s.OneCycleLR(o, 0.3, 97), 97),
-    "one_cycle linear": (
-        one_cycle(0.3, 97, 0.25, "linear", 10.0, 100.0),
-        lambda s, o: s.OneCycleLR(
-            o, 0.3, 97, pct_start=0.25, anneal_strategy="linear", div_factor=10.0, final_div_factor=100.0
-        ),
-        97,
-    ),
+    "one_cycle linear": (one_cycle(0.3, 97, 0.25, "linear", 10.0, 100.0),
+        lambda s, o: s.OneCycleLR(o, 0.3, 97, None, None, 0.25, "linear", div_factor=10.0, final_div_factor=100.0), 97),
     "one_cycle falls at once": (one_cycle(0.3, 9, 0.0), lambda s, o: s.OneCycleLR(o, 0.3, 9, pct_start=0.0), 9),
     "one_cycle rises only": (one_cycle(0.3, 9, 1.0), lambda s, o: s.OneCycleLR(o, 0.3, 9, pct_start=1.0), 9),
     "one_cycle of one step": (one_cycle(0.3, 1), lambda s, o: s.OneCycleLR(o, 0.3, 1), 1),
     "warmup constant": (warmup(constant(0.3), 8, 0.1), lambda s, o: s.LinearLR(o, 0.1, total_iters=8), 30),
-    "warmup cosine": (
-        warmup(cosine(0.3, 50, 0.01), 10, 0.2),
-        lambda s, o: s.SequentialLR(
-            o, [s.LinearLR(o, 0.2, total_iters=10), s.CosineAnnealingLR(o, 50, 0.01)], milestones=[10]
-        ),
-        60,
-    ),
-}
+    "warmup cosine": (warmup(cosine(0.3, 50, 0.01), 10, 0.2),
+        lambda s, o: s.SequentialLR(o, [s.LinearLR(o, 0.2, total_iters=10), s.CosineAnnealingLR(o, 50, 0.01)], [10]),
+        60),
+}  # fmt: skip
 
 
 @pytest.mark.filterwarnings("ignore:The epoch parameter:UserWarning")  # SequentialLR's own use of a deprecated argument
@@ -142,10 +127,12 @@ def test_numpy_numbers_become_python_numbers():
 
 
 NAN, INF = math.nan, math.inf
+BEYOND = "the learning rate after 10000 steps is beyond the range of float64"
 REFUSED = [
     (lambda: constant(NAN), ValueError, "constant: lr must be in [0, inf), got nan."),
     (lambda: constant(INF), ValueError, "constant: lr must be in [0, inf), got inf."),
     (lambda: constant(-0.1), ValueError, "constant: lr must be in [0, inf), got -0.1."),
+    (lambda: constant(10**400), ValueError, f"constant: lr must be in [0, inf), got {10**400}."),
     (lambda: constant("0.1"), TypeError, "constant: lr must be a number, got '0.1'."),
     (lambda: constant(None), TypeError, "constant: lr must be a number, got None."),
     (lambda: step(0.1, 0), ValueError, "step: step_size must be at least 1, got 0."),
@@ -160,11 +147,7 @@ REFUSED = [
     (lambda: inverse_sqrt(0.1, 0), ValueError, "inverse_sqrt: timescale must be in (0, inf), got 0."),
     (lambda: one_cycle(NAN, 10), ValueError, "one_cycle: max_lr must be in [0, inf), got nan."),
     (lambda: one_cycle(0.1, 10, 1.5), ValueError, "one_cycle: pct_start must be in [0, 1], got 1.5."),
-    (
-        lambda: one_cycle(0.1, 10, anneal_strategy="sin"),
-        ValueError,
-        "one_cycle: anneal_strategy must be 'cos' or 'linear', got 'sin'.",
-    ),
+    (lambda: one_cycle(0.1, 9, 0.3, "s"), ValueError, "one_cycle: anneal_strategy must be 'cos' or 'linear', got 's'."),
     (lambda: one_cycle(0.1, 10, div_factor=0), ValueError, "one_cycle: div_factor must be in (0, inf), got 0."),
     (lambda: warmup(0.1, 10), TypeError, "warmup: schedule must be a schedule or a function of k, got 0.1."),
     (lambda: warmup(constant(0.1), -1), ValueError, "warmup: steps must be at least 0, got -1."),
@@ -172,21 +155,12 @@ REFUSED = [
     (lambda: warmup(constant(0.1), 5, 1.1), ValueError, "warmup: start must be in [0, 1], got 1.1."),
     (lambda: cosine(0.1, 10)(-1), ValueError, "cosine: k must be at least 0, got -1."),
     (lambda: cosine(0.1, 10)(NAN), TypeError, "cosine: k must be a whole number, got nan."),
-    (
-        lambda: exponential(0.1, 2.0)(10**4),
-        ValueError,
-        "exponential(lr=0.1, gamma=2.0): the learning rate after 10000 steps is beyond the range of float64.",
-    ),
+    (lambda: exponential(0.1, 2.0)(10**4), ValueError, f"{exponential(0.1, 2.0)}: {BEYOND}."),
 ]
 
 
-@pytest.mark.parametrize(("call", "error", "message"), REFUSED, ids=[message for _, _, message in REFUSED])
+@pytest.mark.parametrize(("call", "error", "message"), REFUSED, ids=[message[:70] for _, _, message in REFUSED])
 def test_refusals_name_function_argument_and_range(call, error, message):
     with pytest.raises(error) as caught:
         call()
     assert str(caught.value) == message
-
-
-def test_an_int_beyond_float64_is_refused():
-    with pytest.raises(ValueError, match=r"constant: lr must be in \[0, inf\)"):
-        constant(10**400)

@@ -31,27 +31,20 @@ def torch_snapshot(tensors, opt):
     }
 
 
-def check_run(case, dtype, factors, *, rtol, atol, awkward):
-    params, gradients = case_problem(case, dtype, STEPS, awkward=awkward)
-    tensors = {name: torch.nn.Parameter(torch.from_numpy(p.copy())) for name, p in params.items()}
-    opt = build(case, params)
-    torch_opt = getattr(torch.optim, case.optimizer)(list(tensors.values()), **torch_hyper(case))
-    lr = opt.param_groups[0]["lr"]
-    assert torch_opt.param_groups[0]["lr"] == lr
-    for t, grads in enumerate(gradients, 1):
-        for group in (opt.param_groups[0], torch_opt.param_groups[0]):
-            group["lr"] = lr * factors[(t - 1) % len(factors)]
-        opt.step(grads)
-        for name, tensor in tensors.items():
-            tensor.grad = torch.from_numpy(grads[name].copy())
-        torch_opt.step()
-        got, want = snapshot(params, opt), torch_snapshot(tensors, torch_opt)
-        for state in want.values():
-            state.setdefault("step", np.asarray(t))  # SGD has none
-        assert_close(got, want, rtol=rtol, atol=atol, where=f"{case.id}, step {t}")
-
-
 every_case = pytest.mark.parametrize("case", TORCH_CASES, ids=lambda case: case.id)
+
+
+def both_of(case, params):
+    """Our optimizer, tensors with the same values, and torch's optimizer of them."""
+    tensors = {name: torch.nn.Parameter(torch.from_numpy(p.copy())) for name, p in params.items()}
+    return build(case, params), tensors, getattr(torch.optim, case.optimizer)(tensors.values(), **torch_hyper(case))
+
+
+def step_both(opt, tensors, torch_opt, grads):
+    opt.step(grads)
+    for name, tensor in tensors.items():
+        tensor.grad = torch.from_numpy(grads[name].copy())
+    torch_opt.step()
 
 
 @every_case
@@ -66,7 +59,18 @@ every_case = pytest.mark.parametrize("case", TORCH_CASES, ids=lambda case: case.
     ],
 )
 def test_steps_are_those_of_torch(case, factors, dtype, rtol, atol, awkward):
-    check_run(case, dtype, factors, rtol=rtol, atol=atol, awkward=awkward)
+    params, gradients = case_problem(case, dtype, STEPS, awkward=awkward)
+    opt, tensors, torch_opt = both = both_of(case, params)
+    lr = opt.param_groups[0]["lr"]
+    assert torch_opt.param_groups[0]["lr"] == lr
+    for t, grads in enumerate(gradients, 1):
+        for group in (opt.param_groups[0], torch_opt.param_groups[0]):
+            group["lr"] = lr * factors[(t - 1) % len(factors)]
+        step_both(*both, grads)
+        got, want = snapshot(params, opt), torch_snapshot(tensors, torch_opt)
+        for state in want.values():
+            state.setdefault("step", np.asarray(t))  # SGD has none
+        assert_close(got, want, rtol=rtol, atol=atol, where=f"{case.id}, step {t}")
 
 
 @every_case
@@ -78,15 +82,11 @@ def test_infinite_parameters_and_huge_gradients(case, dtype, isa):
     params, grads = {"w": p.astype(dtype)}, g.astype(dtype)
     if case.optimizer == "NAdam":  # torch divides v by 1 - beta2^t, which makes g^2 of it
         grads[3] = 1.0
-    tensor = torch.nn.Parameter(torch.from_numpy(params["w"].copy()))
-    opt = build(case, params)
-    torch_opt = getattr(torch.optim, case.optimizer)([tensor], **torch_hyper(case))
+    opt, tensors, torch_opt = both = both_of(case, params)
     for t in range(8):  # RAdam rectifies from the sixth on
         grads[-1] = np.nan if t == 0 else 0.5  # after a NaN Rprop goes on
-        opt.step({"w": grads})
-        tensor.grad = torch.from_numpy(grads.copy())
-        torch_opt.step()
-        got, want = snapshot(params, opt)["w"], torch_snapshot({"w": tensor}, torch_opt)["w"]
+        step_both(*both, {"w": grads})
+        got, want = snapshot(params, opt)["w"], torch_snapshot(tensors, torch_opt)["w"]
         compared = ~np.isnan(want[PARAMETER])
         for key in want.keys() - {"step", "eta", "mu", "mu_product"}:
             values = [np.where(compared | (key == PARAMETER), x[key], 0.0) for x in (got, want)]

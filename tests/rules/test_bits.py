@@ -5,8 +5,8 @@ import math
 
 import numpy as np
 import pytest
-from cases import CASES, Arrays, gradients, parameters
-from compare import DTYPES, Snapshot, assert_same_bits, build, snapshot
+from cases import gradients, parameters
+from compare import CASE, DTYPES, assert_same_bits, build, padding, snapshot
 from fastopt.kernels.dtypes import PAIRS
 from fastopt.kernels.layout import CHUNK
 from fastopt.kernels.registry import RULES
@@ -14,7 +14,6 @@ from isas import native_isas
 
 import fastopt
 
-CASE = {case.rule: case for case in CASES}  # of several the last, which has the most options
 THREADS = (1, 2, 3)
 WAYS = tuple(itertools.product(THREADS, (False, True)))  # the latter: in a flat buffer
 
@@ -28,35 +27,25 @@ every_rule = pytest.mark.parametrize("rule", RULES)
 every_pair = pytest.mark.parametrize("pair", PAIRS, ids="-".join)
 
 
-def make_shapes(sizes):
-    """Arrays of these sizes; every second one has two dimensions, so that LARS adapts it."""
-    return {f"{n} elements": (1, n) if k % 2 else (n,) for k, n in enumerate(sizes)}
-
-
-def make_data(sizes, pair, *, special: bool = False) -> tuple[Arrays, list[Arrays]]:
+def make_data(sizes, pair, *, special=False):
     """Parameters and the gradients of two steps; two arrays also have elements that are not finite or subnormal."""
     rng = np.random.default_rng(7)
-    shapes = make_shapes(sizes)
+    shapes = {f"{n} elements": (1, n) if k % 2 else (n,) for k, n in enumerate(sizes)}  # LARS adapts every second one
     params = parameters(rng, shapes, DTYPES[pair[0]])
     steps = [gradients(rng, shapes, DTYPES[pair[1]], tiny=1e-15) for _ in range(2)]
-    if special:
-        for name in ("127 elements", "1000 elements"):
-            params[name].reshape(-1)[50::17][:5] = SPECIAL
-            steps[0][name].reshape(-1)[60::13][:5] = SPECIAL
+    for name in ("127 elements", "1000 elements") if special else ():
+        params[name].reshape(-1)[50::17][:5] = SPECIAL
+        steps[0][name].reshape(-1)[60::13][:5] = SPECIAL
     return params, steps
 
 
-def run(rule: str, params: Arrays, steps: list[Arrays], *, flat: bool = False, **options: object) -> Snapshot:
+def run(rule, params, steps, *, flat=False, **options):
     """The state of things after some steps on a copy of the parameters."""
     own = fastopt.FlatBuffer.from_arrays(params) if flat else {name: p.copy() for name, p in params.items()}
     opt = build(CASE[rule], own)
     for grads in steps:
         opt.step(fastopt.FlatBuffer.from_arrays(grads) if flat else grads, **options)
-    if flat:  # what lies between the arrays was walked with them, and stayed zero
-        used = np.zeros(own.data.size, bool)
-        for name, offset in own.offsets.items():
-            used[offset : offset + own[name].size] = True
-        assert not np.any(own.data[~used])
+    assert not flat or not padding(own).any()  # it was walked with the arrays
     return snapshot(own, opt)
 
 

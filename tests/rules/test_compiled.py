@@ -6,7 +6,7 @@ import inspect
 import re
 import shutil
 import subprocess
-from typing import Any
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -16,6 +16,7 @@ from fastopt.kernels.epilogues import KINDS, kinds_of
 from fastopt.kernels.registry import RULES
 from fastopt.kernels.rules.rule import Rule
 
+import fastopt
 from fastopt.engine import backend as _backend
 
 RULE_NAMES = sorted(RULES)
@@ -28,49 +29,37 @@ EPILOGUES = [(KINDS[k][0].name, p, KINDS[k][1], isa) for p in COMPUTE for k in k
 # --- rules -----------------------------------------------------------------------------------------------------------
 
 
-def returned(rule: Rule, dtype: type) -> list[Any]:
+def returned(rule, dtype):
     """The types that the rule returns when Numba compiles it for scalars of this dtype."""
     numba = pytest.importorskip("numba")
     step = numba.njit(error_model="numpy")(rule.step)
     one = dtype(1)
-    step(*[one] * (2 + len(rule.state)), rule.Scalars(*[one] * len(rule.Scalars._fields)))  # type: ignore[attr-defined]
-    return [signature.return_type for signature in step.nopython_signatures]
+    step(*[one] * (2 + len(rule.state)), rule.Scalars(*[one] * len(rule.Scalars._fields)))
+    return [[str(t) for t in signature.return_type] for signature in step.nopython_signatures]
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("name", RULE_NAMES)
-def test_no_literal_promotes_a_rule(name: str, dtype: type) -> None:
-    rule = RULES[name]
-    types = pytest.importorskip("numba").types
-    assert returned(rule, dtype) == [types.UniTuple(getattr(types, dtype.__name__), 1 + len(rule.state))]
+def test_no_literal_promotes_a_rule(name, dtype):
+    assert returned(RULES[name], dtype) == [[dtype.__name__] * (1 + len(RULES[name].state))]
 
 
-def test_a_literal_would_be_seen() -> None:
-    def with_literal(p: Any, g: Any, h: Any) -> tuple[Any]:
-        return (p - 0.5 * h.lr * g,)
-
-    types = pytest.importorskip("numba").types
-    sgd = RULES["sgd"]
-    assert returned(Rule("broken", with_literal, sgd.Scalars, sgd.scalars), np.float32) == [
-        types.UniTuple(types.float64, 1)
-    ]
+def with_literal(p, g, h):
+    return (p - 0.5 * h.lr * g,)
 
 
-def test_a_rule_with_a_literal_does_not_compile() -> None:
+BROKEN = Rule("broken", with_literal, RULES["sgd"].Scalars, RULES["sgd"].scalars)
+
+
+def test_a_literal_would_be_seen():
+    assert returned(BROKEN, np.float32) == [["float64"]]
+
+
+def test_a_rule_with_a_literal_does_not_compile(monkeypatch):
     numba = pytest.importorskip("numba")
-    import fastopt
-
-    def with_literal(p: Any, g: Any, h: Any) -> tuple[Any]:
-        return (p - 0.5 * h.lr * g,)
-
-    broken = Rule("broken", with_literal, RULES["sgd"].Scalars, RULES["sgd"].scalars)
-
-    class Broken(fastopt.SGD):
-        def select_rule(self, options: Any) -> Rule:
-            return broken
-
+    monkeypatch.setattr(fastopt.SGD, "select_rule", lambda self, options: BROKEN)
     w = np.ones(3, np.float32)
-    opt = Broken([w])
+    opt = fastopt.SGD([w])
     with pytest.raises(numba.TypingError, match="float32"):
         opt.step([np.ones(3, np.float32)])
     assert (w == 1).all()
@@ -80,21 +69,21 @@ def test_a_rule_with_a_literal_does_not_compile() -> None:
 # --- the library -----------------------------------------------------------------------------------------------------
 
 
-def library() -> str:
+def library():
     spec = importlib.util.find_spec("fastopt._native")
     if spec is None or spec.origin is None:
         pytest.skip("this fastopt was built without its compiled library")
     return spec.origin
 
 
-def binutils(tool: str, *arguments: str) -> str:
+def binutils(tool, *arguments):
     if shutil.which(tool) is None:
         pytest.skip(f"{tool} (binutils) is not installed")
     return subprocess.run([tool, *arguments, library()], capture_output=True, text=True, check=True).stdout
 
 
 @functools.cache
-def functions() -> dict[str, tuple[int, int]]:
+def functions():
     """Address and size of every function that the library exports."""
     found = {}
     for line in binutils("readelf", "--dyn-syms", "--wide").splitlines():
@@ -105,7 +94,7 @@ def functions() -> dict[str, tuple[int, int]]:
 
 
 @functools.cache
-def instructions() -> dict[str, list[tuple[str, str]]]:
+def instructions():
     """Mnemonic and operands of every instruction of every exported function."""
     code = {}
     for line in binutils("objdump", "--disassemble", "--no-show-raw-insn", "--wide").splitlines():
@@ -117,12 +106,12 @@ def instructions() -> dict[str, list[tuple[str, str]]]:
     return {name: [code[place] for place in places[a:b]] for name, a, b in zip(functions(), starts, ends, strict=True)}
 
 
-def mnemonics(symbol: str) -> set[str]:
+def mnemonics(symbol):
     """The mnemonics in a function; AVX's without their v, so that they compare with SSE's."""
     return {name.removeprefix("v") for name, _ in instructions()[symbol]}
 
 
-def calls(symbol: str) -> set[str]:
+def calls(symbol):
     """What a function calls or, at its end, jumps to."""
     start, size = functions()[symbol]
     targets = set()
@@ -138,7 +127,7 @@ needs_x86 = pytest.mark.skipif(_backend.load().isa == "native", reason="the libr
 
 
 @needs_x86
-def test_every_kernel_is_in_the_library() -> None:
+def test_every_kernel_is_in_the_library():
     wanted = {update_symbol(*update) for update in UPDATES} | {dtypes.terms_symbol(*update) for update in TERMS}
     wanted |= {squares_symbol(dtype, isa) for dtype in COMPUTE for isa in _backend.ISAS}
     wanted |= {epilogue_symbol(*epilogue) for epilogue in EPILOGUES}
@@ -153,7 +142,7 @@ def test_every_kernel_is_in_the_library() -> None:
 
 @needs_x86
 @pytest.mark.parametrize("isa", _backend.ISAS)
-def test_arithmetic_is_packed(isa: str) -> None:
+def test_arithmetic_is_packed(isa):
     for rule, p, g, _ in (update for update in UPDATES if update[3] == isa):
         symbol = update_symbol(rule, p, g, isa)
         kind = "pd" if p == "float64" else "ps"
@@ -162,18 +151,18 @@ def test_arithmetic_is_packed(isa: str) -> None:
         assert {f"add{kind}", f"sub{kind}"} & found, symbol
         if rule in ROOTED and kind == "ps":  # two float64 roots at a time may not pay
             assert {"sqrtps", "divps"} <= found, symbol
-        wide = {"x86-64-v2": "%xmm", "x86-64-v3": "%ymm", "x86-64-v4": ("%ymm", "%zmm")}[isa]
+        wide = {"x86-64-v2": "%xmm", "x86-64-v3": "%ymm", "x86-64-v4": "%[yz]mm"}[isa]
         packed = [operands for name, operands in instructions()[symbol] if name.endswith(f"mul{kind}")]
-        assert any(w in operands for operands in packed for w in ([wide] if isinstance(wide, str) else wide)), symbol
+        assert any(re.search(wide, operands) for operands in packed), symbol
 
 
-def arithmetic(*kinds: str) -> set[str]:
+def arithmetic(*kinds):
     return {operation + kind for operation in ("add", "sub", "mul", "div", "sqrt") for kind in kinds}
 
 
 @needs_x86
 @pytest.mark.parametrize("isa", _backend.ISAS)
-def test_float32_is_not_computed_in_float64(isa: str) -> None:
+def test_float32_is_not_computed_in_float64(isa):
     for rule, p, g, _ in (update for update in UPDATES if update[3] == isa):
         wrong = arithmetic("ps", "ss") if p == "float64" else arithmetic("pd", "sd")
         if RULES[rule].ratio:  # the weight norm of the next step is taken in passing, and norms are added in float64
@@ -183,7 +172,7 @@ def test_float32_is_not_computed_in_float64(isa: str) -> None:
 
 
 @needs_x86
-def test_nothing_is_contracted_or_approximated() -> None:
+def test_nothing_is_contracted_or_approximated():
     fused = re.compile(r"v?fn?m(add|sub)|vfmaddsub|vfmsubadd")
     approximate = re.compile(r"v?(rsqrt|rcp)")
     for symbol, code in instructions().items():
@@ -195,7 +184,7 @@ def test_nothing_is_contracted_or_approximated() -> None:
 
 
 @needs_x86
-def test_kernels_call_nothing() -> None:
+def test_kernels_call_nothing():
     # LLVM may make memset of the loop that zeroes a block of the gradient, and the tail of a norm is a memcpy.
     for update in UPDATES:
         assert calls(update_symbol(*update)) <= {"memset", *(["memcpy"] if RULES[update[0]].ratio else [])}, update
@@ -212,7 +201,7 @@ def test_kernels_call_nothing() -> None:
 @needs_x86
 @pytest.mark.parametrize("isa", _backend.ISAS)
 @pytest.mark.parametrize("dtype", COPIES)
-def test_rounding_is_packed(isa: str, dtype: str) -> None:
+def test_rounding_is_packed(isa, dtype):
     wide = {"x86-64-v2": "%xmm", "x86-64-v3": "%ymm", "x86-64-v4": "%zmm"}[isa]
     symbol = epilogue_symbol("round", "float32", dtype, isa)
     conversions = [operands for name, operands in instructions()[symbol] if name == "vcvtps2ph"]
@@ -222,7 +211,7 @@ def test_rounding_is_packed(isa: str, dtype: str) -> None:
 
 
 @needs_x86
-def test_old_processors_meet_no_new_instruction() -> None:
+def test_old_processors_meet_no_new_instruction():
     for symbol, code in instructions().items():
         if symbol.endswith("v2"):
             assert not [m for m, operands in code if m.startswith("v") or "%ymm" in operands], symbol
@@ -232,24 +221,22 @@ def test_old_processors_meet_no_new_instruction() -> None:
             assert not [m for m, operands in code if m.startswith("v")], symbol
 
 
-def test_one_openmp_runtime_is_shared_under_its_plain_name() -> None:
+def test_one_openmp_runtime_is_shared_under_its_plain_name():
     needed = re.findall(r"NEEDED.*\[(.+)\]", binutils("readelf", "--dynamic", "--wide"))
     assert "libgomp.so.1" in needed
     assert set(needed) <= {"libgomp.so.1", "libm.so.6", "libc.so.6", "libpthread.so.0", "ld-linux-x86-64.so.2"}
     assert not re.search(r"R(UN)?PATH", binutils("readelf", "--dynamic", "--wide"))
 
 
-def test_rooted_rules_are_found() -> None:
+def test_rooted_rules_are_found():
     assert {"adam", "adamw", "rmsprop_centered_momentum", "adagrad", "adadelta"} <= set(ROOTED)
     assert not {"sgd", "lion", "rprop", "asgd", "lars"} & set(ROOTED)
 
 
 @pytest.mark.parametrize("isa", _backend.ISAS)
-def test_parameters_alone_are_prefetched_for_writing(isa: str) -> None:
-    found = [
-        name for name, _ in instructions()[update_symbol("adamw", "float32", "float32", isa)] if "prefetch" in name
-    ]
-    lines = {name: found.count(name) for name in set(found)}
+def test_parameters_alone_are_prefetched_for_writing(isa):
+    symbol = update_symbol("adamw", "float32", "float32", isa)
+    lines = Counter(name for name, _ in instructions()[symbol] if "prefetch" in name)
     if isa == "x86-64-v2":  # which has no such instruction
         assert lines.keys() == {"prefetcht0"}
     else:

@@ -10,8 +10,8 @@ import platform
 
 import numpy as np
 import pytest
-from cases import CASES, Case
-from compare import DTYPES, assert_same_bits, build, snapshot
+from cases import Case
+from compare import CASE, DTYPES, assert_same_bits, build, snapshot
 from fastopt.kernels import epilogues
 from fastopt.kernels.dtypes import COPIES, PAIRS
 from fastopt.kernels.layout import CHUNK, GRADIENT
@@ -21,7 +21,6 @@ pytestmark = [
     pytest.mark.usefixtures("always_threaded"),
     pytest.mark.skipif(platform.machine() != "x86_64", reason="the mode is set in MXCSR, as glibc keeps it"),
 ]
-CASE = {case.rule: case for case in CASES}  # of several the last, which has the most options
 EXACT = [
     Case("SGD", "nesterov", {"lr": 0.5, "momentum": 0.75, "weight_decay": 0.25, "nesterov": True}),
     Case("RMSprop", "rmsprop_centered", {"lr": 2**-7, "alpha": 0.75, "eps": 2**-20, "centered": True}),
@@ -102,9 +101,8 @@ def test_kernels_and_scheduler_of_numba(case, backend):
 
 @pytest.mark.parametrize("dtype", COPIES)
 def test_copies(dtype):
-    numbers = (np.random.default_rng(3).standard_normal((5, 200)) * [[1], [1e-5], [1e-7], [1e-39], [1e-44]]).astype(
-        "f4"
-    )
+    scales = [[1], [1e-5], [1e-7], [1e-39], [1e-44]]
+    numbers = (np.random.default_rng(3).standard_normal((5, 200)) * scales).astype("f4")
     for isa in [*native_isas(), "numba"]:
         for bits in (FLUSH | ROUND).values():
             copy = np.zeros((5, 200), DTYPES[dtype])

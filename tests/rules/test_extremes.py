@@ -33,7 +33,6 @@ def test_an_infinite_parameter_without_decay_stays(build, isa):
 def test_a_trust_ratio_beyond_float32(dtype, w, g, lr, nesterov, lr_in_momentum, isa):
     """The ratio of a layer of equal elements times its gradient is trust_coefficient w, whatever the gradient."""
     p, grad = np.full((40, 5), w, dtype), np.full((40, 5), g, dtype)
-    opt = fastopt.LARS([p], lr=lr, nesterov=nesterov, lr_in_momentum=lr_in_momentum)
-    opt.step([grad])
+    fastopt.LARS([p], lr=lr, nesterov=nesterov, lr_in_momentum=lr_in_momentum).step([grad])
     moved = lr * 1e-3 * w * (1.9 if nesterov else 1.0)
     np.testing.assert_allclose(p, w - math.copysign(moved, g), rtol=1e-6, atol=1e-6 * w)

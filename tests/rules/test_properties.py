@@ -6,7 +6,7 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 from cases import CASES
-from compare import DTYPES, PARAMETER, assert_same_bits, bits, build, snapshot
+from compare import PARAMETER, assert_same_bits, bits, build, rounded, snapshot
 from fastopt.kernels.dtypes import PAIRS
 from hypothesis import given
 from hypothesis.extra.numpy import arrays
@@ -19,12 +19,6 @@ any_case = st.sampled_from(CASES)
 element_wise = st.sampled_from([case for case in CASES if case.optimizer != "LARS"])  # which takes norms of layers
 any_float = st.floats(width=32)  # NaN, infinities and subnormals too
 moderate = st.floats(-1e6, 1e6, width=32)
-
-
-def rounded(values, dtype):
-    """float32 values as another dtype; what is too large becomes infinite."""
-    with np.errstate(over="ignore"):
-        return values.astype(DTYPES[dtype])
 
 
 @st.composite
@@ -50,8 +44,7 @@ def assert_same_elements(got, want, pick, where):
     """Compare some elements of every array bit for bit."""
     for key, value in want["w"].items():
         if isinstance(value, np.ndarray):
-            a, b = bits(got["w"][key])[pick], bits(value)[pick]
-            assert np.array_equal(a, b), f"{where}: {key}"
+            assert np.array_equal(bits(got["w"][key])[pick], bits(value)[pick]), f"{where}: {key}"
 
 
 @given(case=element_wise, problem=problems(), cuts=st.lists(st.integers(0, 200)), threads=st.integers(1, 4), flat=...)

@@ -1,19 +1,17 @@
 """What tests of the training benchmarks share."""
 
-from typing import Any
-
 import pytest
 
 image = pytest.importorskip("matplotlib.image")
 from bench.__main__ import main  # noqa: E402
 
 
-def command(*arguments: Any) -> int:
+def command(*arguments):
     """Run ``bench train``; its exit status."""
     return main(["train", *map(str, arguments)])
 
 
-def assert_picture(path: Any, side: int = 300) -> None:
+def assert_picture(path, side=300):
     """A PNG in colour whose pixels differ."""
     assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     pixels = image.imread(path)

@@ -3,25 +3,16 @@
 test_negative_controls.py shows that they fail for optimizers that are wrong.
 """
 
-from collections.abc import Callable, Mapping
-from typing import Any
-
 import ml_dtypes
 import numpy as np
-import numpy.typing as npt
-from cases import SHAPES, Arrays, Case, problem
+from cases import CASES, SHAPES, problem
 from reference import REFERENCES, initial_state
 
 import fastopt
 
-Snapshot = dict[str, dict[str, Any]]  # parameter name: "parameter" and the state by torch's names, all of them copies
-Build = Callable[[Case, Any], fastopt.Optimizer]
-
 PARAMETER = "parameter"
-DTYPES: dict[str, np.dtype[Any]] = {
-    **{name: np.dtype(name) for name in ("float32", "float64", "float16")},
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-}
+CASE = {case.rule: case for case in CASES}  # of several the last, which has the most options
+DTYPES = {n: np.dtype(n) for n in ("float32", "float64", "float16")} | {"bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
 # In units of eps times the operands, see `operands`: each operation rounds by half a unit at most, and a result takes
 # up to a dozen, whose errors seldom add up. Largest seen: 3.1 for parameters (LARS), 4.3 for states (Adadelta's
@@ -30,26 +21,57 @@ LIMIT_PARAMETER = 4.0
 LIMIT_STATE = 5.0
 
 
-def build(case: Case, params: Any) -> fastopt.Optimizer:
+def build(case, params):
     """The optimizer of a case."""
-    made: fastopt.Optimizer = getattr(fastopt, case.optimizer)(params, **case.hyper)
-    return made
+    return getattr(fastopt, case.optimizer)(params, **case.hyper)
 
 
-def case_problem(case: Case, dtype: str, steps: int, *, seed: int = 0, **options: Any) -> tuple[Arrays, list[Arrays]]:
+def options_of(rule):
+    """The options of a rule's case."""
+    return build(CASE[rule.name], [np.zeros(1)]).param_groups[0]
+
+
+def rounded(values, dtype):
+    """What NumPy and ml_dtypes, which share nothing with the kernels, make of numbers; too large ones are infinite."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return values.astype(DTYPES[dtype])
+
+
+def every_kind(step=1):
+    """Each number that keeps 10 bits of fraction, and beside it the ties and what lies just before and after them."""
+    upper = np.arange(0, 2**19, step, dtype=np.uint32)[:, None] << 13
+    lower = np.array([0, 1, 0xFFF, 0x1000, 0x1001, 0x1FFF], np.uint32)
+    return np.ascontiguousarray((upper | lower).reshape(-1)).view(np.float32)
+
+
+def guarded(values, shift=0):
+    """A copy that begins `shift` elements after a multiple of 16 bytes, between bytes that nobody may touch."""
+    memory = np.full(values.nbytes + 208, 0xA5, np.uint8)
+    start = 96 - (memory.ctypes.data + 96) % 16 + shift * values.itemsize
+    array = memory[start : start + values.nbytes].view(values.dtype)
+    array[...] = values
+    return array
+
+
+def assert_intact(array):
+    """Nobody wrote around what `guarded` returned."""
+    start = array.ctypes.data - array.base.ctypes.data
+    assert (np.concatenate([array.base[:start], array.base[start + array.nbytes :]]) == 0xA5).all()
+
+
+def case_problem(case, dtype, steps, *, seed=0, grad_dtype=None, **options):
     """Parameters and gradients for a case.
 
     Rprop multiplies neighbouring gradients, as torch does, and the reference does not: for it tiny ones must not be so
     tiny that the product underflows.
     """
     tiny = 1e-15 if case.optimizer == "Rprop" else 1e-30
-    grad_dtype = DTYPES[options.pop("grad_dtype", dtype)]
-    rng = np.random.default_rng(seed)
-    return problem(rng, SHAPES, DTYPES[dtype], steps, grad_dtype=grad_dtype, tiny=tiny, **options)
+    dtypes, rng = (DTYPES[dtype], DTYPES[grad_dtype or dtype]), np.random.default_rng(seed)
+    return problem(rng, SHAPES, dtypes[0], steps, grad_dtype=dtypes[1], tiny=tiny, **options)
 
 
-def snapshot(params: Mapping[str, npt.NDArray[Any]], opt: fastopt.Optimizer) -> Snapshot:
-    """Copies of all that a step may change."""
+def snapshot(params, opt):
+    """Copies of all that a step may change: of each parameter its values as PARAMETER, and states by torch's names."""
     state = opt.state
     return {
         name: {PARAMETER: p.copy()} | {k: v.copy() if isinstance(v, np.ndarray) else v for k, v in state[name].items()}
@@ -60,12 +82,12 @@ def snapshot(params: Mapping[str, npt.NDArray[Any]], opt: fastopt.Optimizer) -> 
 # --- with the reference ----------------------------------------------------------------------------------------------
 
 
-def exact(values: Mapping[str, Any]) -> dict[str, Any]:
+def exact(values):
     """Arrays in extended precision, in which the reference's own rounding does not count; numbers as they are."""
     return {k: v.astype(np.longdouble) if isinstance(v, np.ndarray) else v for k, v in values.items()}
 
 
-def operands(case: Case, p: Any, g: Any, state: Mapping[str, Any], t: int) -> dict[str, Any]:
+def operands(case, p, g, state, t):
     """How large the terms are that each result is a sum of: the result for absolute values, where none cancel.
 
     A bound in eps of this survives cancellation, and is not loosened by operands that the result does not have.
@@ -78,7 +100,7 @@ def operands(case: Case, p: Any, g: Any, state: Mapping[str, Any], t: int) -> di
     return sizes
 
 
-def check_step(case: Case, before: Snapshot, grads: Mapping[str, Any], after: Snapshot, t: int) -> float:
+def check_step(case, before, grads, after, t):
     """Compare every element after step `t` with one step of the reference from what was before.
 
     Returns the largest error in eps of the operands.
@@ -105,7 +127,7 @@ def check_step(case: Case, before: Snapshot, grads: Mapping[str, Any], after: Sn
     return worst
 
 
-def check_steps(case: Case, dtype: str, *, steps: int = 8, seed: int = 0, build: Build = build) -> float:
+def check_steps(case, dtype, *, steps=8, seed=0, build=build):
     """Compare each step of a run with a step of the reference from equal state; the largest error in eps."""
     params, gradients = case_problem(case, dtype, steps, seed=seed)
     opt, worst = build(case, params), 0.0
@@ -116,7 +138,7 @@ def check_steps(case: Case, dtype: str, *, steps: int = 8, seed: int = 0, build:
     return worst
 
 
-def assert_close(got: Snapshot, want: Snapshot, *, rtol: float, atol: float, where: str) -> None:
+def assert_close(got, want, *, rtol, atol, where):
     """Compare parameters and states, no element excepted."""
     for name in want:
         assert set(got[name]) == set(want[name]), f"{where}: the states of {name} are {sorted(got[name])}"
@@ -125,7 +147,7 @@ def assert_close(got: Snapshot, want: Snapshot, *, rtol: float, atol: float, whe
             _refuse(abs(a - b) / (atol + rtol * abs(b)), 1.0, a, b, f"{where}: {key} of {name} in tolerances")
 
 
-def _refuse(error: Any, limit: float, got: Any, want: Any, what: str) -> None:
+def _refuse(error, limit, got, want, what):
     """Fail if an error exceeds the limit or is NaN, and name the worst element."""
     if not np.all(error <= limit):
         at = int(np.argmax(np.where(np.isnan(error), np.inf, error)))
@@ -136,7 +158,7 @@ def _refuse(error: Any, limit: float, got: Any, want: Any, what: str) -> None:
 # --- bit for bit -----------------------------------------------------------------------------------------------------
 
 
-def bits(array: npt.ArrayLike) -> npt.NDArray[Any]:
+def bits(array):
     """The bits of an array as integers, all NaN alike: which NaN an operation returns differs between machines."""
     array = np.array(array)
     if array.dtype.kind not in "iu":
@@ -144,7 +166,15 @@ def bits(array: npt.ArrayLike) -> npt.NDArray[Any]:
     return array.view(f"u{array.dtype.itemsize}")
 
 
-def assert_same_bits(got: Snapshot, want: Snapshot, where: str) -> None:
+def padding(buffer):
+    """The elements of a FlatBuffer that belong to no array."""
+    inside = np.zeros(buffer.data.size, bool)
+    for name, array in buffer.items():
+        inside[buffer.offsets[name] : buffer.offsets[name] + array.size] = True
+    return buffer.data[~inside]
+
+
+def assert_same_bits(got, want, where):
     """Compare parameters, states and step counts bit for bit, signs of zeros included."""
     assert list(got) == list(want)
     for name in want:

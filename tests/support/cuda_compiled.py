@@ -6,12 +6,11 @@ rule's own functions compiled for the device. A block is as many POSIX threads a
 
 import ctypes
 import functools
+import itertools
 import json
 import os
 import pathlib
 import re
-from collections.abc import Sequence
-from typing import Any
 
 import llvmlite.binding as llvm
 from fastopt.kernels.cuda import compile as compiler
@@ -22,14 +21,10 @@ from numba.cuda.cudadrv import nvvm
 
 # What a GPU has in hardware or NVIDIA's library, and a CPU under other names.
 HOST = {
-    r'"llvm.nvvm.barrier0"\(\)': '"pthread_barrier_wait"(i8* @block)',
-    r'"__nv_pow"': '"pow"',
-    r'"__nv_sqrt"': '"llvm.sqrt.f64"',
-    r'"__nv_sqrtf"': '"llvm.sqrt.f32"',
-    r'"__nv_fabs"': '"llvm.fabs.f64"',
-    r'"__nv_fabsf"': '"llvm.fabs.f32"',
-    r'"__nv_fmax"': '"llvm.maxnum.f64"',
-}
+    r'"llvm.nvvm.barrier0"\(\)': '"pthread_barrier_wait"(i8* @block)', '"__nv_pow"': '"pow"',
+    '"__nv_sqrt"': '"llvm.sqrt.f64"', '"__nv_sqrtf"': '"llvm.sqrt.f32"', '"__nv_fabs"': '"llvm.fabs.f64"',
+    '"__nv_fabsf"': '"llvm.fabs.f32"', '"__nv_fmax"': '"llvm.maxnum.f64"',
+}  # fmt: skip
 LIBRARIES = {"pthread_barrier_wait": ("i32 (i8*)", "libc.so.6"), "pow": ("double (double, double)", "libm.so.6")}
 LOAD = re.compile(r'%"(\S+)" = call double asm sideeffect "ld\.volatile\.global\.f64[^(]*\(i64 (%\S+)\)')
 FINITE = """
@@ -46,7 +41,7 @@ class _Captured(Exception):
     """Carries the IR out of the compiler, which need not go on."""
 
 
-def _ir(symbol: str) -> list[str]:
+def _ir(symbol):
     """The modules that NVVM would get for a kernel; kept for other processes where FASTOPT_TEST_IR names a folder."""
     folder = os.environ.get("FASTOPT_TEST_IR")
     if folder is None:
@@ -56,12 +51,11 @@ def _ir(symbol: str) -> list[str]:
         written = kept.with_suffix(f".{os.getpid()}")
         written.write_text(json.dumps(_compiled(symbol)))
         written.rename(kept)
-    modules: list[str] = json.loads(kept.read_text())
-    return modules
+    return json.loads(kept.read_text())
 
 
-def _compiled(symbol: str) -> list[str]:
-    def capture(modules: Any, **options: Any) -> None:
+def _compiled(symbol):
+    def capture(modules, **options):
         assert options["fma"] == 0
         raise _Captured([modules] if isinstance(modules, str) else modules)
 
@@ -70,21 +64,19 @@ def _compiled(symbol: str) -> list[str]:
         for rule in RULES.values():
             if symbol == cuda_prologue_symbol(rule.name):
                 compiler.prologue_ptx(rule)
-            for p in COMPUTE:
-                for g in COMPUTE:
-                    if symbol == cuda_update_symbol(rule.name, p, g):
-                        compiler.update_ptx(rule, p, g)
-                    if symbol == cuda_terms_symbol(rule.name, p, g):
-                        compiler.terms_ptx(rule, p, g)
+            for p, g in itertools.product(COMPUTE, repeat=2):
+                if symbol == cuda_update_symbol(rule.name, p, g):
+                    compiler.update_ptx(rule, p, g)
+                if symbol == cuda_terms_symbol(rule.name, p, g):
+                    compiler.terms_ptx(rule, p, g)
     except _Captured as captured:
-        modules: list[str] = captured.args[0]
-        return modules
+        return captured.args[0]
     finally:
         nvvm.compile_ir = original
     raise LookupError(f"no kernel is called {symbol}")
 
 
-def _for_host(text: str) -> str:
+def _for_host(text):
     text = re.sub(r"^(target|!nvvm|@\"llvm.used\").*$", "", text, flags=re.MULTILINE)
     for name, place in (("tid", "%of_block"), ("ctaid", "%of_grid")):
         text = re.sub(rf'call i32 @"llvm\.nvvm\.read\.ptx\.sreg\.{name}\.x"\(\)', f"add i32 0, {place}", text)
@@ -100,7 +92,7 @@ def _for_host(text: str) -> str:
     return re.sub(r"addrspace\([13]\) ?", "", text.replace("addrspacecast", "bitcast"))
 
 
-def _with_entry(text: str) -> str:
+def _with_entry(text):
     """Adds the barrier, and a function of one pointer to words: the thread, its block, the arguments of the kernel."""
     match = re.search(r'define void @("[^"]+")\(([^)]*)\)', text)
     assert match
@@ -110,22 +102,17 @@ def _with_entry(text: str) -> str:
     for k, kind in enumerate(["i32", "i32", *parameters]):
         lines.append(f"  %at{k} = getelementptr i64, i64* %words, i64 {k}")
         lines.append(f"  %word{k} = load i64, i64* %at{k}")
-        change = {"i64": "bitcast i64 %word{} to i64", "i32": "trunc i64 %word{} to i32"}.get(
-            kind, "bitcast i64 %word{} to double"
-        )
-        lines.append(f"  %value{k} = {change.format(k)}")
+        lines.append(f"  %value{k} = {'trunc' if kind == 'i32' else 'bitcast'} i64 %word{k} to {kind}")
         passed.append(f"{kind} %value{k}")
-    lines += [f"  call void @{name}({', '.join(passed)})", "  ret i8* null", "}"]
-    barrier = ["@block = global i8 0", FINITE]
-    return "\n".join([text.replace("@block", "bitcast ([64 x i8]* @block to i8*)"), *lines, *barrier]).replace(
-        "@block = global i8 0", "@block = global [64 x i8] zeroinitializer, align 16"
-    )
+    lines += [f"  call void @{name}({', '.join(passed)})", "  ret i8* null", "}", FINITE]
+    barrier = "@block = global [64 x i8] zeroinitializer, align 16"
+    return "\n".join([text.replace("@block", "bitcast ([64 x i8]* @block to i8*)"), *lines, barrier])
 
 
 class Kernel:
     """A kernel compiled for this processor."""
 
-    def __init__(self, symbol: str) -> None:
+    def __init__(self, symbol):
         llvm.initialize_native_target()
         llvm.initialize_native_asmprinter()
         kernel, *others = map(_for_host, _ir(symbol))
@@ -143,7 +130,7 @@ class Kernel:
         barrier = self._engine.get_global_value_address("block")
         assert libc.pthread_barrier_init(ctypes.c_void_p(barrier), None, THREADS) == 0
 
-    def launch(self, blocks: int, arguments: Sequence[float]) -> None:
+    def launch(self, blocks, arguments):
         """Run all blocks."""
         words = [ctypes.c_double(x) if isinstance(x, float) else ctypes.c_int64(x) for x in arguments]
         raw = b"".join(bytes(word) for word in words)
@@ -166,6 +153,6 @@ class Kernel:
 
 
 @functools.cache
-def kernel_of(symbol: str) -> Kernel:
+def kernel_of(symbol):
     """The kernel of this name (kernels/dtypes.py)."""
     return Kernel(symbol)

@@ -15,13 +15,10 @@ import sys
 import threading
 import types
 import weakref
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import greenlet
 import numpy as np
-import numpy.typing as npt
 import pytest
 from compare import DTYPES
 from fastopt.kernels import layout
@@ -31,7 +28,6 @@ from fastopt.kernels.cuda.toolchain import THREADS, cuda
 from fastopt.kernels.cuda.update import PARTS, update_loop
 from fastopt.kernels.dtypes import CODES, COMPUTE, cuda_prologue_symbol, cuda_terms_symbol, cuda_update_symbol
 from fastopt.kernels.registry import RULES
-from fastopt.kernels.rules.rule import Rule
 from numba.cuda.core import config
 from numba.cuda.simulator import kernel as simulator
 from numba.cuda.simulator import kernelapi
@@ -42,7 +38,6 @@ from fastopt.engine.table import Table
 if not config.ENABLE_CUDASIM:
     raise ImportError("cuda_simulator: NUMBA_ENABLE_CUDASIM=1 must be set before Numba is imported.")
 
-Array = npt.NDArray[Any]
 
 UPDATE_THREADS = 8
 """Threads per block of the update here: enough for every path, and much faster than as many as on a GPU."""
@@ -54,10 +49,10 @@ class BadAccess(AssertionError):
     """A GPU would have stopped the kernel, or read or written what is not the kernel's."""
 
 
-_allowed: list[tuple[int, float]] = []  # first address of each array and one past the last, sorted
+_allowed = []  # first address of each array and one past the last, sorted
 
 
-def allow(array: Array) -> Array:
+def allow(array):
     """Let kernels access an array, as long as this very object lives; the array itself."""
     start, stop = array.ctypes.data, array.ctypes.data + array.nbytes
     if array.nbytes:
@@ -70,7 +65,7 @@ def allow(array: Array) -> Array:
     return array
 
 
-def _is_allowed(address: int, size: int) -> bool:
+def _is_allowed(address, size):
     place = bisect.bisect(_allowed, (address, math.inf)) - 1
     nearest = _allowed[place : place + 1]
     # The garbage collector may take arrays away meanwhile, in another thread: then every place has changed.
@@ -79,7 +74,7 @@ def _is_allowed(address: int, size: int) -> bool:
     )
 
 
-def _at(address: int, dtype: np.dtype[Any], count: int = 1, *, aligned_to: int | None = None) -> Array:
+def _at(address, dtype, count=1, *, aligned_to=None):
     """The elements at an address, accessed at once."""
     size = dtype.itemsize * count
     if not _is_allowed(address, size):
@@ -92,15 +87,15 @@ def _at(address: int, dtype: np.dtype[Any], count: int = 1, *, aligned_to: int |
 # --- kernels/cuda/access.py ------------------------------------------------------------------------------------------
 
 
-def _loader(name: str, result: Callable[[Any], Any]) -> Callable[[int, int], Any]:
+def _loader(name, result):
     dtype = np.dtype(name)
     return lambda address, index: result(_at(address + dtype.itemsize * index, dtype)[0])
 
 
-def _storer(name: str) -> Callable[[int, int, Any], None]:
+def _storer(name):
     dtype = np.dtype(name)
 
-    def store(address: int, index: int, number: Any) -> None:
+    def store(address, index, number):
         _at(address + dtype.itemsize * index, dtype)[0] = number
 
     return store
@@ -113,16 +108,16 @@ single, put_single = _loader("float32", np.float64), _storer("float32")
 fresh_real = real
 
 
-def count_up(address: int, index: int) -> int:
-    before: int = word(address, index)  # no other thread runs meanwhile, see _Block
+def count_up(address, index):
+    before = word(address, index)  # no other thread runs meanwhile, see _Block
     put_word(address, index, before + 1)
     return before
 
 
-def scalars_loader(rule: Rule, compute: str) -> Any:
-    dtype, names = DTYPES[compute], rule.Scalars._fields  # type: ignore[attr-defined]
+def scalars_loader(rule, compute):
+    dtype, names = DTYPES[compute], rule.Scalars._fields
 
-    def load(scalars: int, ratio: int) -> Any:
+    def load(scalars, ratio):
         places = {name: scalars + dtype.itemsize * k for k, name in enumerate(names)}
         if rule.ratio is not None:
             places |= {name: ratio + dtype.itemsize * k for k, name in enumerate(("stretch", "ratio")) if name in names}
@@ -131,10 +126,10 @@ def scalars_loader(rule: Rule, compute: str) -> Any:
     return load
 
 
-def add_rows(dtype: str, rows: int) -> Any:
+def add_rows(dtype, rows):
     stored = DTYPES[dtype]
 
-    def add(total: float, x: int, i: int) -> float:
+    def add(total, x, i):
         span = (rows - 1) * layout.LANES + 1
         elements = _at(x + stored.itemsize * i, stored, span, aligned_to=stored.itemsize)
         for number in elements[:: layout.LANES].astype(np.float64).tolist():
@@ -144,10 +139,10 @@ def add_rows(dtype: str, rows: int) -> Any:
     return add
 
 
-def scalars_former(rule: Rule) -> Any:
+def scalars_former(rule):
     counts = rule.options.items()
 
-    def form(t: int, cohort: int, options: int, scalars64: int, scalars32: int) -> None:
+    def form(t, cohort, options, scalars64, scalars32):
         numbers = (float(real(options, k)) for k in itertools.count())
         given = {name: next(numbers) if n == 1 else tuple(itertools.islice(numbers, n)) for name, n in counts}
         if rule.carry is None:
@@ -165,63 +160,58 @@ def scalars_former(rule: Rule) -> Any:
     return form
 
 
-def ratio_caller(rule: Rule) -> Any:
+def ratio_caller(rule):
     if rule.ratio is None:
         return lambda sums, multiplier, scalars: 1.0
     ratio = in_numpy(rule.ratio)
 
-    def scaled(total: float, product: Any, multiplier: float) -> Any:
+    def scaled(total, product, multiplier):
         if product != ("g", "g"):
             return np.float64(total) * multiplier ** product.count("g")
         norm = abs(multiplier) * np.sqrt(np.float64(total))
         return norm * norm
 
-    def call(sums: Sequence[float], multiplier: float, scalars: int) -> float:
+    def call(sums, multiplier, scalars):
         of_products = zip((sums[place] for place in rule.places), rule.products, strict=True)
-        h = rule.Scalars(*(real(scalars, k) for k in range(len(rule.Scalars._fields))))  # type: ignore[attr-defined]
+        h = rule.Scalars(*(real(scalars, k) for k in range(len(rule.Scalars._fields))))
         return float(ratio(tuple(scaled(total, product, multiplier) for total, product in of_products), h))
 
     return call
 
 
-def in_numpy(function: Callable[..., Any]) -> Callable[..., Any]:
+def in_numpy(function):
     """A rule that takes its math from NumPy, which has it under the same names and keeps the dtype."""
     assert isinstance(function, types.FunctionType)
-    changed: dict[str, Any] = {}
+    names = dict(function.__globals__)
     for name in function.__code__.co_names:
-        value = function.__globals__.get(name)
+        value = names.get(name)
         if value is math:
-            changed[name] = np
+            names[name] = np
         elif isinstance(value, types.FunctionType):
-            changed[name] = in_numpy(value)
-    names = {**function.__globals__, **changed}
+            names[name] = in_numpy(value)
     return types.FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
 
 
 class Arrays:
-    def __init__(self, rule: Rule, p: str, g: str) -> None:
+    def __init__(self, rule, p, g):
         self.compute = DTYPES[COMPUTE[p]]
         self.dtypes = [DTYPES[p], DTYPES[g]] + [self.compute] * len(rule.state)
         self.written = [0, *range(2, len(self.dtypes))]
         self.rule, self.step = rule, in_numpy(rule.step)
 
-    def _elements(self, pointers: Sequence[int], k: int, i: int, count: int) -> Array:
+    def _elements(self, pointers, k, i, count):
         return _at(pointers[k] + self.dtypes[k].itemsize * i, self.dtypes[k], count)
 
-    def pointers_of(self) -> Any:
-        def pointers_of(segment: int, gradient: int) -> tuple[int, ...]:
-            return tuple(gradient if k == layout.GRADIENT else word(segment, k) for k in range(len(self.dtypes)))
+    def pointers_of(self):
+        places = range(len(self.dtypes))
+        return lambda segment, gradient: tuple(gradient if k == layout.GRADIENT else word(segment, k) for k in places)
 
-        return pointers_of
+    def aligned(self, count):
+        sizes = [count * dtype.itemsize for dtype in self.dtypes]
+        return lambda pointers: not any(x % size for x, size in zip(pointers, sizes, strict=True))
 
-    def aligned(self, count: int) -> Any:
-        def aligned(pointers: Sequence[int]) -> bool:
-            return not any(x % (count * dtype.itemsize) for x, dtype in zip(pointers, self.dtypes, strict=True))
-
-        return aligned
-
-    def load(self, count: int) -> Any:
-        def load(pointers: Sequence[int], i: int, multiplier: float, h: Any) -> list[tuple[Any, ...]]:
+    def load(self, count):
+        def load(pointers, i, multiplier, h):
             values = [self._elements(pointers, k, i, count).astype(self.compute) for k in range(len(self.dtypes))]
             values[layout.GRADIENT] *= self.compute.type(multiplier)
             h = self.compute.type(h) if isinstance(h, float) else h  # of an epilogue it is a number
@@ -229,40 +219,37 @@ class Arrays:
 
         return load
 
-    def apply(self) -> Any:
+    def apply(self):
         return lambda elements: [self.step(*arguments) for arguments in elements]
 
-    def no_sums(self) -> Any:
+    def no_sums(self):
         return lambda: (0.0,) * len(self.rule.products)
 
-    def stored(self) -> Any:
+    def stored(self):
         return lambda pointers, i: [self._elements(pointers, k, i, 1).astype(self.compute)[0] for k in range(2)]
 
-    def terms(self) -> Any:
+    def terms(self):
         terms = in_numpy(self.rule.terms) if self.rule.terms else lambda *_: ()
         return lambda arguments: terms(*arguments)
 
-    def add_products(self) -> Any:
-        def add(totals: Sequence[float], stored: Sequence[Any], terms: Sequence[Any]) -> tuple[float, ...]:
+    def add_products(self):
+        def add(totals, stored, terms):
             factors = {"p": stored[0], "g": stored[1], **dict(enumerate(terms))}
             pairs = [(float(factors[a]), float(factors[b])) for a, b in self.rule.products]
             return tuple(total + x * y for total, (x, y) in zip(totals, pairs, strict=True))
 
         return add
 
-    def store(self, count: int) -> Any:
-        def store(pointers: Sequence[int], i: int, results: Sequence[tuple[Any, ...]]) -> None:
+    def store(self, count):
+        def store(pointers, i, results):
             for k, values in zip(self.written, zip(*results, strict=True), strict=True):
                 assert {type(value) for value in values} == {self.compute.type}
                 self._elements(pointers, k, i, count)[...] = np.array(values)
 
         return store
 
-    def clear(self, count: int) -> Any:
-        def clear(pointers: Sequence[int], i: int) -> None:
-            self._elements(pointers, layout.GRADIENT, i, count)[...] = 0
-
-        return clear
+    def clear(self, count):
+        return lambda pointers, i: self._elements(pointers, layout.GRADIENT, i, count).fill(0)
 
 
 # --- launches --------------------------------------------------------------------------------------------------------
@@ -273,11 +260,11 @@ _launching = threading.Lock()  # the simulator runs one kernel at a time
 class _Thread(greenlet.greenlet):
     """A thread of a block: what the simulator asks of ``threading.current_thread()``."""
 
-    def __init__(self, run: Callable[..., None], block: tuple[int, ...], number: int) -> None:
+    def __init__(self, run, block, number):
         super().__init__(run)
         self.blockIdx, self.threadIdx, self.thread_id = Dim3(*block), Dim3(number, 0, 0), number
 
-    def syncthreads(self) -> None:
+    def syncthreads(self):
         assert self.parent is not None
         self.parent.switch()
 
@@ -286,11 +273,11 @@ class _Block:
     """In place of the simulator's, whose operating system's threads take 20 times as long: greenlets, and in an order
     of their own between any two barriers."""
 
-    def __init__(self, f: Callable[..., None], grid: Sequence[int], block: Sequence[int], debug: bool) -> None:
+    def __init__(self, f, grid, block, debug):
         self._f, (self._count, _, _) = f, block
         self._order = random.Random(0)
 
-    def run(self, block: tuple[int, ...], *args: Any) -> None:
+    def run(self, block, *args):
         threads = [_Thread(lambda: self._f(*args), block, k) for k in range(self._count)]
         while threads:
             self._order.shuffle(threads)
@@ -299,14 +286,14 @@ class _Block:
             threads = [thread for thread in threads if not thread.dead]
 
 
-def launch(kernel: Callable[..., None], grid: int, args: Sequence[float], threads: int = THREADS) -> None:
+def launch(kernel, grid, args, threads=THREADS):
     """Run a kernel, as `update_loop` and `prologue` return them; it is done when this returns."""
     with _launching, pytest.MonkeyPatch.context() as patch:
         patch.setattr(simulator, "BlockManager", _Block)
         patch.setattr(kernelapi, "threading", types.SimpleNamespace(current_thread=greenlet.getcurrent))
         function = cuda.jit(device=True)(kernel)
 
-        def run(*args: Any) -> None:
+        def run(*args):
             with np.errstate(all="ignore"):  # every thread has a state of its own
                 function(*args)
 
@@ -314,7 +301,7 @@ def launch(kernel: Callable[..., None], grid: int, args: Sequence[float], thread
 
 
 @functools.cache
-def kernel_of(symbol: str) -> tuple[Callable[..., None], int]:
+def kernel_of(symbol):
     """The kernel of this name (kernels/dtypes.py), and with how many threads per block to launch it."""
     access = sys.modules[__name__]
     for rule in RULES.values():
@@ -335,31 +322,32 @@ def kernel_of(symbol: str) -> tuple[Callable[..., None], int]:
 class Segment:
     """One array to update, and what the table of segments says of it."""
 
-    arrays: list[Array]  # parameter, gradient, states
+    arrays: list  # parameter, gradient, states
     cohort: int = 0
     sign: int = 1
     adapts: bool = False
-    targets: dict[int, Array] = field(default_factory=dict)  # of epilogues, by their place in KINDS
+    targets: dict[int, np.ndarray] = field(default_factory=dict)  # of epilogues, by their place in KINDS
 
 
 class Tables:
     """What kernels walk (kernels/layout.py), for some segments."""
 
-    def __init__(self, segments: Sequence[Segment], cohorts: int = 1) -> None:
-        count = len(segments)
-        table = Table([s.arrays[layout.PARAMETER].size for s in segments])
+    def __init__(self, segments, cohorts=1):
+        count, table = len(segments), Table([s.arrays[layout.PARAMETER].size for s in segments])
+
+        def zeros(*shape, dtype="float64"):
+            return allow(np.zeros(shape, dtype))
+
         self.chunks = allow(table.chunks)
-        self.segments = allow(np.zeros((count, layout.SEGMENT_WORDS), np.int64))
+        self.segments = zeros(count, layout.SEGMENT_WORDS, dtype="int64")
         self.gradients = allow(np.array([s.arrays[layout.GRADIENT].ctypes.data for s in segments], np.int64))
-        self.header = allow(np.zeros(layout.HEADER_WORDS, np.int64))
-        self.scalars = {name: allow(np.zeros((cohorts, layout.SCALARS), name)) for name in ("float64", "float32")}
+        self.header = zeros(layout.HEADER_WORDS, dtype="int64")
+        self.scalars = {name: zeros(cohorts, layout.SCALARS, dtype=name) for name in ("float64", "float32")}
         self.ratios = {name: allow(np.ones((count, 2), name)) for name in ("float64", "float32")}
-        self.partials = allow(np.zeros((2, table.count)))
-        self.squares = allow(np.zeros((2, count)))
-        self.counters = allow(np.zeros(2 * count + 1, np.int64))
-        self.cohorts = allow(np.zeros((cohorts, layout.COHORT_WORDS), np.int64))
-        self.options = allow(np.zeros((cohorts, layout.OPTIONS)))
-        self.result = allow(np.zeros(2))
+        self.partials, self.squares = zeros(2, table.count), zeros(2, count)
+        self.counters = zeros(2 * count + 1, dtype="int64")
+        self.cohorts = zeros(cohorts, layout.COHORT_WORDS, dtype="int64")
+        self.options, self.result = zeros(cohorts, layout.OPTIONS), zeros(2)
         chunks = np.bincount(table.chunks[:, 0], minlength=count)
         for k, (words, segment) in enumerate(zip(self.segments, segments, strict=True)):
             words[: len(segment.arrays)] = [a.ctypes.data for a in segment.arrays]
@@ -372,29 +360,20 @@ class Tables:
         self.jobs = [(layout.GRADIENT, c) for c in range(table.count)]
         self.jobs += [(layout.PARAMETER, c) for c, (s, _, _) in enumerate(table.chunks.tolist()) if segments[s].adapts]
 
-    def set_header(self, multiplier: float, *, skip: bool = False) -> None:
+    def set_header(self, multiplier, *, skip=False):
         self.header.view(np.float64)[layout.MULTIPLIER64] = multiplier
         self.header.view(np.float32)[layout.MULTIPLIER32] = multiplier
         self.header[layout.SKIP] = skip
 
-    def update(self, kernel: Callable[..., None], compute: str, *, zero: bool, threads: int = UPDATE_THREADS) -> None:
+    def update(self, kernel, compute, *, zero, threads=UPDATE_THREADS):
         """Launch an update over every chunk."""
         tables = (self.chunks, self.segments, self.gradients, self.header, self.scalars[compute], self.ratios[compute])
         launch(kernel, PARTS * len(self.chunks), [*(t.ctypes.data for t in tables), zero], threads)
 
     def prologue(
-        self,
-        kernel: Callable[..., None],
-        *,
-        jobs: Sequence[tuple[int, int]] | None = None,
-        number: int = 0,
-        multiplier: float = 1.0,
-        scale: int = 0,
-        max_norm: float = math.inf,
-        check: bool = False,
-        form: bool = False,
-        decide: bool = True,
-    ) -> None:
+        self, kernel, *, jobs=None, number=0, multiplier=1.0, scale=0, max_norm=math.inf, check=False, form=False,
+        decide=True,
+    ):  # fmt: skip
         """Launch a prologue: a block for each chunk whose squares are asked for, or one block if none are."""
         table = allow(np.array(self.jobs if jobs is None else jobs, np.int64).reshape(-1, 2))
         arrays = len({(which, self.chunks[chunk, 0]) for which, chunk in table.tolist()})

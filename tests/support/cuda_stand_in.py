@@ -6,7 +6,6 @@ Only what needs a driver is stood in for, which is what fastopt/engine/cuda/runt
 
 import contextlib
 import ctypes
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,30 +13,29 @@ from typing import Any
 import cupy
 import numpy as np
 from numba.cuda.core import config
-from numpy.typing import NDArray
 
-from fastopt.engine.cuda.runtime import Function, Runtime
+from fastopt.engine.cuda.runtime import Runtime
 
 if config.ENABLE_CUDASIM:
     from cuda_simulator import allow, kernel_of, launch
 
-    def run(symbol: str, blocks: int, arguments: tuple[Any, ...]) -> None:
+    def run(symbol, blocks, arguments):
         """Launch a kernel; it is done when this returns."""
         kernel, threads = kernel_of(symbol)
         launch(kernel, blocks, arguments, threads)
 else:
     import cuda_compiled
 
-    def allow(array: NDArray[Any]) -> NDArray[Any]:
+    def allow(array):
         """Compiled code cannot be kept from reading anything."""
         return array
 
-    def run(symbol: str, blocks: int, arguments: tuple[Any, ...]) -> None:
+    def run(symbol, blocks, arguments):
         """Launch a kernel; it is done when this returns."""
         cuda_compiled.kernel_of(symbol).launch(blocks, arguments)
 
 
-def on_device(array: Any, device: int = 0) -> Any:
+def on_device(array, device=0):
     """A CuPy array with the values of a NumPy array, in host memory that says it is a GPU's."""
     values = np.asarray(array, order="C")  # ascontiguousarray would give a scalar a dimension
     memory = np.zeros(values.nbytes + 512, np.uint8)
@@ -48,7 +46,7 @@ def on_device(array: Any, device: int = 0) -> Any:
     return cupy.ndarray(values.shape, values.dtype, cupy.cuda.MemoryPointer(block, 0))
 
 
-def on_host(array: Any) -> NDArray[Any]:
+def on_host(array):
     """A view of the memory of such an array."""
     extent = array.nbytes if array.flags.c_contiguous else array.base.nbytes
     memory = (ctypes.c_uint8 * extent).from_address(array.data.ptr)
@@ -61,7 +59,7 @@ def on_host(array: Any) -> NDArray[Any]:
 class StandIn(Runtime):
     """The runtime of such a GPU. It counts what a step does: launches by kernel, bytes uploaded, downloads."""
 
-    def __init__(self, device: int = 0, library: str = "cupy") -> None:
+    def __init__(self, device=0, library="cupy"):
         super().__init__(device, library)
         self.launches: list[str] = []
         self.blocks: list[int] = []
@@ -70,62 +68,62 @@ class StandIn(Runtime):
         self.graph: list[Any] | None = None  # what is captured
         self.room = 2**40
 
-    def selected(self) -> contextlib.AbstractContextManager[Any]:
+    def selected(self):
         return contextlib.nullcontext()
 
     @contextlib.contextmanager
-    def current(self) -> Iterator[None]:
+    def current(self):
         yield
 
-    def stream(self) -> Any:
+    def stream(self):
         return SimpleNamespace(ptr=2)
 
-    def capturing(self, stream: Any) -> bool:
+    def capturing(self, stream):
         return self.graph is not None
 
-    def zeros(self, size: int, dtype: np.dtype[Any]) -> Any:
+    def zeros(self, size, dtype):
         if size * dtype.itemsize > self.room:
             raise MemoryError("out of memory")
         self.room -= size * dtype.itemsize
         return on_device(np.zeros(size, dtype), self.device)
 
-    def free_memory(self) -> tuple[int, int]:
+    def free_memory(self):
         return self.room, 2**40
 
-    def empty(self, size: int, dtype: np.dtype[Any], stream: Any) -> Any:
+    def empty(self, size, dtype, stream):
         return on_device(np.full(size, np.nan, dtype), self.device)
 
-    def upload(self, array: NDArray[Any]) -> Any:
+    def upload(self, array):
         self.refuse_capture(self.stream())
         return on_device(array, self.device)
 
-    def download(self, array: Any, stream: Any = None) -> NDArray[Any]:
+    def download(self, array, stream=None):
         self.downloads += 1
         return on_host(array).copy()
 
-    def assign(self, view: Any, values: Any) -> None:
+    def assign(self, view, values):
         on_host(view)[...] = on_host(values) if isinstance(values, cupy.ndarray) else values
 
-    def copy_of(self, array: Any) -> Any:
+    def copy_of(self, array):
         return on_device(on_host(array), self.device)
 
-    def pinned(self, nbytes: int) -> NDArray[np.uint8]:
+    def pinned(self, nbytes):
         return np.zeros(nbytes, np.uint8)
 
-    def copy(self, address: int, source: NDArray[np.uint8], stream: Any) -> Any:
+    def copy(self, address, source, stream):
         assert self.graph is None, "what is copied from host memory would be frozen into the graph"
         self.uploads.append(source.nbytes)
         ctypes.memmove(address, source.ctypes.data, source.nbytes)
         return SimpleNamespace(done=True)
 
-    def copy_in_graph(self, address: int, source: NDArray[np.uint8], stream: Any) -> None:
+    def copy_in_graph(self, address, source, stream):
         assert self.graph is not None
         self.graph.append(lambda: ctypes.memmove(address, source.ctypes.data, source.nbytes))
 
-    def function(self, path: str, symbol: str, threads: int) -> Function:
+    def function(self, path, symbol, threads):
         assert Path(path).stem.startswith(symbol)
 
-        def launch(blocks: int, arguments: tuple[Any, ...], stream: Any) -> None:
+        def launch(blocks, arguments, stream):
             assert all(type(x) in (int, float) for x in arguments), arguments
             self.launches.append(symbol)
             self.blocks.append(blocks)
@@ -137,7 +135,7 @@ class StandIn(Runtime):
         return launch
 
     @contextlib.contextmanager
-    def capture(self) -> Iterator[list[Any]]:
+    def capture(self):
         """Launches within are not run but kept, with their arguments, as a CUDA graph keeps them."""
         self.graph = graph = []
         try:

@@ -3,8 +3,6 @@
 import contextlib
 import ctypes
 import time
-from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import pytest
@@ -21,60 +19,60 @@ class FakeGpu(Gpu):
 
     torch_device = "cpu"
 
-    def __init__(self, stand_in: Any) -> None:
+    def __init__(self, stand_in):
         self._stand_in = stand_in
         self.default_stream = None
         self.l2, self.copy_bytes = 100, 4096
         self.broken = False
 
-    def properties(self) -> dict[str, Any]:
+    def properties(self):
         numbers = {"totalGlobalMem": 2**30, "multiProcessorCount": 2, "major": 9, "minor": 0}
         return {"name": b"stand-in", **numbers}
 
-    def versions(self) -> dict[str, Any]:
+    def versions(self):
         return {"cuda driver": 13000, "cuda runtime": 13000, "cupy": "14.2.0"}
 
-    def empty(self, shape: tuple[int, ...], dtype: Any) -> Any:
+    def empty(self, shape, dtype):
         return self._stand_in.put(np.full(shape, 7, dtype))
 
-    def copy(self, to: int, source: int, nbytes: int, stream: Any = None) -> None:
+    def copy(self, to, source, nbytes, stream=None):
         ctypes.memmove(to, source, nbytes)
 
-    def write(self, to: int, array: Any) -> None:
+    def write(self, to, array):
         ctypes.memmove(to, array.ctypes.data, array.nbytes)
 
-    def read(self, source: int, count: int, dtype: Any) -> Any:
+    def read(self, source, count, dtype):
         array = np.empty(count, dtype)
         ctypes.memmove(array.ctypes.data, source, array.nbytes)
         return array
 
-    def synchronize(self) -> None:
+    def synchronize(self):
         if self.broken:
             raise RuntimeError("an illegal memory access was encountered")
 
-    def idle(self) -> bool:
+    def idle(self):
         return False
 
-    def stream(self) -> Any:
+    def stream(self):
         return contextlib.nullcontext()
 
-    def capture(self, stream: Any, step: Callable[[], object]) -> Callable[[], None]:
+    def capture(self, stream, step):
         with self._stand_in.device().capture() as graph:
             step()
 
-        def replay() -> None:
+        def replay():
             for launch in graph:
                 launch()
 
         return replay
 
-    def seconds(self, work: Callable[[], None], before: Callable[[Any], None], stream: Any = None) -> float:
+    def seconds(self, work, before, stream=None):
         before(stream)
         start = time.perf_counter()
         work()
         return time.perf_counter() - start
 
-    def free(self) -> None:
+    def free(self):
         pass
 
 
@@ -83,5 +81,5 @@ SMALL = {"w": (5, 7), "b": (3,)}
 
 
 class Raises(gpu_contenders.Fastopt):
-    def make(self) -> Any:
+    def make(self):
         raise MemoryError("no room")

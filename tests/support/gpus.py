@@ -1,13 +1,9 @@
 """The GPU that a test runs on: a real one for tests marked gpu, else the stand-in. Tests see no difference."""
 
 import contextlib
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import pytest
-from numpy.typing import NDArray
 
 from fastopt.engine.cuda import arrays, kernels
 
@@ -15,7 +11,7 @@ from fastopt.engine.cuda import arrays, kernels
 class StandInGpu:
     """Arrays and launches without a GPU; see cuda_stand_in.py."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, monkeypatch):
         import cuda_stand_in
 
         self._module = cuda_stand_in
@@ -26,20 +22,20 @@ class StandInGpu:
             kernels, "ptx_file", lambda kind, rule, *dtypes: Path(kernels.SYMBOLS[kind](rule.name, *dtypes))
         )
 
-    def device(self, number: int = 0, library: str = "cupy") -> Any:
+    def device(self, number=0, library="cupy"):
         """The runtime of a device, which counts what is asked of it."""
         return self.devices.setdefault(number, self._module.StandIn(number, library))
 
-    def put(self, array: Any, device: int = 0) -> Any:
+    def put(self, array, device=0):
         """A copy on the device."""
         return self._module.on_device(array, device)
 
-    def get(self, array: Any) -> NDArray[Any]:
+    def get(self, array):
         """A copy on the host."""
         return np.array(self._module.on_host(array))
 
     @contextlib.contextmanager
-    def capture(self) -> Iterator[Callable[[], None]]:
+    def capture(self):
         """A CUDA graph of what is done within; what it yields replays the graph."""
         with self.device().capture() as graph:
             yield lambda: [launch() for launch in graph] and None
@@ -48,27 +44,27 @@ class StandInGpu:
 class RealGpu:
     """The GPU of this machine."""
 
-    def put(self, array: Any, device: int = 0) -> Any:
+    def put(self, array, device=0):
         """A copy on the device."""
         import cupy
 
         with cupy.cuda.Device(device):
             return cupy.asarray(array)
 
-    def get(self, array: Any) -> NDArray[Any]:
+    def get(self, array):
         """A copy on the host."""
         import cupy
 
         return cupy.asnumpy(array)
 
     @contextlib.contextmanager
-    def capture(self) -> Iterator[Callable[[], None]]:
+    def capture(self):
         """A CUDA graph of what is done within; what it yields replays the graph."""
         import cupy
 
         stream, graphs = cupy.cuda.Stream(non_blocking=True), []
 
-        def replay() -> None:
+        def replay():
             cupy.cuda.runtime.deviceSynchronize()
             graphs[0].launch(stream)
             stream.synchronize()
@@ -82,7 +78,7 @@ class RealGpu:
                 graphs.append(stream.end_capture())
 
 
-def forget_devices() -> None:
+def forget_devices():
     """Make the next optimizer find its device anew."""
     arrays.space.cache_clear()
     kernels.kernels_of.cache_clear()

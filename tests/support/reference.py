@@ -10,36 +10,19 @@ given stays unchanged. A state has torch's names, without `step`; `initial_state
 # fmt: off
 
 import math
-from collections.abc import Callable, Iterable
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-
-Array = npt.NDArray[np.float64]
-State = dict[str, Any]  # arrays, and for some optimizers a few floats
-Update = tuple[Array, State]
-Pair = tuple[float, float]
 
 
-def initial_state(name: str, p: Array, **hyper: Any) -> State:
+def initial_state(name, p, **hyper):
     """The state of the class `name` before its first step on `p`; `hyper` are its options, with the lr of that step."""
     momentum = ["momentum_buffer"] * (hyper.get("momentum", 0.0) != 0)
-    moments = ["exp_avg", "exp_avg_sq"]
+    moments, maximum = ["exp_avg", "exp_avg_sq"], ["max_exp_avg_sq"] * hyper.get("amsgrad", False)
     names = {
-        "SGD": momentum,
-        "Adagrad": ["sum"],
+        "SGD": momentum, "Adagrad": ["sum"], "Adadelta": ["square_avg", "acc_delta"], "Adamax": ["exp_avg", "exp_inf"],
         "RMSprop": ["square_avg"] + ["grad_avg"] * hyper.get("centered", False) + momentum,
-        "Adam": moments + ["max_exp_avg_sq"] * hyper.get("amsgrad", False),
-        "AdamW": moments + ["max_exp_avg_sq"] * hyper.get("amsgrad", False),
-        "Adadelta": ["square_avg", "acc_delta"],
-        "Adamax": ["exp_avg", "exp_inf"],
-        "NAdam": moments,
-        "RAdam": moments,
-        "Rprop": ["prev", "step_size"],
-        "ASGD": ["ax"],
-        "Lion": ["exp_avg"],
-        "LARS": ["momentum_buffer"], "LAMB": ["exp_avg", "exp_avg_sq"],
+        "Adam": moments + maximum, "AdamW": moments + maximum, "NAdam": moments, "RAdam": moments, "LAMB": moments,
+        "Rprop": ["prev", "step_size"], "ASGD": ["ax"], "Lion": ["exp_avg"], "LARS": ["momentum_buffer"],
     }[name]
     first = {"sum": hyper.get("initial_accumulator_value", 0.0), "step_size": hyper.get("lr", 1e-2)}
     floats = {"NAdam": {"mu_product": 1.0}, "ASGD": {"eta": hyper.get("lr", 1e-2), "mu": 1.0}}
@@ -47,9 +30,9 @@ def initial_state(name: str, p: Array, **hyper: Any) -> State:
 
 
 def sgd(
-    p: Array, g: Array, state: State, t: int, *, lr: float = 1e-3, momentum: float = 0.0, dampening: float = 0.0,
-    weight_decay: float = 0.0, nesterov: bool = False, maximize: bool = False, lr_in_momentum: bool = False
-) -> Update:
+    p, g, state, t, *, lr=1e-3, momentum=0.0, dampening=0.0, weight_decay=0.0, nesterov=False, maximize=False,
+    lr_in_momentum=False
+):
     """Gradient descent (Robbins, Monro 1951), momentum (Polyak 1964), Nesterov's as in Sutskever et al. 2013.
 
     d = g + wd p;  v = mu v + (1 - dampening) d, at the first step v = d;  p -= lr v, or for Nesterov lr (d + mu v).
@@ -65,9 +48,9 @@ def sgd(
 
 
 def adagrad(
-    p: Array, g: Array, state: State, t: int, *, lr: float = 1e-2, lr_decay: float = 0.0, weight_decay: float = 0.0,
-    initial_accumulator_value: float = 0.0, eps: float = 1e-10, maximize: bool = False, eps_inside_sqrt: bool = False
-) -> Update:
+    p, g, state, t, *, lr=1e-2, lr_decay=0.0, weight_decay=0.0, initial_accumulator_value=0.0, eps=1e-10,
+    maximize=False, eps_inside_sqrt=False
+):
     """Duchi, Hazan, Singer 2011, diagonal form. `initial_accumulator_value` acts through `initial_state` alone."""
     d = (-g if maximize else g) + weight_decay * p
     s = state["sum"] + d**2
@@ -76,17 +59,16 @@ def adagrad(
 
 
 def rmsprop(
-    p: Array, g: Array, state: State, t: int, *, lr: float = 1e-2, alpha: float = 0.99, eps: float = 1e-8,
-    weight_decay: float = 0.0, momentum: float = 0.0, centered: bool = False, maximize: bool = False,
-    eps_inside_sqrt: bool = False
-) -> Update:
+    p, g, state, t, *, lr=1e-2, alpha=0.99, eps=1e-8, weight_decay=0.0, momentum=0.0, centered=False, maximize=False,
+    eps_inside_sqrt=False
+):
     """Tieleman, Hinton 2012 (lecture 6.5); centered, and with momentum: Graves 2013 (arXiv:1308.0850).
 
     The variance of the centered form is never negative, but may round below zero: it is cut off there, and NaN stays.
     """
     d = (-g if maximize else g) + weight_decay * p
     square_avg = alpha * state["square_avg"] + (1 - alpha) * d**2
-    new: State = {"square_avg": square_avg}
+    new = {"square_avg": square_avg}
     variance = square_avg
     if centered:
         grad_avg = new["grad_avg"] = alpha * state["grad_avg"] + (1 - alpha) * d
@@ -97,14 +79,12 @@ def rmsprop(
     return p - lr * u, new
 
 
-def _adam_moments(
-    d: Array, state: State, t: int, betas: Pair, eps: float, amsgrad: bool, eps_hat: bool
-) -> tuple[Array, State]:
+def _adam_moments(d, state, t, betas, eps, amsgrad, eps_hat):
     """The direction, m over the root of v, that Adam and AdamW have in common, and the new state."""
     beta1, beta2 = betas
     m = beta1 * state["exp_avg"] + (1 - beta1) * d
     v = beta2 * state["exp_avg_sq"] + (1 - beta2) * d**2
-    new: State = {"exp_avg": m, "exp_avg_sq": v}
+    new = {"exp_avg": m, "exp_avg_sq": v}
     if amsgrad:
         v = new["max_exp_avg_sq"] = np.maximum(state["max_exp_avg_sq"], v)
     correction1, correction2 = 1 - beta1**t, 1 - beta2**t
@@ -114,9 +94,9 @@ def _adam_moments(
 
 
 def adam(
-    p: Array, g: Array, state: State, t: int, *, lr: float = 1e-3, betas: Pair = (0.9, 0.999), eps: float = 1e-8,
-    weight_decay: float = 0.0, amsgrad: bool = False, maximize: bool = False, eps_hat: bool = False
-) -> Update:
+    p, g, state, t, *, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, amsgrad=False, maximize=False,
+    eps_hat=False
+):
     """Kingma, Ba 2015 (arXiv:1412.6980), Algorithm 1; `eps_hat`: the form at the end of its section 2.
 
     AMSGrad: Reddi, Kale, Kumar 2018, the maximum being that of v before its correction, as in torch.
@@ -127,10 +107,9 @@ def adam(
 
 
 def adamw(
-    p: Array, g: Array, state: State, t: int, *, lr: float = 1e-3, betas: Pair = (0.9, 0.999), eps: float = 1e-8,
-    weight_decay: float = 1e-2, amsgrad: bool = False, maximize: bool = False, eps_hat: bool = False,
-    fully_decoupled: bool = False, initial_lr: float | None = None
-) -> Update:
+    p, g, state, t, *, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2, amsgrad=False, maximize=False,
+    eps_hat=False, fully_decoupled=False, initial_lr=None
+):
     """Loshchilov, Hutter 2019 (arXiv:1711.05101), Algorithm 2: p is multiplied by 1 - lr wd before Adam's step.
 
     fully_decoupled, the paper's own: by 1 - wd lr / initial_lr; without `initial_lr` the schedule is at its start.
@@ -141,10 +120,7 @@ def adamw(
     return decay * p - lr * u, new
 
 
-def adadelta(
-    p: Array, g: Array, state: State, t: int, *, lr: float = 1.0, rho: float = 0.9, eps: float = 1e-6,
-    weight_decay: float = 0.0, maximize: bool = False
-) -> Update:
+def adadelta(p, g, state, t, *, lr=1.0, rho=0.9, eps=1e-6, weight_decay=0.0, maximize=False):
     """Zeiler 2012 (arXiv:1212.5701), Algorithm 1, where lr is 1."""
     d = (-g if maximize else g) + weight_decay * p
     square_avg = rho * state["square_avg"] + (1 - rho) * d**2
@@ -153,10 +129,7 @@ def adadelta(
     return p - lr * delta, {"square_avg": square_avg, "acc_delta": acc_delta}
 
 
-def adamax(
-    p: Array, g: Array, state: State, t: int, *, lr: float = 2e-3, betas: Pair = (0.9, 0.999), eps: float = 1e-8,
-    weight_decay: float = 0.0, maximize: bool = False
-) -> Update:
+def adamax(p, g, state, t, *, lr=2e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, maximize=False):
     """Kingma, Ba 2015 (arXiv:1412.6980), Algorithm 2; torch adds eps to the magnitude of the gradient."""
     beta1, beta2 = betas
     d = (-g if maximize else g) + weight_decay * p
@@ -165,15 +138,14 @@ def adamax(
     return p - lr / (1 - beta1**t) * m / u, {"exp_avg": m, "exp_inf": u}
 
 
-def _decayed(p: Array, d: Array, decoupled: float | None, weight_decay: float) -> tuple[Array, Array]:
+def _decayed(p, d, decoupled, weight_decay):
     return (p, d + weight_decay * p) if decoupled is None else ((1 - decoupled) * p, d)
 
 
 def nadam(
-    p: Array, g: Array, state: State, t: int, *, lr: float = 2e-3, betas: Pair = (0.9, 0.999), eps: float = 1e-8,
-    weight_decay: float = 0.0, momentum_decay: float = 4e-3, decoupled_weight_decay: bool = False,
-    maximize: bool = False
-) -> Update:
+    p, g, state, t, *, lr=2e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, momentum_decay=4e-3,
+    decoupled_weight_decay=False, maximize=False
+):
     """Dozat 2016, with the momentum schedule proposed there; `mu_product` is the product of all mu so far."""
     beta1, beta2 = betas
     p, d = _decayed(p, -g if maximize else g, lr * weight_decay if decoupled_weight_decay else None, weight_decay)
@@ -188,9 +160,9 @@ def nadam(
 
 
 def radam(
-    p: Array, g: Array, state: State, t: int, *, lr: float = 1e-3, betas: Pair = (0.9, 0.999), eps: float = 1e-8,
-    weight_decay: float = 0.0, decoupled_weight_decay: bool = False, maximize: bool = False
-) -> Update:
+    p, g, state, t, *, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, decoupled_weight_decay=False,
+    maximize=False
+):
     """Liu et al. 2020 (arXiv:1908.03265), Algorithm 2; torch rectifies for rho > 5 (there 4), with eps at sqrt(v)."""
     beta1, beta2 = betas
     p, d = _decayed(p, -g if maximize else g, lr * weight_decay if decoupled_weight_decay else None, weight_decay)
@@ -205,10 +177,7 @@ def radam(
     return p - lr * u, {"exp_avg": m, "exp_avg_sq": v}
 
 
-def rprop(
-    p: Array, g: Array, state: State, t: int, *, lr: float = 1e-2, etas: Pair = (0.5, 1.2),
-    step_sizes: Pair = (1e-6, 50.0), maximize: bool = False
-) -> Update:
+def rprop(p, g, state, t, *, lr=1e-2, etas=(0.5, 1.2), step_sizes=(1e-6, 50.0), maximize=False):
     """Riedmiller, Braun 1993 as torch has it, which is iRprop- of Igel, Huesken 2000.
 
     Where the sign of the gradient turned, p waits for one step and the next one counts as a first. `lr` is the first
@@ -222,10 +191,7 @@ def rprop(
     return p - np.nan_to_num(np.sign(d)) * step_size, {"prev": d, "step_size": step_size}
 
 
-def asgd(
-    p: Array, g: Array, state: State, t: int, *, lr: float = 1e-2, lambd: float = 1e-4, alpha: float = 0.75,
-    t0: float = 1e6, weight_decay: float = 0.0, maximize: bool = False
-) -> Update:
+def asgd(p, g, state, t, *, lr=1e-2, lambd=1e-4, alpha=0.75, t0=1e6, weight_decay=0.0, maximize=False):
     """Polyak, Juditsky 1992 as torch has it (schedule of Bottou's sgd): `ax` is the average of p from step t0 on.
 
     `eta` and `mu` of the state serve this step; those for the next are made at its end, so a new lr acts a step late.
@@ -237,10 +203,7 @@ def asgd(
     return p, {"ax": ax, "eta": lr / (1 + lambd * lr * t) ** alpha, "mu": 1 / max(1.0, t - t0)}
 
 
-def lion(
-    p: Array, g: Array, state: State, t: int, *, lr: float = 1e-4, betas: Pair = (0.9, 0.99),
-    weight_decay: float = 0.0, maximize: bool = False
-) -> Update:
+def lion(p, g, state, t, *, lr=1e-4, betas=(0.9, 0.99), weight_decay=0.0, maximize=False):
     """Chen et al. 2023 (arXiv:2302.06675), Algorithm 2; sign(0) = 0, and the sign of NaN is NaN."""
     beta1, beta2 = betas
     d = -g if maximize else g
@@ -249,11 +212,9 @@ def lion(
 
 
 def lars(
-    p: Array, g: Array, state: State, t: int, *, lr: float, momentum: float = 0.9, weight_decay: float = 0.0,
-    trust_coefficient: float = 1e-3, eps: float = 0.0, nesterov: bool = False, lr_in_momentum: bool = True,
-    clip: bool = False, adapt: bool | None = None, decay_1d: bool | None = None, maximize: bool = False,
-    keep_weight_norms: bool = False
-) -> Update:
+    p, g, state, t, *, lr, momentum=0.9, weight_decay=0.0, trust_coefficient=1e-3, eps=0.0, nesterov=False,
+    lr_in_momentum=True, clip=False, adapt=None, decay_1d=None, maximize=False, keep_weight_norms=False
+):
     """You, Gitman, Ginsburg 2017 (arXiv:1708.03888), Algorithm 1, in the form of MLPerf.
 
     ratio = trust_coefficient |p| / (|g| + wd |p| + eps);  v = mu v + lr ratio (g + wd p);  p -= v.
@@ -275,10 +236,9 @@ def lars(
 
 
 def lamb(
-    p: Array, g: Array, state: State, t: int, *, lr: float = 1e-3, betas: Pair = (0.9, 0.999), eps: float = 1e-6,
-    weight_decay: float = 0.0, adapt: bool | None = None, decay_1d: bool | None = None, trust_clip: float | None = None,
-    maximize: bool = False
-) -> Update:
+    p, g, state, t, *, lr=1e-3, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.0, adapt=None, decay_1d=None,
+    trust_clip=None, maximize=False
+):
     """You et al. 2020 (arXiv:1904.00962), Algorithm 2, phi being the identity."""
     adapt, weight_decay = _layer(p, adapt, decay_1d, weight_decay)
     u, new = _adam_moments(-g if maximize else g, state, t, betas, eps, False, False)
@@ -289,23 +249,23 @@ def lamb(
     return p - lr * (ratio if adapt else 1.0) * u, new
 
 
-def _layer(p: Array, adapt: bool | None, decay_1d: bool | None, weight_decay: float) -> tuple[bool, float]:
+def _layer(p, adapt, decay_1d, weight_decay):
     """Whether an array has a ratio, and its decay. By default those of one dimension or none have neither."""
     decay_1d = adapt is not None if decay_1d is None else decay_1d
     return p.ndim > 1 if adapt is None else adapt, weight_decay if p.ndim > 1 or decay_1d else 0.0
 
 
-def global_norm(grads: Iterable[Array | None]) -> float:
+def global_norm(grads):
     """The Euclidean norm of all gradients together; None counts for nothing."""
     return math.sqrt(sum(float(np.sum(np.square(g, dtype=np.float64))) for g in grads if g is not None))
 
 
-def clip_coefficient(norm: float, max_norm: float) -> float:
+def clip_coefficient(norm, max_norm):
     """What the gradients are multiplied by: min(1, max_norm / (norm + 1e-6)), as torch's clip_grad_norm_; NaN stays."""
     return float(np.minimum(1.0, max_norm / (norm + 1e-6)))
 
 
-REFERENCES: dict[str, Callable[..., Update]] = {
+REFERENCES = {
     "SGD": sgd, "Adagrad": adagrad, "RMSprop": rmsprop, "Adam": adam, "AdamW": adamw, "Adadelta": adadelta,
     "Adamax": adamax, "NAdam": nadam, "RAdam": radam, "Rprop": rprop, "ASGD": asgd, "Lion": lion, "LARS": lars,
     "LAMB": lamb,

@@ -15,7 +15,6 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -30,7 +29,7 @@ class NumPy:
 
     package: Any = fastopt
 
-    def __init__(self, sizes: tuple[int, ...] = SIZES) -> None:
+    def __init__(self, sizes=SIZES):
         self.params = [self.array(size, dtype) for dtype in ("float32", "float64") for size in (*sizes, *sizes)]
         cut = len(sizes)
         halves = [self.params[:cut], self.params[cut : 3 * cut]]
@@ -44,44 +43,44 @@ class NumPy:
         self.step()
         self.keep()
 
-    def array(self, size: int, dtype: str) -> Any:
+    def array(self, size, dtype):
         return np.zeros(size, dtype)
 
-    def step(self, **options: Any) -> None:
+    def step(self, **options):
         for opt, grads in zip(self.opts, self.grads, strict=True):
             opt.step(grads, **options)
 
-    def clipped(self) -> None:
+    def clipped(self):
         self.step(max_norm=np.inf)
 
-    def keep(self) -> None:
+    def keep(self):
         self.kept = [opt.state_dict() for opt in self.opts]
 
-    def save(self) -> None:
+    def save(self):
         for i, (opt, params) in enumerate(zip(self.opts, self.lists, strict=True)):
             fastopt.save(f"{self.folder.name}/{i}", params, opt)
 
-    def restore(self) -> None:
+    def restore(self):
         for i, (opt, params) in enumerate(zip(self.opts, self.lists, strict=True)):
             if os.path.exists(f"{self.folder.name}/{i}"):  # else the first save was interrupted
                 fastopt.load(f"{self.folder.name}/{i}", params, opt)
 
-    def load(self) -> None:
+    def load(self):
         for opt, kept in zip(self.opts, self.kept, strict=True):
             opt.load_state_dict(kept)
 
-    def grow(self) -> None:
+    def grow(self):
         opt = self.package.Adam([self.array(3, "float32")])
         opt.add_param_group({"params": {"more": self.array(3, "float32")}})
 
     actions = (step, clipped, step, keep, load, step, save, step, restore, grow)
 
-    def states(self) -> list[dict[str, Any]]:
+    def states(self):
         """Of every parameter."""
         return [state for opt in self.opts for state in opt.state.values()]
 
 
-def torch_scene() -> type[NumPy]:
+def torch_scene():
     """The same with tensors."""
     import torch
 
@@ -90,37 +89,37 @@ def torch_scene() -> type[NumPy]:
     class Torch(NumPy):
         package = fastopt.torch
 
-        def array(self, size: int, dtype: str) -> Any:
+        def array(self, size, dtype):
             return torch.zeros(size, dtype=getattr(torch, dtype))
 
-        def step(self) -> None:
+        def step(self):
             for opt, params, grads in zip(self.opts, self.lists, self.grads, strict=True):
                 for p, g in zip(params, grads, strict=True):
                     p.grad = g
                 opt.step()
 
-        def grow(self) -> None:
+        def grow(self):
             self.package.Adam([self.array(3, "float32")]).add_param_group({"params": [self.array(3, "float32")]})
 
         actions = (step, step, NumPy.keep, NumPy.load, step, grow)
 
-        def states(self) -> list[dict[str, Any]]:
+        def states(self):
             return [opt.state[p] for opt, params in zip(self.opts, self.lists, strict=True) for p in params]
 
     return Torch
 
 
-FRONT_ENDS: dict[str, Callable[[], type[NumPy]]] = {"numpy": lambda: NumPy, "torch": torch_scene}
+FRONT_ENDS = {"numpy": lambda: NumPy, "torch": torch_scene}
 
 
 class Calm:
     """What every array and number is after t steps."""
 
-    def __init__(self, kind: type[NumPy]) -> None:
+    def __init__(self, kind):
         self.scene = kind((1, 1, 1))
         self.seen: list[list[dict[str, Any]]] = [[]]
 
-    def after(self, t: int) -> list[dict[str, Any]]:
+    def after(self, t):
         while len(self.seen) <= t:
             pairs = zip(self.scene.params, self.scene.states(), strict=True)
             self.seen.append([{k: np.asarray(v).copy() for k, v in {"": p, **state}.items()} for p, state in pairs])
@@ -128,7 +127,7 @@ class Calm:
         return self.seen[t]
 
 
-def wrong(scene: NumPy, calm: Calm) -> str | None:
+def wrong(scene, calm):
     """What does not agree with the number of steps, if anything; the numbers of one optimizer must be equal."""
     states, first = scene.states(), len(scene.lists[0])
     counts = [int(state.get("step", 0)) for state in states]
@@ -142,11 +141,11 @@ def wrong(scene: NumPy, calm: Calm) -> str | None:
     return None
 
 
-def storm(front_end: str, interrupts: int, seed: int) -> dict[str, Any]:
+def storm(front_end, interrupts, seed):
     """How many interrupts fell into which call, and what was locked or torn after which line."""
     rng, fired = random.Random(seed), []
 
-    def interrupt(*_: Any) -> None:
+    def interrupt(*_):
         fired.append(1)
         raise KeyboardInterrupt
 
@@ -157,10 +156,9 @@ def storm(front_end: str, interrupts: int, seed: int) -> dict[str, Any]:
         began = time.perf_counter()
         action(scene)
         times[action] = time.perf_counter() - began
-    report: dict[str, Any] = {"interrupts": collections.Counter(), "locked": [], "torn": []}
+    report = {"interrupts": collections.Counter(), "locked": [], "torn": []}
     for n in range(interrupts):
-        action = scene.actions[n % len(scene.actions)]
-        place = ""
+        action, place = scene.actions[n % len(scene.actions)], ""
         fired.clear()
         try:
             signal.setitimer(signal.ITIMER_REAL, rng.uniform(1e-6, 1.5 * times[action]))

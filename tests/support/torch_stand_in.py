@@ -6,11 +6,8 @@ plans, uploads, launches, and what is waited for.
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
-from typing import Any
 
 import gpus
-import pytest
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -22,10 +19,11 @@ class TorchGpus:
 
     type = "cpu"  # of a GradScaler
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self._there: Any = WeakIdKeyDictionary()
+    def __init__(self, monkeypatch):
+        self._there = WeakIdKeyDictionary()
         self._stand_in = gpus.StandInGpu(monkeypatch)
-        self._homes: dict[int, _devices.Gpu] = {}
+        self._homes = {}
+        self.capture = self._stand_in.capture
         import cuda_stand_in
 
         monkeypatch.setattr(_devices, "home_of", self._home_of)
@@ -33,37 +31,31 @@ class TorchGpus:
         if "cuda_simulator" in sys.modules:  # which knows only of the arrays that the stand-in makes
             monkeypatch.setattr(sys.modules["cuda_simulator"], "_is_allowed", lambda address, size: True)
 
-    def runtime(self, device: int = 0) -> Any:
+    def runtime(self, device=0):
         """The runtime of a GPU, which counts what is asked of it."""
         return self._stand_in.device(device, "torch")
 
-    def put(self, tensors: Any, device: int = 0) -> Any:
+    def put(self, tensors, device=0):
         """The same tensors, from now on taken for tensors on a GPU."""
         for tensor in tensors:
             self._there[tensor] = device
         return tensors
 
-    def take_back(self, tensors: Any) -> Any:
+    def take_back(self, tensors):
         """The same tensors, from now on on the CPU."""
         for tensor in tensors:
             self._there.pop(tensor, None)
         return tensors
 
-    def launched(self) -> bool:
+    def launched(self):
         """Whether a kernel ran."""
         return bool(self.runtime().launches)
 
-    def downloads(self, device: int = 0) -> int:
+    def downloads(self, device=0):
         """How many times the host waited for results of the GPU."""
         return int(self.runtime(device).downloads)
 
-    @contextlib.contextmanager
-    def capture(self) -> Iterator[Callable[[], None]]:
-        """A CUDA graph of what is done within; what it yields replays the graph."""
-        with self.runtime().capture() as graph:
-            yield lambda: [launch() for launch in graph] and None
-
-    def _home_of(self, tensor: torch.Tensor) -> _devices.Home:
+    def _home_of(self, tensor):
         device = self._there.get(tensor)
         if device is None:
             return _devices.CPU
@@ -78,35 +70,35 @@ class RealTorchGpus:
 
     type = "cuda"
 
-    def put(self, tensors: Any, device: int = 0) -> Any:
+    def put(self, tensors, device=0):
         """The same tensors, with their data on a GPU."""
         for tensor in tensors:
             tensor.data = tensor.data.to(f"cuda:{device % torch.cuda.device_count()}")
         return tensors
 
-    def take_back(self, tensors: Any) -> Any:
+    def take_back(self, tensors):
         """The same tensors, with their data on the CPU."""
         for tensor in tensors:
             tensor.data = tensor.data.cpu()
         return tensors
 
-    def launched(self) -> bool:
+    def launched(self):
         """Nothing else can step what is there."""
         return True
 
-    def downloads(self, device: int = 0) -> int:
+    def downloads(self, device=0):
         """Not counted: in test_gpu_only.py torch raises where it would wait."""
         return 0
 
     @contextlib.contextmanager
-    def capture(self) -> Iterator[Callable[[], None]]:
+    def capture(self):
         """A CUDA graph of what is done within; what it yields replays the graph."""
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             yield graph.replay
 
 
-def torch_gpus(monkeypatch: pytest.MonkeyPatch, *, real: bool) -> Iterator[TorchGpus | RealTorchGpus]:
+def torch_gpus(monkeypatch, *, real):
     """For a fixture."""
     gpus.forget_devices()
     yield RealTorchGpus() if real else TorchGpus(monkeypatch)

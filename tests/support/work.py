@@ -1,15 +1,13 @@
 """Work that is counted instead of timed."""
 
 import sys
-from collections.abc import Callable
-from typing import Any
 
 
-def work(action: Callable[[], Any], of: str = "") -> int:
+def work(action, of=""):
     """Bytecodes that an action runs in files whose path contains ``of``."""
     count = 0
 
-    def trace(frame: Any, event: str, _: Any) -> Any:
+    def trace(frame, event, _):
         nonlocal count
         frame.f_trace_opcodes, frame.f_trace_lines = True, False
         count += event == "opcode" and of in frame.f_code.co_filename

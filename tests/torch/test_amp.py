@@ -1,43 +1,46 @@
 """fastopt.torch: GradScaler's protocol, clipping inside the step, and what a skipped step leaves alone."""
 
-import copy
 import inspect
 import types
 
 import pytest
-from torch_compare import assert_close, assert_same
-from torch_problem import SCALERS, every_class, front, loss_of, set_gradients, step_of_loss, torch
+from torch_compare import assert_close, assert_same, assert_same_bits
+from torch_problem import (
+    SCALERS,
+    check_overflow,
+    every_class,
+    front,
+    loss_of,
+    params_of,
+    scaled_step,
+    set_gradients,
+    step_of_loss,
+    torch,
+)
 
 every_scaler = pytest.mark.parametrize("scaler", SCALERS)
 
 
 def make(name="AdamW", **options):
-    torch.manual_seed(0)
-    w = [torch.nn.Parameter(torch.randn(shape)) for shape in ((40, 30), (7,))]
+    w = params_of(((40, 30), (7,)))
     return w, getattr(front, name)(w, lr=0.1, **options)
 
 
 @every_scaler
 @every_class
 def test_a_scale_that_is_a_power_of_two_changes_no_bit(name, scaler):
-    (w, opt), (v, plain) = make(name), make(name)
+    (w, opt), plain = make(name), make(name)
     scale = SCALERS[scaler]("cpu", init_scale=1024.0)
     for t in range(3):
-        opt.zero_grad()
-        scale.scale(loss_of(w, t)).backward()
-        kept = [p.grad.clone() for p in w]
-        scale.step(opt)
-        scale.update()
-        assert all(torch.equal(p.grad, g / 1024.0) for p, g in zip(w, kept, strict=True))
-        step_of_loss(v, plain, t)
-    assert all(torch.equal(p, q) for p, q in zip(w, v, strict=True))
+        scaled = scaled_step(scale, w, opt, t)
+        assert_same_bits([p.grad for p in w], [g / 1024.0 for g in scaled])
+        step_of_loss(*plain, t)
+    assert_same_bits(w, plain[0])
     assert not opt.last_info.skipped
     assert not hasattr(opt, "grad_scale")
 
 
-NO_SCALER = types.SimpleNamespace(
-    scale=lambda loss: loss, step=lambda opt: opt.step(), update=lambda: None, get_scale=lambda: 512.0
-)
+NO_SCALER = types.SimpleNamespace(scale=lambda x: x, step=lambda o: o.step(), update=str, get_scale=lambda: 512.0)
 
 
 @pytest.mark.parametrize("scaler", [*SCALERS, "skip_nonfinite"])
@@ -46,23 +49,8 @@ NO_SCALER = types.SimpleNamespace(
 def test_an_overflow_skips_the_step_and_changes_nothing(name, scaler, bad):
     alone = scaler == "skip_nonfinite"
     (w, opt), (v, plain) = make(name, max_grad_norm=10.0, skip_nonfinite=alone), make(name, max_grad_norm=10.0)
-    scale = NO_SCALER if alone else SCALERS[scaler]("cpu", init_scale=1024.0)
-    for t in range(5):
-        opt.zero_grad()
-        scale.scale(loss_of(w, t)).backward()
-        if t == bad:
-            w[1].grad[3] = torch.inf
-            before = [p.detach().clone() for p in w], copy.deepcopy(opt.state_dict())
-        scale.step(opt)
-        scale.update()
-        if t == bad:
-            assert opt.last_info.skipped
-            assert scale.get_scale() == 512.0
-            assert all(torch.equal(p, q) for p, q in zip(w, before[0], strict=True))
-            torch.testing.assert_close(opt.state_dict()["state"], before[1]["state"], rtol=0, atol=0)
-            continue
-        step_of_loss(v, plain, t)
-    assert all(torch.equal(p, q) for p, q in zip(w, v, strict=True))
+    check_overflow((w, opt), (v, plain), NO_SCALER if alone else SCALERS[scaler]("cpu", init_scale=1024.0), bad)
+    assert_same_bits(w, v)
     assert opt.last_info.grad_norm == plain.last_info.grad_norm
 
 
@@ -83,10 +71,7 @@ def test_unscaling_before_the_step(scaler, place):
         scale.step(opt)
         scale.update()
         if t != 1:
-            plain.zero_grad()
-            loss_of(v, t).backward()
-            torch.nn.utils.clip_grad_norm_(v, 5.0)
-            plain.step()
+            step_of_loss(v, plain, t, 5.0)
     assert_same(w, v, opt, plain)
     assert scale.get_scale() == 512.0
 
@@ -95,17 +80,14 @@ def test_unscaling_before_the_step(scaler, place):
 def test_two_optimizers_and_one_scaler(scaler):
     (w, opt), (v, other) = make("AdamW"), make("SGD")
     theirs = torch.optim.SGD([x := torch.nn.Parameter(torch.ones(2))], lr=0.5)
-    scale = SCALERS[scaler]("cpu", init_scale=4.0)
+    scale, before = SCALERS[scaler]("cpu", init_scale=4.0), w[0].detach().clone()
     scale.scale(loss_of(w, 0) + loss_of(v, 1) + x.sum()).backward()
     v[0].grad[0, 0] = torch.inf
-    before = [p.detach().clone() for p in w]
     for optimizer in (opt, other, theirs):
         scale.step(optimizer)
     scale.update()
-    assert not opt.last_info.skipped
-    assert other.last_info.skipped
-    assert scale.get_scale() == 2.0
-    assert not torch.equal(w[0], before[0])
+    assert (opt.last_info.skipped, other.last_info.skipped, scale.get_scale()) == (False, True, 2.0)
+    assert not torch.equal(w[0], before)
     assert x.tolist() == [0.5, 0.5]
 
 
@@ -117,11 +99,8 @@ def test_clipping_is_that_of_torch(max_norm):
         loss_of(w, t).backward()
         kept = [p.grad.clone() for p in w]
         opt.step()
-        assert all(torch.equal(p.grad, g) for p, g in zip(w, kept, strict=True))
-        plain.zero_grad()
-        loss_of(v, t).backward()
-        norm = torch.nn.utils.clip_grad_norm_(v, max_norm)
-        plain.step()
+        assert_same_bits([p.grad for p in w], kept)
+        norm = step_of_loss(v, plain, t, max_norm)
         assert opt.last_info.grad_norm == pytest.approx(norm.item(), rel=1e-6)
     assert_close(w, v, rtol=1e-5, atol=1e-6)
 
@@ -171,7 +150,7 @@ def test_skip_nonfinite_and_the_verdict_of_a_scaler_skip_either_of_them(found, g
 
 
 def test_without_scaler_infinities_pass_on_as_in_torch():
-    (w, opt) = make()
+    w, opt = make()
     loss_of(w, 0).backward()
     w[1].grad[0] = torch.nan
     opt.step()

@@ -5,15 +5,24 @@ import copy
 import pytest
 from cuda_problem import SIMULATED
 from torch_compare import assert_same, unchanged
-from torch_problem import CLASSES, SCALERS, front, loss_of, set_gradients, step_of_loss, torch, train
+from torch_problem import (
+    CLASSES,
+    SCALERS,
+    check_overflow,
+    front,
+    params_of,
+    scaled_step,
+    set_gradients,
+    step_of_loss,
+    torch,
+    train,
+)
 
 every_scaler = pytest.mark.parametrize("scaler", SCALERS.values(), ids=SCALERS)
-SHAPES = ((5, 7), (3,))
 
 
 def make(name="AdamW", **options):
-    torch.manual_seed(0)
-    w = [torch.nn.Parameter(torch.randn(shape)) for shape in SHAPES]
+    w = params_of(((5, 7), (3,)))
     return w, getattr(front, name)(w, lr=0.1, **options)
 
 
@@ -25,22 +34,8 @@ def make(name="AdamW", **options):
 @pytest.mark.parametrize("bad", [0, 2], ids=["first step", "third step"])
 def test_an_overflow_is_found_on_the_device_and_changes_nothing(gpus, name, scaler, bad):
     (w, opt), (v, plain) = make(name, max_grad_norm=10.0), make(name, max_grad_norm=10.0)
-    gpus.put(w)
-    scale = scaler(gpus.type, init_scale=1024.0)
-    for t in range(4):
-        opt.zero_grad()
-        scale.scale(loss_of(w, t)).backward()
-        if t == bad:
-            w[1].grad[1] = torch.inf
-            before = [p.detach().clone() for p in w]
-        scale.step(opt)
-        scale.update()
-        assert gpus.downloads() == 0, "the step waits"
-        if t == bad:
-            assert scale.get_scale() == 512.0
-            assert all(torch.equal(p, q) for p, q in zip(w, before, strict=True))
-            continue
-        step_of_loss(v, plain, t)
+    check_overflow((gpus.put(w), opt), (v, plain), scaler(gpus.type, init_scale=1024.0), bad, read_state=False)
+    assert gpus.downloads() == 0, "the step waits"
     assert_same(w, v, opt, plain)
     assert opt.last_info.grad_norm == plain.last_info.grad_norm
 
@@ -48,44 +43,30 @@ def test_an_overflow_is_found_on_the_device_and_changes_nothing(gpus, name, scal
 @every_scaler
 @pytest.mark.parametrize("name", ["AdamW", "SGD", "NAdam"])
 def test_state_appears_with_the_first_step_that_is_taken(gpus, name, scaler):
-    w, opt = make(name, **({"momentum": 0.9, "dampening": 0.5} if name == "SGD" else {}))
+    options = {"momentum": 0.9, "dampening": 0.5} if name == "SGD" else {}
+    (w, opt), (v, plain) = make(name, **options), make(name, **options)
     gpus.put(w)
     scale = scaler(gpus.type, init_scale=1024.0)
     for t in range(3):
-        opt.zero_grad()
-        scale.scale(loss_of(w, t)).backward()
-        if t < 2:
-            w[0].grad[0, 0] = torch.nan
-        scale.step(opt)
-        scale.update()
+        scaled_step(scale, w, opt, t, torch.nan if t < 2 else None)
         if t == 0:
             assert opt.last_info.skipped
             assert not opt.state
             assert opt.state_dict()["state"] == {}
-            w[1].grad = None  # another pattern, so another plan
     assert not opt.last_info.skipped
-    v, plain = make(name, **({"momentum": 0.9, "dampening": 0.5} if name == "SGD" else {}))
-    loss_of(v, 2).backward()
-    plain.step()
+    step_of_loss(v, plain, 2)
     assert_same(w, v, opt, plain)
 
 
 @every_scaler
 @pytest.mark.parametrize("extra", [{"zero_grads": True}, {"flatten": True}, {"master_weights": True}], ids=str)
 def test_with_further_arguments(gpus, scaler, extra):
-    (w, opt), (v, plain) = make(**extra), make(**extra)
-    gpus.put(w)
-    if "flatten" in extra:
-        opt = front.AdamW(w, lr=0.1, **extra)
+    w, (v, plain) = gpus.put(make()[0]), make(**extra)
+    opt = front.AdamW(w, lr=0.1, **extra)
     scales = [scaler(device, init_scale=1024.0) for device in (gpus.type, "cpu")]
     for t in range(3):
-        for p, o, s in ((w, opt, scales[0]), (v, plain, scales[1])):
-            o.zero_grad()
-            s.scale(loss_of(p, t)).backward()
-            if t == 1:
-                p[0].grad[0, 0] = torch.nan
-            s.step(o)
-            s.update()
+        for scale, *run in zip(scales, (w, v), (opt, plain), strict=True):
+            scaled_step(scale, *run, t, torch.nan if t == 1 else None)
         for x, y in zip(w, v, strict=True):
             torch.testing.assert_close(x.grad.cpu(), y.grad, rtol=0, atol=0, equal_nan=True)
     assert_same(w, v, opt, plain)
@@ -99,12 +80,14 @@ def skipping(gpus, name="AdamW"):
     w, opt = make(name)
     gpus.put(w)
     opt.skip_nonfinite = True
-    for t in range(2):
-        set_gradients(w, t)
-        if t == 0:
-            w[0].grad[0, 0] = torch.inf
-        opt.step()
+    set_gradients(w, 0, torch.inf)
+    opt.step()
+    train(w, opt, 1, first=1)
     return w, opt
+
+
+def counts(w, opt):
+    return [opt.state[p]["step"].item() for p in w]
 
 
 @pytest.mark.parametrize("name", ["AdamW", "NAdam", "ASGD"])
@@ -112,30 +95,27 @@ def test_steps_that_the_device_counts_are_fetched_when_the_state_is_read(stand_i
     (w, opt), device = skipping(stand_ins, name), stand_ins.runtime()
     assert device.downloads == 0
     assert opt.state[w[0]]["step"].item() == 1
-    read = device.downloads
-    assert read == 1
+    assert device.downloads == 1
     assert opt.state[w[1]]["step"].item() == 1
-    assert device.downloads == read, "known by now"
+    assert device.downloads == 1, "known by now"
     train(w, opt, 1, first=2)
     assert {k: s["step"].item() for k, s in opt.state_dict()["state"].items()} == {0: 2, 1: 2}
     train(w, opt, 1, first=3)
     assert dict(opt.state[w[0]])["step"].item() == 3
     train(w, opt, 1, first=4)
-    again = copy.deepcopy((w, opt))
-    assert again[1].state[again[0][0]]["step"].item() == 4
+    assert counts(*copy.deepcopy((w, opt))) == [4, 4]
 
 
 def test_what_somebody_writes_to_counts_of_the_device_holds(gpus):
     w, opt = skipping(gpus)
     opt.state[w[0]]["step"].fill_(6.0)
     train(w, opt, 1, first=2)
-    assert [opt.state[p]["step"].item() for p in w] == [7, 2]
-    set_gradients(w, 3)
+    assert counts(w, opt) == [7, 2]
     kept = opt.state[w[1]]["step"]
-    opt.step()
+    train(w, opt, 1, first=3)
     kept.fill_(9.0)  # without reading before
     train(w, opt, 1, first=4)
-    assert [opt.state[p]["step"].item() for p in w] == [9, 10]
+    assert counts(w, opt) == [9, 10]
 
 
 def test_a_change_of_entries_keeps_what_the_device_counted(gpus):
@@ -144,18 +124,22 @@ def test_a_change_of_entries_keeps_what_the_device_counted(gpus):
     train(w, opt, 1, first=2)
     entry["exp_avg"] = torch.zeros_like(w[0])
     train(w, opt, 1, first=3)
-    assert [opt.state[p]["step"].item() for p in w] == [3, 3]
+    assert counts(w, opt) == [3, 3]
 
 
 # --- CUDA graphs -----------------------------------------------------------------------------------------------------
 
 
+def both_of(gpus, name="AdamW"):
+    """An optimizer that can be captured, with its parameters on the GPU, and the same on the CPU."""
+    (w, opt), (v, plain) = make(name, capturable=True), make(name)
+    return gpus.put(w), opt, v, plain
+
+
 def captured(gpus, w, opt, v, plain):
     """A step of both optimizers, and one that is captured."""
-    for p in (w, v):
-        set_gradients(p, 0)
-    opt.step()
-    plain.step()
+    train(w, opt, 1)
+    train(v, plain, 1)
     with gpus.capture() as replay:
         opt.step()
     return replay
@@ -163,17 +147,13 @@ def captured(gpus, w, opt, v, plain):
 
 @pytest.mark.parametrize("name", CLASSES)
 def test_a_captured_step_replayed_is_as_many_steps(gpus, name):
-    (w, opt), (v, plain) = make(name, capturable=True), make(name)
-    gpus.put(w)
-    replay = captured(gpus, w, opt, v, plain)
-    replay()
-    replay()
+    w, opt, v, plain = both = both_of(gpus, name)
+    replay = captured(gpus, *both)
+    for _ in range(2):
+        replay()
+        plain.step()
     for o in (opt, plain):
         o.param_groups[0]["lr"] = 0.03
-    for _ in range(2):
-        plain.param_groups[0]["lr"] = 0.1
-        plain.step()
-    plain.param_groups[0]["lr"] = 0.03
     opt.upload_options()
     assert gpus.downloads() == 0
     assert_same(w, v, opt, plain)  # reads the counts, which replays then change again
@@ -188,46 +168,39 @@ def test_a_captured_step_replayed_is_as_many_steps(gpus, name):
 
 def test_gradients_of_a_capture_may_be_new(stand_ins):
     """What torch recommends: set them to None, so that backward makes them in the graph's own memory."""
-    (w, opt), (v, plain) = make(capturable=True), make()
-    stand_ins.put(w)
-
-    def step(optimizer, params, t):
-        set_gradients(params, t)
-        optimizer.step()
-        return [p.grad for p in params]
-
-    step(opt, w, 0)
-    graphs = []
+    w, opt, v, plain = both_of(stand_ins)
+    train(w, opt, 1)
+    graphs, order = [], (1, 0, 0, 1)
     for t in (1, 2):
         with stand_ins.capture() as replay:
-            graphs.append((replay, step(opt, w, t)))
-    kept = step(opt, w, 3)
-    order = (1, 0, 0, 1)
+            train(w, opt, 1, first=t)
+        graphs.append((replay, [p.grad for p in w]))  # which the graph reads
+    train(w, opt, 1, first=3)
     for k in order:
         graphs[k][0]()
-    for p, gradient in zip(w, kept, strict=True):  # the host uploaded their addresses, the replays others
-        p.grad = gradient
-    opt.step()
+    opt.step()  # the host uploaded the addresses of its gradients, the replays others
     for t in (0, 3, *(k + 1 for k in order), 3):
-        step(plain, v, t)
+        train(v, plain, 1, first=t)
     assert_same(w, v, opt, plain)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_a_graph_reads_an_lr_on_the_device(gpus, dtype):
-    (w, opt), (v, plain) = make(capturable=True), make()
-    gpus.put(w)
-    (lr,) = gpus.put([torch.tensor(0.5, dtype=dtype)])
-    opt.param_groups[0]["lr"], plain.param_groups[0]["lr"] = lr, 0.5
-    replay = captured(gpus, w, opt, v, plain)
+    w, opt, v, plain = both = both_of(gpus)
+
+    def set_lr(value):
+        (opt.param_groups[0]["lr"],) = gpus.put([torch.tensor(value, dtype=dtype)])
+        plain.param_groups[0]["lr"] = value
+
+    set_lr(0.5)
+    replay = captured(gpus, *both)
     for rate in (0.25, 0.125):
-        lr.fill_(rate)
+        opt.param_groups[0]["lr"].fill_(rate)
         plain.param_groups[0]["lr"] = rate
         replay()
         plain.step()
     assert_same(w, v, opt, plain)
-    (other,) = gpus.put([torch.tensor(1.0, dtype=dtype)])
-    opt.param_groups[0]["lr"], plain.param_groups[0]["lr"] = other, 1.0
+    set_lr(1.0)
     opt.step()
     plain.step()
     assert_same(w, v, opt, plain)

@@ -1,7 +1,6 @@
 """fastopt.torch with parameters on several devices, and states that move between them. See torch_stand_in.py."""
 
 import functools
-import io
 import math
 
 import pytest
@@ -9,10 +8,13 @@ from torch_compare import assert_same, copy_into, default_dtype, unchanged
 from torch_problem import (
     CLASSES,
     SCALERS,
+    check_checkpoint,
     every_class,
     every_torch_class,
     front,
+    make,
     params_of,
+    saved_and_loaded,
     set_gradients,
     torch,
     train,
@@ -21,6 +23,10 @@ from torch_problem import (
 SHAPES = ((5, 7), (3,), (2, 2), (4,))
 four = functools.partial(params_of, SHAPES)
 EXTRAS = [{}, {"max_grad_norm": 0.5}, {"zero_grads": True}, {"flatten": True, "max_grad_norm": 0.5}]
+
+
+def two(kind, p, q, **options):
+    return getattr(front, kind)(p, **options), getattr(front, kind)(q, **options)
 
 
 def spread(gpus, params):
@@ -36,7 +42,7 @@ def spread(gpus, params):
 @every_class
 def test_an_optimizer_may_have_parameters_on_several_devices(gpus, name):
     there, here = spread(gpus, four()), four()
-    a, b = (getattr(front, name)(p, **CLASSES[name]) for p in (there, here))
+    a, b = two(name, there, here, **CLASSES[name])
     train(there, a, 3)
     train(here, b, 3)
     assert gpus.downloads(0) == gpus.downloads(1) == 0
@@ -48,13 +54,12 @@ def test_an_optimizer_may_have_parameters_on_several_devices(gpus, name):
 def test_norms_are_those_of_all_gradients(gpus, name, extra):
     there, here = spread(gpus, four()), four()
     groups = [[{"params": p[:2], "lr": 0.1}, {"params": p[2:], "lr": 0.01}] for p in (there, here)]
-    a, b = (getattr(front, name)(group, lr=0.1, **extra) for group in groups)
+    a, b = two(name, *groups, lr=0.1, **extra)
     for t in range(3):
-        set_gradients(there, t)
-        set_gradients(here, t)
-        there[t].grad = here[t].grad = None
-        a.step()
-        b.step()
+        for p, opt in ((there, a), (here, b)):
+            set_gradients(p, t)
+            p[t].grad = None
+            opt.step()
         for p, q in zip(there, here, strict=True):
             torch.testing.assert_close(p.cpu(), q, rtol=1e-6, atol=1e-7)  # a sum has an order
         assert a.last_info.skipped is False
@@ -68,21 +73,19 @@ def test_norms_are_those_of_all_gradients(gpus, name, extra):
 @pytest.mark.parametrize(("place", "zero"), [(0, True), (3, False)])
 def test_an_overflow_anywhere_skips_the_step_everywhere(stand_ins, scaler, place, zero):
     there, here = spread(stand_ins, four()), four()
-    a, b = (front.AdamW(p, lr=0.1, zero_grads=zero) for p in (there, here))
+    a, b = two("AdamW", there, here, lr=0.1, zero_grads=zero)
     scale = scaler("cpu", init_scale=8.0)
     scale.scale(torch.ones(()))
     for t in range(3):
         set_gradients(there, t, 8.0)
-        if t != 1:
-            set_gradients(here, t)
-            b.step()
-        else:
+        if t == 1:
             there[place].grad.view(-1)[0] = math.inf
+        else:
+            train(here, b, 1, first=t)
         scale.step(a)
         scale.update()
         assert a.last_info.skipped is (t == 1)
-        if zero:
-            assert not any(p.grad.any() for p in there)
+        assert not zero or not any(p.grad.any() for p in there)
         if t == 1:
             assert scale.get_scale() == 4.0
             scale._scale.fill_(8.0)
@@ -91,8 +94,8 @@ def test_an_overflow_anywhere_skips_the_step_everywhere(stand_ins, scaler, place
 
 def test_a_norm_that_is_not_finite_stays_so_without_scaler(gpus):
     there, here = spread(gpus, four()), four()
-    a, b = (front.SGD(p, lr=0.1, max_grad_norm=1.0, flatten=True) for p in (there, here))
-    for p, opt in ((there, a), (here, b)):
+    optimizers = two("SGD", there, here, lr=0.1, max_grad_norm=1.0, flatten=True)
+    for p, opt in zip((there, here), optimizers, strict=True):
         set_gradients(p, 0)
         p[3].grad[0] = math.nan
         opt.step()
@@ -127,7 +130,7 @@ def test_a_graph_of_several_devices_is_refused(gpus):
 @every_class
 def test_parameters_that_move_take_their_state_along(gpus, name):
     p, q = four()[:2], four()[:2]
-    a, b = (getattr(front, name)(x, **CLASSES[name]) for x in (p, q))
+    a, b = two(name, p, q, **CLASSES[name])
     train(p, a, 2)
     for x in gpus.put(p):  # model.cuda()
         x.data = x.data.clone()
@@ -143,35 +146,23 @@ def test_parameters_that_move_take_their_state_along(gpus, name):
 @every_class
 @pytest.mark.parametrize("way", ["to a GPU", "from a GPU"])
 def test_checkpoints_move_between_devices(gpus, name, way):
-    first, second, through = (four()[:2] for _ in range(3))
-    gpus.put(second if way == "to a GPU" else first)
-    a, b, c = (getattr(front, name)(p, **CLASSES[name]) for p in (first, second, through))
-    train(first, a, 2)
-    file = io.BytesIO()
-    torch.save(a.state_dict(), file)
-    file.seek(0)
-    b.load_state_dict(torch.load(file, weights_only=True))
-    copy_into(second, first)
-    train(second, b, 2, first=2)
-    train(through, c, 4)
-    assert_same(second, through, b, c)
+    first, second, through = (make(name) for _ in range(3))
+    gpus.put((second if way == "to a GPU" else first)[0])
+    train(*first, 2)
+    second[1].load_state_dict(saved_and_loaded(first[1].state_dict()))
+    copy_into(second[0], first[0])
+    train(*second, 2, first=2)
+    train(*through, 4)
+    assert_same(second[0], through[0], second[1], through[1])
 
 
 @every_torch_class
 @pytest.mark.parametrize("way", ["from torch", "to torch"])
 def test_checkpoints_of_torch(gpus, name, way):
     with default_dtype(torch.float64):  # torch then keeps eta, mu and mu_product as exactly as fastopt does
-        p, q = four(dtype=torch.float64)[:2], four(dtype=torch.float64)[:2]
-        a, b = getattr(front, name)(gpus.put(p), **CLASSES[name]), getattr(torch.optim, name)(q, **CLASSES[name])
-        one, other = ((q, b), (p, a)) if way == "from torch" else ((p, a), (q, b))
-        train(*one, 2)
-        other[1].load_state_dict(one[1].state_dict())
-        copy_into(other[0], one[0])
-        train(p, a, 2, first=2)
-        train(q, b, 2, first=2)
-        for x, y in zip(p, q, strict=True):
-            torch.testing.assert_close(x.cpu(), y, rtol=1e-12, atol=1e-12)
-            assert set(a.state[x]) == set(b.state[y])
+        ours, theirs = (make(name, home=home, dtype=torch.float64) for home in (front, torch.optim))
+        gpus.put(ours[0])
+        check_checkpoint(*((theirs, ours) if way == "from torch" else (ours, theirs)))
 
 
 def test_a_graphs_counts_are_saved(gpus):

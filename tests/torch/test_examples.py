@@ -3,10 +3,9 @@
 import importlib.util
 import pathlib
 import re
-import subprocess
-import sys
 
 import pytest
+from fresh import program
 
 pytest.importorskip("torch")
 pytestmark = pytest.mark.full
@@ -15,21 +14,13 @@ NEEDS = {"torch_huggingface": ("transformers", "accelerate"), "torch_lightning":
 
 
 @pytest.mark.parametrize(
-    "example",
-    [pytest.param(x, marks=pytest.mark.integrations if x.stem in NEEDS else (), id=x.stem) for x in EXAMPLES],
+    "example", [pytest.param(x, marks=pytest.mark.integrations if x.stem in NEEDS else (), id=x.stem) for x in EXAMPLES]
 )
 def test_example(example):
     for package in NEEDS.get(example.stem, ()):
         if importlib.util.find_spec(package) is None:
             pytest.skip(f'needs {package}: pip install "fastopt[integrations]"')
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", str(example)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        cwd=example.anchor,
-        check=False,
-    )
+    done = program("-W", "ignore", example)
     assert done.returncode == 0, done.stderr
     losses = [float(x) for x in re.findall(r"loss ([\d.]+)", done.stdout)]
     assert losses

@@ -4,7 +4,8 @@ import copy
 import importlib
 
 import pytest
-from torch_problem import TORCH, front, params_of, set_gradients, torch, train
+from torch_compare import assert_close, unchanged
+from torch_problem import TORCH, both, front, params_of, torch, train
 
 hooks = importlib.import_module("torch.optim.optimizer")
 
@@ -30,9 +31,7 @@ def test_every_hook_is_called_once_a_step(kind):
         opt.register_step_post_hook(note("after")),
     ]
     try:
-        for t in range(5):
-            set_gradients(params, t)
-            opt.step()
+        train(params, opt, 5)
     finally:
         for handle in removable:
             handle.remove()
@@ -43,51 +42,41 @@ def test_every_hook_is_called_once_a_step(kind):
 
 @pytest.mark.parametrize("kind", [front.AdamW, torch.optim.AdamW])
 def test_a_profiler_sees_the_step(kind):
-    params = params_of()
-    opt = kind(params, lr=0.1)
-    train(params, opt, 1)
+    train(params := params_of(), opt := kind(params, lr=0.1), 1)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         opt.step()
     assert f"Optimizer.step#{kind.__name__}.step" in {event.key for event in profile.key_averages()}
 
 
+def exchange_options(group, maximize_first=True):
+    """The same objects in the same order, under other names."""
+    names = ["maximize", "nesterov"][:: 1 if maximize_first else -1]
+    for name in names:
+        del group[name]
+    group.update(zip(names, (True, False), strict=True))
+
+
 @pytest.mark.parametrize(
-    ("change", "options"),
+    ("name", "options", "changes"),
     [
-        (lambda group: group.update(lr=0.5), {"lr": 0.1}),
-        (lambda group: group["lr"].fill_(0.5), {"lr": torch.tensor(0.1, dtype=torch.float64)}),
-        (lambda group: group["betas"].__setitem__(0, 0.5), {"lr": 0.1, "betas": [0.9, 0.99]}),
-        (lambda group: group.update(maximize=True), {"lr": 0.1}),
+        ("Adam", {"lr": 0.1}, {5: lambda group: group.update(lr=0.5)}),
+        ("Adam", {"lr": torch.tensor(0.1, dtype=torch.float64)}, {5: lambda group: group["lr"].fill_(0.5)}),
+        ("Adam", {"betas": [0.9, 0.99]}, {5: lambda group: group["betas"].__setitem__(0, 0.5)}),
+        ("Adam", {"lr": 0.1}, {5: lambda group: group.update(maximize=True)}),
+        ("SGD", {"lr": 0.1, "momentum": 0.9}, {3: exchange_options, 4: lambda group: exchange_options(group, False)}),
     ],
 )
-def test_a_change_of_options_is_seen_in_the_next_step(change, options):
-    assert_changes_are_seen("Adam", options, {5: change})
-
-
-def assert_changes_are_seen(name, options, changes):
-    def run(kind):
+def test_a_change_of_options_is_seen_in_the_next_step(name, options, changes):
+    def run(home):
         params = params_of(dtype=torch.float64)
-        opt = kind(params)
+        opt = getattr(home, name)(params)
         opt.param_groups[0].update(copy.deepcopy(options))
         for t in range(8):
             changes.get(t, lambda group: None)(opt.param_groups[0])
-            set_gradients(params, t)
-            opt.step()
+            train(params, opt, 1, first=t)
         return params
 
-    for p, q in zip(run(getattr(front, name)), run(getattr(torch.optim, name)), strict=True):
-        assert torch.allclose(p, q, rtol=1e-12, atol=1e-13)
-
-
-def test_options_that_change_places_with_equal_values_are_seen():
-    def exchange(group, *, maximize_first):
-        names = ["maximize", "nesterov"] if maximize_first else ["nesterov", "maximize"]
-        for name in names:  # the same objects in the same order, under other names
-            del group[name]
-        group.update(zip(names, (True, False), strict=True))
-
-    changes = {3: lambda g: exchange(g, maximize_first=True), 4: lambda g: exchange(g, maximize_first=False)}
-    assert_changes_are_seen("SGD", {"lr": 0.1, "momentum": 0.9}, changes)
+    assert_close(*both(run), rtol=1e-12, atol=1e-13)
 
 
 @pytest.mark.parametrize("where", ["parameter", "state", "the last byte"])
@@ -96,19 +85,15 @@ def test_a_gradient_where_the_step_writes_is_refused_at_every_step(where):
     opt = front.AdamW(params, lr=0.1)
     train(params, opt, 5)
     assert (opt.state.watch.derived.serving.probe is not None) == (TORCH >= (2, 9))
-    before = [p.detach().clone() for p in params]
-    memory = {"parameter": params[0].detach(), "state": opt.state[params[0]]["exp_avg"].view(-1)}
     if where == "the last byte":
-        params[1].grad = torch.cat([params[1].detach(), params[1].detach()])[:1000]
-        both = torch.ones(1999)
-        params[0].data, params[1].grad = both[:1000].fill_(1.0), both[999:]
-        opt.param_groups[0]["lr"] = 0.1
-        before[0] = params[0].detach().clone()
+        memory = torch.ones(1999)
+        params[0].data, params[1].grad = memory[:1000], memory[999:]
     else:
-        params[1].grad = memory[where]
-    for _ in range(3):
-        with pytest.raises(ValueError, match="the gradient of parameter 1 of group 0 shares memory with a parameter"):
-            opt.step()
-    assert all(torch.equal(p, b) for p, b in zip(params, before, strict=True))
+        params[1].grad = params[0].detach() if where == "parameter" else opt.state[params[0]]["exp_avg"].view(-1)
+    with unchanged(params):
+        for _ in range(3):
+            with pytest.raises(ValueError, match="the gradient of parameter 1 of group 0 shares memory with a param"):
+                opt.step()
+    before = params[1].detach().clone()
     train(params, opt, 1, first=6)
-    assert not torch.equal(params[1], before[1])
+    assert not torch.equal(params[1], before)

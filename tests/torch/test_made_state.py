@@ -3,7 +3,7 @@
 import sys
 
 import pytest
-from torch_compare import unchanged
+from torch_compare import assert_same, unchanged
 from torch_problem import every_class, front, gradients, make, torch, train
 from work import work
 
@@ -29,12 +29,10 @@ def test_training_has_the_same_bits_with_states_made_before(name, make_states):
             make_states(p, a)
         if name not in ("SGD", "LARS", "Lion"):
             assert all(a.state[x]["step"] == 0 for x in p)
-        a.param_groups[0]["lr"] = b.param_groups[0]["lr"] = 0.05  # what states begin with may depend on it
         for params, opt in ((p, a), (q, b)):
+            opt.param_groups[0]["lr"] = 0.05  # what states begin with may depend on it
             train(params, opt, 3)
-        assert all(torch.equal(x, y) for x, y in zip(p, q, strict=True)), options
-        for x, y in zip(p, q, strict=True):
-            assert {k: v.tolist() for k, v in a.state[x].items()} == {k: v.tolist() for k, v in b.state[y].items()}
+        assert_same(p, q, a, b)
 
 
 def test_init_state_leaves_states_and_frozen_parameters_alone():

@@ -6,8 +6,8 @@ import inspect
 import numpy as np
 import pytest
 from refusal import Untouchable
-from torch_compare import assert_close
-from torch_problem import CLASSES, both, every_class, every_torch_class, front, params_of, set_gradients, torch, train
+from torch_compare import assert_close, assert_same_bits, unchanged
+from torch_problem import CLASSES, both, every_class, every_torch_class, front, params_of, torch, train
 
 EXTRAS = {"max_grad_norm", "skip_nonfinite", "zero_grads", "master_weights", "flatten"}
 
@@ -75,9 +75,8 @@ def test_options_of_the_step_are_attributes(name, value, wrong):
         assert getattr(opt, name) == value
         assert f"\n{name}: {value}\n" in repr(opt)
         assert name not in opt.state_dict()["param_groups"][0]
-    for x, y in zip(train(p, a), train(q, b), strict=True):
-        assert torch.equal(x, y)
-        assert torch.equal(x.grad, y.grad)
+    assert_same_bits(train(p, a), train(q, b))
+    assert_same_bits([x.grad for x in p], [x.grad for x in q])
     assert a.last_info == b.last_info
 
 
@@ -86,24 +85,26 @@ def test_what_is_the_whole_optimizers_is_refused_in_a_param_group(name):
     def group():
         return {"params": params_of(((2,),)), name: 1.0 if name == "max_grad_norm" else True}
 
-    refusal = f"group 0.*: {name} is an option of the whole optimizer"
-    with pytest.raises(ValueError, match=f"SGD: {refusal}"):
+    def refused(number=0):
+        return pytest.raises(ValueError, match=f"SGD.*group {number}.*: {name} is an option of the whole optimizer")
+
+    with refused():
         front.SGD([group()])
     opt = front.SGD(w := params_of())
-    with pytest.raises(ValueError, match=refusal.replace("0", "1", 1)):
+    with refused(1):
         opt.add_param_group(group())
     saved = opt.state_dict()
     saved["param_groups"][0][name] = 1
-    with pytest.raises(ValueError, match=refusal):
+    with refused():
         opt.load_state_dict(saved)
     train(w, opt)
     opt.param_groups[0][name] = 1
-    with pytest.raises(ValueError, match=refusal):
+    with refused():
         opt.step()
     same = group()  # as ZeroRedundancyOptimizer makes them: in the constructor and in every group
     train(same["params"], opt := front.SGD([same], **{name: same[name]}))
     opt.param_groups[0][name] = 7
-    with pytest.raises(ValueError, match=refusal):
+    with refused():
         opt.step()
 
 
@@ -116,12 +117,10 @@ def test_keys_of_the_users_own_are_not_looked_at(name):
         p = params_of()
         opt = getattr(home, name)([{"params": p, "mask": torch.ones(3), "own": Untouchable()}])
         for t in range(4):
-            opt.param_groups[0]["fresh"] = np.arange(3)
-            opt.param_groups[0]["nested"] = {"a": torch.ones(2), "b": [None, np.ones(2)]}
-            if t == 2:
-                opt.param_groups[0]["lr"] *= 0.5
-            set_gradients(p, t)
-            opt.step()
+            nested = {"a": torch.ones(2), "b": [None, np.ones(2)]}
+            opt.param_groups[0].update(fresh=np.arange(3), nested=nested)
+            opt.param_groups[0]["lr"] *= 0.5 if t == 2 else 1.0
+            train(p, opt, 1, first=t)
         return p
 
     assert_close(*both(run))
@@ -137,8 +136,7 @@ def test_numbers_of_numpy_and_tensors_are_numbers(kind, later):
     a = front.AdamW(p, **({} if later else given))
     if later:
         a.param_groups[0].update(given, betas=list(given["betas"]))
-    for x, y in zip(train(p, a), train(q, front.AdamW(q, **exact)), strict=True):
-        assert torch.equal(x, y)
+    assert_same_bits(train(p, a), train(q, front.AdamW(q, **exact)))
 
 
 @pytest.mark.parametrize("options", [{}, {"maximize": True, "foreach": False, "lr": 0.5}], ids=str)
@@ -190,17 +188,14 @@ def test_switches_stay_where_a_checkpoint_of_torch_knows_none():
 def test_a_state_dict_of_another_class_is_refused_while_loading(home, source, target, message):
     train(p := params_of(), other := getattr(home, source)(p, lr=0.1))
     train(q := params_of(), opt := getattr(front, target)(q, lr=0.1))
-    before = copy.deepcopy(opt.state_dict())
-    with pytest.raises(ValueError, match=f"{target}.load_state_dict: .*{message}"):
+    with unchanged(q, opt), pytest.raises(ValueError, match=f"{target}.load_state_dict: .*{message}"):
         opt.load_state_dict(other.state_dict())
-    torch.testing.assert_close(opt.state_dict(), before, rtol=0, atol=0)
 
 
 def test_an_option_of_the_step_that_a_group_repeats_is_compared_again_when_it_changes():
-    w = torch.nn.Parameter(torch.ones(2))
-    opt = front.SGD([{"params": [w], "max_grad_norm": 1.0}], lr=1.0, max_grad_norm=1.0)
-    w.grad = torch.ones(2)
-    opt.step()
+    w = params_of([(2,)])
+    opt = front.SGD([{"params": w, "max_grad_norm": 1.0}], lr=1.0, max_grad_norm=1.0)
+    train(w, opt, 1)
     opt.max_grad_norm = None
     with pytest.raises(ValueError, match="max_grad_norm"):
         opt.step()

@@ -1,6 +1,7 @@
 """fastopt.torch asks torch's C interface for gradients: as Python does, and not where it must not."""
 
 import pytest
+from torch_compare import assert_same_bits
 from torch_problem import LAYOUTS, SHAPES, TORCH, front, params_of, set_gradients, torch, train
 
 pytestmark = pytest.mark.skipif(TORCH < (2, 9), reason="torch's C interface has what is asked from 2.9 on")
@@ -10,11 +11,8 @@ pytestmark = pytest.mark.skipif(TORCH < (2, 9), reason="torch's C interface has 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_c_interface_and_python_take_the_same_steps(layout, dtype, monkeypatch):
     def run():
-        shapes = [*SHAPES, (2, 3, 4, 5)]
-        p = [
-            torch.nn.Parameter(LAYOUTS[layout](x.detach()) if x.ndim == 4 else x)
-            for x in params_of(shapes, dtype=dtype)
-        ]
+        p = params_of(SHAPES, dtype=dtype)
+        p.append(torch.nn.Parameter(LAYOUTS[layout](torch.randn(2, 3, 4, 5).to(dtype))))
         opt = front.AdamW(p, lr=0.1)
         for t in range(12):
             set_gradients(p, t)
@@ -26,14 +24,14 @@ def test_the_c_interface_and_python_take_the_same_steps(layout, dtype, monkeypat
             if t == 7:
                 p[1].data = p[1].data.clone()
             opt.step()
-        return p, opt
+        return p, opt.state.watch.derived.serving.probe
 
-    (p, a) = run()
-    assert a.state.watch.derived.serving.probe is not None
+    p, probe = run()
+    assert probe is not None
     monkeypatch.setattr(front._patterns.Probe, "available", lambda: False)
-    (q, b) = run()
-    assert b.state.watch.derived.serving.probe is None
-    assert all(torch.equal(x, y) for x, y in zip(p, q, strict=True))
+    q, probe = run()
+    assert probe is None
+    assert_same_bits(p, q)
 
 
 @pytest.mark.parametrize("change", ["gradient", "dtype", "shape", "parameter", "none", "negated"])
@@ -66,17 +64,14 @@ def test_the_c_interface_notices_what_changed(change):
         p[0].grad = torch.complex(torch.zeros(1), want[0]).conj().imag
         want[0] = -want[0]
     opt.step()
-    for x, y, g in zip(p, before, want, strict=True):
-        assert torch.equal(x, y - 0.5 * g)
+    assert_same_bits(p, [x - 0.5 * g for x, g in zip(before, want, strict=True)])
 
 
 def test_gradients_live_while_they_are_held_and_no_longer():
-    w = torch.nn.Parameter(torch.ones(3))
-    opt = front.SGD([w], lr=0.5)
-    for _ in range(4):
-        w.grad = torch.ones(3)
-        opt.step()
-    probe, kept = opt.state.watch.derived.serving.probe, w.grad
+    w = params_of([(3,)])
+    opt = front.SGD(w, lr=0.5)
+    train(w, opt, 4)
+    probe, kept = opt.state.watch.derived.serving.probe, w[0].grad
     count = kept._use_count()
     assert probe.hold()
     assert kept._use_count() == count + 1

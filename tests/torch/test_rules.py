@@ -7,7 +7,7 @@ import pytest
 from cases import CASES, torch_hyper
 from compare import DTYPES, PARAMETER, assert_close, assert_same_bits, build, case_problem, snapshot
 from torch_compare import default_dtype
-from torch_problem import every_class, every_torch_class, front, torch
+from torch_problem import both, every_class, every_torch_class, front, torch
 
 FRONT_CASES = [case for case in CASES if not case.hyper.get("keep_weight_norms")]
 every_case = pytest.mark.parametrize("case", FRONT_CASES, ids=lambda case: case.id)
@@ -18,6 +18,12 @@ def tensor_of(array):
     if array.dtype == DTYPES["bfloat16"]:
         return torch.from_numpy(array.view(np.int16).copy()).view(torch.bfloat16)
     return torch.from_numpy(array.copy())
+
+
+def step(opt, tensors, grads):
+    for name, tensor in tensors.items():
+        tensor.grad = tensor_of(grads[name])
+    opt.step()
 
 
 def array_of(tensor):
@@ -54,9 +60,7 @@ def test_bits_are_those_of_the_numpy_optimizers(case, dtype):
     reference = build(case, params)
     for t, grads in enumerate(gradients, 1):
         reference.step(grads)
-        for name, tensor in tensors.items():
-            tensor.grad = tensor_of(grads[name])
-        opt.step()
+        step(opt, tensors, grads)
         assert_same_bits(front_snapshot(tensors, opt, t), snapshot(params, reference), f"{case.id}, step {t}")
         for name, tensor in tensors.items():
             assert array_of(tensor.grad).tobytes() == grads[name].tobytes(), "gradients are only read"
@@ -72,27 +76,20 @@ def test_twenty_steps_beside_the_loop_of_torch(case, dtype, rtol, atol):
         opt = getattr(front, case.optimizer)(list(ours.values()), **case.hyper)
         loop = getattr(torch.optim, case.optimizer)(list(theirs.values()), **torch_hyper(case))
         for t, grads in enumerate(gradients, 1):
-            for group in (opt.param_groups[0], loop.param_groups[0]):
-                group["lr"] *= (0.5, 1.5, 1.0)[t % 3] if t > 1 else 1.0  # Rprop takes its lr in the first step
-            for tensors in (ours, theirs):
-                for name, tensor in tensors.items():
-                    tensor.grad = tensor_of(grads[name])
-            opt.step()
-            loop.step()
-            for ours_p, theirs_p in zip(ours.values(), theirs.values(), strict=True):
-                assert set(opt.state[ours_p]) == set(loop.state[theirs_p])
+            for each, tensors in ((opt, ours), (loop, theirs)):
+                each.param_groups[0]["lr"] *= (0.5, 1.5, 1.0)[t % 3] if t > 1 else 1.0  # Rprop takes it at first
+                step(each, tensors, grads)
+            assert [set(opt.state[p]) for p in ours.values()] == [set(loop.state[p]) for p in theirs.values()]
             got, want = front_snapshot(ours, opt, t), front_snapshot(theirs, loop, t)
             assert_close(got, want, rtol=rtol, atol=atol, where=f"{case.id}, step {t}")
 
 
 @every_torch_class
 def test_signature_and_defaults_are_those_of_torch(name):
-    ours, theirs = getattr(front, name), getattr(torch.optim, name)
-    own, expected = inspect.signature(ours.__init__).parameters, inspect.signature(theirs.__init__).parameters
-    assert [(k, p.kind, p.default) for k, p in own.items() if k in expected] == [
-        (k, p.kind, p.default) for k, p in expected.items()
-    ]
-    assert issubclass(ours, theirs)
+    kinds = getattr(front, name), getattr(torch.optim, name)
+    own, theirs = ({k: (p.kind, p.default) for k, p in inspect.signature(x.__init__).parameters.items()} for x in kinds)
+    assert [(k, x) for k, x in own.items() if k in theirs] == list(theirs.items())
+    assert issubclass(*kinds)
 
 
 @every_torch_class
@@ -100,41 +97,41 @@ def test_signature_and_defaults_are_those_of_torch(name):
 def test_bad_options_have_the_error_of_torch(name, bad):
     if not set(bad) <= set(inspect.signature(getattr(torch.optim, name)).parameters):
         pytest.skip("not an option of this class")
-    w = torch.nn.Parameter(torch.ones(2))
-    with pytest.raises(ValueError, match=r".") as theirs:
-        getattr(torch.optim, name)([w], **bad)
-    with pytest.raises(ValueError, match=r".") as ours:
-        getattr(front, name)([w], **bad)
-    assert str(ours.value) == str(theirs.value)
+
+    def refusal(home):
+        with pytest.raises(ValueError, match=r".") as caught:
+            getattr(home, name)([torch.nn.Parameter(torch.ones(2))], **bad)
+        return str(caught.value)
+
+    assert refusal(front) == refusal(torch.optim)
 
 
 @pytest.mark.parametrize("case", [c for c in FRONT_CASES if "eps" in c.hyper and torch_hyper(c)], ids=lambda c: c.id)
 def test_eps_may_be_zero(case):
-    w, v = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
-    hyper = torch_hyper(case) | {"eps": 0.0}
-    opt, loop = getattr(front, case.optimizer)([w], **hyper), getattr(torch.optim, case.optimizer)([v], **hyper)
-    for _ in range(3):
-        w.grad, v.grad = torch.tensor([1.0, -2.0, 3.0]), torch.tensor([1.0, -2.0, 3.0])
-        opt.step()
-        loop.step()
-    torch.testing.assert_close(w, v)
+    def run(home):
+        w = torch.nn.Parameter(torch.ones(3))
+        w.grad = torch.tensor([1.0, -2.0, 3.0])
+        opt = getattr(home, case.optimizer)([w], **torch_hyper(case) | {"eps": 0.0})
+        for _ in range(3):
+            opt.step()
+        return w
+
+    torch.testing.assert_close(*both(run))
 
 
 @every_class
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
 def test_complex_parameters_are_pairs_of_real_ones(name, dtype):
     torch.manual_seed(0)
-    hyper = {"lr": 0.1}
     z = torch.nn.Parameter(torch.randn(4, 3, dtype=dtype))
     pair = torch.nn.Parameter(torch.view_as_real(z.detach()).clone())
-    a, b = getattr(front, name)([z], **hyper), getattr(front, name)([pair], **hyper)
+    a, b = (getattr(front, name)([p], lr=0.1) for p in (z, pair))
     for _ in range(3):
-        gradient = torch.randn(4, 3, dtype=dtype)
-        z.grad, pair.grad = gradient.conj(), torch.view_as_real(gradient.conj().resolve_conj()).clone()
+        z.grad = torch.randn(4, 3, dtype=dtype).conj()
+        pair.grad = torch.view_as_real(z.grad.resolve_conj()).clone()
         a.step()
         b.step()
     assert torch.equal(torch.view_as_real(z.detach()), pair)
     for key, value in a.state[z].items():
-        other = b.state[pair][key]
-        assert torch.equal(torch.view_as_real(value) if value.is_complex() else value, other)
+        assert torch.equal(torch.view_as_real(value) if value.is_complex() else value, b.state[pair][key])
         assert value.is_complex() == (value.ndim > 0)

@@ -1,12 +1,11 @@
 """fastopt.torch: what ``state`` shows is what a step reads and writes, in memory of its own."""
 
-import copy
 import gc
 import pickle
 
 import pytest
-from torch_compare import unchanged
-from torch_problem import CLASSES, every_class, front, gradients, make, torch, train
+from torch_compare import assert_close, assert_same_bits, unchanged
+from torch_problem import CLASSES, both, every_class, every_copy, front, gradients, make, params_of, torch, train
 
 
 @pytest.fixture(params=["C", "Python"])
@@ -26,6 +25,9 @@ MOVES = (
 )
 
 
+every_extra = pytest.mark.parametrize("extra", [{}, {"flatten": True}, {"master_weights": True}], ids=str)
+
+
 @every_class
 def test_tensors_that_the_user_moves_are_stepped_where_they_are(name, way):
     for move in MOVES:
@@ -40,19 +42,19 @@ def test_tensors_that_the_user_moves_are_stepped_where_they_are_on_a_gpu(gpus):
 def assert_stepped_in_place(name, move, place=lambda params: None):
     (p, a), (q, b) = make(name), make(name)
     place(p)
-    for params, opt in ((p, a), (q, b)):
-        train(params, opt, 3)
+    train(p, a, 3)
+    train(q, b, 3)
     for key in a.state[p[0]]:
         move(a.state[p[0]], key)
     kept = [(key, x, x.data_ptr()) for key, x in a.state[p[0]].items()]
     for t in range(3, 6):  # the third is one that asks torch's C interface
-        for params, opt in ((p, a), (q, b)):
-            train(params, opt, 1, first=t)
+        train(p, a, 1, first=t)
+        train(q, b, 1, first=t)
         for key, x, address in kept:
             assert a.state[p[0]][key] is x, (MOVES.index(move), key)
             assert x.data_ptr() == address, (MOVES.index(move), key)
             assert torch.equal(x, b.state[q[0]][key]), (MOVES.index(move), key)
-    assert all(torch.equal(x, y) for x, y in zip(p, q, strict=True))
+    assert_same_bits(p, q)
 
 
 @pytest.mark.parametrize(
@@ -92,8 +94,7 @@ def test_swapped_parameters_are_stepped_and_not_what_they_were_swapped_with(way)
 
     torch.__future__.set_swap_module_params_on_conversion(True)
     try:
-        for p, q in zip(trained(front), trained(torch.optim), strict=True):
-            torch.testing.assert_close(p, q)
+        torch.testing.assert_close(*both(trained))
     finally:
         torch.__future__.set_swap_module_params_on_conversion(False)
 
@@ -101,7 +102,7 @@ def test_swapped_parameters_are_stepped_and_not_what_they_were_swapped_with(way)
 @pytest.mark.parametrize("zero_grads", [False, True])
 def test_a_gradient_without_memory_is_zero(zero_grads, place):
     p, q = (torch.nn.Parameter(torch.full((3,), 2.0)) for _ in range(2))
-    (a, b) = front.AdamW(place([p]), zero_grads=zero_grads), torch.optim.AdamW([q])
+    a, b = front.AdamW(place([p]), zero_grads=zero_grads), torch.optim.AdamW([q])
     for x, opt in ((p, a), (q, b)):
         for _ in range(4):
             x.grad = None
@@ -168,18 +169,18 @@ def assert_freed_at_once(name, place):
 # --- memory ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("extra", [{}, {"flatten": True}, {"master_weights": True}], ids=str)
+@every_extra
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_every_tensor_has_just_its_own_bytes(dtype, extra, place, tmp_path):
-    model = torch.nn.Sequential(*(torch.nn.Conv2d(2, 2, 3) for _ in range(10))).to(memory_format=torch.channels_last)
-    model = model.to(dtype)
-    opt = front.NAdam(place(list(model.parameters())), **extra)
-    for p in model.parameters():
-        p.grad = torch.ones_like(p)
-    opt.step()
-    tensors = [x for p in model.parameters() for x in (p, p.grad, *opt.state[p].values())]
-    assert all(x.untyped_storage().nbytes() == x.nbytes for x in tensors)
-    assert all(x.stride() == p.stride() for p in model.parameters() for x in opt.state[p].values() if x.dim())
+    model = torch.nn.Sequential(*(torch.nn.Conv2d(2, 2, 3) for _ in range(10)))
+    model = model.to(dtype, memory_format=torch.channels_last)
+    params = list(model.parameters())
+    opt = front.NAdam(place(params), **extra)
+    train(params, opt, 1)
+    for p in params:
+        tensors = [p, p.grad, *opt.state[p].values()]
+        assert all(x.untyped_storage().nbytes() == x.nbytes for x in tensors)
+        assert all(x.stride() == p.stride() for x in opt.state[p].values() if x.dim())
     if extra.get("flatten"):
         pytest.importorskip("safetensors.torch").save_model(model, str(tmp_path / "model.safetensors"))
 
@@ -188,17 +189,14 @@ def test_every_tensor_has_just_its_own_bytes(dtype, extra, place, tmp_path):
 def test_pickles_grow_with_what_is_in_them(extra):
     def size(count):
         params = torch.nn.ParameterList(torch.zeros(1000) for _ in range(count))
-        opt = front.AdamW(params, **extra)
-        for p in params:
-            p.grad = torch.ones(1000)
-        opt.step()
+        train(params, opt := front.AdamW(params, **extra), 1)
         return len(pickle.dumps(opt)), len(pickle.dumps(params))
 
     assert all(large <= 4.2 * small for small, large in zip(size(50), size(200), strict=True))
 
 
 class Allocated(torch.utils._python_dispatch.TorchDispatchMode):
-    """Counts the bytes of all storages that operations return."""
+    """Keeps all storages that operations make, so that none gets the address of another."""
 
     def __init__(self):
         super().__init__()
@@ -207,21 +205,16 @@ class Allocated(torch.utils._python_dispatch.TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         if isinstance(result, torch.Tensor):
-            mine = {x.untyped_storage()._cdata for x in args if isinstance(x, torch.Tensor)}
             storage = result.untyped_storage()
-            if storage._cdata not in mine:
-                self.seen[storage._cdata] = storage  # kept alive, so that no other gets its address
+            if storage._cdata not in {x.untyped_storage()._cdata for x in args if isinstance(x, torch.Tensor)}:
+                self.seen[storage._cdata] = storage
         return result
 
-    @property
-    def nbytes(self):
-        return sum(storage.nbytes() for storage in self.seen.values())
 
-
-@pytest.mark.parametrize("extra", [{}, {"flatten": True}, {"master_weights": True}], ids=str)
+@every_extra
 def test_loading_and_the_next_step_need_one_copy_of_the_states(extra):
     def one():
-        params = [torch.nn.Parameter(torch.zeros(100_000, dtype=torch.bfloat16)) for _ in range(4)]
+        params = params_of([(100_000,)] * 4, dtype=torch.bfloat16)
         return params, front.AdamW(params, **extra)
 
     (params, opt), (others, again) = one(), one()
@@ -234,10 +227,10 @@ def test_loading_and_the_next_step_need_one_copy_of_the_states(extra):
         again.load_state_dict(saved)
         if not extra.get("master_weights"):  # whose comparison with their parameters needs memory for one of these
             again.step()
-    assert allocated.nbytes <= 1.02 * size
+    assert sum(storage.nbytes() for storage in allocated.seen.values()) <= 1.02 * size
 
 
-@pytest.mark.parametrize("how", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
+@every_copy
 def test_a_copy_of_a_flat_optimizer_is_flat_and_zeroes_its_gradients(how):
     model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 2))
     first = model, front.AdamW(model.parameters(), lr=0.1, flatten=True)
@@ -267,9 +260,9 @@ def test_what_changes_with_the_pattern_of_gradients_is_seen(way, what):
 
     def run(home):
         params, opt = make("AdamW", home=home)
-        p, q, *rest = params
+        p, q, *_ = params
         for t in range(12):
-            train([p, q, *rest], opt, 1, first=t)
+            train(params, opt, 1, first=t)
             if t % 4 == 3:
                 q.grad = None
                 if what != "parameter now":
@@ -283,23 +276,21 @@ def test_what_changes_with_the_pattern_of_gradients_is_seen(way, what):
                     opt.state[q]["step"].fill_(50.0)
         return params
 
-    for p, q in zip(run(front), run(torch.optim), strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+    assert_close(*both(run))
 
 
 def test_a_parameter_that_was_transposed_in_place_is_seen(way):
-    ends = []
-    for home in (front, torch.optim):
+    def run(home):
         p = torch.nn.Parameter(torch.arange(4.0).view(2, 2))
         opt = home.SGD([p], lr=1.0)
         for t in range(6):
-            p.grad = torch.zeros(2, 2)
-            p.grad[0, 1] = 1.0
+            p.grad = torch.tensor([[0.0, 1.0], [0.0, 0.0]])
             opt.step()
             if t == 3:
                 p.data = p.data.t()
-        ends.append(p.detach())
-    assert torch.equal(*ends)
+        return p
+
+    assert torch.equal(*both(run))
 
 
 def test_a_state_of_another_shape_is_not_spread():

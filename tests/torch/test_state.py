@@ -2,39 +2,37 @@
 
 import collections
 import copy
-import io
-import pickle
 
 import pytest
-from torch_compare import copy_into, default_dtype
-from torch_problem import every_class, every_torch_class, front, gradients, make, torch, train
+from torch_compare import assert_same, assert_same_bits, copy_into, default_dtype, unchanged
+from torch_problem import (
+    check_checkpoint,
+    every_class,
+    every_copy,
+    every_torch_class,
+    front,
+    make,
+    saved_and_loaded,
+    set_gradients,
+    torch,
+    train,
+)
 
 
 def assert_equal(a, b):
     """Parameters, states and groups of two pairs of parameters and optimizer have the same bits."""
-    for p, q in zip(a[0], b[0], strict=True):
-        assert torch.equal(p, q)
-        assert set(a[1].state[p]) == set(b[1].state[q])
-        for name, value in a[1].state[p].items():
-            other = b[1].state[q][name]
-            assert value.dtype == other.dtype, name
-            assert torch.equal(value, other), name
+    assert_same(a[0], b[0], a[1], b[1])
 
 
 @every_class
 @pytest.mark.parametrize("masters", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_resume_is_bit_exact(name, dtype, masters):
-    through = make(name, dtype=dtype, master_weights=masters)
+    through, first, second = (make(name, dtype=dtype, seed=s, master_weights=masters) for s in (0, 0, 5))
     train(*through, 6)
-    first = make(name, dtype=dtype, master_weights=masters)
     train(*first, 3)
-    file = io.BytesIO()
-    torch.save(first[1].state_dict(), file)
-    file.seek(0)
-    second = make(name, dtype=dtype, seed=5, master_weights=masters)
     copy_into(second[0], first[0])
-    second[1].load_state_dict(torch.load(file, weights_only=True))
+    second[1].load_state_dict(saved_and_loaded(first[1].state_dict()))
     assert_equal(second, first)
     train(*second, 3, first=3)
     assert_equal(second, through)
@@ -42,16 +40,13 @@ def test_resume_is_bit_exact(name, dtype, masters):
 
 @every_class
 def test_states_of_16_bit_parameters_are_float32_and_stay_so(name):
-    params, opt = make(name, dtype=torch.float16)
+    (params, opt), (again, other) = make(name, dtype=torch.float16), make(name, dtype=torch.float16)
     train(params, opt, 2)
-    saved = opt.state_dict()
-    again, other = make(name, dtype=torch.float16)
-    other.load_state_dict(saved)
+    other.load_state_dict(opt.state_dict())
     for p, q in zip(params, again, strict=True):
-        for key, value in opt.state[p].items():
-            if key not in ("step", "eta", "mu", "mu_product"):
-                assert value.dtype == torch.float32
-                assert torch.equal(other.state[q][key], value)
+        for key in set(opt.state[p]) - {"step", "eta", "mu", "mu_product"}:
+            assert opt.state[p][key].dtype == torch.float32
+            assert torch.equal(other.state[q][key], opt.state[p][key])
 
 
 @every_torch_class
@@ -59,18 +54,7 @@ def test_states_of_16_bit_parameters_are_float32_and_stay_so(name):
 def test_checkpoints_go_both_ways(name, direction):
     with default_dtype(torch.float64):  # torch then keeps eta, mu and mu_product as exactly as fastopt does
         homes = (torch.optim, front) if direction == "from torch" else (front, torch.optim)
-        first, second = make(name, home=homes[0], dtype=torch.float64), make(name, home=homes[1], dtype=torch.float64)
-        train(*first, 4)
-        copy_into(second[0], first[0])
-        second[1].load_state_dict(first[1].state_dict())
-        train(*first, 4, first=4)
-        train(*second, 4, first=4)
-        for p, q in zip(first[0], second[0], strict=True):
-            torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-12)
-            assert set(first[1].state[p]) == set(second[1].state[q])
-            for key, value in first[1].state[p].items():
-                torch.testing.assert_close(value, second[1].state[q][key], rtol=1e-12, atol=1e-12, check_dtype=False)
-        assert first[1].state_dict()["param_groups"] == second[1].state_dict()["param_groups"]
+        check_checkpoint(*(make(name, home=home, dtype=torch.float64) for home in homes))
 
 
 @every_class
@@ -81,10 +65,9 @@ def test_saved_tensors_are_copies_of_their_own_size(name):
     assert {type(saved["state"]), *map(type, saved["state"].values())} == {dict}
     before = copy.deepcopy(saved)
     train(params, opt, 1, first=2)
-    for index, state in saved["state"].items():
-        for key, value in state.items():
-            assert value.untyped_storage().nbytes() == value.nbytes
-            assert torch.equal(value, before["state"][index][key])
+    torch.testing.assert_close(saved, before, rtol=0, atol=0)
+    for value in (value for state in saved["state"].values() for value in state.values()):
+        assert value.untyped_storage().nbytes() == value.nbytes
 
 
 @every_torch_class
@@ -96,10 +79,8 @@ def test_older_checkpoints_lack_keys_and_have_numbers_as_steps(name):
         for key in ("maximize", "foreach", "capturable", "differentiable", "fused", "decoupled_weight_decay"):
             group.pop(key, None)
     for state in saved["state"].values():
-        if "step" in state:
-            state["step"] = int(state["step"])
-        for key in {"mu_product", "eta", "mu"} & set(state):
-            state[key] = state[key].item()
+        for key in {"step", "mu_product", "eta", "mu"} & set(state):
+            state[key] = int(state[key]) if key == "step" else state[key].item()
     copy_into(second[0], through[0])
     second[1].load_state_dict(saved)
     train(*through, 2, first=2)
@@ -108,15 +89,14 @@ def test_older_checkpoints_lack_keys_and_have_numbers_as_steps(name):
 
 
 @every_class
-@pytest.mark.parametrize("how", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
+@every_copy
 def test_copies_go_on_by_themselves(name, how):
     params, opt = first = make(name, max_grad_norm=0.5)
     train(*first, 2)
     second = how((params, opt))
     assert type(second[1]) is type(opt)
-    train(*first, 2, first=2)
-    kept = copy.deepcopy(second[0])
-    assert all(torch.equal(p, q) for p, q in zip(kept, second[0], strict=True)), "the copy has memory of its own"
+    with unchanged(second[0]):  # the copy has memory of its own
+        train(*first, 2, first=2)
     train(*second, 2, first=2)
     assert_equal(first, second)
     assert second[1].last_info.grad_norm == opt.last_info.grad_norm
@@ -125,17 +105,13 @@ def test_copies_go_on_by_themselves(name, how):
 def test_a_state_of_another_shape_is_refused_and_nothing_changes():
     params, opt = make("AdamW")
     train(params, opt, 2)
-    saved = opt.state_dict()
-    before = copy.deepcopy(saved)
-    bad = copy.deepcopy(saved)
+    bad = opt.state_dict()
     bad["state"][0]["exp_avg"] = torch.zeros(4)
-    with pytest.raises(
-        ValueError, match=r"exp_avg of parameter 0 has shape \(4,\), but the parameter has shape \(5, 7\)"
-    ):
-        opt.load_state_dict(bad)
-    with pytest.raises(ValueError, match="different number of parameter groups"):
-        opt.load_state_dict({"state": {}, "param_groups": []})
-    torch.testing.assert_close(opt.state_dict(), before, rtol=0, atol=0)
+    with unchanged(params, opt):
+        with pytest.raises(ValueError, match=r"exp_avg of parameter 0 has shape \(4,\), but the parameter .* \(5, 7\)"):
+            opt.load_state_dict(bad)
+        with pytest.raises(ValueError, match="different number of parameter groups"):
+            opt.load_state_dict({"state": {}, "param_groups": []})
 
 
 def test_hooks_of_load_and_save_see_tensors():
@@ -152,16 +128,11 @@ def test_hooks_of_load_and_save_see_tensors():
 # --- surgery: what users do to the state of torch's optimizers -------------------------------------------------------
 
 
-def pair(name="AdamW"):
-    return make(name), make(name, home=torch.optim)
-
-
 def assert_close(ours, theirs):
     for p, q in zip(ours[0], theirs[0], strict=True):
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
-        assert set(ours[1].state.get(p, {})) == set(theirs[1].state.get(q, {}))
-        for key, value in theirs[1].state.get(q, {}).items():
-            torch.testing.assert_close(ours[1].state[p][key], value, rtol=1e-5, atol=1e-6)
+        states = dict(ours[1].state.get(p, {})), dict(theirs[1].state.get(q, {}))
+        torch.testing.assert_close(*states, rtol=1e-5, atol=1e-6)
 
 
 def grow(params, opt):
@@ -180,6 +151,13 @@ def append(params, opt):
     opt.param_groups[0]["params"].append(params[-1])
 
 
+def offload(params, opt):
+    for state in opt.state.values():
+        for key, value in state.items():
+            state[key] = value.to("cpu", copy=True)
+        state.update(step=state["step"] + 1)
+
+
 MADE = {"step": 3.0, "exp_avg": (1.0,) * 3, "exp_avg_sq": (1.0,) * 3}
 SURGERY = {
     "clear": lambda p, opt: opt.state.clear(),
@@ -194,6 +172,7 @@ SURGERY = {
     "grow": grow,
     "move data": lambda p, opt: [setattr(x, "data", x.data.clone()) for x in p],
     "append": append,
+    "offload": offload,
     "remove": lambda p, opt: opt.param_groups[0]["params"].pop(0),
     "maximize": lambda p, opt: opt.param_groups[0].update(maximize=True),
 }
@@ -201,7 +180,7 @@ SURGERY = {
 
 @pytest.mark.parametrize("surgery", SURGERY.values(), ids=SURGERY)
 def test_surgery_has_the_effect_it_has_in_torch(surgery):
-    ours, theirs = pair()
+    ours, theirs = make("AdamW"), make("AdamW", home=torch.optim)
     for params, opt in (ours, theirs):
         train(params, opt, 3)
         surgery(params, opt)
@@ -209,35 +188,21 @@ def test_surgery_has_the_effect_it_has_in_torch(surgery):
     assert_close(ours, theirs)
 
 
-def test_reading_and_changing_states_through_the_dict_counts():
-    ours, theirs = pair()
-    for params, opt in (ours, theirs):
-        train(params, opt, 2)
-        for state in opt.state.values():
-            for key, value in state.items():
-                state[key] = value.to("cpu", copy=True)  # what offloading does
-            state.update(step=state["step"] + 1)
-        train(params, opt, 2, first=2)
-    assert_close(ours, theirs)
-
-
 @every_class
 def test_momentum_and_states_begin_with_the_first_gradient(name):
-    ours = make(name)
-    params, opt = ours
+    (params, opt), (alone, other) = make(name), make(name)
     for t in range(4):
-        for p, g in zip(params, gradients(params, t), strict=True):
-            p.grad = g if p is params[0] or t >= 2 else None
+        set_gradients(params, t)
+        for p in params[1:] if t < 2 else ():
+            p.grad = None
         opt.step()
         if t < 2 and name != "Adagrad":
-            assert params[1] not in opt.state or not opt.state[params[1]]
-    alone, other = make(name)
+            assert not opt.state.get(params[1])
     for t in range(2, 4):
-        for p, g in zip(alone, gradients(alone, t), strict=True):
-            p.grad = g if p is not alone[0] else None
+        set_gradients(alone, t)
+        alone[0].grad = None
         other.step()
-    for p, q in zip(params[1:], alone[1:], strict=True):
-        assert torch.equal(p, q)
+    assert_same_bits(params[1:], alone[1:])
 
 
 def test_sgd_damps_from_the_second_step_on_also_when_momentum_comes_later():
