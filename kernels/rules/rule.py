@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from ..epilogues import EMA
 from ..layout import DECAY, GRADIENT, PARAMETER, SUMS, WEIGHT
 
 MAX_STATES = 6
@@ -154,6 +155,10 @@ class Rule:
         for source in self.sources:
             if source not in ("p", "g") and not (isinstance(source, int) and 0 <= source < self.term_count):
                 raise ValueError(f'Rule {self.name!r}: products are of "p", "g" and numbers of terms, got {source!r}.')
+        if EMA in self.state:
+            raise ValueError(
+                f"Rule {self.name!r}: the state {EMA!r} is the average of the parameters; name it otherwise."
+            )
         if len(self.state) > MAX_STATES:
             raise ValueError(f"Rule {self.name!r}: at most {MAX_STATES} state arrays, got {len(self.state)}.")
         for what, room, taken in (
