@@ -184,7 +184,7 @@ class Native:
 
 
 class Numba:
-    """Everything compiled on first use; the scheduler is Numba's."""
+    """Everything compiled on first use; the scheduler is Python's."""
 
     isa = "numba"
 
@@ -215,32 +215,24 @@ class Numba:
 
     @functools.cached_property
     def _scheduler(self) -> Any:
-        from ..kernels.cpu.scheduler import Scheduler
+        from ..kernels.cpu import scheduler
 
-        return Scheduler()
+        return scheduler
 
     def update(self, table: Table, threads: int) -> None:
-        self._scheduler.update(table.segments, table.segments_at, table.chunks, _numbers(table), threads)
+        self._scheduler.update(table, threads)
 
     def squares(self, table: Table, which: int, threads: int) -> float:
-        return float(self._scheduler.squares(table.segments, table.chunks, table.partials, which, threads))
+        return float(self._scheduler.squares(table, which, threads))
 
     def sums(self, table: Table, known: int, threads: int) -> None:
-        segments = table.segments, table.segments_at
-        self._scheduler.sums(*segments, table.chunks, table.partials, known, threads)
+        self._scheduler.sums(table, known, threads)
 
     def ratios(self, table: Table) -> None:
-        self._scheduler.ratios(table.segments, table.segments_at)
+        self._scheduler.ratios(table)
 
     def waves(self, table: Table, known: int, threads: int) -> None:
-        self._scheduler.waves(
-            *(table.segments, table.segments_at, table.chunks, table.waves, table.partials, known),
-            *(_numbers(table), threads),
-        )
-
-
-def _numbers(table: Table) -> Any:
-    return np.frombuffer(table.counts.numbers) if table.counts.half else np.zeros(0)
+        self._scheduler.waves(table, known, threads)
 
 
 ISAS = ("x86-64-v2", "x86-64-v3", "x86-64-v4")

@@ -157,6 +157,7 @@ class Cohort:
     treatment: Treatment
     progress: Progress
     numbers: NDArray[np.float64]  # a row of the table of scalars
+    scalars: NDArray[np.float64]  # the rule's, of it
     _tried: tuple[Options | None, bool] = None, True  # options, and whether zeros stay zeros with them
 
     def complete(self, options: Options) -> Options:
@@ -171,11 +172,10 @@ class Cohort:
             raise OverflowError(f"fastopt: parameters of group {self.group} have taken 2^53 steps, so far steps count.")
         carry: dict[str, float] = {}
         if rule.carry is None:
-            scalars = rule.scalars(t, options)
+            self.scalars[:] = rule.scalars(t, options)
         else:
-            scalars, carried = rule.scalars(t, options, self.carried(options))
+            self.scalars[:], carried = rule.scalars(t, options, self.carried(options))
             carry = carried._asdict()
-        self.numbers[: len(scalars)] = scalars
         if self.treatment.averages:
             n = self.averaged
             self.numbers[WEIGHT] = average_weight(n, options["ema_decay"], options.get("ema_warmup", False))
@@ -256,8 +256,9 @@ class Plan(ABC):
         counts = Counts(len(places))
         cohorts = []
         for (group, treatment, steps, carry), row in places.items():
-            progress = Progress(steps, dict(carry) or None, counts, row)
-            cohorts.append(Cohort(group, treatment, progress, np.zeros(SCALARS)))
+            progress, numbers = Progress(steps, dict(carry) or None, counts, row), np.zeros(SCALARS)
+            scalars = numbers[: len(treatment.rule.Scalars._fields)]
+            cohorts.append(Cohort(group, treatment, progress, numbers, scalars))
         return cohorts, member, counts
 
     def _adopt(self) -> None:

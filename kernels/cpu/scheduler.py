@@ -1,240 +1,233 @@
-"""The scheduler for builds without a C compiler: what launch.c does, under Numba's prange.
+"""The scheduler for builds without a C compiler: what launch.c does, in Python. Same tables, same kernels, same bits.
 
-Same tables, same kernels, same bits. Two steps at once take turns, because not every threading layer of Numba can run
-two parallel regions; the child of a fork runs everything in one thread, because Numba's layers end the process there.
+Kernels are C functions that Numba compiled; while one runs, Python's lock is free for the other threads.
 """
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import os
-import threading
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from typing import Any, NamedTuple
 
-import numba
 import numpy as np
-from llvmlite import ir
-from numba import njit, prange, types
-from numba.core import cgutils
-from numba.core.extending import intrinsic
+from numba import njit, types
 
 from .. import reductions
 from ..environment import enter, leave, settled
-from ..layout import BLOCK, EPILOGUES, GRADIENT, KNOW_W, LANES, MULTIPLIER, PARAMETER, RATIO, SEGMENT, STRIP, SUMS
+from ..layout import BLOCK, GRADIENT, KNOW_G, KNOW_W, LANES, MULTIPLIER, PARAMETER, RATIO, SEGMENT, STRIP, SUMS
 from . import loop, terms
 
-WORD = np.dtype(np.uint64).itemsize
-UPDATE, SQUARES, SUM, WAVES = range(4)
 EVERY_SUM = (1 << SUMS) - 1
+KINDS = {types.int64: ctypes.c_int64, types.float64: ctypes.c_double, types.void: None}
+SIGNATURES = {
+    "update": loop.SIGNATURE,
+    "epilogue": loop.EPILOGUE_SIGNATURE,
+    "squares": reductions.SIGNATURE,
+    "terms": terms.SIGNATURE,
+    "ratio": reductions.RATIO_SIGNATURE,
+}
 
 
-def _caller(signature: Any) -> Any:
-    """Intrinsic ``(address, arguments)`` that calls the C function of a signature; pointers are passed as integers."""
-    passed = types.Tuple(
-        [types.int64 if isinstance(a, (types.CPointer, types.RawPointer)) else a for a in signature.args]
-    )
-
-    def codegen(context: Any, builder: Any, _: Any, args: Any) -> Any:
-        kinds = [context.get_value_type(a) for a in signature.args]
-        result = ir.VoidType() if signature.return_type == types.void else ir.DoubleType()
-        function = builder.inttoptr(args[0], ir.FunctionType(result, kinds).as_pointer())
-        arguments = [
-            builder.inttoptr(x, kind) if isinstance(kind, ir.PointerType) else x
-            for x, kind in zip(cgutils.unpack_tuple(builder, args[1]), kinds, strict=True)
-        ]
-        value = builder.call(function, arguments)
-        return context.get_dummy_value() if signature.return_type == types.void else value
-
-    @intrinsic
-    def call(typingctx: Any, address: Any, arguments: Any) -> Any:
-        return signature.return_type(types.int64, passed), codegen
-
-    return call
+@functools.cache
+def _function(kind: str, address: int) -> Any:
+    """The kernel at an address; pointers are passed as integers. None at address 0."""
+    signature = SIGNATURES[kind]
+    kinds = [KINDS.get(t, ctypes.c_void_p) for t in (signature.return_type, *signature.args)]
+    return ctypes.CFUNCTYPE(*kinds)(address) if address else None  # type: ignore[arg-type]
 
 
-_update = _caller(loop.SIGNATURE)
-_epilogue = _caller(loop.EPILOGUE_SIGNATURE)
-_squares = _caller(reductions.SIGNATURE)
-_terms = _caller(terms.SIGNATURE)
-_ratio = _caller(reductions.RATIO_SIGNATURE)
+class _Segment(NamedTuple):
+    """A segment of a table as it is in this call."""
 
+    update: Any
+    squares: tuple[Any, Any]
+    terms: Any
+    ratio: Any
+    scalars: int
+    epilogues: list[tuple[Any, int, int]]
+    data: tuple[int, int]  # where parameters and gradients begin
+    arrays: int  # where the addresses of all arrays stand
+    own: int
+    sums: int
 
-class Scheduler:
-    """Walks tables of segments."""
+    def update_chunk(self, lo: int, end: int) -> float:
+        """Update elements; the sum of squares of the parameters, where the kernel forms one."""
+        if not self.epilogues:
+            return self.update(lo, end, self.arrays, self.scalars, self.own)  # type: ignore[no-any-return]
+        squares, strip = [], BLOCK if self.ratio and not self.terms else STRIP
+        while lo < end:
+            hi = min(lo + strip, end)
+            squares.append(self.update(lo, hi, self.arrays, self.scalars, self.own))
+            for kernel, target, number in self.epilogues:
+                kernel(lo, hi, self.data[PARAMETER], target, number)
+            lo = hi
+        return _add(np.array(squares))  # type: ignore[no-any-return]
 
-    def __init__(self) -> None:
-        assert SEGMENT.fields is not None
-        places = {name: SEGMENT.fields[name][1] // WORD for name in SEGMENT.fields}
-        words = SEGMENT.itemsize // WORD
-        update_at, squares_at, scalars_at = places["update"], places["squares"], places["scalars"]
-        arrays_at, own_at, ratio_at = places["arrays"], places["own"], places["ratio"]
-        terms_at, sums_at, epilogues_at = places["terms"], places["sums"], places["epilogues"]
-
-        # A table arrives as words: two views of the same bytes, as integers and as float64.
-        @njit(nogil=True)
-        def update_part(table: Any, at: int, s: int, lo: int, hi: int) -> float:
-            base = at + s * WORD
-            arrays, own = base + arrays_at * WORD, base + own_at * WORD
-            return _update(table[s + update_at], (lo, hi, arrays, table[s + scalars_at], own))  # type: ignore[no-any-return]
-
-        @njit(nogil=True)
-        def update_chunk(table: Any, at: int, chunk: Any) -> float:
-            s, lo, end = chunk[0] * words, chunk[1], chunk[2]
-            if table[s + epilogues_at] == 0:
-                return update_part(table, at, s, lo, end)  # type: ignore[no-any-return]
-            mode: Any = enter()  # type: ignore[call-arg]
-            squares = 0.0
-            strip = BLOCK if table[s + ratio_at] != 0 and table[s + terms_at] == 0 else STRIP
-            while lo < end:
-                hi = min(lo + strip, end)
-                squares += update_part(table, at, s, lo, hi)
-                for e in range(s + epilogues_at, s + epilogues_at + 3 * EPILOGUES, 3):  # kernel, target, number
-                    if table[e] != 0:
-                        _epilogue(table[e], (lo, hi, table[s + arrays_at + PARAMETER], table[e + 1], table[e + 2]))
-                lo = hi
-            squares = settled(squares)
-            leave(mode)
-            return squares
-
-        @njit(nogil=True)
-        def chunk_squares(table: Any, chunk: Any, which: int) -> float:
-            s = chunk[0] * words
-            return _squares(table[s + squares_at + which], (chunk[1], chunk[2], table[s + arrays_at + which]))  # type: ignore[no-any-return]
-
-        @njit(nogil=True)
-        def chunk_sums(table: Any, at: int, chunks: Any, i: int, partials: Any, known: int) -> None:
-            s, lo, hi = chunks[i, 0] * words, chunks[i, 1], chunks[i, 2]
-            if table[s + ratio_at] == 0:
-                return
-            if table[s + terms_at] != 0:
-                base, sums = at + s * WORD, np.zeros(SUMS)
-                arrays, own = base + arrays_at * WORD, base + own_at * WORD
-                _terms(table[s + terms_at], (lo, hi, arrays, table[s + scalars_at], own, sums.ctypes.data))
-                partials[:, i] = sums
-                return
+    def chunk_sums(self, lo: int, hi: int, partials: Any, known: int) -> None:
+        """Fill a column of partial sums, where there is a ratio."""
+        if self.ratio and self.terms:
+            sums = (ctypes.c_double * SUMS)()
+            self.terms(lo, hi, self.arrays, self.scalars, self.own, ctypes.addressof(sums))
+            partials[:] = sums
+        elif self.ratio:
             for k in (PARAMETER, GRADIENT):
                 if not known >> k & 1:
-                    partials[k, i] = chunk_squares(table, chunks[i], k)
+                    partials[k] = self.squares[k](lo, hi, self.data[k])
 
-        @njit(nogil=True)
-        def sum_chunks(table: Any, sums: Any, chunks: Any, partials: Any, places: int, of_terms: int) -> None:
-            start = 0
-            while start < len(chunks):
-                segment, end = chunks[start, 0], start
-                while end < len(chunks) and chunks[end, 0] == segment:
-                    end += 1
-                wanted = of_terms if table[segment * words + terms_at] != 0 else places
-                for k in range(SUMS):
-                    if wanted >> k & 1:
-                        sums[segment, k] = _sum_lanes(partials[k, start:end])
-                start = end
 
-        @njit(nogil=True)
-        def decide(table: Any, at: int, own: Any, first: int, end: int) -> None:
-            for s in range(first, end):
-                ratio = table[s * words + ratio_at]
-                if ratio != 0:
-                    sums = at + (s * words + sums_at) * WORD
-                    own[s, RATIO] = _ratio(ratio, (sums, own[s, MULTIPLIER], table[s * words + scalars_at]))
+class _Walk:
+    """A table in one call."""
 
-        @njit(nogil=True)
-        def commit(counts: Any) -> None:
-            half = len(counts) // 2
-            counts[:half] = counts[half:]
+    def __init__(self, table: Any, threads: int) -> None:
+        fields, at = table.segments, table.segments_at
+        assert SEGMENT.fields is not None
+        places = [at + SEGMENT.fields[name][1] for name in ("arrays", "own", "sums")]
+        named = [fields[name].tolist() for name in ("update", "squares", "terms", "ratio", "scalars", "epilogues")]
+        self.segments = [
+            _Segment(
+                _function("update", update),
+                (_function("squares", squares[PARAMETER]), _function("squares", squares[GRADIENT])),
+                *(_function("terms", terms), _function("ratio", ratio), scalars),
+                [(_function("epilogue", kernel), target, number) for kernel, target, number in epilogues if kernel],
+                *((data[PARAMETER], data[GRADIENT]), *(place + s * SEGMENT.itemsize for place in places)),
+            )
+            for s, (update, squares, terms, ratio, scalars, epilogues, data) in enumerate(
+                zip(*named, fields["arrays"].tolist(), strict=True)
+            )
+        ]
+        self._table, self._threads = table, threads
+        self._chunks: list[tuple[int, int, int]] = table.chunks.tolist()
 
-        def build(parallel: bool) -> tuple[Any, Any, Any, Any]:
-            """Update, squares, sums and waves; each is compiled when it is first needed."""
+    def each(self, chunks: Iterable[int], work: Callable[[_Segment, int, int, int], None]) -> None:
+        """Call work for chunks: segment, elements, index."""
+        todo = iter(chunks)  # which the threads share
 
-            @njit(parallel=parallel, nogil=True)
-            def each_chunk(table: Any, at: int, chunks: Any, w_partials: Any) -> None:
-                for i in prange(len(chunks)):
-                    squares = update_chunk(table, at, chunks[i])
-                    if len(w_partials):
-                        w_partials[i] = squares
+        def take() -> None:
+            for i in todo:
+                s, lo, hi = self._chunks[i]
+                work(self.segments[s], lo, hi, i)
 
-            @njit(parallel=parallel, nogil=True)
-            def squares(table: Any, sums: Any, chunks: Any, which: int, partials: Any) -> None:
-                for i in prange(len(chunks)):
-                    partials[which, i] = chunk_squares(table, chunks[i], which)
-                sum_chunks(table, sums, chunks, partials, 1 << which, 1 << which)
+        others = [_pool().submit(take) for _ in range(self._threads - 1)]
+        take()
+        for other in others:
+            other.result()
 
-            @njit(nogil=True)
-            def update(table: Any, at: int, chunks: Any, counts: Any) -> None:
-                each_chunk(table, at, chunks, np.empty(0))
-                commit(counts)
+    def update(self, chunks: Sequence[int], row: Any = None) -> None:
+        """Update chunks; sums of squares go to ``row``."""
 
-            @njit(parallel=parallel, nogil=True)
-            def sum_all(table: Any, at: int, sums: Any, chunks: Any, partials: Any, known: int) -> None:
-                for i in prange(len(chunks)):
-                    chunk_sums(table, at, chunks, i, partials, known)
-                sum_chunks(table, sums, chunks, partials, ~known & 3, EVERY_SUM)
+        def work(s: _Segment, lo: int, hi: int, i: int) -> None:
+            squares = s.update_chunk(lo, hi)
+            if row is not None:
+                row[i] = squares
 
-            @njit(nogil=True)
-            def waves(
-                table: Any,
-                at: int,
-                own: Any,
-                sums: Any,
-                chunks: Any,
-                each: Any,
-                partials: Any,
-                known: int,
-                counts: Any,
-            ) -> None:
-                s = c = 0
-                for w in range(len(each)):
-                    last, end = s + each[w, 0], c + each[w, 1]
-                    mine, row = chunks[c:end], partials[:, c:end]
-                    sum_all(table, at, sums, mine, row, known)
-                    decide(table, at, own, s, last)
-                    each_chunk(table, at, mine, row[PARAMETER])
-                    sum_chunks(table, sums, mine, row, KNOW_W, 0)
-                    s, c = last, end
-                commit(counts)
+        self.each(chunks, work)
 
-            return update, squares, sum_all, waves
+    def sums(self, chunks: Sequence[int], known: int) -> None:
+        """The sums of the segments with a ratio to which chunks belong."""
+        partials = self._table.partials
+        self.each(chunks, lambda s, lo, hi, i: s.chunk_sums(lo, hi, partials[:, i], known))
+        self.add(chunks, ~known & (KNOW_W | KNOW_G), EVERY_SUM)
 
-        self._decide = decide
-        self._serial, self._parallel = build(False), build(True)
+    def add(self, chunks: Sequence[int], places: int, of_terms: int) -> None:
+        """Add the partial sums of each segment's chunks."""
+        sums, partials, start = self._table.segments["sums"], self._table.partials, 0
+        while start < len(chunks):
+            segment, end = self._chunks[chunks[start]][0], start
+            while end < len(chunks) and self._chunks[chunks[end]][0] == segment:
+                end += 1
+            wanted = of_terms if self.segments[segment].terms else places
+            for k in range(SUMS):
+                if wanted >> k & 1:
+                    sums[segment, k] = _sum_lanes(partials[k, chunks[start] : chunks[start] + end - start])
+            start = end
 
-    def update(self, segments: Any, at: int, chunks: Any, counts: Any, threads: int) -> None:
-        """Update every chunk, then commit the counts."""
-        self._run(UPDATE, threads, _words(segments), at, chunks, counts)
-
-    def squares(self, segments: Any, chunks: Any, partials: Any, which: int, threads: int) -> float:
-        """Sum of squares of every segment, and the sum over all of them."""
-        self._run(SQUARES, threads, _words(segments), segments["sums"], chunks, which, partials)
-        return _sum_lanes(segments["sums"][:, which])  # type: ignore[no-any-return]
-
-    def sums(self, segments: Any, at: int, chunks: Any, partials: Any, known: int, threads: int) -> None:
-        """The sums of every segment with a ratio."""
-        self._run(SUM, threads, _words(segments), at, segments["sums"], chunks, partials, known)
-
-    def ratios(self, segments: Any, at: int) -> None:
+    def decide(self, segments: Iterable[int]) -> None:
         """The ratios by the sums."""
-        self._decide(_words(segments), at, segments["own"], 0, len(segments))
-
-    def waves(
-        self, segments: Any, at: int, chunks: Any, waves: Any, partials: Any, known: int, counts: Any, threads: int
-    ) -> None:
-        """Sums, ratios and update, wave after wave; then commit the counts."""
-        table = _words(segments), at, segments["own"], segments["sums"]
-        self._run(WAVES, threads, *table, chunks, waves, partials, known, counts)
-
-    def _run(self, which: int, threads: int, *args: Any) -> None:
-        if threads == 1 or _forked:
-            self._serial[which](*args)
-            return
-        with _lock:
-            before = numba.get_num_threads()
-            numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
-            try:
-                self._parallel[which](*args)
-            finally:
-                numba.set_num_threads(before)  # it is also the number of the user's own loops
+        own = self._table.segments["own"]
+        for i in segments:
+            s = self.segments[i]
+            if s.ratio:
+                own[i, RATIO] = s.ratio(s.sums, own[i, MULTIPLIER], s.scalars)
 
 
-def _words(segments: Any) -> Any:
-    return segments.view(np.int64).reshape(-1)
+def update(table: Any, threads: int) -> None:
+    """Update every chunk, then commit the counts."""
+
+    def work() -> None:
+        _Walk(table, threads).update(range(table.count))
+        table.counts.commit()
+
+    _finish(work)
+
+
+def squares(table: Any, which: int, threads: int) -> float:
+    """Sum of squares of every segment, and the sum over all of them."""
+    walk, row, chunks = _Walk(table, threads), table.partials[which], range(table.count)
+
+    def work(s: _Segment, lo: int, hi: int, i: int) -> None:
+        row[i] = s.squares[which](lo, hi, s.data[which])
+
+    walk.each(chunks, work)
+    walk.add(chunks, 1 << which, 1 << which)
+    return _sum_lanes(table.segments["sums"][:, which])  # type: ignore[no-any-return]
+
+
+def sums(table: Any, known: int, threads: int) -> None:
+    """The sums of every segment with a ratio."""
+    _Walk(table, threads).sums(range(table.count), known)
+
+
+def ratios(table: Any) -> None:
+    """The ratios by the sums."""
+    _Walk(table, 1).decide(range(len(table.sizes)))
+
+
+def waves(table: Any, known: int, threads: int) -> None:
+    """Sums, ratios and update, wave after wave; then commit the counts."""
+
+    def work() -> None:
+        walk, s, c = _Walk(table, threads), 0, 0
+        for segments, chunks, _ in table.waves.tolist():
+            mine = range(c, c + chunks)
+            walk.sums(mine, known)
+            walk.decide(range(s, s + segments))
+            walk.update(mine, table.partials[PARAMETER])
+            walk.add(mine, KNOW_W, 0)
+            s, c = s + segments, c + chunks
+        table.counts.commit()
+
+    _finish(work)
+
+
+def _finish(work: Callable[[], None]) -> None:
+    """Have another thread do the work: an interrupt is raised here, and there nothing is left half done."""
+    done = _pool().submit(work)
+    try:
+        done.result()
+    finally:
+        wait([done])
+
+
+@functools.cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(2048, "fastopt")  # threads are started when they are needed
+
+
+os.register_at_fork(after_in_child=_pool.cache_clear)
+
+
+@njit
+def _add(x: Any) -> float:
+    mode: Any = enter()  # type: ignore[call-arg]
+    total = 0.0
+    for i in range(len(x)):
+        total += x[i]
+    total = settled(total)
+    leave(mode)
+    return total
 
 
 @njit
@@ -252,15 +245,3 @@ def _sum_lanes(x: Any) -> float:
     total = settled(lanes[0])
     leave(mode)
     return total
-
-
-_lock = threading.Lock()
-_forked = False
-
-
-def _after_fork() -> None:
-    global _forked, _lock
-    _forked, _lock = True, threading.Lock()
-
-
-os.register_at_fork(after_in_child=_after_fork)

@@ -129,14 +129,13 @@ def _epilogue(kind: int, p: str, access: Any, threads: int) -> Any:
     """Device function ``(chunks, segments, scalars)``: an epilogue of what the block updated, where the segment has it.
 
     It is a loop of its own and reads all anew, addresses, too: the loop of the update keeps no register for it, and is
-    the same with and without. What was just written comes from the caches.
+    the same with and without. What was just written comes from the caches. It takes elements one by one, since vectors
+    would take more registers than some updates have: neighbouring threads take neighbouring elements all the same.
     """
     epilogue, target = KINDS[kind]
     compute = COMPUTE[p]
-    width, unit = VECTOR[compute], np.dtype(compute).type(1)
     arrays, part_of, word = access.Arrays(epilogue, target, p), _part(access), access.word
-    aligned, apply = arrays.aligned(width), arrays.apply()
-    load, load_one, store, store_one = arrays.load(width), arrays.load(1), arrays.store(width), arrays.store(1)
+    load, apply, store, unit = arrays.load(1), arrays.apply(), arrays.store(1), np.dtype(compute).type(1)
     number, number_size = (access.single, 4) if compute == "float32" else (access.real, 8)
 
     def follow(chunks: Any, segments: Any, scalars: Any) -> None:
@@ -147,17 +146,7 @@ def _epilogue(kind: int, p: str, access: Any, threads: int) -> Any:
         cuda.syncthreads()  # another thread of the block may have written what this one reads
         pointers = word(segment, TARGETS + kind), word(segment, PARAMETER)
         h = number(scalars + number_size * SCALARS * word(segment, COHORT), WEIGHT)
-        i = lo + width * cuda.threadIdx.x
-        one = lo + cuda.threadIdx.x
-        if aligned(pointers):
-            one += (hi - lo) & -width
-        else:
-            i = hi
-        while i + width <= hi:
+        for i in range(lo + cuda.threadIdx.x, hi, threads):
             store(pointers, i, apply(load(pointers, i, unit, h)))
-            i += width * threads
-        while one < hi:
-            store_one(pointers, one, apply(load_one(pointers, one, unit, h)))
-            one += threads
 
     return cuda.jit(device=True, inline="always")(follow)

@@ -336,9 +336,8 @@ def test_state_dict_of_several_groups() -> None:
 
 
 def test_repr_shows_groups_and_options() -> None:
-    groups = [{"params": [np.ones(2)]}, {"params": [np.ones(3), np.ones(4)], "lr": 0.5}]
-    opt = fastopt.Lion(groups, ema_decay=0.5)
-    rest = "weight_decay=0.0, maximize=False, capturable=False, ema_decay=0.5, ema_warmup=False"
+    opt = fastopt.Lion([{"params": [np.ones(2)]}, {"params": [np.ones(3), np.ones(4)], "lr": 0.5}])
+    rest = "weight_decay=0.0, maximize=False, capturable=False, ema_decay=None, ema_warmup=False"
     assert repr(opt) == (
         "Lion (\n"
         "  max_grad_norm=None, skip_nonfinite=False, zero_grads=False\n"
