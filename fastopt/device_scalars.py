@@ -18,7 +18,7 @@ def compilable(scalars: Any, Scalars: Any, given: Mapping[str, Any]) -> Any:
     """
     code = scalars.__code__
     definition = _definition(scalars)
-    if definition is None or len(definition.args.args) < 2 or scalars.__kwdefaults__:
+    if definition is None or len(definition.args.args) < 2 or scalars.__kwdefaults__ or not _ends(definition.body):
         return None
     options = definition.args.args[1].arg
     for node in list(ast.walk(definition)):
@@ -59,6 +59,14 @@ def _definition(function: Any) -> Any:
                 if (seen.co_code, seen.co_names, seen.co_consts) == (code.co_code, code.co_names, code.co_consts):
                     return definition
     return None
+
+
+def _ends(body: list[ast.stmt]) -> bool:
+    """Whether statements end with a return whatever happens."""
+    last = body[-1]
+    if isinstance(last, ast.If):
+        return bool(last.orelse) and _ends(last.body) and _ends(last.orelse)
+    return isinstance(last, (ast.Return, ast.Raise))
 
 
 def _entries(node: Any) -> dict[str, ast.expr]:

@@ -275,8 +275,10 @@ def _formed(scalars: Any, Scalars: Any, given: Mapping[str, Any], where: str) ->
     @functools.wraps(scalars)
     def formed(t: int, options: Any, *carry: Any) -> Any:
         returned, *after = scalars(t, options, *carry) if carry else (scalars(t, options),)
-        if returned.keys() != given.keys():
-            raise ValueError(f"{where}scalars returned {[*returned]} in step {t}, but {[*given]} in the first.")
+        if not isinstance(returned, dict) or returned.keys() != given.keys():
+            raise ValueError(
+                f"{where}scalars returned {returned!r} in step {t}; needed is a dict of {', '.join(given)}."
+            )
         values = {**options, "ratio": 1.0, **returned}
         h = Scalars(*(values[name] for name in Scalars._fields))
         return (h, *after) if carry else h

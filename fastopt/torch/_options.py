@@ -11,13 +11,10 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from ..engine.options import EMA_RANGES, NORM, Range, boolean
+from ..engine.options import EMA_RANGES, NORM, STEP_OPTIONS, Range, boolean
 from ..engine.step import Request
 from ..kernels.registry import RULES, family_states
 from ..kernels.rules.rule import Rule
-
-EXTRAS = ("max_grad_norm", "skip_nonfinite", "zero_grads", "master_weights", "flatten")
-"""What every constructor takes beside the options of param groups."""
 
 FIXED = (bool, int, float, str)
 """Types whose objects never change."""
@@ -75,7 +72,7 @@ class StepOptions:
         self._read = None  # param groups may hold an option of the optimizer if they say the same
 
     def _extras(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in EXTRAS[:3]}
+        return {name: getattr(self, name) for name in STEP_OPTIONS}
 
     def __repr__(self) -> str:
         head, groups = super().__repr__().split("\n", 1)

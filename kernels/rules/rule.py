@@ -114,9 +114,12 @@ class Rule:
         if self.terms is None:
             return 0
         some = map(np.float32, np.linspace(0.5, 0.75, 2 + len(self.state) + len(self.Scalars._fields)))  # type: ignore[attr-defined]
-        with np.errstate(all="ignore"):
-            numbers = [next(some) for _ in range(2 + len(self.state))]
-            return len(self.terms(*numbers, self.Scalars._make(some)))  # type: ignore[attr-defined]
+        numbers = [next(some) for _ in range(2 + len(self.state))]
+        try:
+            with np.errstate(all="ignore"):
+                return len(self.terms(*numbers, self.Scalars._make(some)))  # type: ignore[attr-defined]
+        except (ArithmeticError, ValueError):  # it cannot compute with these
+            return 1 + max(x for product in self.products for x in product if isinstance(x, int))
 
     @property
     def places(self) -> tuple[int, ...]:
