@@ -1,6 +1,6 @@
 """What the API needs to know of arrays: where they live, storage dtype, address, whether a kernel may touch them.
 
-``Host`` says it of NumPy arrays; ``_cuda.arrays.Cuda`` of arrays on a GPU.
+``HostDevice`` says it of NumPy arrays; ``_cuda.arrays.CudaDevice`` of arrays on a GPU.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Array = NDArray[Any]
 ALIGNMENT = 64
 
 
-class Space(ABC):
+class Device(ABC):
     """A memory that arrays live in: that of the host, or that of one GPU."""
 
     name: str
@@ -152,9 +152,9 @@ def check_gradient(array: object, parameter: Array, where: str, write: bool) -> 
     return array if array.flags.c_contiguous and array.flags.aligned else array.copy(order="C")
 
 
-def addresses(arrays: Sequence[Array], space: Space) -> NDArray[np.uint64]:
+def addresses(arrays: Sequence[Array], device: Device) -> NDArray[np.uint64]:
     """Where the data of C-contiguous arrays begin."""
-    return np.fromiter(map(space.address, arrays), np.uint64, len(arrays))
+    return np.fromiter(map(device.address, arrays), np.uint64, len(arrays))
 
 
 def first_overlap(starts: NDArray[np.uint64], nbytes: NDArray[np.int64]) -> tuple[int, int] | None:
@@ -179,7 +179,7 @@ def first_hit(
     return int(hits[0]) if hits.size else None
 
 
-class Host(Space):
+class HostDevice(Device):
     """The host's memory, and NumPy's arrays in it."""
 
     name = "cpu"
@@ -229,25 +229,25 @@ class Host(Space):
         view[...] = to_host(values) if on_gpu(values) else values
 
 
-HOST = Host()
+HOST = HostDevice()
 
 
-def space_of(array: object, where: str) -> Space:
+def device_of(array: object, where: str) -> Device:
     """Where an array lives."""
     if isinstance(array, np.ndarray) or not on_gpu(array):
         return HOST
-    from .engine.cuda.arrays import cuda_space
+    from .engine.cuda.arrays import cuda_device
 
-    return cuda_space(array, where)
+    return cuda_device(array, where)
 
 
-def space_called(name: object, where: str) -> Space:
+def device_named(name: object, where: str) -> Device:
     """The memory of the device called "cpu", "cuda" or "cuda:1"."""
     if name == "cpu":
         return HOST
-    from .engine.cuda.arrays import cuda_space_called
+    from .engine.cuda.arrays import cuda_device_named
 
-    return cuda_space_called(name, where)
+    return cuda_device_named(name, where)
 
 
 CUDA, CUDA_MANAGED = 2, 13  # device types of DLPack

@@ -7,7 +7,7 @@ from typing import Any
 
 from .arrays import Array
 from .engine.exclusive import exclusive, finish, swapping
-from .engine.plan import Parameter, Plan, Progress
+from .engine.plan import Parameter, Plan, StepCount
 from .group_options import Base
 from .kernels.epilogues import EMA, EMA_STEP
 
@@ -54,9 +54,9 @@ class Averages(Base):
 
         def pairs() -> list[tuple[Array, Array]]:
             averaged = self._averaged("swap_ema")
-            return [(p.array, p.views[EMA]) for p in averaged if EMA_STEP in (p.progress.carry or {})]
+            return [(p.array, p.views[EMA]) for p in averaged if EMA_STEP in (p.step_count.carry or {})]
 
-        return swapping(self, pairs, self._space.copy, self._space.assign)
+        return swapping(self, pairs, self._device.copy, self._device.assign)
 
     @exclusive
     def reset_ema(self) -> None:
@@ -67,13 +67,15 @@ class Averages(Base):
             RuntimeError: Another thread is using this optimizer, or it is inside ``swap_ema``.
         """
         averaged = self._averaged("reset_ema")
-        anew = {p.progress: Progress(p.progress.steps, {**(p.progress.carry or {}), EMA_STEP: 1.0}) for p in averaged}
-        reset = [(p, anew[p.progress]) for p in averaged]
+        anew = {
+            p.step_count: StepCount(p.step_count.steps, {**(p.step_count.carry or {}), EMA_STEP: 1.0}) for p in averaged
+        }
+        reset = [(p, anew[p.step_count]) for p in averaged]
 
         def take_over() -> None:
-            for p, progress in reset:
-                self._space.assign(p.views[EMA], p.array)
-                p.progress = progress
+            for p, step_count in reset:
+                self._device.assign(p.views[EMA], p.array)
+                p.step_count = step_count
             self._rebuild()
 
         finish(take_over)

@@ -10,11 +10,11 @@ from typing import Any, cast
 
 import numpy as np
 
-from .arrays import Array, Space
+from .arrays import Array, Device
 from .averages import Averages
 from .engine.exclusive import exclusive, finish
 from .engine.options import EMA_RANGES, own_options
-from .engine.plan import Parameter, Plan, Progress, Treatment, treatment
+from .engine.plan import Parameter, Plan, RuleChoice, StepCount, choice
 from .engine.plans import Plans, plan_class
 from .engine.step import StepInfo
 from .flat import FlatBuffer, Layout
@@ -29,7 +29,7 @@ Grads = FlatBuffer | Mapping[str, Array | None] | Sequence[Array | None]
 
 
 @dataclass(eq=False)
-class Known:
+class GroupSnapshot:
     """What is known of a param group: its arrays, its options as they were seen and as they are computed with, and the
     elements of its flat state arrays."""
 
@@ -94,7 +94,7 @@ class Optimizer(Averages):
         AttributeError: An option of the param groups is assigned to the optimizer itself.
     """
 
-    _space: Space  # where the first group's arrays live, and all others must
+    _device: Device  # where the first group's arrays live, and all others must
 
     def __init__(
         self,
@@ -114,7 +114,7 @@ class Optimizer(Averages):
         self.param_groups: list[dict[str, Any]] = []
         self._parameters: list[Parameter] = []
         self._flat_layout: Layout | None = None
-        self._groups: list[Known] = []
+        self._groups: list[GroupSnapshot] = []
         self._plan: Plan | None = None
         self._plans: Plans[Plan] = Plans()
         self._add(groups_in(params, self._name))
@@ -125,12 +125,12 @@ class Optimizer(Averages):
             raise NotImplementedError(f"{self._name} must have a rule, or override select_rule.")
         return variant(self.rule, options)
 
-    def treat(self, options: Options, parameter: Array) -> Treatment:
+    def choose(self, options: Options, parameter: Array) -> RuleChoice:
         """What is done to one parameter of a group; LARS leaves some out of the trust ratio."""
-        return treatment(self.select_rule(options), options, parameter.ndim)
+        return choice(self.select_rule(options), options, parameter.ndim)
 
-    def _treatment(self, options: Options, parameter: Array) -> Treatment:
-        return self.treat(options, parameter).by(options)
+    def _choice(self, options: Options, parameter: Array) -> RuleChoice:
+        return self.choose(options, parameter).by(options)
 
     # --- groups --------------------------------------------------------------------------------------------------
 
@@ -150,14 +150,14 @@ class Optimizer(Averages):
 
     def _add(self, groups: Sequence[Mapping[str, Any]]) -> None:
         """Check groups, allocate their states, and only then take them in."""
-        first, space = len(self.param_groups), cast(Space, getattr(self, "_space", None))
+        first, device = len(self.param_groups), cast(Device, getattr(self, "_device", None))
         parameters, names = list(self._parameters), {p.name for p in self._parameters}
-        added: list[Known] = []
+        added: list[GroupSnapshot] = []
         shown: list[dict[str, Any]] = []
         for index, group in enumerate(groups, first):
             where = f"{self._name}: params" if not index else f"{self._name}: params of group {index}"
-            collected = collect(group["params"], len(parameters), space, where)
-            space, arrays = collected.space, collected.arrays
+            collected = collect(group["params"], len(parameters), device, where)
+            device, arrays = collected.device, collected.arrays
             options = {**self.defaults, **own_options(group, self._known_options, self._place(index))}
             self.complete(options)
             dtypes = {a.dtype.name for a in arrays.values()}
@@ -167,10 +167,10 @@ class Optimizer(Averages):
                 raise ValueError(
                     f"{where}: the name {min(taken)!r} is taken by another group; name each parameter once."
                 )
-            self._check_capturable(checked, space, where)
+            self._check_capturable(checked, device, where)
             members, total = collected.records(index), collected.layout.total
             foreign = group.keys() - options.keys() - {"params"}
-            known = Known(
+            known = GroupSnapshot(
                 *(index, MappingProxyType(arrays), dtypes, copy.deepcopy(options), checked, members),
                 *(collected.written(members), total, foreign),
             )
@@ -178,14 +178,14 @@ class Optimizer(Averages):
             names.update(arrays)
             added.append(known)
             shown.append({**group, "params": known.arrays, **options})
-        Memory(parameters, self._states(), space, self._name)
-        space.load_kernels()
+        Memory(parameters, self._states(), device, self._name)
+        device.load_kernels()
         for known in added:
-            for p, name, state in self._allocate(known, known.options, space):
+            for p, name, state in self._allocate(known, known.options, device):
                 p.states[name] = state
 
         def take_in() -> None:
-            self._space, self._parameters = space, parameters
+            self._device, self._parameters = device, parameters
             self._groups[first:], self.param_groups[first:] = added, shown
             # Merging across the padding of a flat buffer writes that padding, which only one group may own.
             self._flat_layout = collected.layout if collected.flat is not None and len(self._groups) == 1 else None
@@ -199,13 +199,13 @@ class Optimizer(Averages):
 
     def _rebuild(self) -> None:
         """Parameters or states changed: what was derived from them is derived anew."""
-        memory = Memory(self._parameters, self._states(), self._space, self._name)
+        memory = Memory(self._parameters, self._states(), self._device, self._name)
         written = [p for known in self._groups for p in known.written]
-        self._reader = GradientReader(self._parameters, written, self._flat_layout, memory, self._space, self._name)
+        self._reader = GradientReader(self._parameters, written, self._flat_layout, memory, self._device, self._name)
         self._plan, self._plans = None, Plans()
 
     def _allocate(
-        self, known: Known, options: Options, space: Space, saved: Iterable[tuple[str, str]] = ()
+        self, known: GroupSnapshot, options: Options, device: Device, saved: Iterable[tuple[str, str]] = ()
     ) -> list[tuple[Parameter, str, Array]]:
         """The flat state arrays that members of a group lack, one per state name and compute dtype.
 
@@ -216,16 +216,16 @@ class Optimizer(Averages):
         for p in known.members:
             dtype = COMPUTE[p.dtype]
             starts = {name: 0.0 for name, of in saved if of == dtype}
-            starts |= self._treatment(options, p.array).start(options)
+            starts |= self._choice(options, p.array).start(options)
             for name, start in starts.items():
                 if name in p.states:
                     continue
                 if (name, dtype) not in flats:
-                    flats[name, dtype] = space.zeros(known.total, np.dtype(dtype), f"{self._name}: state {name!r}")
+                    flats[name, dtype] = device.zeros(known.total, np.dtype(dtype), f"{self._name}: state {name!r}")
                 flat = flats[name, dtype]
                 lacking.append((p, name, flat))
                 if start:
-                    space.assign(flat[p.offset : p.offset + p.extent], start)
+                    device.assign(flat[p.offset : p.offset + p.extent], start)
         return lacking
 
     # --- options -------------------------------------------------------------------------------------------------
@@ -237,7 +237,7 @@ class Optimizer(Averages):
                 f"{self._name}: param_groups has {len(self.param_groups)} groups, but {len(self._groups)} were added. "
                 "Add groups with add_param_group."
             )
-        changed: list[tuple[Known, dict[str, Any], dict[str, Any]]] = []
+        changed: list[tuple[GroupSnapshot, dict[str, Any], dict[str, Any]]] = []
         for index, (group, known) in enumerate(zip(self.param_groups, self._groups, strict=True)):
             options = dict(group)
             if options.pop("params", None) is not known.arrays:
@@ -254,18 +254,18 @@ class Optimizer(Averages):
                     known.foreign = group.keys() - options.keys() - {"params"}
                 self.complete(options)
                 checked = self._normalise(options, known.dtypes, index)
-                self._check_capturable(checked, self._space, f"{self._name}: group {index}")
+                self._check_capturable(checked, self._device, f"{self._name}: group {index}")
                 changed.append((known, copy.deepcopy(options), checked))
         for known, seen, checked in changed:  # nothing is taken over before all groups are checked
             self._take_over(known, checked)
             known.seen, known.options = seen, checked
         return [known.options for known in self._groups]
 
-    def _take_over(self, known: Known, checked: dict[str, Any]) -> None:
+    def _take_over(self, known: GroupSnapshot, checked: dict[str, Any]) -> None:
         before, now = known.options, checked
-        changed = any(self._treatment(before, p.array) != self._treatment(now, p.array) for p in known.members)
+        changed = any(self._choice(before, p.array) != self._choice(now, p.array) for p in known.members)
         if changed or known.options.get("maximize") != checked.get("maximize"):
-            for p, name, state in self._allocate(known, checked, self._space):
+            for p, name, state in self._allocate(known, checked, self._device):
                 p.states[name] = state
             self._rebuild()
         self.complete(self.param_groups[known.index])
@@ -361,9 +361,9 @@ class Optimizer(Averages):
         return plan
 
     def _make_plan(self, gradients: Gradients, present: list[Parameter], options: list[dict[str, Any]]) -> Plan:
-        treatments = [self._treatment(options[p.group], p.array) for p in present]
+        choices = [self._choice(options[p.group], p.array) for p in present]
         signs = [-1.0 if o.get("maximize") else 1.0 for o in options]
-        return plan_class(self._space)(present, gradients.dtypes, treatments, gradients.flat, signs, self._space)
+        return plan_class(self._device)(present, gradients.dtypes, choices, gradients.flat, signs, self._device)
 
     def _keeps(self, options: list[dict[str, Any]]) -> bool:
         return False
@@ -376,7 +376,7 @@ class Optimizer(Averages):
         if self._plan is not None:
             self._plan.recount()  # a CUDA graph may have been replayed
         shown = {
-            p.name: StateView({"step": p.progress.steps, **(p.progress.carry or {}), **p.views}, self._name)
+            p.name: StateView({"step": p.step_count.steps, **(p.step_count.carry or {}), **p.views}, self._name)
             for p in self._parameters
         }
         return StateView(shown, self._name)
@@ -389,7 +389,7 @@ class Optimizer(Averages):
             A dict like torch's: "state" (by index of the parameter over all groups: "step" and arrays by their names in
             torch), "param_groups" (options, "params" as indices, "param_names"), and "optimizer" and "version".
         """
-        return self._exported(self._space.copy)
+        return self._exported(self._device.copy)
 
     def _exported(self, copy_of: Callable[[Array], Array]) -> dict[str, Any]:
         groups = [{"params": group["params"], **self._options_of(group)} for group in self.param_groups]
@@ -441,7 +441,7 @@ class Optimizer(Averages):
         where = f"{self._name}.load_state_dict"
         saved = import_state(state_dict, self._name, self.param_groups, where)
         entries = iter(saved.parameters)
-        loaded: list[tuple[Known, dict[str, Any], dict[str, Any], dict[str, Any]]] = []
+        loaded: list[tuple[GroupSnapshot, dict[str, Any], dict[str, Any], dict[str, Any]]] = []
         states: list[tuple[Parameter, str, Array]] = []
         for known, options in zip(self._groups, saved.groups, strict=True):
             if "capturable" in known.options:  # it is about this machine, not about what was saved
@@ -453,11 +453,11 @@ class Optimizer(Averages):
             checked = self._normalise(options, known.dtypes, known.index)
             held = set()
             for p, entry in zip(known.members, entries, strict=False):
-                check_states(entry, p, self.treat(checked, p.array).rule, checked, where)
+                check_states(entry, p, self.choose(checked, p.array).rule, checked, where)
                 held |= {(name, COMPUTE[p.dtype]) for name in entry.arrays}
             loaded.append((known, options, copy.deepcopy(options), checked))
-            states += self._allocate(known, checked, self._space, held)
-        reached: dict[tuple[Any, ...], Progress] = {}
+            states += self._allocate(known, checked, self._device, held)
+        reached: dict[tuple[Any, ...], StepCount] = {}
 
         def take_over() -> None:
             for known, options, seen, checked in loaded:
@@ -470,9 +470,9 @@ class Optimizer(Averages):
                 p.states[name] = state
             for p, entry in zip(self._parameters, saved.parameters, strict=True):
                 for name, view in p.views.items():
-                    self._space.assign(view, entry.arrays.get(name, 0))
+                    self._device.assign(view, entry.arrays.get(name, 0))
                 key = entry.step, *entry.carry.items()
-                p.progress = reached.setdefault(key, Progress(entry.step, entry.carry or None))
+                p.step_count = reached.setdefault(key, StepCount(entry.step, entry.carry or None))
             self._rebuild()
 
         finish(take_over)

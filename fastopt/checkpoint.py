@@ -30,7 +30,7 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple, Protocol
 import numpy as np
 
 from . import __version__
-from .arrays import Array, dtype_of, is_array, space_of, to_host
+from .arrays import Array, device_of, dtype_of, is_array, to_host
 from .base import Optimizer
 from .engine.exclusive import finish
 from .files import check_regular, check_replaceable, replacing
@@ -161,7 +161,7 @@ def load(
         if opt is not None and state_dict is not None:
             opt.load_state_dict(state_dict)  # before the parameters, because it may refuse
         for name, want in targets.items():
-            space_of(want, f"load: params[{name!r}]").assign(want, stored[name])
+            device_of(want, f"load: params[{name!r}]").assign(want, stored[name])
 
     try:
         finish(take_over)
@@ -406,7 +406,7 @@ def _named_arrays(function: str, params: Any) -> dict[str, Array]:
     for name, array in params.items():
         if not isinstance(name, str):
             raise TypeError(f"{function}: the names of params must be strings, got {name!r}.")
-        space_of(array, f"{function}: params[{name!r}]").array(array, f"{function}: params[{name!r}]")
+        device_of(array, f"{function}: params[{name!r}]").array(array, f"{function}: params[{name!r}]")
     return dict(params)
 
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from .arrays import HOST, Array, Space, check_dtype, dtype_of, is_array, on_gpu, space_called, space_of, to_host
+from .arrays import HOST, Array, Device, check_dtype, device_named, device_of, dtype_of, is_array, on_gpu, to_host
 
-STRIDE = 32
+ALIGN_ELEMENTS = 32
 """Arrays begin at multiples of this many elements: a 64-byte boundary for 16-bit dtypes and wider ones, and the same
 layout whatever the dtype, so that parameters, gradients and states can be walked side by side."""
 
@@ -34,7 +34,7 @@ class Layout:
         offsets, end = [], 0
         for size in sizes:
             offsets.append(end)
-            end += -(-size // STRIDE) * STRIDE
+            end += -(-size // ALIGN_ELEMENTS) * ALIGN_ELEMENTS
         return cls(tuple(shapes), tuple(shapes.values()), sizes, tuple(offsets), end)
 
     def views(self, data: Array) -> dict[str, Array]:
@@ -100,16 +100,16 @@ class FlatBuffer(Mapping[str, Array]):
         3.0
     """
 
-    __slots__ = ("__weakref__", "_data", "_layout", "_space", "_views")
+    __slots__ = ("__weakref__", "_data", "_device", "_layout", "_views")
 
     def __init__(
-        self, shapes: Mapping[str, Sequence[int]], dtype: Any = "float32", *, device: str | Space = "cpu"
+        self, shapes: Mapping[str, Sequence[int]], dtype: Any = "float32", *, device: str | Device = "cpu"
     ) -> None:
         if not isinstance(shapes, Mapping):
             raise TypeError(f"FlatBuffer: shapes must be a mapping from names to shapes, got {shapes!r}.")
         self._layout = Layout.of({name: _checked_shape(name, shape) for name, shape in shapes.items()})
-        self._space = device if isinstance(device, Space) else space_called(device, "FlatBuffer: device")
-        self._data = self._space.zeros(self.layout.total, dtype_of(dtype, "FlatBuffer: dtype"), "FlatBuffer")
+        self._device = device if isinstance(device, Device) else device_named(device, "FlatBuffer: device")
+        self._data = self._device.zeros(self.layout.total, dtype_of(dtype, "FlatBuffer: dtype"), "FlatBuffer")
         self._views = self.layout.views(self.data)
 
     @classmethod
@@ -133,8 +133,8 @@ class FlatBuffer(Mapping[str, Array]):
             raise TypeError(f"{where} is {kind}; needed is a mapping or a sequence of arrays, such as [array].")
         if not isinstance(arrays, Mapping):
             arrays = {str(i): array for i, array in enumerate(arrays)}
-        spaces = {name: space_of(array, f"{where}[{name!r}]") for name, array in arrays.items()}
-        arrays = {name: spaces[name].array(array, f"{where}[{name!r}]") for name, array in arrays.items()}
+        devices = {name: device_of(array, f"{where}[{name!r}]") for name, array in arrays.items()}
+        arrays = {name: devices[name].array(array, f"{where}[{name!r}]") for name, array in arrays.items()}
         for name, array in arrays.items():
             if array.dtype.kind == "c":
                 raise TypeError(f"{where}[{name!r}] is {array.dtype.name}; needed are real numbers.")
@@ -150,25 +150,25 @@ class FlatBuffer(Mapping[str, Array]):
             (dtype,) = dtypes.values()
             check_dtype(dtype.newbyteorder("="), f"{where}[{next(iter(arrays))!r}]")
             dtype = dtype.newbyteorder("=")
-        space: Any = device if device is not None else next(iter(spaces.values()), HOST)
-        buffer = cls({name: array.shape for name, array in arrays.items()}, dtype, device=space)
+        place: Any = device if device is not None else next(iter(devices.values()), HOST)
+        buffer = cls({name: array.shape for name, array in arrays.items()}, dtype, device=place)
         for name, array in arrays.items():
             buffer[name] = array
         return buffer
 
     def zeros_like(self, dtype: Any = None) -> FlatBuffer:
         """A buffer of zeros of the same layout, on the same device, of the same dtype unless another is given."""
-        return FlatBuffer(self.shapes, self.dtype if dtype is None else dtype, device=self._space)
+        return FlatBuffer(self.shapes, self.dtype if dtype is None else dtype, device=self._device)
 
-    def to(self, device: str | Space) -> FlatBuffer:
+    def to(self, device: str | Device) -> FlatBuffer:
         """A copy on a device: "cpu", "cuda" or "cuda:1"."""
         buffer = FlatBuffer(self.shapes, self.dtype, device=device)
-        buffer._space.assign(buffer.data, self.data)
+        buffer._device.assign(buffer.data, self.data)
         return buffer
 
     def copy(self) -> FlatBuffer:
         """A buffer of the same layout and contents."""
-        return self.to(self._space)
+        return self.to(self._device)
 
     @property
     def data(self) -> Array:  # noqa: D102 - the class docstring has these
@@ -204,16 +204,16 @@ class FlatBuffer(Mapping[str, Array]):
 
     @property
     def device(self) -> str:  # noqa: D102
-        return self._space.name
+        return self._device.name
 
     def __getitem__(self, name: str) -> Array:
         return self._views[name]
 
     def __setitem__(self, name: str, value: Any) -> None:
-        if self._space is HOST and not on_gpu(value):
+        if self._device is HOST and not on_gpu(value):
             self._views[name][...] = value
         else:
-            self._space.assign(self._views[name], value)
+            self._device.assign(self._views[name], value)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._views)
@@ -235,5 +235,5 @@ class FlatBuffer(Mapping[str, Array]):
     @staticmethod
     def _restore(shapes: dict[str, tuple[int, ...]], dtype: str, data: bytes, device: str) -> FlatBuffer:
         buffer = FlatBuffer(shapes, dtype, device=device)
-        buffer._space.assign(buffer.data, np.frombuffer(data, buffer.dtype))
+        buffer._device.assign(buffer.data, np.frombuffer(data, buffer.dtype))
         return buffer

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
-from .arrays import HOST, Space
+from .arrays import HOST, Device
 from .engine.options import EMA_RANGES, STEP_OPTIONS, USUAL, Range, boolean, check_options, naming_options, ranges_of
 from .kernels.dtypes import COMPUTE
 from .kernels.rules.rule import Options, Rule
@@ -70,8 +70,8 @@ class Base(StepOptions):
         return checked
 
     @staticmethod
-    def _check_capturable(options: Options, space: Space, where: str) -> None:
-        if options.get("capturable") and space is HOST:
+    def _check_capturable(options: Options, device: Device, where: str) -> None:
+        if options.get("capturable") and device is HOST:
             raise ValueError(f"{where}: capturable=True is for CUDA graphs, but these parameters are in host memory.")
 
     def __getstate__(self) -> Any:

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .arrays import HOST, Array, Space, addresses, first_hit, first_overlap, is_array, space_of
-from .engine.plan import Parameter, Progress
+from .arrays import HOST, Array, Device, addresses, device_of, first_hit, first_overlap, is_array
+from .engine.plan import Parameter, StepCount
 from .flat import FlatBuffer, Layout
 from .kernels.dtypes import ITEMSIZE
 from .watch import Watch
@@ -21,7 +21,7 @@ class Group(NamedTuple):
     """The arrays of one param group and their memory, their layout in the state arrays, and the flat buffer they came
     in, if any."""
 
-    space: Space
+    device: Device
     arrays: dict[str, Array]
     layout: Layout
     flat: FlatBuffer | None
@@ -30,14 +30,14 @@ class Group(NamedTuple):
         """The plans' records of these parameters, as members of the group of this index."""
         layout, flat = self.layout, self.flat
         if flat is not None:  # an empty view does not know where it lies
-            places = [self.space.address(flat.data) + offset * flat.dtype.itemsize for offset in layout.offsets]
+            places = [self.device.address(flat.data) + offset * flat.dtype.itemsize for offset in layout.offsets]
         else:
-            places = [self.space.address(array) for array in self.arrays.values()]
-        ends, progress = (*layout.offsets[1:], layout.total), Progress()
+            places = [self.device.address(array) for array in self.arrays.values()]
+        ends, step_count = (*layout.offsets[1:], layout.total), StepCount()
         return [
             Parameter(
                 *(name, array, array.size, array.dtype.name, index, offset, end - offset, place),
-                progress=progress,
+                step_count=step_count,
                 shape=array.shape,
                 guard=weakref.ref(array),
             )
@@ -56,7 +56,7 @@ class Group(NamedTuple):
         return [
             Parameter(
                 *("FlatBuffer.data", data, data.size, data.dtype.name, members[0].group, 0, data.size),
-                self.space.address(data),
+                self.device.address(data),
                 shape=data.shape,
                 guard=weakref.ref(data),
             )
@@ -76,10 +76,10 @@ def groups_in(params: Any, where: str) -> list[Mapping[str, Any]]:
     return listed
 
 
-def collect(params: Any, first_index: int, space: Space | None, where: str) -> Group:
+def collect(params: Any, first_index: int, device: Device | None, where: str) -> Group:
     """The arrays of a param group: a FlatBuffer, a mapping, or a sequence, whose arrays are named by their index.
 
-    They live in ``space``, or, where that is None, where the first of them lives.
+    They live in ``device``, or, where that is None, where the first of them lives.
     """
     if is_array(params):
         raise TypeError(
@@ -98,18 +98,18 @@ def collect(params: Any, first_index: int, space: Space | None, where: str) -> G
     if not named:
         raise ValueError(f"{where} is empty; an optimizer needs at least one parameter.")
     places = [f"{where}[{name!r}]" if by_name else f"{where}[{i}]" for i, name in enumerate(named)]
-    if space is None:
-        space = space_of(next(iter(named.values())), places[0])
-    arrays = {name: space.parameter(array, place) for (name, array), place in zip(named.items(), places, strict=True)}
+    if device is None:
+        device = device_of(next(iter(named.values())), places[0])
+    arrays = {name: device.parameter(array, place) for (name, array), place in zip(named.items(), places, strict=True)}
     flat = params if isinstance(params, FlatBuffer) else None
     layout = flat.layout if flat is not None else Layout.of({name: a.shape for name, a in arrays.items()})
-    return Group(space, arrays, layout, flat)
+    return Group(device, arrays, layout, flat)
 
 
 class Memory:
     """The memory that a step writes: parameters and states. Gradients must not lie in it."""
 
-    def __init__(self, parameters: Sequence[Parameter], states: Iterable[Array], space: Space, where: str) -> None:
+    def __init__(self, parameters: Sequence[Parameter], states: Iterable[Array], device: Device, where: str) -> None:
         flats = list(states)
         starts = np.array([p.address for p in parameters], np.uint64)
         sizes = np.array([p.size * ITEMSIZE[p.dtype] for p in parameters], np.int64)
@@ -120,7 +120,7 @@ class Memory:
             raise ValueError(
                 f"{where}: parameters {a.name!r} and {b.name!r} {same}; each would be updated twice. Pass it once."
             )
-        starts = np.concatenate([starts, addresses(flats, space)])
+        starts = np.concatenate([starts, addresses(flats, device)])
         sizes = np.concatenate([sizes, _nbytes(flats)])
         clash = first_overlap(starts, sizes)
         if clash is not None:
@@ -156,7 +156,7 @@ class GradientReader:
         layout: Layout that a flat buffer of gradients must have to be walked in one run; None where parameters are
             not one flat buffer.
         memory: Where gradients must not lie.
-        space: Where they must live.
+        device: Where they must live.
         where: Name of the optimizer, for errors.
     """
 
@@ -166,7 +166,7 @@ class GradientReader:
         written: Sequence[Parameter],
         layout: Layout | None,
         memory: Memory,
-        space: Space,
+        device: Device,
         where: str,
     ) -> None:
         self._written = list(written)
@@ -175,7 +175,7 @@ class GradientReader:
         self._parameters = [p.array for p in parameters]
         self._layout = layout
         self._memory = memory
-        self._space = space
+        self._device = device
         self._step = f"{where}.step"
         self._where = f"{where}.step: grads"
         self._watch: Watch | None = None  # of the parameters
@@ -224,14 +224,14 @@ class GradientReader:
 
     def _look_again(self) -> Watch:
         """Refuse parameters that were changed in place since they were checked."""
-        for p in self._written if self._space is HOST else ():  # CuPy's arrays cannot be
-            array = self._space.parameter(p.array, f"{self._step}: parameter {p.name!r}")
+        for p in self._written if self._device is HOST else ():  # CuPy's arrays cannot be
+            array = self._device.parameter(p.array, f"{self._step}: parameter {p.name!r}")
             if (array.dtype.name, array.shape) != (p.dtype, p.shape):
                 raise ValueError(
                     f"{self._step}: parameter {p.name!r} was {p.dtype} of shape {p.shape} when it was given and is now "
                     f"{array.dtype.name} of shape {array.shape}. Make a new optimizer."
                 )
-            if p.size and self._space.address(array) != p.address:
+            if p.size and self._device.address(array) != p.address:
                 raise ValueError(
                     f"{self._step}: parameter {p.name!r} was given other memory in place. Make a new optimizer."
                 )
@@ -264,9 +264,9 @@ class GradientReader:
         assert self._layout is not None
         arrays = list(grads.values())
         if arrays:
-            self._space.gradient(arrays[0], self._parameters[0], f"{self._where}{self._place(0)}", write)
+            self._device.gradient(arrays[0], self._parameters[0], f"{self._where}{self._place(0)}", write)
         offsets = np.array(self._layout.offsets, np.uint64)
-        start = np.uint64(self._space.address(grads.data))
+        start = np.uint64(self._device.address(grads.data))
         starts = start + offsets * np.uint64(grads.dtype.itemsize)
         found = Gradients([grads.data], tuple(range(len(arrays))), [grads.dtype] * len(arrays), starts, True)
         self._check_memory(np.array([start]), np.array([grads.nbytes]), [0])
@@ -276,12 +276,12 @@ class GradientReader:
         present = tuple(i for i, g in enumerate(listed) if g is not None)
         arrays = [listed[i] for i in present]
         parameters = [self._parameters[i] for i in present]
-        if not self._space.plain(arrays, parameters):
+        if not self._device.plain(arrays, parameters):
             arrays = [
-                self._space.gradient(g, p, f"{self._where}{self._place(i)}", write)
+                self._device.gradient(g, p, f"{self._where}{self._place(i)}", write)
                 for g, p, i in zip(arrays, parameters, present, strict=True)
             ]
-        starts, nbytes = addresses(arrays, self._space), _nbytes(arrays)
+        starts, nbytes = addresses(arrays, self._device), _nbytes(arrays)
         self._check_memory(starts, nbytes, present)
         if write:
             clash = first_overlap(starts, nbytes)

@@ -17,7 +17,7 @@ from .base import Optimizer
 from .device_scalars import compilable
 from .engine.classes import Front, class_of
 from .engine.options import OF_THE_OPTIMIZER, optimizer_arguments, ranges_of
-from .kernels.layout import CARRY, COHORT_WORDS
+from .kernels.layout import CARRY, SCALAR_GROUP_WORDS
 from .kernels.rules.rule import Rule
 from .optimizers.lion import Lion
 
@@ -205,9 +205,9 @@ def _carried(carry: Any, options: Mapping[str, Any], states: tuple[str, ...], wh
     """What is carried into the first step."""
     first = _tried(carry, "carry", ("options",), (options,), where)
     names = getattr(first, "_fields", ())
-    if not names or len(names) > COHORT_WORDS - CARRY:
+    if not names or len(names) > SCALAR_GROUP_WORDS - CARRY:
         raise TypeError(
-            f"{where}carry must return a NamedTuple of at most {COHORT_WORDS - CARRY} numbers, got {first!r}."
+            f"{where}carry must return a NamedTuple of at most {SCALAR_GROUP_WORDS - CARRY} numbers, got {first!r}."
         )
     _check_names(names, "a number carried", where, {*OF_STATES, *states})
     return first

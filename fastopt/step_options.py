@@ -6,7 +6,7 @@ from dataclasses import replace
 from types import EllipsisType
 from typing import Any, Generic, TypeVar, overload
 
-from .arrays import Array, Space, is_array
+from .arrays import Array, Device, is_array
 from .engine.options import SCALE, Range, boolean, optional_norm
 from .engine.step import Request, StepInfo
 
@@ -40,7 +40,7 @@ class StepOptions:
     skip_nonfinite = StepOption[bool]("skip_nonfinite", boolean)
     zero_grads = StepOption[bool]("zero_grads", boolean)
 
-    _space: Space
+    _device: Device
 
     def __init__(self, max_grad_norm: float | None, skip_nonfinite: bool, zero_grads: bool) -> None:
         self._request = Request()
@@ -63,7 +63,7 @@ class StepOptions:
         zero = own.zero_grads if zero_grads is ... else boolean(zero_grads, f"{where}: zero_grads")
         multiplier, scale_at = 1.0, 0
         if type(grad_scale) is not float and is_array(grad_scale):
-            scale_at = self._space.scalar(grad_scale, f"{where}: grad_scale")
+            scale_at = self._device.scalar(grad_scale, f"{where}: grad_scale")
         if not scale_at and (type(grad_scale) is not float or grad_scale != 1.0):
             multiplier = 1.0 / SCALE(grad_scale, f"{where}: grad_scale")
         norm = own.max_norm

@@ -1,7 +1,7 @@
 """Epilogues: what an update does besides with the parameters that it has just written, while they are in the cache.
 
 Each is a scalar function ``(x, p, number) -> (x,)`` of an element of its target, of the parameter, and of a number that
-all parameters of a cohort share, like a rule without literals.
+all parameters of a scalar group share, like a rule without literals.
 """
 
 from __future__ import annotations

@@ -170,24 +170,24 @@ def layout_hash() -> int:
 
 # --- on a GPU: tables of 64-bit words --------------------------------------------------------------------------------
 
-COHORT, SIGN, ADAPTS, P_CODE, G_CODE, FIRST_CHUNK, CHUNKS, TARGETS = range(8, 16)
+SCALAR_GROUP, SIGN, ADAPTS, P_CODE, G_CODE, FIRST_CHUNK, CHUNKS, TARGETS = range(8, 16)
 SEGMENT_WORDS = TARGETS + 4
 """A segment there: its addresses as in "arrays" (that of the gradient is in a list of its own), then these words. From
 TARGETS on are the addresses of the targets of all kinds of epilogues (epilogues.py), 0 for those that it has not."""
 
 STEPS, RULE, LR, LR_BYTES, AVERAGED, CARRY = range(6)
-COHORT_WORDS = 9
-"""A cohort: steps taken, number of its rule, address and itemsize of an lr that lives on the device (or 0), averagings
-taken, the numbers that the rule carries."""
+SCALAR_GROUP_WORDS = 9
+"""A scalar group: steps taken, number of its rule, address and itemsize of an lr that lives on the device (or 0),
+averagings taken, the numbers that the rule carries."""
 
 OPTIONS = 24
 DECAY, WARMUP = 22, 23
-"""Numbers of a cohort in the table of options: those of its rule, and at these places those of the average."""
+"""Numbers of a scalar group in the table of options: those of its rule, and at these places those of the average."""
 
 SCALARS = 16
 WEIGHT = 15
-"""Numbers of a cohort in the table of scalars, which on a GPU exists in float64 and in float32: those of its rule, and
-at this place the weight of the average."""
+"""Numbers of a scalar group in the table of scalars, on a GPU in float64 and in float32: those of its rule,
+and at this place the weight of the average."""
 
 MULTIPLIER64, MULTIPLIER32, SKIP = 0, 2, 2
 HEADER_WORDS = 4

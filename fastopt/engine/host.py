@@ -52,12 +52,12 @@ class HostPlan(Plan):
     def _build(self, runs: list[tuple[int, int]], *, norms: bool) -> Table:
         table = Table([size for _, size in runs], self._counts)
         kernels: dict[tuple[Any, ...], tuple[int, tuple[int, int], int, int]] = {}  # by kind of segment
-        scalars = [cohort.numbers.ctypes.data for cohort in self.cohorts]
+        scalars = [scalar_group.numbers.ctypes.data for scalar_group in self.scalar_groups]
         first, at = [k for k, _ in runs], WORD * WEIGHT
         columns, squares = [], self.backend.squares_kernel
         for k in first:
-            p, cohort = self.parameters[k], self.cohorts[self._member[k]]
-            rule = cohort.treatment.rule
+            p, scalar_group = self.parameters[k], self.scalar_groups[self._member[k]]
+            rule = scalar_group.choice.rule
             kind = (rule, p.dtype, self.dtypes[k], self._adapts(k))
             if kind not in kernels:
                 stored = p.dtype, self.dtypes[k].name
@@ -116,8 +116,8 @@ class HostPlan(Plan):
             ctypes.memset(start, 0, p.size * dtype.itemsize)
 
     def _launch(self, request: Request, multiplier: float, options: Sequence[Options]) -> None:
-        for cohort in self.cohorts:
-            cohort.prepare(options[cohort.group])
+        for scalar_group in self.scalar_groups:
+            scalar_group.prepare(options[scalar_group.group])
         table = self.updates if not self.flat or self._merges(multiplier, options) else self.layers
         if (multiplier, request.zero_grads) != table.launched_with:
             table.launched_with = None  # if an interrupt comes between the columns

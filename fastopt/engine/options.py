@@ -44,7 +44,7 @@ class Number:
 
 
 @dataclass(frozen=True)
-class Numbers:
+class DeviceScalars:
     """Several numbers, each in its range."""
 
     ranges: tuple[Number, ...]
@@ -91,7 +91,7 @@ def range_of(said: Any, default: Any) -> Range:
     """The range of an option by what a record says of it: an interval, a tuple of them, bool, or such a function."""
     check: Range
     if isinstance(said, tuple):
-        check = Numbers(tuple(map(interval, said)))
+        check = DeviceScalars(tuple(map(interval, said)))
     else:
         check = boolean if said is bool else said if callable(said) else interval(said)
     return optional(check) if default is None else check

@@ -1,4 +1,4 @@
-"""What a step does to which parameters: cohorts that share scalars, and runs of memory that one segment serves."""
+"""What a step does to which parameters: groups that share scalars, and runs of memory that one segment serves."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ..arrays import Array, Space
+from ..arrays import Array, Device
 from ..kernels.dtypes import COMPUTE, ITEMSIZE
 from ..kernels.epilogues import AVERAGE, EMA, EMA_STEP, ROUND, Epilogue, average_weight
 from ..kernels.layout import SCALARS, WEIGHT
@@ -24,7 +24,7 @@ from .table import ROW, Counts
 MAX_STEP = 2**53  # so far float64 counts
 
 
-class Progress:
+class StepCount:
     """How far some parameters have come: number of steps taken, and the numbers that the rule carries.
 
     A plan counts in a row of its ``Counts``. Where a GPU counts the steps, ``fetch`` asks it, once, when somebody wants
@@ -102,7 +102,7 @@ class Parameter:
     extent: int  # elements up to the next array there, padding included
     address: int
     states: dict[str, Array] = field(default_factory=dict)  # the flat state arrays, shared with neighbours
-    progress: Progress = field(default_factory=Progress)
+    step_count: StepCount = field(default_factory=StepCount)
     copy: Copy | None = None
     shape: tuple[int, ...] = ()
     guard: Any = None  # a weak reference to the array, which makes NumPy refuse to resize it
@@ -115,7 +115,7 @@ class Parameter:
         return {name: flat[mine].reshape(self.array.shape) for name, flat in self.states.items()}
 
 
-class Treatment(NamedTuple):
+class RuleChoice(NamedTuple):
     """What is done to a parameter: its rule, whether its layer's trust ratio counts, options that are replaced, whether
     it is averaged."""
 
@@ -133,41 +133,41 @@ class Treatment(NamedTuple):
         """What the state arrays hold before the first step."""
         return {**self.rule.start(options), **({EMA: 0.0} if self.averages else {})}
 
-    def by(self, options: Options) -> Treatment:
+    def by(self, options: Options) -> RuleChoice:
         """The same with what options decide for every rule."""
         return self._replace(averages=True) if options.get("ema_decay") is not None else self
 
 
-def treatment(rule: Rule, options: Options, dimensions: int) -> Treatment:
+def choice(rule: Rule, options: Options, dimensions: int) -> RuleChoice:
     """What is done to a parameter of so many dimensions; LARS and LAMB leave some out."""
     if not rule.layerwise:
-        return Treatment(rule, True)
+        return RuleChoice(rule, True)
     adapt, decay_1d, low = options["adapt"], options.get("decay_1d"), dimensions < 2  # older checkpoints lack it
     if decay_1d is None:
         decay_1d = adapt is not None
     overrides = (("weight_decay", 0.0),) if low and not decay_1d else ()
-    return Treatment(rule, not low if adapt is None else adapt, overrides)
+    return RuleChoice(rule, not low if adapt is None else adapt, overrides)
 
 
 @dataclass
-class Cohort:
-    """Parameters that take the same scalars: same group, same treatment, equal progress."""
+class ScalarGroup:
+    """Parameters that take the same scalars: same group, same choice, equal progress."""
 
     group: int
-    treatment: Treatment
-    progress: Progress
+    choice: RuleChoice
+    step_count: StepCount
     numbers: NDArray[np.float64]  # a row of the table of scalars
     scalars: NDArray[np.float64]  # the rule's, of it
     _tried: tuple[Options | None, bool] = None, True  # options, and whether zeros stay zeros with them
 
     def complete(self, options: Options) -> Options:
-        """The group's options as they hold for this cohort."""
-        return {**options, **dict(self.treatment.overrides)} if self.treatment.overrides else options
+        """The group's options as they hold for this scalar group."""
+        return {**options, **dict(self.choice.overrides)} if self.choice.overrides else options
 
     def prepare(self, options: Options) -> None:
         """Form the scalars of the next step, and what will be known after it."""
         options = self.complete(options)
-        rule, t = self.treatment.rule, self.progress.steps + 1
+        rule, t = self.choice.rule, self.step_count.steps + 1
         if t > MAX_STEP:
             raise OverflowError(f"fastopt: parameters of group {self.group} have taken 2^53 steps, so far steps count.")
         carry: dict[str, float] = {}
@@ -176,27 +176,27 @@ class Cohort:
         else:
             self.scalars[:], carried = rule.scalars(t, options, self.carried(options))
             carry = carried._asdict()
-        if self.treatment.averages:
+        if self.choice.averages:
             n = self.averaged
             self.numbers[WEIGHT] = average_weight(n, options["ema_decay"], options.get("ema_warmup", False))
             carry[EMA_STEP] = n + 1.0
-        self.progress.follow(t, carry)
+        self.step_count.follow(t, carry)
 
     @property
     def averaged(self) -> float:
         """How often the parameters were averaged."""
-        return (self.progress.carry or {}).get(EMA_STEP, 0.0)
+        return (self.step_count.carry or {}).get(EMA_STEP, 0.0)
 
     def carried(self, options: Options) -> Any:
         """What the rule carries into the next step, in its NamedTuple."""
-        assert self.treatment.rule.carry is not None
-        start, known = self.treatment.rule.carry(options), self.progress.carry or {}
+        assert self.choice.rule.carry is not None
+        start, known = self.choice.rule.carry(options), self.step_count.carry or {}
         return start._replace(**{name: known[name] for name in start._fields if name in known})
 
     def keeps_zeros(self, options: Options) -> bool:
         """Whether padding of zeros stays zero with these options of the group, which are another dict once changed."""
         if self._tried[0] is not options:
-            self._tried = options, keeps_zeros(self.treatment.rule, self.complete(options))
+            self._tried = options, keeps_zeros(self.choice.rule, self.complete(options))
         return self._tried[1]
 
 
@@ -209,10 +209,10 @@ class Plan(ABC):
     Args:
         parameters: The parameters that have a gradient.
         dtypes: Storage dtype of each gradient.
-        treatments: Treatment of each parameter.
+        choices: What is done to each parameter.
         flat: Whether parameters and gradients are flat buffers of one layout, whose neighbours merge into one run.
         signs: -1 for each group that maximises, else 1.
-        space: Where all of it lives.
+        device: Where all of it lives.
     """
 
     kept = 1
@@ -229,57 +229,57 @@ class Plan(ABC):
         self,
         parameters: Sequence[Parameter],
         dtypes: Sequence[np.dtype[Any]],
-        treatments: Sequence[Treatment],
+        choices: Sequence[RuleChoice],
         flat: bool,
         signs: Sequence[float],
-        space: Space,
+        device: Device,
     ) -> None:
         self.parameters = parameters
         self.dtypes = dtypes
         self.flat = flat
-        self.cohorts, self._member, self._counts = self._form_cohorts(treatments)
-        self._has_ratio = any(c.treatment.adapts and c.treatment.rule.ratio is not None for c in self.cohorts)
+        self.scalar_groups, self._member, self._counts = self._form_scalar_groups(choices)
+        self._has_ratio = any(c.choice.adapts and c.choice.rule.ratio is not None for c in self.scalar_groups)
         self._signs = signs
-        self._space = space
+        self._device = device
         self._bases: dict[int, int] = {}  # addresses of flat state arrays, which the parameters keep alive
         self._runs = self._find_runs()
         self._gradients: NDArray[np.uint64] = np.zeros(len(parameters), np.uint64)
         self._adopt()
 
-    def _form_cohorts(self, treatments: Sequence[Treatment]) -> tuple[list[Cohort], list[int], Counts]:
-        """The cohorts, and the index of each parameter's."""
+    def _form_scalar_groups(self, choices: Sequence[RuleChoice]) -> tuple[list[ScalarGroup], list[int], Counts]:
+        """The scalar groups, and the index of each parameter's."""
         places: dict[tuple[Any, ...], int] = {}
         member = []
-        for p, treatment in zip(self.parameters, treatments, strict=True):
-            key = (p.group, treatment, p.progress.steps, tuple((p.progress.carry or {}).items()))
+        for p, choice in zip(self.parameters, choices, strict=True):
+            key = (p.group, choice, p.step_count.steps, tuple((p.step_count.carry or {}).items()))
             member.append(places.setdefault(key, len(places)))
         counts = Counts(len(places))
-        cohorts = []
-        for (group, treatment, steps, carry), row in places.items():
-            progress, numbers = Progress(steps, dict(carry) or None, counts, row), np.zeros(SCALARS)
-            scalars = numbers[: len(treatment.rule.Scalars._fields)]
-            cohorts.append(Cohort(group, treatment, progress, numbers, scalars))
-        return cohorts, member, counts
+        scalar_groups = []
+        for (group, choice, steps, carry), row in places.items():
+            step_count, numbers = StepCount(steps, dict(carry) or None, counts, row), np.zeros(SCALARS)
+            scalars = numbers[: len(choice.rule.Scalars._fields)]
+            scalar_groups.append(ScalarGroup(group, choice, step_count, numbers, scalars))
+        return scalar_groups, member, counts
 
     def _adopt(self) -> None:
-        """Members of a cohort share one progress from here on, which is where each of them has come to."""
+        """Members of a scalar group share one progress from here on, which is where each of them has come to."""
         for p, c in zip(self.parameters, self._member, strict=True):
-            p.progress = self.cohorts[c].progress
+            p.step_count = self.scalar_groups[c].step_count
 
     def serves(self, flat: bool, dtypes: Sequence[np.dtype[Any]], parameters: Sequence[Parameter]) -> bool:
         """Whether the plan is for such gradients of these parameters."""
         return (self.flat, self.dtypes, self.parameters) == (flat, dtypes, parameters)
 
     def resume(self) -> bool:
-        """Serve again, after other plans did; False where the members of a cohort have come differently far since."""
-        reached: dict[int, Progress] = {}
-        # A set: most members of a cohort share one progress.
-        for c, progress in set(zip(self._member, [p.progress for p in self.parameters], strict=True)):
-            first = reached.setdefault(c, progress)
-            if progress is not first and (progress.steps, progress.carry) != (first.steps, first.carry):
+        """Serve again, after other plans did; False where members of a scalar group have other counts now."""
+        reached: dict[int, StepCount] = {}
+        # A set: most members of a scalar group share one progress.
+        for c, step_count in set(zip(self._member, [p.step_count for p in self.parameters], strict=True)):
+            first = reached.setdefault(c, step_count)
+            if step_count is not first and (step_count.steps, step_count.carry) != (first.steps, first.carry):
                 return False
-        for c, progress in reached.items():
-            self.cohorts[c].progress.start(progress.steps, progress.carry)
+        for c, step_count in reached.items():
+            self.scalar_groups[c].step_count.start(step_count.steps, step_count.carry)
         self._adopt()
         self.forget_weights()
         return True
@@ -298,7 +298,7 @@ class Plan(ABC):
                 and p.offset == previous.offset + previous.extent
                 and not self._adapts(k)
                 and not (p.elsewhere or previous.elsewhere)
-                and all(p.states[name] is previous.states[name] for name in self._treatment(k).state)
+                and all(p.states[name] is previous.states[name] for name in self._choice(k).state)
                 and self._copy_follows(k, runs[-1][0])
             ):
                 first, _ = runs[-1]
@@ -313,8 +313,8 @@ class Plan(ABC):
         # The gradient there is zero times the multiplier: no longer zero if that is NaN.
         if not math.isfinite(multiplier):
             return False
-        for cohort in self.cohorts:  # noqa: SIM110 - a generator takes longer
-            if not cohort.keeps_zeros(options[cohort.group]):
+        for scalar_group in self.scalar_groups:  # noqa: SIM110 - a generator takes longer
+            if not scalar_group.keeps_zeros(options[scalar_group.group]):
                 return False
         return True
 
@@ -327,20 +327,20 @@ class Plan(ABC):
         # An empty array may be said to lie anywhere.
         return p.copy.dtype == before.copy.dtype and (not p.size or p.copy.address == before.copy.address + distance)
 
-    def _treatment(self, k: int) -> Treatment:
-        return self.cohorts[self._member[k]].treatment
+    def _choice(self, k: int) -> RuleChoice:
+        return self.scalar_groups[self._member[k]].choice
 
     def _rule(self, k: int) -> Rule:
-        return self._treatment(k).rule
+        return self._choice(k).rule
 
     def _adapts(self, k: int) -> bool:
-        return self._treatment(k).adapts and self._rule(k).ratio is not None
+        return self._choice(k).adapts and self._rule(k).ratio is not None
 
     def _epilogues(self, k: int) -> list[tuple[Epilogue, str, int]]:
         """Epilogues of a run that begins with this parameter, each with the dtype and the address of its target."""
         p = self.parameters[k]
         found = [] if p.copy is None else [(ROUND, p.copy.dtype, p.copy.address)]
-        return [*found, (AVERAGE, COMPUTE[p.dtype], self._place(p, EMA))] if self._treatment(k).averages else found
+        return [*found, (AVERAGE, COMPUTE[p.dtype], self._place(p, EMA))] if self._choice(k).averages else found
 
     def _place(self, p: Parameter, name: str) -> int:
         """Where a state of a parameter begins."""
@@ -348,7 +348,7 @@ class Plan(ABC):
             return p.elsewhere[name]
         flat = p.states[name]
         if id(flat) not in self._bases:  # an address costs microseconds to find, so each is asked for once
-            self._bases[id(flat)] = self._space.address(flat)
+            self._bases[id(flat)] = self._device.address(flat)
         return self._bases[id(flat)] + p.offset * flat.itemsize
 
     def _addresses(self, runs: list[tuple[int, int]]) -> list[list[int]]:

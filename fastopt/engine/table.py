@@ -18,18 +18,18 @@ two cores between the norms and the update. LARS on ResNet-50 against momentum: 
 
 
 ROW = 8
-"""Numbers of a cohort in ``Counts``: steps taken, then what its rule carries."""
+"""Numbers of a scalar group in ``Counts``: steps taken, then what its rule carries."""
 
 
 class Counts:
-    """How far the cohorts of a plan have come: in the first half as it is, in the second as it will be after the step.
+    """Step counts of a plan's scalar groups: in the first half as they are, in the second as they will be next.
 
     What runs a step copies the second half over the first as its last act. An interrupt, which Python raises only after
     that, finds parameters and counts in agreement.
     """
 
-    def __init__(self, cohorts: int = 0) -> None:
-        self.half = ROW * cohorts
+    def __init__(self, scalar_groups: int = 0) -> None:
+        self.half = ROW * scalar_groups
         self.numbers = array("d", bytes(2 * 8 * self.half))
         self.address = self.numbers.buffer_info()[0]
 

@@ -3,41 +3,33 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack, to_dlpack  # type: ignore[attr-defined]
 
-from ..arrays import HOST, Space
-from ..engine.cuda.arrays import Cuda, space
+from ..arrays import HOST, Device
+from ..engine.cuda.arrays import CudaDevice, device_at
 from ..engine.cuda.runtime import cupy
-from ..engine.plan import Plan
-from ..engine.plans import plan_class
 
 
-class Home:
+class TorchDevice:
     """A device that parameters live on: here the CPU."""
 
     on_gpu = False
 
-    def __init__(self, device: torch.device, space: Space) -> None:
-        self.device = device
-        self._space = space
+    def __init__(self, device: torch.device, memory: Device) -> None:
+        self.torch_device = device
+        self.memory = memory
 
     def require(self) -> None:
         """Find what runs kernels here: what is missing is said before anything is built on it."""
-        self._space.load_kernels()
-
-    def plan(self, *args: Any) -> Plan:
-        """A plan for arrays that live here; ``args`` are all arguments but the space."""
-        make: Callable[..., Plan] = plan_class(self._space)
-        return make(*args, self._space)
+        self.memory.load_kernels()
 
     def zeros(self, size: int, dtype: torch.dtype) -> Tensor:
         """A flat tensor."""
-        return torch.zeros(size, dtype=dtype, device=self.device)
+        return torch.zeros(size, dtype=dtype, device=self.torch_device)
 
     def array(self, tensor: Tensor) -> Any:
         """A flat tensor as plans take it; one of 16 bits as integers."""
@@ -58,14 +50,14 @@ class Home:
         """Raise where a step would go into a CUDA graph."""
 
 
-class Gpu(Home):
+class Gpu(TorchDevice):
     """A GPU. Steps go to torch's current stream there."""
 
     on_gpu = True
 
-    def __init__(self, device: torch.device, space: Cuda) -> None:
-        super().__init__(device, space)
-        self._runtime = space.runtime
+    def __init__(self, device: torch.device, memory: CudaDevice) -> None:
+        super().__init__(device, memory)
+        self._runtime = memory.runtime
 
     def require(self) -> None:
         cupy()
@@ -86,7 +78,7 @@ class Gpu(Home):
 
     def tensor(self, array: Any) -> Tensor:
         """An array of CuPy as a tensor on the same memory."""
-        return torch.as_tensor(array, device=self.device)
+        return torch.as_tensor(array, device=self.torch_device)
 
 
 def _laid_out(part: Tensor, memory: Tensor) -> Tensor:
@@ -95,14 +87,14 @@ def _laid_out(part: Tensor, memory: Tensor) -> Tensor:
     return part if part.shape == memory.shape else part.as_strided(memory.shape, memory.stride(), 0)
 
 
-class _TorchCuda(Cuda):
+class _TorchCudaDevice(CudaDevice):
     """The memory of one GPU, for plans whose arrays are torch's."""
 
     def address(self, array: Any) -> int:
         return array.data_ptr() if isinstance(array, Tensor) else super().address(array)
 
 
-CPU = Home(torch.device("cpu"), HOST)
+CPU = TorchDevice(torch.device("cpu"), HOST)
 
 
 @functools.cache
@@ -110,10 +102,10 @@ def gpu(index: int) -> Gpu:
     """The GPU of this number."""
     if torch.version.hip is not None:
         raise NotImplementedError("fastopt.torch: GPUs other than NVIDIA's are not supported.")
-    return Gpu(torch.device("cuda", index), _TorchCuda(space(index, "torch").runtime))
+    return Gpu(torch.device("cuda", index), _TorchCudaDevice(device_at(index, "torch").runtime))
 
 
-def home_of(tensor: Tensor) -> Home:
+def device_of(tensor: Tensor) -> TorchDevice:
     """Where a tensor lives. Those of devices that fastopt does not know are refused later, if they have a gradient."""
     device = tensor.device
     return gpu(device.index) if device.type == "cuda" else CPU

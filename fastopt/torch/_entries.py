@@ -11,17 +11,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..engine.plan import Copy, Parameter, Progress, Treatment
+from ..engine.plan import Copy, Parameter, RuleChoice, StepCount
 from ..kernels.dtypes import COMPUTE, ITEMSIZE
 from ..kernels.epilogues import EMA, EMA_STEP
 from ..kernels.rules.rule import Options
-from ._devices import Home
+from ._devices import TorchDevice
 from ._flat import FlatGroups
 from ._master import MASTER
-from ._state import STEP, Arena, Mirror, ParameterState, Slot, State, layout_of, number
+from ._state import STEP, Arena, ParameterState, Slot, State, StateSync, layout_of, number
 from ._tensors import STORED, address_of, check_apart, local, parameter_memory, real, state_address
 
-Treat = Callable[[Options, Tensor], Treatment]
+Choose = Callable[[Options, Tensor], RuleChoice]
 
 NUMBERS = (torch.float32, torch.float64, torch.int32, torch.int64)
 
@@ -57,9 +57,9 @@ class Entry:
         return memory.data_ptr(), layout_of(memory), list(map(address_of, shown))
 
     @property
-    def counted(self) -> tuple[Progress, Slot, dict[str, Tensor]]:
-        """What a ``Mirror`` needs."""
-        return self.record.progress, self.slot, self.numbers
+    def counted(self) -> tuple[StepCount, Slot, dict[str, Tensor]]:
+        """What a ``StateSync`` needs."""
+        return self.record.step_count, self.slot, self.numbers
 
 
 class Entries:
@@ -70,9 +70,9 @@ class Entries:
     """
 
     def __init__(
-        self, params: Sequence[Tensor], places: Sequence[tuple[int, int]], state: State, kind: Kind, home: Home
+        self, params: Sequence[Tensor], places: Sequence[tuple[int, int]], state: State, kind: Kind, device: TorchDevice
     ) -> None:
-        self._params, self._places, self._state, self._kind, self._home = params, places, state, kind, home
+        self._params, self._places, self._state, self._kind, self._device = params, places, state, kind, device
         self._entries: dict[int, Entry] = {}
 
     def __getitem__(self, i: int) -> Entry:
@@ -100,7 +100,7 @@ class Entries:
             entry.state.remember()
 
     def admit(
-        self, present: Sequence[int], memories: Sequence[Tensor], options: Sequence[Options], treat: Treat
+        self, present: Sequence[int], memories: Sequence[Tensor], options: Sequence[Options], choose: Choose
     ) -> None:
         """Find or make the states of parameters, whose real tensors are ``memories``."""
         new: dict[tuple[torch.dtype, int], list[tuple[int, Tensor]]] = {}
@@ -112,26 +112,26 @@ class Entries:
             if (
                 slot is not None
                 and slot.layout == layout_of(memory)
-                and slot.arena.home is self._home  # parameters may have moved
+                and slot.arena.device is self._device  # parameters may have moved
                 and all(dict.get(state, name) is not None for name in slot.entries)
             ):
-                self._entries[i] = self._entry(i, memory, state, slot, options, treat)
+                self._entries[i] = self._entry(i, memory, state, slot, options, choose)
             else:
                 group = 0 if self._kind.flat is None else self._places[i][0]  # which was laid out by itself
                 new.setdefault((memory.dtype, group), []).append((i, memory))
         for members in new.values():
-            arena = Arena([memory for _, memory in members], self._home)
+            arena = Arena([memory for _, memory in members], self._device)
             for index, (i, memory) in enumerate(members):
                 state = self._state.of(self._params[i])
                 slot = Slot(arena, index, layout_of(memory))
-                self._entries[i] = self._entry(i, memory, state, slot, options, treat)
+                self._entries[i] = self._entry(i, memory, state, slot, options, choose)
 
     def _entry(
-        self, i: int, memory: Tensor, state: ParameterState, slot: Slot, options: Sequence[Options], treat: Treat
+        self, i: int, memory: Tensor, state: ParameterState, slot: Slot, options: Sequence[Options], choose: Choose
     ) -> Entry:
         parameter, group = self._params[i], self._places[i][0]
-        treatment, untouched = treat(options[group], parameter), state.is_untouched
-        progress = self._progress(i, treatment, state, options[group])
+        choice, untouched = choose(options[group], parameter), state.is_untouched
+        step_count = self._step_count(i, choice, state, options[group])
         record = Parameter(
             name=self.name(i),
             array=parameter,  # type: ignore[arg-type]
@@ -142,12 +142,12 @@ class Entries:
             extent=slot.arena.extents[slot.index],
             address=memory.data_ptr(),
             states=slot.arena.arrays,
-            progress=progress,
+            step_count=step_count,
         )
         entry = Entry(record, slot, state, untouched or not dict.__len__(state))
-        for name in [STEP] * self._kind.counts + list(progress.carry or {}):
+        for name in [STEP] * self._kind.counts + list(step_count.carry or {}):
             entry.numbers[name] = self._number(i, state, slot, name)
-        for name, start in treatment.start(options[group]).items():
+        for name, start in choice.start(options[group]).items():
             entry.tensors[name] = self._tensor(i, memory, entry, name, start)
         if self._kind.has_master(memory):
             record.copy = Copy(record.dtype, record.address)
@@ -165,13 +165,13 @@ class Entries:
         except (NotImplementedError, TypeError, ValueError):  # nothing that could be stepped where it was
             return True
         return any(
-            entry.places(memories[i]) != entry.seen or not Mirror([entry.counted], write=False).agrees()
+            entry.places(memories[i]) != entry.seen or not StateSync([entry.counted], write=False).agrees()
             for i, entry in self._entries.items()
         )
 
-    def _progress(self, i: int, treatment: Treatment, state: ParameterState, options: Options) -> Progress:
+    def _step_count(self, i: int, choice: RuleChoice, state: ParameterState, options: Options) -> StepCount:
         """How far the parameter has come, by what its state says."""
-        rule = treatment.rule
+        rule = choice.rule
         carried: dict[str, float] = rule.carry(options)._asdict() if rule.carry is not None else {}
         present = [name for name in (*rule.state, *carried) if dict.get(state, name) is not None]
         if state.is_untouched:
@@ -185,11 +185,11 @@ class Entries:
         else:  # only the first step differs from the others, and leaves a state
             steps = int(bool(present))
         averagings = dict.get(state, EMA_STEP)
-        if treatment.averages:  # an average that is lacking begins as a copy
+        if choice.averages:  # an average that is lacking begins as a copy
             carried[EMA_STEP] = 0.0 if averagings is None or dict.get(state, EMA) is None else number(averagings)
         elif isinstance(averagings, Tensor):  # and so does one that is switched on again
             averagings.zero_()
-        return Progress(steps, carried or None)
+        return StepCount(steps, carried or None)
 
     def _count(self, i: int, state: ParameterState, has_states: bool) -> int:
         value = dict.get(state, STEP)
@@ -266,7 +266,7 @@ class Entries:
 def _was_made(state: ParameterState, slot: Slot, name: str, value: Any) -> bool:
     """Whether a state was made for the parameter while it lay otherwise, or elsewhere, than now."""
     past = state.slot
-    moved = past is not None and (past.layout != slot.layout or past.arena.home is not slot.arena.home)
+    moved = past is not None and (past.layout != slot.layout or past.arena.device is not slot.arena.device)
     return moved and past is not None and past.holds(name, value)
 
 

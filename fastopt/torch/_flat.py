@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..flat import Layout
 from . import _devices
-from ._devices import Home
+from ._devices import TorchDevice
 from ._tensors import PLAIN, parameter_memory, shaped_like
 
 
@@ -24,13 +24,12 @@ class FlatGroup:
         self.params = list(params)
         memories = [parameter_memory(p, where) for p in params]
         layout = Layout.of({str(i): (m.numel(),) for i, m in enumerate(memories)})
-        dtype, device = memories[0].dtype, memories[0].device
-        home = _devices.home_of(params[0])
-        self._values, self._gradients = (torch.zeros(layout.total, dtype=dtype, device=device) for _ in range(2))
-        arrays = [home.array(flat) for flat in (self._values, self._gradients)]
+        dtype, device = memories[0].dtype, _devices.device_of(params[0])
+        self._values, self._gradients = (device.zeros(layout.total, dtype) for _ in range(2))
+        arrays = [device.array(flat) for flat in (self._values, self._gradients)]
         self.views = []
         for p, memory, offset in zip(params, memories, layout.offsets, strict=True):
-            value, view = (shaped_like(p, home.view(array, offset, memory)) for array in arrays)
+            value, view = (shaped_like(p, device.view(array, offset, memory)) for array in arrays)
             value.copy_(p.detach())
             if p.grad is not None:
                 view.copy_(p.grad)
@@ -63,9 +62,9 @@ class FlatGroups:
                 f"{where}: flatten=True moves parameters, which cannot be done to a {type(strange[0]).__name__} "
                 "that is distributed or shared between processes."
             )
-        alike: dict[tuple[torch.dtype, Home], list[Tensor]] = {}
+        alike: dict[tuple[torch.dtype, TorchDevice], list[Tensor]] = {}
         for p in params:
-            alike.setdefault((p.dtype, _devices.home_of(p)), []).append(p)
+            alike.setdefault((p.dtype, _devices.device_of(p)), []).append(p)
         self._groups += [FlatGroup(members, where) for members in alike.values()]
         self._members.update(map(id, params))
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import _devices
-from ._devices import Home
+from ._devices import TorchDevice
 
 
 class DeviceRates:
@@ -17,29 +17,29 @@ class DeviceRates:
 
     def __init__(self) -> None:
         self._seen: dict[int, tuple[Tensor, float]] = {}
-        self.homes: set[Home] = set()  # where rates are
+        self.devices: set[TorchDevice] = set()  # where rates are
 
     def placed(self, groups: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
         """The groups with such an lr as a number, for which the first time is waited, and the place to read it."""
-        self.homes.clear()
+        self.devices.clear()
         return [self._placed(k, group) if group.get("capturable") else group for k, group in enumerate(groups)]
 
     def _placed(self, k: int, group: Mapping[str, Any]) -> Mapping[str, Any]:
         lr = group.get("lr")
         if not isinstance(lr, Tensor) or lr.numel() != 1 or lr.dtype not in (torch.float32, torch.float64):
             return group
-        home = _devices.home_of(lr)
-        if not home.on_gpu:
+        device = _devices.device_of(lr)
+        if not device.on_gpu:
             return group
-        self.homes.add(home)
+        self.devices.add(device)
         if k not in self._seen or self._seen[k][0] is not lr:
             self._seen[k] = lr, lr.item()
         return {**group, "lr": self._seen[k][1], "lr_at": (lr.data_ptr(), lr.itemsize)}
 
-    def check(self, home: Home | None, where: str) -> None:
+    def check(self, device: TorchDevice | None, where: str) -> None:
         """Refuse a rate on another device than the parameters."""
-        if self.homes != {home}:
-            devices = ", ".join(sorted(str(h.device) for h in self.homes))
+        if self.devices != {device}:
+            devices = ", ".join(sorted(str(h.torch_device) for h in self.devices))
             raise ValueError(
                 f"{where}: with capturable=True an lr on {devices} must be on the one device of all parameters. "
                 "Use a number, or an lr on the CPU."

@@ -11,7 +11,7 @@ MASTER = "master_param"
 """Their name in ``state``, as in Apex."""
 
 
-class Masters:
+class MasterWeights:
     """Pairs of a parameter and the float32 tensor that is stepped in its place."""
 
     def __init__(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:

@@ -11,15 +11,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..arrays import first_hit, first_overlap
+from ..engine.plans import plan_class
 from ..kernels.dtypes import ITEMSIZE
 from ..kernels.layout import structure
 from ..kernels.rules.rule import Options
 from . import _interface
-from ._devices import Home
-from ._entries import Entries, Kind, Treat
-from ._master import MASTER, Masters
+from ._devices import TorchDevice
+from ._entries import Choose, Entries, Kind
+from ._master import MASTER, MasterWeights
 from ._shards import Shards
-from ._state import Mirror
+from ._state import StateSync
 from ._tensors import PLAIN, STORED, address_of, gradient_memory, local, local_gradient, parameter_memory
 
 
@@ -122,7 +123,7 @@ class Parameters(NamedTuple):
     params: list[Tensor]
     entries: Entries
     kind: Kind
-    home: Home
+    device: TorchDevice
     shards: Shards
 
     def local(self, present: Sequence[int], grads: Sequence[Tensor]) -> list[Tensor]:
@@ -148,7 +149,7 @@ class Pattern:
         dtypes: Of the gradients.
         flat: Whether neighbours in flat memory may be walked in one run.
         options: Of each group.
-        treat: What is done to each parameter.
+        choose: What is done to each parameter.
     """
 
     def __init__(
@@ -158,7 +159,7 @@ class Pattern:
         dtypes: tuple[torch.dtype, ...],
         flat: bool,
         options: Sequence[Options],
-        treat: Treat,
+        choose: Choose,
     ) -> None:
         self._parameters, self._where = parameters, parameters.kind.name
         self.present, self.dtypes = present, dtypes
@@ -180,7 +181,7 @@ class Pattern:
         self._shown_at = list(map(address_of, self._shown))
         self._owned = parameters.entries.owned(present)
         pairs = [(p, local(e.tensors[MASTER], "a master")) for p, e in zip(own, entries, strict=True) if e.record.copy]
-        self.masters = Masters(pairs) if pairs else None
+        self.masters = MasterWeights(pairs) if pairs else None
         self._itemsizes = np.array([dtype.itemsize for dtype in dtypes], np.int64)
         self._extent = np.array([r.size for r in records], np.int64) * self._itemsizes
         self._offsets, self._sizes = np.array([(r.offset, r.size) for r in records], np.int64).reshape(-1, 2).T
@@ -193,13 +194,14 @@ class Pattern:
             for record, address in zip(records, () if placed is None else placed.tolist(), strict=False):
                 record.address = address
         self._flat = flat
-        treatments = [treat(options[r.group], p) for r, p in zip(records, self.stepped, strict=True)]
+        choices = [choose(options[r.group], p) for r, p in zip(records, self.stepped, strict=True)]
         signs = [-1.0 if o.get("maximize") else 1.0 for o in options]
         stored: Any = [STORED[dtype] for dtype in dtypes]
-        self.plan = parameters.home.plan(records, stored, treatments, flat, signs)
+        memory = parameters.device.memory
+        self.plan = plan_class(memory)(records, stored, choices, flat, signs, memory)
         if parameters.shards:
             self.plan.combine = self._combine
-        self.mirror = Mirror([e.counted for e in entries])
+        self.sync = StateSync([e.counted for e in entries])
         self.probe: Probe | None = None
         self._served = 0  # steps that the plan has taken without it
         self._starts = b""  # where the plan finds the gradients, as the bytes of an array
@@ -220,7 +222,7 @@ class Pattern:
         return (
             self.probe is not None
             and self.probe.hold()
-            and self.mirror.holds()
+            and self.sync.holds()
             and not _is_negated([p.grad for p in self._scalars])
             and self._are_where_they_were(write)
         )
@@ -241,7 +243,7 @@ class Pattern:
             [p.data_ptr() for p in params] != self._pointers
             or [(p.dtype, p.shape, p.stride()) for p in params] != self._layouts
             or list(map(address_of, self._shown)) != self._shown_at
-            or not self.mirror.holds()
+            or not self.sync.holds()
         )
 
     def look_for(self, grads: Sequence[Tensor]) -> None:
@@ -253,7 +255,7 @@ class Pattern:
         dtypes = dict(zip(self.present, self.dtypes, strict=True))
         wanted = [dtypes.get(i) for i in range(len(parameters.params))]
         shown = list(zip(self._shown, self._shown_at, strict=True))
-        self.probe = Probe(parameters.params, wanted, shown, parameters.home.device, self._owned)
+        self.probe = Probe(parameters.params, wanted, shown, parameters.device.torch_device, self._owned)
 
     def _is_simple(self, grads: Sequence[Tensor]) -> bool:
         """Whether parameters and gradients are what kernels read and write, with nothing in between."""

@@ -11,39 +11,41 @@ import torch
 from torch import Tensor
 
 from ..engine.step import Request
-from ._devices import Home
+from ._devices import TorchDevice
 from ._tensors import local
 
 
-def request_for(asked: Request, scale: Any, found: Any, home: Home | None) -> tuple[Request | None, Tensor | None]:
+def request_for(
+    asked: Request, scale: Any, found: Any, device: TorchDevice | None
+) -> tuple[Request | None, Tensor | None]:
     """The request with a loss scale, or None where the step must be skipped; and a tensor that must outlive the step.
 
     Args:
         asked: What else is asked for.
         scale: The loss scale, a tensor or a number; None for 1.
         found: Greater than 0 where the step must be skipped; None if nobody looked.
-        home: Where the parameters are; None if in several places, for which both are waited for.
+        device: Where the parameters are; None if in several places, for which both are waited for.
     """
-    if home is not None and home.on_gpu:
-        return _decided_there(asked, scale, found, home)
+    if device is not None and device.on_gpu:
+        return _decided_there(asked, scale, found, device)
     if found is not None and float(found):
         return None, None
     return dataclasses.replace(asked, multiplier=1.0 if scale is None else 1.0 / float(scale)), None
 
 
-def _decided_there(asked: Request, scale: Any, found: Any, home: Home) -> tuple[Request, Tensor]:
+def _decided_there(asked: Request, scale: Any, found: Any, device: TorchDevice) -> tuple[Request, Tensor]:
     """Leave it to the GPU. A scale of NaN makes the norm NaN, and a step whose norm is not finite is skipped."""
-    there = _placed(1.0 if scale is None else scale, home)
+    there = _placed(1.0 if scale is None else scale, device)
     if found is not None:
-        there = torch.where(_placed(found, home) != 0, math.nan, there)
+        there = torch.where(_placed(found, device) != 0, math.nan, there)
     skip = asked.skip_nonfinite or found is not None
     return dataclasses.replace(asked, scale_at=there.data_ptr(), skip_nonfinite=skip), there
 
 
-def _placed(number: Any, home: Home) -> Tensor:
+def _placed(number: Any, device: TorchDevice) -> Tensor:
     if isinstance(number, Tensor):
-        return number.to(home.device, torch.float32, non_blocking=True)
-    return torch.full((), float(number), dtype=torch.float32, device=home.device)
+        return number.to(device.torch_device, torch.float32, non_blocking=True)
+    return torch.full((), float(number), dtype=torch.float32, device=device.torch_device)
 
 
 def unscale(params: Iterable[Tensor], scale: Any, skipped: bool | Tensor) -> None:

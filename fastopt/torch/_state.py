@@ -14,13 +14,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..engine.plan import Progress
+from ..engine.plan import StepCount
 from ..flat import Layout
 from ..kernels.epilogues import EMA, EMA_STEP
 from ..kernels.registry import RULES
 from ..kernels.rules.rule import Rule
 from . import _devices
-from ._devices import Home
+from ._devices import TorchDevice
 from ._master import MASTER
 from ._tensors import COMPUTED, address_of, parameter_memory, shaped_like
 
@@ -180,9 +180,9 @@ class State(_Watched):
                         memory = parameter_memory(p, "")
                     except (NotImplementedError, TypeError, ValueError):
                         continue  # such as one on the meta device: a step says so, if it gets that far
-                    alike.setdefault((memory.dtype, g if flat else 0, _devices.home_of(p)), []).append((p, memory))
-        for (*_, home), members in alike.items():
-            arena = Arena([memory for _, memory in members], home)
+                    alike.setdefault((memory.dtype, g if flat else 0, _devices.device_of(p)), []).append((p, memory))
+        for (*_, device), members in alike.items():
+            arena = Arena([memory for _, memory in members], device)
             for index, (p, memory) in enumerate(members):
                 slot, values = Slot(arena, index, layout_of(memory)), dict(state._raw(p))
                 for name, value in values.items():
@@ -230,11 +230,11 @@ class Arena:
 
     Args:
         memories: The real tensors of the parameters, of one compute dtype.
-        home: Where they live.
+        device: Where they live.
     """
 
-    def __init__(self, memories: Sequence[Tensor], home: Home) -> None:
-        self.home = home
+    def __init__(self, memories: Sequence[Tensor], device: TorchDevice) -> None:
+        self.device = device
         self.size = len(memories)
         layout = Layout.of({str(i): (m.numel(),) for i, m in enumerate(memories)})
         self.offsets, self._total = layout.offsets, layout.total
@@ -246,7 +246,7 @@ class Arena:
     def array(self, name: str) -> Any:
         """The flat array of a state, as plans take it."""
         if name not in self.arrays:
-            self.arrays[name] = self.home.array(self.home.zeros(self._total, self._dtype))
+            self.arrays[name] = self.device.array(self.device.zeros(self._total, self._dtype))
         return self.arrays[name]
 
     def number(self, name: str) -> NDArray[Any]:
@@ -275,7 +275,7 @@ class Slot:
     def add_state(self, name: str, parameter: Tensor, memory: Tensor) -> Tensor:
         """A state of zeros for the parameter, whose real tensor is ``memory``."""
         array, offset = self.arena.array(name), self.arena.offsets[self.index]
-        return self._add(name, shaped_like(parameter, self.arena.home.view(array, offset, memory)))
+        return self._add(name, shaped_like(parameter, self.arena.device.view(array, offset, memory)))
 
     def _add(self, name: str, entry: Tensor) -> Tensor:
         self._addresses[name] = address_of(entry)
@@ -298,65 +298,65 @@ def number(value: Any) -> float:
     return float(value.item() if isinstance(value, Tensor) else value)
 
 
-class Mirror:
-    """Shows how far cohorts have come in the tensors of ``state``, and notices where somebody else wrote these.
+class StateSync:
+    """Shows how far scalar groups have come in the tensors of ``state``, and notices where somebody else wrote these.
 
     Args:
         numbers: Of each parameter its progress, its slot, and the tensors of its numbers by name.
-        write: Whether to write what the cohorts know.
+        write: Whether to write what the scalar groups know.
     """
 
-    def __init__(self, numbers: Sequence[tuple[Progress, Slot, Mapping[str, Tensor]]], *, write: bool = True) -> None:
+    def __init__(self, numbers: Sequence[tuple[StepCount, Slot, Mapping[str, Tensor]]], *, write: bool = True) -> None:
         places: dict[tuple[int, int, str], list[int]] = {}
-        self._shown: list[tuple[NDArray[Any], Any, Progress, str]] = []
-        for k, (progress, slot, tensors) in enumerate(numbers):
+        self._shown: list[tuple[NDArray[Any], Any, StepCount, str]] = []
+        for k, (step_count, slot, tensors) in enumerate(numbers):
             for name, tensor in tensors.items():
                 if slot.holds(name, tensor):
-                    places.setdefault((id(progress), id(slot.arena), name), []).append(k)
+                    places.setdefault((id(step_count), id(slot.arena), name), []).append(k)
                 else:
-                    self._shown.append((tensor.detach().numpy().reshape(-1), slice(None), progress, name))
+                    self._shown.append((tensor.detach().numpy().reshape(-1), slice(None), step_count, name))
         for (_, _, name), members in places.items():
-            progress, slot, _ = numbers[members[0]]
+            step_count, slot, _ = numbers[members[0]]
             indices = [numbers[k][1].index for k in members]
             where: Any = slice(None) if indices == list(range(slot.arena.size)) else np.array(indices)
-            self._shown.append((slot.arena.numbers[name], where, progress, name))
+            self._shown.append((slot.arena.numbers[name], where, step_count, name))
         self._values: list[Any] = []
-        for array, where, progress, name in self._shown:
-            self._values.append(self._value(array, progress, name))
+        for array, where, step_count, name in self._shown:
+            self._values.append(self._value(array, step_count, name))
             if write:
                 array[where] = self._values[-1]
         self._arrays = list({id(array): array for array, *_ in self._shown}.values())
         self._seen = [array.tobytes() for array in self._arrays]
 
     @staticmethod
-    def _value(array: NDArray[Any], progress: Progress, name: str) -> Any:
-        return array.dtype.type(progress.steps if name == STEP else (progress.carry or {})[name])
+    def _value(array: NDArray[Any], step_count: StepCount, name: str) -> Any:
+        return array.dtype.type(step_count.steps if name == STEP else (step_count.carry or {})[name])
 
     def holds(self) -> bool:
         """Whether the tensors say what was shown last."""
         return [array.tobytes() for array in self._arrays] == self._seen  # three times as fast as comparing numbers
 
     def agrees(self) -> bool:
-        """Whether the tensors say what the cohorts know now, after others wrote both."""
-        for k, (array, where, progress, name) in enumerate(self._shown):
-            self._values[k] = value = self._value(array, progress, name)
+        """Whether the tensors say what the scalar groups know now, after others wrote both."""
+        for k, (array, where, step_count, name) in enumerate(self._shown):
+            self._values[k] = value = self._value(array, step_count, name)
             if not (array[where] == value).all():
                 return False
         self._seen = [array.tobytes() for array in self._arrays]
         return True
 
     def show(self) -> None:
-        """Write what the cohorts know; what only a GPU knows is left to ``settle``."""
-        for k, (array, where, progress, name) in enumerate(self._shown):
-            if progress.fetch is None:
-                self._values[k] = array[where] = self._value(array, progress, name)
+        """Write what the scalar groups know; what only a GPU knows is left to ``settle``."""
+        for k, (array, where, step_count, name) in enumerate(self._shown):
+            if step_count.fetch is None:
+                self._values[k] = array[where] = self._value(array, step_count, name)
         self._seen = [array.tobytes() for array in self._arrays]
 
     def settle(self) -> None:
         """Write what the GPU knows, but where somebody else wrote meanwhile; waits for it."""
         expected = {id(array): array.copy() for array in self._arrays}
-        for k, (array, where, progress, name) in enumerate(self._shown):
-            value = self._value(array, progress, name)
+        for k, (array, where, step_count, name) in enumerate(self._shown):
+            value = self._value(array, step_count, name)
             array[where] = np.where(array[where] == self._values[k], value, array[where])
             self._values[k] = expected[id(array)][where] = value
         self._seen = [array.tobytes() for array in expected.values()]

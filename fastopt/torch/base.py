@@ -16,7 +16,7 @@ from torch.optim.optimizer import Optimizer, _global_optimizer_post_hooks, _glob
 
 from ..engine.exclusive import exclusive
 from ..engine.options import EMA_RANGES, Range, boolean, ranges_of
-from ..engine.plan import Treatment, treatment
+from ..engine.plan import RuleChoice, choice
 from ..engine.step import Request, StepInfo
 from ..kernels.registry import variant
 from ..kernels.rules.rule import Options, Rule
@@ -39,10 +39,9 @@ from ._options import (
     without_numpy,
 )
 from ._scale import request_for, unscale
-from ._several import Several, derive
 from ._shards import why_not_combined
 from ._state import LIBRARY, Names, State
-from ._stepper import Stepper
+from ._stepper import MultiDeviceStepper, Stepper, derive
 from ._tensors import FLOATING, PLAIN, check_apart, parameter_memory
 
 Made = TypeVar("Made", bound="TensorOptimizer")
@@ -195,7 +194,7 @@ class TensorOptimizer(StepOptions, Averages, Checkpoints):
         self.last_info = StepInfo()
         self._users: list[object] = []  # who is using this optimizer now
         self._complete = False  # whether the constructor is done, or there was none
-        self._derived: Stepper | Several | None = None  # ``state`` knows it, too, but does not keep it alive
+        self._derived: Stepper | MultiDeviceStepper | None = None  # ``state`` knows it, too, but does not keep it alive
         self._seen: list[dict[str, Any]] = []
         self._options: list[dict[str, Any]] = []
         self._structure: list[Any] = []
@@ -211,7 +210,7 @@ class TensorOptimizer(StepOptions, Averages, Checkpoints):
             raise NotImplementedError(f"{type(self).__name__} must have a rule, or override select_rule.")
         return variant(self.rule, options)
 
-    def treat(self, options: Options, parameter: Tensor) -> Treatment:
+    def choose(self, options: Options, parameter: Tensor) -> RuleChoice:
         """What is done to one parameter of a group; LARS leaves some out of the trust ratio."""
         rule = self.select_rule(options)
         why = why_not_combined(parameter) if rule.ratio is not None else None
@@ -220,10 +219,10 @@ class TensorOptimizer(StepOptions, Averages, Checkpoints):
                 f"{type(self).__name__}: a parameter is {why}, so the norm of its whole is not known. Use an optimizer "
                 "whose rule has no norms, or DDP."
             )
-        return treatment(rule, options, parameter.ndim)
+        return choice(rule, options, parameter.ndim)
 
-    def _treatment(self, options: Options, parameter: Tensor) -> Treatment:
-        return self.treat(options, parameter).by(options)
+    def _choice(self, options: Options, parameter: Tensor) -> RuleChoice:
+        return self.choose(options, parameter).by(options)
 
     def begin_group(self, group: dict[str, Any]) -> None:
         """Note what an option needs to know of the start of a group."""
@@ -268,9 +267,9 @@ class TensorOptimizer(StepOptions, Averages, Checkpoints):
             and p.layout is torch.strided
             and p.dtype in FLOATING
         ]
-        for home in {_devices.home_of(p) for _, p, new in named if new}:
-            if home.on_gpu:
-                home.require()
+        for device in {_devices.device_of(p) for _, p, new in named if new}:
+            if device.on_gpu:
+                device.require()
         memories = [parameter_memory(p, f"{where}: {name}") if new else p for name, p, new in named]
         starts, nbytes = [m.data_ptr() for m in memories], [m.nbytes for m in memories]
         check_apart(starts, nbytes, [name for name, *_ in named], where)
@@ -350,17 +349,17 @@ class TensorOptimizer(StepOptions, Averages, Checkpoints):
             stepper = self._stepper()
             if self._part is not None and asked.needs_norm:
                 self._refuse_part(self._part)
-            if self._rates.homes:
-                self._rates.check(stepper.home, type(self).__name__)
+            if self._rates.devices:
+                self._rates.check(stepper.device, type(self).__name__)
             request: Request | None = asked
             alive: Tensor | None = None  # what the step reads
             if scale is not None or found is not None:
-                request, alive = request_for(asked, scale, found, stepper.home)
+                request, alive = request_for(asked, scale, found, stepper.device)
             if request is None:
                 if self.zero_grads:
                     self.zero_grad(set_to_none=False)
                 return StepInfo(True)
-            info = stepper.step(request, options, self._treatment)
+            info = stepper.step(request, options, self._choice)
             del alive
             if info is not None:
                 if scale is not None and self._unscales and not self.zero_grads:
@@ -370,7 +369,7 @@ class TensorOptimizer(StepOptions, Averages, Checkpoints):
             self.state.watch.drop()  # something moved or was changed: once more, from what is there now
         raise AssertionError("what was just derived cannot be stale")
 
-    def _stepper(self) -> Stepper | Several:
+    def _stepper(self) -> Stepper | MultiDeviceStepper:
         """What is derived from groups and state, anew where they changed."""
         if type(self.state) is not State:
             self.state = State(self.state)
@@ -411,7 +410,7 @@ class TensorOptimizer(StepOptions, Averages, Checkpoints):
             self._make_states(self._current_options())
 
     def _make_states(self, options: list[dict[str, Any]]) -> None:
-        self._stepper().make_states(options, self._treatment)
+        self._stepper().make_states(options, self._choice)
         self.state.watch.drop()  # the first step begins from these states, with the options of then
 
     def _asks_for_states(self, options: list[dict[str, Any]]) -> bool:
@@ -422,7 +421,7 @@ class TensorOptimizer(StepOptions, Averages, Checkpoints):
         if any(group.get("lr", True) for group in options):
             return False
         grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        if not grads or any(g.layout is not torch.strided or _devices.home_of(g).capturing() for g in grads):
+        if not grads or any(g.layout is not torch.strided or _devices.device_of(g).capturing() for g in grads):
             return False
         return not any(bool(g.any()) for g in grads)
 

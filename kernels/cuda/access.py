@@ -131,7 +131,7 @@ def add_rows(dtype: str, rows: int) -> Any:
 
 
 def scalars_former(rule: Rule) -> Any:
-    """Intrinsic ``(t, cohort, options, scalars64, scalars32)``: form the scalars of step t from a cohort's options.
+    """Intrinsic ``(t, scalar_group, options, scalars64, scalars32)``: form the scalars of step t from options.
 
     The rule's own host function is compiled for the device. It finds its options in a dict there, too.
     """
@@ -146,9 +146,9 @@ def scalars_former(rule: Rule) -> Any:
     Carry = rule.Carry
 
     @intrinsic
-    def form(typingctx: Any, t: Any, cohort: Any, options: Any, scalars64: Any, scalars32: Any) -> Any:
+    def form(typingctx: Any, t: Any, scalar_group: Any, options: Any, scalars64: Any, scalars32: Any) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            t, cohort, row, scalars64, scalars32 = args
+            t, scalar_group, row, scalars64, scalars32 = args
             t = builder.sitofp(t, DOUBLE)  # an integer power would be a loop of multiplications, and less exact
 
             def number(base: Any, k: int) -> Any:
@@ -167,12 +167,12 @@ def scalars_former(rule: Rule) -> Any:
             else:
                 count = len(Carry._fields)
                 carry_type = types.NamedUniTuple(types.float64, count, Carry)
-                carry = context.make_tuple(builder, carry_type, [number(cohort, CARRY + k) for k in range(count)])
+                carry = context.make_tuple(builder, carry_type, [number(scalar_group, CARRY + k) for k in range(count)])
                 kind = types.Tuple([result, carry_type])(types.float64, options_type, carry_type)
                 both = context.compile_internal(builder, rule.scalars, kind, [t, options, carry])
                 formed, carry = builder.extract_value(both, 0), builder.extract_value(both, 1)
                 for k in range(count):
-                    place = _at(builder, cohort, ir.Constant(I64, CARRY + k), DOUBLE)
+                    place = _at(builder, scalar_group, ir.Constant(I64, CARRY + k), DOUBLE)
                     builder.store(builder.extract_value(carry, k), place)
             for k, value in enumerate(cgutils.unpack_tuple(builder, formed, result.count)):
                 index = ir.Constant(I64, k)

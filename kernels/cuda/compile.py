@@ -45,7 +45,7 @@ def terms_ptx(rule: Rule, p: str, g: str) -> str:
 
 
 def prologue_ptx(rule: Rule) -> str:
-    """The prologue for cohorts of ``rule``."""
+    """The prologue for scalar groups of ``rule``."""
     return ptx(prologue(rule, access), PROLOGUE, cuda_prologue_symbol(rule.name))
 
 

@@ -19,8 +19,6 @@ from ..layout import (
     AVERAGED,
     BLOCK,
     CHUNKS,
-    COHORT,
-    COHORT_WORDS,
     DECAY,
     FIRST_CHUNK,
     G_CODE,
@@ -33,6 +31,8 @@ from ..layout import (
     P_CODE,
     PARAMETER,
     RULE,
+    SCALAR_GROUP,
+    SCALAR_GROUP_WORDS,
     SCALARS,
     SEGMENT_WORDS,
     SKIP,
@@ -48,7 +48,7 @@ ROWS_AT_ONCE = 16  # independent loads in flight
 
 
 def prologue(rule: Rule, access: Any) -> Callable[..., None]:
-    """The prologue kernel for cohorts of ``rule``, to be compiled; its norms serve any rule."""
+    """The prologue kernel for scalar groups of ``rule``, to be compiled; its norms serve any rule."""
     word, put_word, real, put_real = access.word, access.put_word, access.real, access.put_real
     fresh_real, count_up = access.fresh_real, access.count_up
     single, put_single = access.single, access.put_single
@@ -66,12 +66,12 @@ def prologue(rule: Rule, access: Any) -> Callable[..., None]:
         chunks: Any,
         segments: Any,
         gradients: Any,
-        jobs: Any,  # pairs of 0 or 1 (parameter or gradient) and a chunk
+        tasks: Any,  # pairs of 0 or 1 (parameter or gradient) and a chunk
         job_count: Any,
         arrays: Any,  # how many sums of squares there are to complete
         chunk_count: Any,
         segment_count: Any,
-        cohort_count: Any,
+        scalar_group_count: Any,
         partials: Any,  # sums of squares by chunk: of all parameters, then of all gradients
         squares: Any,  # by segment, likewise
         counters: Any,  # blocks that are done by segment, likewise, and arrays that are done
@@ -80,7 +80,7 @@ def prologue(rule: Rule, access: Any) -> Callable[..., None]:
         scalars32: Any,
         ratios64: Any,
         ratios32: Any,
-        cohorts: Any,
+        scalar_groups: Any,
         options: Any,
         number: Any,  # of this kernel's rule
         multiplier: Any,
@@ -95,7 +95,7 @@ def prologue(rule: Rule, access: Any) -> Callable[..., None]:
         last = cuda.shared.array(1, types.int64)
         thread = cuda.threadIdx.x
         if job_count > 0:
-            which, chunk = word(jobs, 2 * cuda.blockIdx.x), word(jobs, 2 * cuda.blockIdx.x + 1)
+            which, chunk = word(tasks, 2 * cuda.blockIdx.x), word(tasks, 2 * cuda.blockIdx.x + 1)
             s = word(chunks, 3 * chunk)
             segment = segments + WORD * SEGMENT_WORDS * s
             x, code = word(gradients, s), word(segment, G_CODE)
@@ -177,19 +177,23 @@ def prologue(rule: Rule, access: Any) -> Callable[..., None]:
         if word(header, SKIP):
             return
         if form:
-            for c in range(thread, cohort_count, THREADS):
-                cohort = cohorts + WORD * COHORT_WORDS * c
-                if word(cohort, RULE) == number:
-                    t = word(cohort, STEPS) + 1
-                    put_word(cohort, STEPS, t)
+            for c in range(thread, scalar_group_count, THREADS):
+                scalar_group = scalar_groups + WORD * SCALAR_GROUP_WORDS * c
+                if word(scalar_group, RULE) == number:
+                    t = word(scalar_group, STEPS) + 1
+                    put_word(scalar_group, STEPS, t)
                     row = options + 8 * OPTIONS * c
-                    if lr_at >= 0 and word(cohort, LR) != 0:
-                        lr = real(word(cohort, LR), 0) if word(cohort, LR_BYTES) == 8 else single(word(cohort, LR), 0)
+                    if lr_at >= 0 and word(scalar_group, LR) != 0:
+                        lr = (
+                            real(word(scalar_group, LR), 0)
+                            if word(scalar_group, LR_BYTES) == 8
+                            else single(word(scalar_group, LR), 0)
+                        )
                         put_real(row, lr_at, lr)
                     own64, own32 = scalars64 + 8 * SCALARS * c, scalars32 + 4 * SCALARS * c
-                    form_scalars(t, cohort, row, own64, own32)
-                    n = word(cohort, AVERAGED)
-                    put_word(cohort, AVERAGED, n + 1)
+                    form_scalars(t, scalar_group, row, own64, own32)
+                    n = word(scalar_group, AVERAGED)
+                    put_word(scalar_group, AVERAGED, n + 1)
                     weight = weight_of(float(n), real(row, DECAY), real(row, WARMUP))
                     put_real(own64, WEIGHT, weight)
                     put_single(own32, WEIGHT, weight)
@@ -198,8 +202,8 @@ def prologue(rule: Rule, access: Any) -> Callable[..., None]:
             multiplier = real(header, MULTIPLIER64)
             for s in range(thread, segment_count, THREADS):
                 segment = segments + WORD * SEGMENT_WORDS * s
-                c = word(segment, COHORT)
-                if word(segment, ADAPTS) and word(cohorts + WORD * COHORT_WORDS * c, RULE) == number:
+                c = word(segment, SCALAR_GROUP)
+                if word(segment, ADAPTS) and word(scalar_groups + WORD * SCALAR_GROUP_WORDS * c, RULE) == number:
                     w, g = fresh_real(squares, s), fresh_real(squares, segment_count + s)
                     own = scalars64 + 8 * SCALARS * c
                     stretch, ratio = factors(trust_ratio((w, g), multiplier, own) * real(own, last_scalar))

@@ -13,11 +13,11 @@ from ..dtypes import COMPUTE
 from ..layout import (
     BLOCK,
     CHUNKS,
-    COHORT,
     FIRST_CHUNK,
     LANES,
     MULTIPLIER32,
     MULTIPLIER64,
+    SCALAR_GROUP,
     SCALARS,
     SEGMENT_WORDS,
     SIGN,
@@ -73,7 +73,7 @@ def terms_loop(rule: Rule, p: str, g: str, access: Any) -> Callable[..., None]:
         multiplier, multiplier64 = number(header, multiplier_at), real(header, MULTIPLIER64)
         if word(segment, SIGN) < 0:
             multiplier, multiplier64 = -multiplier, -multiplier64
-        own = scalars + size * SCALARS * word(segment, COHORT)
+        own = scalars + size * SCALARS * word(segment, SCALAR_GROUP)
         h = scalars_of(own, own + size * (last_scalar - 1))
         # A group of 32 threads takes a block of reductions.py, a thread one of its lanes.
         block = word(chunks, 3 * chunk + 1) + thread // LANES * BLOCK
@@ -114,7 +114,7 @@ def terms_loop(rule: Rule, p: str, g: str, access: Any) -> Callable[..., None]:
             cuda.syncthreads()
         if thread == 0:
             put_word(counters, s, 0)
-            own = scalars64 + 8 * SCALARS * word(segment, COHORT)
+            own = scalars64 + 8 * SCALARS * word(segment, SCALAR_GROUP)
             of_products = sums[0], sums[1], sums[2], sums[3]
             stretch, ratio = factors(trust_ratio(of_products, multiplier64, own) * real(own, last_scalar))
             put_real(ratios64, 2 * s, stretch)

@@ -13,11 +13,11 @@ from ..epilogues import KINDS, kinds_of
 from ..layout import (
     ADAPTS,
     CHUNK,
-    COHORT,
     MULTIPLIER32,
     MULTIPLIER64,
     PARAMETER,
     PARTS_BITS,
+    SCALAR_GROUP,
     SCALARS,
     SEGMENT_WORDS,
     SIGN,
@@ -78,7 +78,7 @@ def update_loop(rule: Rule, p: str, g: str, access: Any, threads: int = THREADS)
         multiplier = number(header, multiplier_at)
         if word(segment, SIGN) < 0:
             multiplier = -multiplier
-        own = scalars + number_size * SCALARS * word(segment, COHORT)
+        own = scalars + number_size * SCALARS * word(segment, SCALAR_GROUP)
         ratio = ratios + 2 * number_size * s
         if has_ratio and word(segment, ADAPTS) == 0:
             ratio = own + number_size * (last - 1)
@@ -145,7 +145,7 @@ def _epilogue(kind: int, p: str, access: Any, threads: int) -> Any:
             return
         cuda.syncthreads()  # another thread of the block may have written what this one reads
         pointers = word(segment, TARGETS + kind), word(segment, PARAMETER)
-        h = number(scalars + number_size * SCALARS * word(segment, COHORT), WEIGHT)
+        h = number(scalars + number_size * SCALARS * word(segment, SCALAR_GROUP), WEIGHT)
         for i in range(lo + cuda.threadIdx.x, hi, threads):
             store(pointers, i, apply(load(pointers, i, unit, h)))
 

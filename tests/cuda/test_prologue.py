@@ -67,9 +67,9 @@ def check_norms(segments, *, run=None, orders=(None,)):
     """Every sum must have the bits of the CPU's, in a launch for each order of the jobs."""
     tables = Tables(segments)
     (weights, _), (grads, total) = squares_on_cpu(segments, layout.PARAMETER), squares_on_cpu(segments, layout.GRADIENT)
-    for jobs in orders:
+    for tasks in orders:
         tables.squares[:], tables.partials[:], tables.result[:] = 0.0, np.nan, -1.0
-        tables.prologue(run or kernel(), jobs=jobs, multiplier=0.5)
+        tables.prologue(run or kernel(), tasks=tasks, multiplier=0.5)
         assert tables.squares[layout.GRADIENT].tolist() == grads.segments["sums"][:, layout.GRADIENT].tolist()
         expected = np.where([s.adapts for s in segments], weights.segments["sums"][:, layout.PARAMETER], 0.0)
         assert tables.squares[layout.PARAMETER].tolist() == expected.tolist()
@@ -92,14 +92,14 @@ def test_more_arrays_than_lanes():
     segments = make_segments([1] * (2 * layout.LANES + 3))
     tables, (table, total) = Tables(segments), squares_on_cpu(segments, layout.GRADIENT)
     tables.squares[layout.GRADIENT] = table.segments["sums"][:, layout.GRADIENT]
-    tables.prologue(kernel(), jobs=[])
+    tables.prologue(kernel(), tasks=[])
     assert tables.result[0] == math.sqrt(total)
 
 
 def test_the_order_of_blocks_does_not_matter():
     segments = make_segments([33, layout.CHUNK + 1, layout.CHUNK + 1, 0, 5])
-    jobs = Tables(segments).jobs
-    check_norms(segments, orders=(jobs[::-1], jobs[1::2] + jobs[::2]))
+    tasks = Tables(segments).tasks
+    check_norms(segments, orders=(tasks[::-1], tasks[1::2] + tasks[::2]))
 
 
 def add_rows_from_the_last(dtype, rows):
@@ -134,7 +134,7 @@ def tables_with_squares(squares):
 def test_clipping(max_norm, squares):
     tables, multiplier = tables_with_squares(squares), 1 / 3
     norm = math.sqrt(squares) * multiplier
-    tables.prologue(kernel(), jobs=[], max_norm=max_norm, multiplier=multiplier)
+    tables.prologue(kernel(), tasks=[], max_norm=max_norm, multiplier=multiplier)
     np.testing.assert_array_equal(tables.result, [norm, 0.0])
     if max_norm != math.inf:
         coefficient = max_norm / (norm + 1e-6)
@@ -145,7 +145,7 @@ def test_clipping(max_norm, squares):
 
 def test_a_loss_scale_on_the_device():
     tables, scale = tables_with_squares(2.0), allow(np.array([3.0], np.float32))
-    tables.prologue(kernel(), jobs=[], scale=scale.ctypes.data, multiplier=7.0)
+    tables.prologue(kernel(), tasks=[], scale=scale.ctypes.data, multiplier=7.0)
     assert multiplier_of(tables) == 1 / 3
     assert tables.result[0] == math.sqrt(2.0) * (1 / 3)
 
@@ -159,12 +159,12 @@ def test_gradients_that_are_not_finite(dtype, value):
     rule, segments = RULES["momentum"], make_segments([40], [(dtype, dtype)], adapts=False)
     segments[0].arrays[layout.GRADIENT][37] = value
     tables = Tables(segments)
-    put_cohort(tables, 0, rule, options_of(rule), steps=4)
+    put_scalar_group(tables, 0, rule, options_of(rule), steps=4)
     for skipped in (True, False):
         tables.prologue(kernel(rule.name), check=True, form=True, max_norm=1.0)
         assert tables.result[1] == tables.header[layout.SKIP] == skipped
         assert math.isfinite(tables.result[0]) != skipped
-        assert tables.cohorts[0, layout.STEPS] == (4 if skipped else 5)
+        assert tables.scalar_groups[0, layout.STEPS] == (4 if skipped else 5)
         assert tables.scalars["float64"].any() != skipped
         assert not tables.counters.any()
         segments[0].arrays[layout.GRADIENT][37] = 1.0
@@ -173,9 +173,9 @@ def test_gradients_that_are_not_finite(dtype, value):
 # --- scalars and trust ratios ----------------------------------------------------------------------------------------
 
 
-def put_cohort(tables, c, rule, options, *, number=0, steps=0, lr=None):
-    """Write a cohort into its table; an array `lr` is where the device finds that option."""
-    words = tables.cohorts[c]
+def put_scalar_group(tables, c, rule, options, *, number=0, steps=0, lr=None):
+    """Write a scalar group into its table; an array `lr` is where the device finds that option."""
+    words = tables.scalar_groups[c]
     words[layout.STEPS], words[layout.RULE] = steps, number
     if lr is not None:
         words[layout.LR], words[layout.LR_BYTES] = lr.ctypes.data, lr.itemsize
@@ -188,28 +188,28 @@ def put_cohort(tables, c, rule, options, *, number=0, steps=0, lr=None):
 
 @pytest.mark.parametrize("rule", list(RULES.values())[::2], ids=list(RULES)[::2])  # test_compiled.py takes all
 def test_scalars_formed_on_the_device(rule):
-    """Four cohorts: one from its options, two whose lr lies on the device, one of another rule."""
+    """Four scalar groups: one from its options, two whose lr lies on the device, one of another rule."""
     options, count = options_of(rule), len(rule.Scalars._fields)
     rates = [None, allow(np.array([0.1])), allow(np.array([0.1], np.float32))] if "lr" in rule.options else [None] * 3
     steps, carries = [0, 5, 9], [rule.carry and rule.carry(options)] * 3
-    tables = Tables(make_segments([3]), cohorts=4)
+    tables = Tables(make_segments([3]), scalar_groups=4)
     for c, (taken, lr) in enumerate(zip(steps, rates, strict=True)):
-        put_cohort(tables, c, rule, options, steps=taken, lr=lr)
-    put_cohort(tables, 3, rule, options, number=1)
+        put_scalar_group(tables, c, rule, options, steps=taken, lr=lr)
+    put_scalar_group(tables, 3, rule, options, number=1)
     for step in range(1, 4):
         for lr in rates[1:] if rates[1] is not None else []:
             lr /= step  # a schedule
-        tables.prologue(kernel(rule.name), jobs=[], decide=False, form=True)
+        tables.prologue(kernel(rule.name), tasks=[], decide=False, form=True)
         for c, (taken, lr) in enumerate(zip(steps, rates, strict=True)):
             t, given = taken + step, options if lr is None else {**options, "lr": float(lr[0])}
             if rule.carry:
                 h, carries[c] = rule.scalars(t, given, carries[c])
             else:
                 h = rule.scalars(t, given)
-            assert tables.cohorts[c, layout.STEPS] == t
+            assert tables.scalar_groups[c, layout.STEPS] == t
             assert tables.scalars["float64"][c, :count].tolist() == list(h)
             assert tables.scalars["float32"][c, :count].tolist() == np.array(h, np.float32).tolist()
-        assert tables.cohorts[3, layout.STEPS] == 0
+        assert tables.scalar_groups[3, layout.STEPS] == 0
         assert not tables.scalars["float64"][3].any()
 
 
@@ -222,7 +222,7 @@ def check_ratios(tables, rule, adapting, factor):
     """The ratio of each layer has the bits of the CPU's times the last scalar; others are what they were, one."""
     expected = np.ones((len(tables.segments), 2))
     for s in adapting:
-        h = tables.scalars["float64"][tables.segments[s, layout.COHORT]]
+        h = tables.scalars["float64"][tables.segments[s, layout.SCALAR_GROUP]]
         last = len(rule.Scalars._fields) - 1
         expected[s] = rule.factors(ratio_on_cpu(rule, tables.squares[:, s], factor, h) * h[last])
     assert tables.ratios["float64"].tolist() == expected.tolist()
@@ -234,36 +234,36 @@ def check_ratios(tables, rule, adapting, factor):
 )
 @pytest.mark.parametrize("form", [False, True])
 def test_trust_ratios(rule, form):
-    # More arrays than threads; cohort 1 belongs to another rule.
+    # More arrays than threads; scalar group 1 belongs to another rule.
     segments, options = make_segments([1] * (THREADS + 20)), options_of(rule)
     for k, segment in enumerate(segments):
-        segment.cohort = k % 5 == 0
-    tables = Tables(segments, cohorts=2)
+        segment.scalar_group = k % 5 == 0
+    tables = Tables(segments, scalar_groups=2)
     tables.squares[:] = np.random.default_rng(1).exponential(size=tables.squares.shape)
     tables.squares[layout.PARAMETER, 4] = tables.squares[layout.GRADIENT, 7] = 0.0  # of layers that adapt
-    for cohort, number in enumerate((2, 1)):
-        put_cohort(tables, cohort, rule, options, number=number)
+    for scalar_group, number in enumerate((2, 1)):
+        put_scalar_group(tables, scalar_group, rule, options, number=number)
     if not form:
         tables.scalars["float64"][0, : len(rule.Scalars._fields)] = rule.scalars(1, options)
-    tables.prologue(kernel(rule.name), jobs=[], number=2, multiplier=-0.7, form=form)
-    check_ratios(tables, rule, [k for k, s in enumerate(segments) if s.adapts and not s.cohort], 0.7)
+    tables.prologue(kernel(rule.name), tasks=[], number=2, multiplier=-0.7, form=form)
+    check_ratios(tables, rule, [k for k, s in enumerate(segments) if s.adapts and not s.scalar_group], 0.7)
 
 
 def test_a_second_launch_for_another_rule():
     """It takes the header as the first launch left it, and norms, too."""
     rules, segments = (RULES["adam"], RULES["lars"]), make_segments([40, 50, 60])
-    for segment, cohort in zip(segments, (1, 0, 1), strict=True):
-        segment.cohort, segment.adapts = cohort, cohort == 1
-    tables = Tables(segments, cohorts=2)
+    for segment, scalar_group in zip(segments, (1, 0, 1), strict=True):
+        segment.scalar_group, segment.adapts = scalar_group, scalar_group == 1
+    tables = Tables(segments, scalar_groups=2)
     for c, rule in enumerate(rules):
-        put_cohort(tables, c, rule, options_of(rule), number=c)
+        put_scalar_group(tables, c, rule, options_of(rule), number=c)
     for skipped in (False, True):
         tables.prologue(kernel("adam"), form=True, check=True, max_norm=0.5)
         before = tables.header.tobytes(), tables.result.tobytes()
-        tables.prologue(kernel("lars"), number=1, jobs=[], decide=False, form=True, max_norm=0.1)
+        tables.prologue(kernel("lars"), number=1, tasks=[], decide=False, form=True, max_norm=0.1)
         assert (tables.header.tobytes(), tables.result.tobytes()) == before
         assert tables.header[layout.SKIP] == skipped
-        assert tables.cohorts[:, layout.STEPS].tolist() == [1, 1]
+        assert tables.scalar_groups[:, layout.STEPS].tolist() == [1, 1]
         if not skipped:
             check_ratios(tables, rules[1], [0, 2], abs(multiplier_of(tables)))
         segments[1].arrays[layout.GRADIENT][:] = np.nan
@@ -286,7 +286,7 @@ def test_steps_are_those_of_the_optimizer(rule, pair):
     states = {name: {k: allow(opt.state[name][k].copy()) for k in rule.state} for name in shapes}
     arrays = [[own[name], grads[name], *states[name].values()] for name in shapes]
     tables = Tables([Segment(each, sign=sign, adapts=rule.ratio is not None) for each in arrays])
-    put_cohort(tables, 0, rule, options_of(rule))
+    put_scalar_group(tables, 0, rule, options_of(rule))
     for k, given in enumerate(steps):
         for name, gradient in given.items():
             grads[name][...] = gradient
@@ -296,7 +296,7 @@ def test_steps_are_those_of_the_optimizer(rule, pair):
         assert tables.result.tolist() == [info.grad_norm, info.skipped]
         assert info.skipped == (k == 1)
         assert not any(gradient.any() for gradient in grads.values())
-        count = int(tables.cohorts[0, layout.STEPS])
+        count = int(tables.scalar_groups[0, layout.STEPS])
         got = {name: {PARAMETER: own[name], "step": count, **states[name]} for name in own}
         want = {n: {key: v for key, v in s.items() if key in got[n]} for n, s in snapshot(params, opt).items()}
         assert_same_bits(got, want, rule.name)

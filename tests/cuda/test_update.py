@@ -39,7 +39,7 @@ every_pair = pytest.mark.parametrize("pair", PAIRS, ids="-".join)
 
 @functools.cache
 def scalars(rule):
-    """What a rule computes with in each cohort: what its case does, and numbers of which none is 0 or 1 by chance."""
+    """What a rule computes with in each scalar group: what its case does, and numbers that are not 0 or 1 by chance."""
     options = options_of(rule)
     formed = rule.scalars(3, options, rule.carry(options))[0] if rule.carry else rule.scalars(3, options)
     constants = {"zero": 0.0, "one": 1.0, "stretch": 1.0}
@@ -58,15 +58,15 @@ def make_values(rng, pair, n, states, *, special=True):
 
 
 def make_segments(rule, pair, sizes=SIZES, **options):
-    """One segment for each size, of changing cohort and sign, then some with an array that is not aligned."""
+    """One segment for each size, of changing scalar group and sign, then some with an array that is not aligned."""
     rng = np.random.default_rng(7)
     kinds = [(n, None, 0) for n in sizes] + [(33, k, 1) for k in range(2 + len(rule.state))] + [(33, 0, 2), (33, 1, 2)]
-    treatments = itertools.cycle([(0, 1), (0, -1), (1, 1), (1, -1)])  # cohort and sign
+    choices = itertools.cycle([(0, 1), (0, -1), (1, 1), (1, -1)])  # scalar group and sign
     segments = []
-    for (n, moved, shift), treatment in zip(kinds, treatments, strict=False):
+    for (n, moved, shift), choice in zip(kinds, choices, strict=False):
         values = make_values(rng, pair, n, len(rule.state), **options)
         arrays = [allow(guarded(v, shift * (k == moved))) for k, v in enumerate(values)]
-        segments.append(Segment(arrays, *treatment, adapts=len(segments) % 3 != 0))
+        segments.append(Segment(arrays, *choice, adapts=len(segments) % 3 != 0))
     return segments
 
 
@@ -89,7 +89,7 @@ def update_on_cpu(rule, pair, segments, multiplier, zero):
     backend, table = _backend.current(), Table([s.arrays[GRADIENT].size for s in segments])
     kernel, h = backend.update_kernel(rule, *pair), scalars(rule)
     for row, segment, ratio in zip(table.segments, segments, ratios(rule, segments), strict=True):
-        row["update"], row["scalars"] = kernel, h[segment.cohort].ctypes.data
+        row["update"], row["scalars"] = kernel, h[segment.scalar_group].ctypes.data
         row["arrays"][: len(segment.arrays)] = [a.ctypes.data for a in segment.arrays]
         row["own"] = segment.sign * multiplier, ratio, zero
     backend.update(table, 1)
@@ -103,7 +103,7 @@ def update_on_cuda(
         tables.scalars[dtype][:, : scalars(rule).shape[1]] = scalars(rule)
         tables.scalars[dtype][:, WEIGHT] = 0.25
         for row, segment, ratio in zip(tables.ratios[dtype], segments, ratios(rule, segments), strict=True):
-            row[:] = rule.factors(ratio * scalars(rule)[segment.cohort, -1]) if segment.adapts else (7.0, 7.0)
+            row[:] = rule.factors(ratio * scalars(rule)[segment.scalar_group, -1]) if segment.adapts else (7.0, 7.0)
     tables.set_header(multiplier, skip=skip)
     if change:
         change(tables)

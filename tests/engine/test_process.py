@@ -43,13 +43,13 @@ def test_two_threads_step_two_optimizers_at_once(kernels, backend):
     if kernels == "numba":
         pytest.importorskip("numba")
         backend("numba")
-    jobs = [(name, seed) for name in OPTIMIZERS for seed in (0, 1)]
-    want = [run(*job) for job in jobs]  # one after another; compiles what is to be compiled, too
-    start = threading.Barrier(len(jobs))
+    tasks = [(name, seed) for name in OPTIMIZERS for seed in (0, 1)]
+    want = [run(*job) for job in tasks]  # one after another; compiles what is to be compiled, too
+    start = threading.Barrier(len(tasks))
     for threads in (2, 1, 3):
         fastopt.set_num_threads(threads)
-        with ThreadPoolExecutor(len(jobs)) as pool:
-            assert list(pool.map(lambda job: (start.wait(), run(*job))[1], jobs)) == want
+        with ThreadPoolExecutor(len(tasks)) as pool:
+            assert list(pool.map(lambda job: (start.wait(), run(*job))[1], tasks)) == want
 
 
 def test_the_number_of_threads_changes_while_others_step():

@@ -141,7 +141,7 @@ def test_a_step_that_fails_is_not_taken_for_known_by_the_next(monkeypatch):
     a, b, g = np.ones(4), np.ones(4), np.ones(4)
     opt = fastopt.SGD([a, b], lr=0.5)
     opt.step([g, None])
-    monkeypatch.setattr(fastopt.SGD, "treat", Mock(side_effect=ZeroDivisionError))
+    monkeypatch.setattr(fastopt.SGD, "choose", Mock(side_effect=ZeroDivisionError))
     for _ in range(3):
         with pytest.raises(ZeroDivisionError):
             opt.step([None, g])

@@ -142,17 +142,17 @@ def add_rows(dtype, rows):
 def scalars_former(rule):
     counts = rule.options.items()
 
-    def form(t, cohort, options, scalars64, scalars32):
+    def form(t, scalar_group, options, scalars64, scalars32):
         numbers = (float(real(options, k)) for k in itertools.count())
         given = {name: next(numbers) if n == 1 else tuple(itertools.islice(numbers, n)) for name, n in counts}
         if rule.carry is None:
             scalars = rule.scalars(t, given)
         else:
             carry = rule.carry(given)  # for its class
-            carry = type(carry)(*(float(real(cohort, layout.CARRY + k)) for k in range(len(carry))))
+            carry = type(carry)(*(float(real(scalar_group, layout.CARRY + k)) for k in range(len(carry))))
             scalars, carry = rule.scalars(t, given, carry)
             for k, number in enumerate(carry):
-                put_real(cohort, layout.CARRY + k, number)
+                put_real(scalar_group, layout.CARRY + k, number)
         for k, number in enumerate(scalars):
             put_real(scalars64, k, number)
             put_single(scalars32, k, number)
@@ -323,7 +323,7 @@ class Segment:
     """One array to update, and what the table of segments says of it."""
 
     arrays: list  # parameter, gradient, states
-    cohort: int = 0
+    scalar_group: int = 0
     sign: int = 1
     adapts: bool = False
     targets: dict[int, np.ndarray] = field(default_factory=dict)  # of epilogues, by their place in KINDS
@@ -332,7 +332,7 @@ class Segment:
 class Tables:
     """What kernels walk (kernels/layout.py), for some segments."""
 
-    def __init__(self, segments, cohorts=1):
+    def __init__(self, segments, scalar_groups=1):
         count, table = len(segments), Table([s.arrays[layout.PARAMETER].size for s in segments])
 
         def zeros(*shape, dtype="float64"):
@@ -342,23 +342,27 @@ class Tables:
         self.segments = zeros(count, layout.SEGMENT_WORDS, dtype="int64")
         self.gradients = allow(np.array([s.arrays[layout.GRADIENT].ctypes.data for s in segments], np.int64))
         self.header = zeros(layout.HEADER_WORDS, dtype="int64")
-        self.scalars = {name: zeros(cohorts, layout.SCALARS, dtype=name) for name in ("float64", "float32")}
+        self.scalars = {name: zeros(scalar_groups, layout.SCALARS, dtype=name) for name in ("float64", "float32")}
         self.ratios = {name: allow(np.ones((count, 2), name)) for name in ("float64", "float32")}
         self.partials, self.squares = zeros(2, table.count), zeros(2, count)
         self.counters = zeros(2 * count + 1, dtype="int64")
-        self.cohorts = zeros(cohorts, layout.COHORT_WORDS, dtype="int64")
-        self.options, self.result = zeros(cohorts, layout.OPTIONS), zeros(2)
+        self.scalar_groups = zeros(scalar_groups, layout.SCALAR_GROUP_WORDS, dtype="int64")
+        self.options, self.result = zeros(scalar_groups, layout.OPTIONS), zeros(2)
         chunks = np.bincount(table.chunks[:, 0], minlength=count)
         for k, (words, segment) in enumerate(zip(self.segments, segments, strict=True)):
             words[: len(segment.arrays)] = [a.ctypes.data for a in segment.arrays]
             words[layout.GRADIENT] = 0  # its address is in a list of its own
-            words[[layout.COHORT, layout.SIGN, layout.ADAPTS]] = segment.cohort, segment.sign, segment.adapts
+            words[[layout.SCALAR_GROUP, layout.SIGN, layout.ADAPTS]] = (
+                segment.scalar_group,
+                segment.sign,
+                segment.adapts,
+            )
             words[layout.P_CODE], words[layout.G_CODE] = (CODES[a.dtype.name] for a in segment.arrays[:2])
             for kind, target in segment.targets.items():
                 words[layout.TARGETS + kind] = target.ctypes.data
             words[layout.FIRST_CHUNK], words[layout.CHUNKS] = chunks[:k].sum(), chunks[k]
-        self.jobs = [(layout.GRADIENT, c) for c in range(table.count)]
-        self.jobs += [(layout.PARAMETER, c) for c, (s, _, _) in enumerate(table.chunks.tolist()) if segments[s].adapts]
+        self.tasks = [(layout.GRADIENT, c) for c in range(table.count)]
+        self.tasks += [(layout.PARAMETER, c) for c, (s, _, _) in enumerate(table.chunks.tolist()) if segments[s].adapts]
 
     def set_header(self, multiplier, *, skip=False):
         self.header.view(np.float64)[layout.MULTIPLIER64] = multiplier
@@ -371,19 +375,19 @@ class Tables:
         launch(kernel, PARTS * len(self.chunks), [*(t.ctypes.data for t in tables), zero], threads)
 
     def prologue(
-        self, kernel, *, jobs=None, number=0, multiplier=1.0, scale=0, max_norm=math.inf, check=False, form=False,
+        self, kernel, *, tasks=None, number=0, multiplier=1.0, scale=0, max_norm=math.inf, check=False, form=False,
         decide=True,
     ):  # fmt: skip
         """Launch a prologue: a block for each chunk whose squares are asked for, or one block if none are."""
-        table = allow(np.array(self.jobs if jobs is None else jobs, np.int64).reshape(-1, 2))
+        table = allow(np.array(self.tasks if tasks is None else tasks, np.int64).reshape(-1, 2))
         arrays = len({(which, self.chunks[chunk, 0]) for which, chunk in table.tolist()})
-        counts = len(table), arrays, len(self.chunks), len(self.segments), len(self.cohorts)
+        counts = len(table), arrays, len(self.chunks), len(self.segments), len(self.scalar_groups)
         sums = self.partials, self.squares, self.counters, self.header
         formed = self.scalars["float64"], self.scalars["float32"], self.ratios["float64"], self.ratios["float32"]
         args = [
             *(t.ctypes.data for t in (self.chunks, self.segments, self.gradients, table)),
             *counts,
-            *(t.ctypes.data for t in (*sums, *formed, self.cohorts, self.options)),
+            *(t.ctypes.data for t in (*sums, *formed, self.scalar_groups, self.options)),
             *(number, multiplier, scale, max_norm, check, form, decide, self.result.ctypes.data),
         ]
         launch(kernel, max(len(table), 1), args)

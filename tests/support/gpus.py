@@ -80,5 +80,5 @@ class RealGpu:
 
 def forget_devices():
     """Make the next optimizer find its device anew."""
-    arrays.space.cache_clear()
+    arrays.device.cache_clear()
     kernels.kernels_of.cache_clear()

@@ -22,11 +22,11 @@ class TorchGpus:
     def __init__(self, monkeypatch):
         self._there = WeakIdKeyDictionary()
         self._stand_in = gpus.StandInGpu(monkeypatch)
-        self._homes = {}
+        self._devices = {}
         self.capture = self._stand_in.capture
         import cuda_stand_in
 
-        monkeypatch.setattr(_devices, "home_of", self._home_of)
+        monkeypatch.setattr(_devices, "device_of", self._device_of)
         monkeypatch.setattr(_devices.Gpu, "tensor", lambda _, array: torch.from_numpy(cuda_stand_in.on_host(array)))
         if "cuda_simulator" in sys.modules:  # which knows only of the arrays that the stand-in makes
             monkeypatch.setattr(sys.modules["cuda_simulator"], "_is_allowed", lambda address, size: True)
@@ -55,14 +55,14 @@ class TorchGpus:
         """How many times the host waited for results of the GPU."""
         return int(self.runtime(device).downloads)
 
-    def _home_of(self, tensor):
-        device = self._there.get(tensor)
-        if device is None:
+    def _device_of(self, tensor):
+        index = self._there.get(tensor)
+        if index is None:
             return _devices.CPU
-        if device not in self._homes:
-            space = _devices._TorchCuda(self.runtime(device))
-            self._homes[device] = _devices.Gpu(torch.device("cpu"), space)
-        return self._homes[device]
+        if index not in self._devices:
+            memory = _devices._TorchCudaDevice(self.runtime(index))
+            self._devices[index] = _devices.Gpu(torch.device("cpu"), memory)
+        return self._devices[index]
 
 
 class RealTorchGpus:

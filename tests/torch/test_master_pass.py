@@ -15,7 +15,7 @@ from isas import native_isas, run_epilogue
 import fastopt
 from fastopt.arrays import HOST
 from fastopt.engine.host import HostPlan
-from fastopt.engine.plan import Copy, Parameter, Treatment
+from fastopt.engine.plan import Copy, Parameter, RuleChoice
 from fastopt.engine.step import Request
 
 UNTOUCHED = 0xA5A5
@@ -74,8 +74,8 @@ def run(rule, dtype, sizes, *, copies, request=None, gradient="float32", poison=
     ]
     for parameter, copy in zip(parameters, made, strict=True):
         parameter.copy = Copy(dtype, copy.ctypes.data) if copies else None
-    treatments = [Treatment(rule, k % 2 == 0) for k in range(len(sizes))]
-    plan = HostPlan(parameters, [DTYPES[gradient]] * len(sizes), treatments, False, [1.0], HOST)
+    choices = [RuleChoice(rule, k % 2 == 0) for k in range(len(sizes))]
+    plan = HostPlan(parameters, [DTYPES[gradient]] * len(sizes), choices, False, [1.0], HOST)
     for _ in range(2):
         gradients = [rng.standard_normal(n).astype(DTYPES[gradient]) for n in sizes]
         for g in gradients if poison else ():
@@ -141,8 +141,8 @@ def runs_of(copies, first=40):
     for parameter, copy in zip(parameters, copies, strict=True):
         parameter.copy = copy
     parameters[0].size = first
-    treatments = [Treatment(RULES["sgd"], True)] * 3
-    return HostPlan(parameters, [np.dtype(np.float32)] * 3, treatments, True, [1.0], HOST)._runs
+    choices = [RuleChoice(RULES["sgd"], True)] * 3
+    return HostPlan(parameters, [np.dtype(np.float32)] * 3, choices, True, [1.0], HOST)._runs
 
 
 def at(address, dtype="bfloat16"):

@@ -8,23 +8,23 @@ from typing import Any
 
 import numpy as np
 
-from ...arrays import Array, Space, check_dtype, check_fits, is_array, on_gpu
+from ...arrays import Array, Device, check_dtype, check_fits, is_array, on_gpu
 from .runtime import Runtime, address, cupy, devices
 
 
 @functools.cache
-def space(device: int, library: str = "cupy") -> Cuda:
-    """The memory of one device, for arrays of one library."""
-    return Cuda(Runtime(device, library))
+def device_at(index: int, library: str = "cupy") -> CudaDevice:
+    """The GPU of this number, for arrays of one library."""
+    return CudaDevice(Runtime(index, library))
 
 
-def cuda_space(array: Any, where: str) -> Cuda:
+def cuda_device(array: Any, where: str) -> CudaDevice:
     """The memory in which an array lives."""
     library = "torch" if type(array).__module__.partition(".")[0] == "torch" else "cupy"
-    return space(int(_as_cupy(array, where).device.id), library)
+    return device_at(int(_as_cupy(array, where).device.id), library)
 
 
-def cuda_space_called(name: object, where: str) -> Cuda:
+def cuda_device_named(name: object, where: str) -> CudaDevice:
     """The memory called "cuda" (the current device's) or "cuda:1"."""
     found = re.fullmatch(r"cuda(?::(\d+))?", name) if isinstance(name, str) else None
     if not found:
@@ -33,15 +33,15 @@ def cuda_space_called(name: object, where: str) -> Cuda:
         count, current = devices()
     except RuntimeError as error:  # CuPy's, of the driver
         raise RuntimeError(f"{where} is {name!r}, but {error}. `fastopt info` says what is missing.") from error
-    device = int(found[1]) if found[1] else current
-    if device >= count:
+    index = int(found[1]) if found[1] else current
+    if index >= count:
         raise ValueError(f"{where} is {name!r}, but the devices are {', '.join(f'cuda:{k}' for k in range(count))}.")
-    return space(device)
+    return device_at(index)
 
 
 def to_host(array: Any) -> Array:
     """A copy in host memory; waits for the device."""
-    return cuda_space(array, "array").runtime.download(_as_cupy(array, "array"))
+    return cuda_device(array, "array").runtime.download(_as_cupy(array, "array"))
 
 
 def _as_cupy(array: Any, where: str) -> Any:
@@ -55,7 +55,7 @@ def _as_cupy(array: Any, where: str) -> Any:
         raise TypeError(f"{where} cannot be shared with CuPy: {error}.") from error
 
 
-class Cuda(Space):
+class CudaDevice(Device):
     """The memory of one GPU; what is done there goes through ``runtime``."""
 
     def __init__(self, runtime: Runtime) -> None:

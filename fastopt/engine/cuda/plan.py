@@ -14,9 +14,9 @@ from ...kernels.rules.rule import Options, Rule
 from ..plan import Plan
 from ..step import Request, StepInfo
 from .kernels import kernels_of
-from .numbers import DeviceProgress, Numbers
+from .numbers import DeviceScalars, DeviceStepCount
 from .runtime import Function, Runtime, address
-from .table import NO_JOBS, CudaTable, Jobs, Launch, segment_words
+from .table import NO_TASKS, CudaTable, Launch, NormTasks, segment_words
 
 _STEPPED = StepInfo()
 
@@ -31,11 +31,11 @@ class CudaPlan(Plan):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self._runtime: Runtime = self._space.runtime  # type: ignore[attr-defined]
+        self._runtime: Runtime = self._device.runtime  # type: ignore[attr-defined]
         self._kernels = kernels_of(self._runtime)
-        self._rules: list[Rule] = list(dict.fromkeys(c.treatment.rule for c in self.cohorts))
-        self._numbers = Numbers(self._runtime, len(self.cohorts))
-        self._progress = DeviceProgress(self._runtime, self.cohorts, self._rules)
+        self._rules: list[Rule] = list(dict.fromkeys(c.choice.rule for c in self.scalar_groups))
+        self._numbers = DeviceScalars(self._runtime, len(self.scalar_groups))
+        self._step_count = DeviceStepCount(self._runtime, self.scalar_groups, self._rules)
         self._layers: CudaTable | None = None
         self._merged: CudaTable | None = None
         self._table(norms=self._has_ratio)  # a kernel that cannot be had is an error before anything is written
@@ -63,7 +63,7 @@ class CudaPlan(Plan):
         ]
         words = segment_words(
             self._addresses(runs),
-            cohorts=[self._member[k] for k in first],
+            scalar_groups=[self._member[k] for k in first],
             signs=[self._signs[self.parameters[k].group] for k in first],
             adapts=[self._adapts(k) for k in first],
             stored=stored,
@@ -89,7 +89,7 @@ class CudaPlan(Plan):
             raise RuntimeError("fastopt: a step can be captured into a CUDA graph only with capturable=True.")
         if capturable and not all(o.get("capturable") for o in options):
             raise ValueError("fastopt: capturable=True must be set for all param groups or for none.")
-        counts_there = self._progress.there or request.skip_nonfinite or capturable
+        counts_there = self._step_count.there or request.skip_nonfinite or capturable
         decides = counts_there or request.needs_norm or request.scale_at != 0
         norms = request.needs_norm or self._has_ratio
         table = self._table(norms=norms or not (self.flat and self._merges(request.multiplier, options)))
@@ -98,14 +98,14 @@ class CudaPlan(Plan):
 
         table.point_at(self._gradients, stream)
         if counts_there:
-            self._progress.bring(options, stream)
+            self._step_count.bring(options, stream)
         else:
-            self._numbers.bring(self.cohorts, options, request.multiplier, stream)
+            self._numbers.bring(self.scalar_groups, options, request.multiplier, stream)
         if counts_there:  # by the prologue
-            self._progress.advance(stream)
-        for number, kernel, jobs in prologues:
+            self._step_count.advance(stream)
+        for number, kernel, tasks in prologues:
             what = int(request.skip_nonfinite), int(counts_there), int(decides and number == 0), result
-            self._find_out(table, number, kernel, jobs, request, what, stream)
+            self._find_out(table, number, kernel, tasks, request, what, stream)
         for sums in table.sums:
             self._launch_sums(sums, table, stream)
         if decides:
@@ -134,23 +134,23 @@ class CudaPlan(Plan):
         table: CudaTable,
         number: int,
         kernel: Function,
-        jobs: Jobs,
+        tasks: NormTasks,
         request: Request,
         what: tuple[int, int, int, int],
         stream: Any,
     ) -> None:
         """Launch a prologue; ``what`` are its last arguments."""
         arguments = (
-            *(table.chunks, table.segments, table.gradients, jobs.address, jobs.chunks, jobs.arrays),
-            *(table.chunk_count, table.segment_count, len(self.cohorts)),
+            *(table.chunks, table.segments, table.gradients, tasks.address, tasks.chunks, tasks.arrays),
+            *(table.chunk_count, table.segment_count, len(self.scalar_groups)),
             *(table.partials, table.squares, table.counters),
             *(self._numbers.header, self._numbers.scalars64, self._numbers.scalars32),
-            *(table.ratios64, table.ratios32, self._progress.cohorts, self._progress.options, number),
+            *(table.ratios64, table.ratios32, self._step_count.scalar_groups, self._step_count.options, number),
             *(request.multiplier, request.scale_at),
             math.inf if request.max_norm is None else request.max_norm,
             *what,
         )
-        kernel(max(jobs.chunks, 1), arguments, stream)
+        kernel(max(tasks.chunks, 1), arguments, stream)
 
     def norm(self) -> float:
         if not self.parameters:
@@ -160,29 +160,29 @@ class CudaPlan(Plan):
             table.point_at(self._gradients, stream)
             result = self._runtime.empty(2, np.dtype(np.float64), stream)
             kernel, what = self._kernels.prologue(self._rules[0]), (0, 0, 1, address(result))
-            self._find_out(table, 0, kernel, table.norm_jobs, Request(), what, stream)
+            self._find_out(table, 0, kernel, table.norm_tasks, Request(), what, stream)
             self._numbers.forget()
             return float(self._runtime.download(result, stream)[0])
 
     def recount(self) -> None:
-        if self._progress.there:
+        if self._step_count.there:
             with self._runtime.selected():
-                self._progress.advance(self._runtime.stream())
+                self._step_count.advance(self._runtime.stream())
 
     def upload_options(self, options: Sequence[Options]) -> None:
         with self._runtime.selected():
-            self._progress.bring(options, self._runtime.stream())
+            self._step_count.bring(options, self._runtime.stream())
 
     def _prologues(
         self, table: CudaTable, request: Request, *, decides: bool, forms: bool
-    ) -> list[tuple[int, Function, Jobs]]:
+    ) -> list[tuple[int, Function, NormTasks]]:
         """What is launched before the update: number of the rule, kernel, chunks whose squares it sums."""
         of_squares = [rule.ratio is not None and not rule.sources for rule in self._rules]
         if not decides and not (self._has_ratio and any(of_squares)):
             return []
-        jobs = table.norm_jobs if request.needs_norm else table.ratio_jobs
+        tasks = table.norm_tasks if request.needs_norm else table.ratio_tasks
         wanted = [k for k in range(len(self._rules)) if k == 0 or forms or of_squares[k]]
-        return [(k, self._kernels.prologue(self._rules[k]), jobs if k == 0 else NO_JOBS) for k in wanted]
+        return [(k, self._kernels.prologue(self._rules[k]), tasks if k == 0 else NO_TASKS) for k in wanted]
 
     def _new_info(self, request: Request, stream: Any, capturable: bool) -> tuple[StepInfo, int]:
         """What the step returns, and where the prologue writes the norm and whether the step is skipped."""

@@ -26,7 +26,7 @@ class _Slot:
     done: Any = None  # an event: until it has come, the device may still be reading
 
 
-class Staging:
+class PinnedRing:
     """A few pinned copies of one piece of device memory, used in turn.
 
     Args:

@@ -13,13 +13,13 @@ from ...kernels.epilogues import KINDS, Epilogue
 from ...kernels.layout import (
     ADAPTS,
     CHUNKS,
-    COHORT,
     FIRST_CHUNK,
     G_CODE,
     GRADIENT,
     P_CODE,
     PARAMETER,
     PARTS_BITS,
+    SCALAR_GROUP,
     SEGMENT_WORDS,
     SIGN,
     SUMS,
@@ -28,7 +28,7 @@ from ...kernels.layout import (
 )
 from ..table import chunks_of
 from .runtime import Function, Runtime, address
-from .staging import Staging
+from .staging import PinnedRing
 
 
 class Launch(NamedTuple):
@@ -40,7 +40,7 @@ class Launch(NamedTuple):
     chunks: int
 
 
-class Jobs(NamedTuple):
+class NormTasks(NamedTuple):
     """A list of chunks whose squares are summed: where it lies, how long it is, how many arrays it completes."""
 
     address: int
@@ -48,7 +48,7 @@ class Jobs(NamedTuple):
     arrays: int
 
 
-NO_JOBS = Jobs(0, 0, 0)
+NO_TASKS = NormTasks(0, 0, 0)
 
 
 class CudaTable:
@@ -83,7 +83,7 @@ class CudaTable:
         self._kept: list[Any] = []  # device arrays by whose addresses kernels are called
         self.segments, self.chunks = self._address(words), self._address(chunks)
         self.gradients = self._address(np.zeros(len(sizes), np.uint64))
-        self._staging = Staging(runtime, self.gradients, WORD * len(sizes))
+        self._staging = PinnedRing(runtime, self.gradients, WORD * len(sizes))
         # One launch for each kernel: nearly always there is one. Backwards, so that the update begins with what the
         # prologue read last, which is still in the second-level cache.
         self.launches: list[Launch] = []
@@ -125,30 +125,30 @@ class CudaTable:
         return self._address(np.zeros(2 * self.segment_count + 1, np.int64))
 
     @functools.cached_property
-    def norm_jobs(self) -> Jobs:
+    def norm_tasks(self) -> NormTasks:
         """Chunks to be squared where the norm of all gradients is needed."""
         return self._jobs(np.ones(self.segment_count, bool))
 
     @functools.cached_property
-    def ratio_jobs(self) -> Jobs:
+    def ratio_tasks(self) -> NormTasks:
         """Chunks to be squared where only trust ratios are needed."""
         return self._jobs(self._of_squares)
 
-    def _jobs(self, gradients: NDArray[np.bool_]) -> Jobs:
-        jobs, arrays = [], 0
+    def _jobs(self, gradients: NDArray[np.bool_]) -> NormTasks:
+        tasks, arrays = [], 0
         for which, wanted in ((PARAMETER, self._of_squares), (GRADIENT, gradients)):
             chunk = np.flatnonzero(wanted[self._chunks[:, 0]])
-            jobs.append(np.stack([np.full(len(chunk), which), chunk], axis=1))
+            tasks.append(np.stack([np.full(len(chunk), which), chunk], axis=1))
             arrays += int((wanted & (self._words[:, CHUNKS] > 0)).sum())
-        table = np.concatenate(jobs)
+        table = np.concatenate(tasks)
         table = table[np.argsort(table[:, 1], kind="stable")]  # chunk by chunk, for the cache's sake
-        return Jobs(self._address(table), len(table), arrays)
+        return NormTasks(self._address(table), len(table), arrays)
 
 
 def segment_words(
     addresses: list[list[int]],
     *,
-    cohorts: list[int],
+    scalar_groups: list[int],
     signs: list[float],
     adapts: list[bool],
     stored: list[tuple[str, str]],
@@ -159,7 +159,7 @@ def segment_words(
     words = np.zeros((len(addresses), SEGMENT_WORDS), np.int64)
     for row, arrays in zip(words, addresses, strict=True):
         row[: len(arrays)] = arrays
-    words[:, COHORT], words[:, SIGN], words[:, ADAPTS] = cohorts, signs, adapts
+    words[:, SCALAR_GROUP], words[:, SIGN], words[:, ADAPTS] = scalar_groups, signs, adapts
     for row, of_segment in zip(words, epilogues, strict=True):
         for what, dtype, target in of_segment:
             row[TARGETS + KINDS.index((what, dtype))] = target
