@@ -117,6 +117,7 @@ class Optimizer(Averages):
         self._groups: list[GroupSnapshot] = []
         self._plan: Plan | None = None
         self._plans: Plans[Plan] = Plans()
+        self._reader: GradientReader = cast(Any, None)  # until there are groups
         self._add(groups_in(params, self._name))
 
     def select_rule(self, options: Options) -> Rule:

@@ -54,3 +54,32 @@ def test_the_readme_has_two_commands():
     assert len(commands) == 2
     assert "pytest" not in commands[0]
     assert commands[1].endswith("pytest -n auto")
+
+
+def test_attributes_are_born_in_constructors():
+    """Of each class of the library, or of one that it derives from; annotations in the class and setters count, too."""
+    classes = {}
+    for file in (*ROOT.glob("fastopt/**/*.py"), *ROOT.glob("kernels/**/*.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ClassDef):
+                classes[node.name] = [ast.unparse(base).split(".")[-1] for base in node.bases], *born_and_set(node)
+    for name, (bases, born, later) in classes.items():
+        seen = {*born}
+        for base in (waiting := [*bases]):  # which grows
+            if base in classes:
+                seen |= classes[base][1]
+                waiting += classes[base][0]
+        assert later <= seen, (name, later - seen)
+
+
+def born_and_set(node):
+    fields = [x for s in node.body if isinstance(s, ast.Assign | ast.AnnAssign) for x in ast.walk(s)]
+    born = {x.id for x in fields if isinstance(x, ast.Name)}
+    born |= {x.value for x in fields if isinstance(x, ast.Constant) and isinstance(x.value, str)}  # __slots__
+    later = set()
+    for method in (m for m in node.body if isinstance(m, ast.FunctionDef)):
+        stored = [a for a in ast.walk(method) if isinstance(a, ast.Attribute) and isinstance(a.ctx, ast.Store)]
+        owned = {a.attr for a in stored if ast.unparse(a.value) == "self"}
+        (born if method.name == "__init__" else later).update(owned)
+        born |= {method.name} if method.decorator_list else set()
+    return born, later

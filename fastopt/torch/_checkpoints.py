@@ -160,7 +160,7 @@ class Checkpoints(torch.optim.Optimizer):
         state, groups = dict(state), state["param_groups"]
         loaded = "extras" not in state
         if not loaded:  # unpickled or copied: there was no constructor
-            self._begin(**state.pop("extras"))
+            self._made_anew(**state.pop("extras"))
             self._complete = True
             self._flatten_again(groups)
         self._load_state_dict(state, loaded)
@@ -185,7 +185,7 @@ class Checkpoints(torch.optim.Optimizer):
     def _extras(self) -> dict[str, Any]:
         raise NotImplementedError
 
-    def _begin(self, *args: Any, **extras: Any) -> None:
+    def _made_anew(self, *args: Any, **extras: Any) -> None:
         raise NotImplementedError
 
     def check_loaded(self, loaded: Mapping[str, Any]) -> Mapping[str, Any]:

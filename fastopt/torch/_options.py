@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -33,10 +33,9 @@ OTHER_NAMES = {
 class StepOptions:
     """The options of a step, which are the whole optimizer's, as attributes that are checked when they are set."""
 
-    _read: Any
-
-    def _begin_options(self, max_grad_norm: float | None, skip_nonfinite: bool, zero_grads: bool) -> None:
+    def __init__(self, max_grad_norm: float | None, skip_nonfinite: bool, zero_grads: bool) -> None:
         self._asked = Request()
+        self._read: list[tuple[list[str], Callable[[Any], Any], Any]] | None = None  # what groups held, if it is fixed
         self.max_grad_norm, self.skip_nonfinite, self.zero_grads = max_grad_norm, skip_nonfinite, zero_grads
 
     @property

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
-import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from operator import is_, itemgetter
-from typing import Any, ClassVar, TypeVar, overload
+from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -15,22 +13,15 @@ from torch._compile import _disable_dynamo
 from torch.optim.optimizer import Optimizer, _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from ..engine.exclusive import exclusive
-from ..engine.options import EMA_RANGES, Range, boolean, ranges_of
-from ..engine.plan import RuleChoice, choice
 from ..engine.step import Request, StepInfo
-from ..kernels.registry import variant
-from ..kernels.rules.rule import Options, Rule
 from . import _devices
 from ._checkpoints import Checkpoints
 from ._ema import Averages
 from ._entries import Kind
-from ._flat import FlatGroups
-from ._lr import DeviceRates
+from ._groups import GroupOptions
 from ._options import (
     StepOptions,
     check_keywords,
-    check_loaded_group,
-    check_loaded_state,
     check_rate,
     checked_flag,
     is_fixed,
@@ -40,14 +31,13 @@ from ._options import (
 )
 from ._scale import request_for, unscale
 from ._shards import why_not_combined
-from ._state import LIBRARY, Names, State
+from ._state import State
 from ._stepper import MultiDeviceStepper, Stepper, derive
-from ._tensors import FLOATING, PLAIN, check_apart, parameter_memory
 
 Made = TypeVar("Made", bound="TensorOptimizer")
 
 
-class TensorOptimizer(StepOptions, Averages, Checkpoints):
+class TensorOptimizer(GroupOptions, Averages, Checkpoints):
     """What all optimizers of ``fastopt.torch`` share; torch's class of the same name supplies the rest.
 
     Parameters and ``.grad`` stay where they are; a step is one pass over memory for all parameters of all groups. What
@@ -92,31 +82,11 @@ class TensorOptimizer(StepOptions, Averages, Checkpoints):
         ImportError: A parameter is on a GPU, and CuPy is not installed.
     """
 
-    rule: ClassVar[Rule | None] = None
-    """The rule of the class, which knows variants; a subclass may override ``select_rule`` instead."""
-
-    ranges: ClassVar[Mapping[str, Range]] = {}
-    """Ranges of options that no constructor of torch checks."""
-
-    names: ClassVar[Names] = LIBRARY
-    """What may be in ``state``."""
-
-    rule_options: ClassVar[Mapping[str, Any]] = {}
-    """Flags of the rules that torch's class does not have; in a param group only where they differ from this. They are
-    arguments of the constructor, or stand here."""
-
-    option_names: ClassVar[frozenset[str]] = frozenset()
-    """What is read of a param group; all else there is the user's."""
-
-    counts_steps: ClassVar[bool] = True
-    """Whether ``state`` has a step count, as in torch."""
-
     state: Any  # a State, until somebody puts another dict in its place
 
     _step_supports_amp_scaling = True  # GradScaler then leaves unscaling and skipping to the step
     _checks_for_scaler = False  # fastopt.torch.GradScaler leaves the check to the step, too
     _unscales = True  # ... and may want the gradients to stay scaled
-    _torch_names: ClassVar[frozenset[str]] = frozenset()  # the arguments of torch's class
 
     def __new__(cls: type[Made], *args: Any, **kwargs: Any) -> Made:
         """Say which keyword is meant, where one is wrong."""
@@ -135,7 +105,7 @@ class TensorOptimizer(StepOptions, Averages, Checkpoints):
         **options: Any,
     ) -> None:
         where = type(self).__name__
-        self._begin(max_grad_norm, skip_nonfinite, zero_grads, master_weights, flatten)
+        GroupOptions.__init__(self, max_grad_norm, skip_nonfinite, zero_grads, master_weights, flatten)
         if options.get("differentiable"):
             raise NotImplementedError(
                 f"{where}: differentiable=True is not supported, because kernels have no gradient. Use torch.optim."
@@ -153,7 +123,7 @@ class TensorOptimizer(StepOptions, Averages, Checkpoints):
             elif name not in ("foreach", "fused"):  # which older versions do not take everywhere
                 raise TypeError(f"{where}.__init__() got an unexpected keyword argument {name!r}.")
         flags = {name: value for name, value in flags.items() if value is not self.rule_options[name]}
-        super().__init__(params, **options)
+        super(StepOptions, self).__init__(params, **options)  # torch's
         self.defaults.update(flags)
         for group in self.param_groups:
             for name, value in flags.items():
@@ -161,77 +131,6 @@ class TensorOptimizer(StepOptions, Averages, Checkpoints):
         self._accept(0)
         self._complete = True
         self.state = State.moved(self.state, self.param_groups, self.names, flat=self._flat is not None, copy=False)
-
-    def __init_subclass__(cls) -> None:
-        """Find out what torch's class takes, and what is read of a param group."""
-        own = inspect.signature(cls.__init__)
-        parameters = [p for p in own.parameters.values() if p.name != "self"]
-        cls.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
-        if cls.rule is not None and cls.rule.defaults is not None and "rule" in vars(cls):
-            cls.ranges, cls.names = ranges_of(cls.rule.defaults, cls.rule.ranges), Names.of(cls.rule)
-        if TensorOptimizer in cls.__bases__:
-            inherited = inspect.signature(super().__init__).parameters
-            takes_all = any(p.kind is p.VAR_KEYWORD for p in inherited.values())
-            names = own.parameters.keys() - {"capturable", *EMA_RANGES} if takes_all else inherited.keys()
-            cls._torch_names = frozenset(names - {"self", "params"})
-            shared = inspect.signature(TensorOptimizer.__init__).parameters
-            flags = {p.name: p.default for p in parameters if p.name not in (*names, *shared, "foreach", "fused")}
-            cls.rule_options = {**cls.rule_options, **flags}
-            cls.option_names = cls._torch_names.union(cls.rule_options, ["initial_lr"])
-
-    def _begin(
-        self,
-        max_grad_norm: float | None = None,
-        skip_nonfinite: bool = False,
-        zero_grads: bool = False,
-        master_weights: bool = False,
-        flatten: bool = False,
-    ) -> None:
-        self._read: list[tuple[list[str], Callable[[Any], Any], Any]] | None = None  # what groups held, if it is fixed
-        self._begin_options(max_grad_norm, skip_nonfinite, zero_grads)
-        self._master = boolean(master_weights, f"{type(self).__name__}: master_weights")
-        self._flat = FlatGroups() if boolean(flatten, f"{type(self).__name__}: flatten") else None
-        self.last_info = StepInfo()
-        self._users: list[object] = []  # who is using this optimizer now
-        self._complete = False  # whether the constructor is done, or there was none
-        self._derived: Stepper | MultiDeviceStepper | None = None  # ``state`` knows it, too, but does not keep it alive
-        self._seen: list[dict[str, Any]] = []
-        self._options: list[dict[str, Any]] = []
-        self._structure: list[Any] = []
-        self._rates = DeviceRates()
-        self._part: str | None = None  # a parameter of whose whole there are no sums, and why
-
-    def _extras(self) -> dict[str, Any]:
-        return {**super()._extras(), "master_weights": self._master, "flatten": self._flat is not None}
-
-    def select_rule(self, options: Options) -> Rule:
-        """The update rule for a param group with these options."""
-        if self.rule is None:
-            raise NotImplementedError(f"{type(self).__name__} must have a rule, or override select_rule.")
-        return variant(self.rule, options)
-
-    def choose(self, options: Options, parameter: Tensor) -> RuleChoice:
-        """What is done to one parameter of a group; LARS leaves some out of the trust ratio."""
-        rule = self.select_rule(options)
-        why = why_not_combined(parameter) if rule.ratio is not None else None
-        if why is not None:
-            raise NotImplementedError(
-                f"{type(self).__name__}: a parameter is {why}, so the norm of its whole is not known. Use an optimizer "
-                "whose rule has no norms, or DDP."
-            )
-        return choice(rule, options, parameter.ndim)
-
-    def _choice(self, options: Options, parameter: Tensor) -> RuleChoice:
-        return self.choose(options, parameter).by(options)
-
-    def begin_group(self, group: dict[str, Any]) -> None:
-        """Note what an option needs to know of the start of a group."""
-
-    def structure(self, options: Options) -> tuple[Any, ...]:
-        """The part of the options that decides on kernels and states."""
-        rule = self.select_rule(options)
-        layers = (options["adapt"], options.get("decay_1d")) if rule.layerwise else ()
-        return rule, bool(options.get("maximize")), options["ema_decay"] is not None, *layers
 
     @_disable_dynamo
     @exclusive
@@ -251,32 +150,6 @@ class TensorOptimizer(StepOptions, Averages, Checkpoints):
             except BaseException:
                 self.param_groups.pop()
                 raise
-
-    def _accept(self, first: int) -> None:
-        """Refuse early what a step would refuse in groups from this one on, and flatten them.
-
-        Other devices and layouts may still change before the first step.
-        """
-        where = type(self).__name__
-        named = [
-            (f"parameter {i} of group {g}", p, g >= first)
-            for g, group in enumerate(self.param_groups)
-            for i, p in enumerate(group["params"])
-            if type(p) in PLAIN
-            and p.device.type in ("cpu", "cuda")
-            and p.layout is torch.strided
-            and p.dtype in FLOATING
-        ]
-        for device in {_devices.device_of(p) for _, p, new in named if new}:
-            if device.on_gpu:
-                device.require()
-        memories = [parameter_memory(p, f"{where}: {name}") if new else p for name, p, new in named]
-        starts, nbytes = [m.data_ptr() for m in memories], [m.nbytes for m in memories]
-        check_apart(starts, nbytes, [name for name, *_ in named], where)
-        for group in self.param_groups[first:]:
-            self.begin_group(group)
-            if self._flat is not None:
-                self._flat.add(group["params"], where)
 
     # --- the step ------------------------------------------------------------------------------------------------
 
@@ -511,46 +384,6 @@ class TensorOptimizer(StepOptions, Averages, Checkpoints):
             takers = zip(self.param_groups, (itemgetter(*n) for n in names), strict=True)
             self._read = [(list(group), take, take(group)) for group, take in takers]
         return self._options
-
-    def complete(self, options: dict[str, Any], index: int) -> dict[str, Any]:
-        """The options of a group with those that torch does not have; refuses what cannot be computed with."""
-        options = {**self.rule_options, **options}
-        where = f"{type(self).__name__}: group {index}: "
-        if options.get("differentiable"):
-            raise NotImplementedError(f"{where}differentiable=True is not supported.")
-        for name in self.rule_options.keys() - self._torch_names:
-            options[name] = checked_flag(name, options[name], where + name)
-        options |= {name: check(options[name], where + name) for name, check in self.ranges.items() if name in options}
-        rule = self.select_rule(options)
-        for name in {*rule.options, *rule.initial.values()} & {*options, *self.defaults}:
-            value, count = options.get(name), rule.options.get(name, 1)
-            if value is None and name in self.defaults and self.defaults[name] is None:
-                continue
-            numbers = value if isinstance(value, tuple) else (value,)
-            if len(numbers) != count or not all(isinstance(x, (int, float)) for x in numbers):
-                raise TypeError(f"{where}{name} must be {'a number' if count == 1 else 'two numbers'}, got {value!r}.")
-            if any(map(math.isnan, numbers)):
-                raise ValueError(f"{where}{name} must be a number, got {value!r}.")
-        return options
-
-    def check_loaded(self, loaded: Mapping[str, Any]) -> Mapping[str, Any]:
-        """A state dict that is about to be loaded, or an error where it is of another class.
-
-        Flags that torch's class does not have stay as they are where the state dict has none.
-        """
-        where = f"{type(self).__name__}.load_state_dict: "
-        groups = []
-        for index, (group, now) in enumerate(zip(loaded["param_groups"], self.param_groups, strict=False)):
-            refuse_extras(group, self._extras(), f"{where}group {index} of the state dict")
-            kept = {name: now[name] for name in self.rule_options if name in now and name not in group}
-            groups.append({**group, **kept})
-            check_loaded_group(groups[-1], self.defaults, f"{where}group {index} of the state dict")
-            rule = self.select_rule({**self.rule_options, **self.defaults, **groups[-1]})
-            for key in group["params"]:
-                state = loaded["state"].get(key)
-                if isinstance(state, dict):
-                    check_loaded_state(state, rule, f"{where}the state of parameter {key}")
-        return {**loaded, "param_groups": groups + list(loaded["param_groups"])[len(groups) :]}
 
 
 TensorOptimizer.step.hooked = True  # type: ignore[attr-defined]  # torch need not wrap it
