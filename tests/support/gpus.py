@@ -80,5 +80,5 @@ class RealGpu:
 
 def forget_devices():
     """Make the next optimizer find its device anew."""
-    arrays.device.cache_clear()
+    arrays.device_at.cache_clear()
     kernels.kernels_of.cache_clear()
