@@ -4,7 +4,10 @@ import ast
 import collections
 import io
 import pathlib
+import re
 import tokenize
+
+import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 FILES = sorted(ROOT.glob("tests/**/*.py"))
@@ -82,3 +85,59 @@ def born_and_set(node):
         (born if method.name == "__init__" else later).update(owned)
         born |= {method.name} if method.decorator_list else set()
     return born, later
+
+
+def imported(file):
+    """What a file of the library imports when it is imported, by dotted name; ``fastopt.kernels`` is kernels/."""
+    package = ["fastopt"] * (file.relative_to(ROOT).parts[0] == "kernels") + [*file.relative_to(ROOT).parts[:-1]]
+    for node in ast.parse(file.read_text()).body:
+        if isinstance(node, ast.Import):
+            yield from (name.name for name in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            start = ".".join([*package[: len(package) - node.level + 1]] if node.level else [])
+            stem = ".".join(filter(None, [start, node.module]))
+            yield from (f"{stem}.{name.name}" for name in node.names)
+
+
+MODULES = {
+    ".".join(
+        ["fastopt"] * (f.relative_to(ROOT).parts[0] == "kernels") + [*f.relative_to(ROOT).with_suffix("").parts]
+    ): f
+    for f in (*ROOT.glob("fastopt/**/*.py"), *ROOT.glob("kernels/**/*.py"))
+}
+
+
+@pytest.mark.parametrize(
+    ("where", "allowed"),
+    [
+        (r"fastopt\.kernels\.", r"fastopt\.kernels|(?!fastopt)"),
+        (
+            r"fastopt\.kernels\.rules\.(?!rule$|__init__)",
+            r"__future__|collections\.abc|math|typing|fastopt\.kernels\.rules\.rule",
+        ),
+        (r"fastopt\.engine\.", r"(?!torch|cupy|fastopt\.torch|fastopt\.base|fastopt\.optimizers)"),
+    ],
+    ids=[
+        "kernels import nothing of the API",
+        "a rule imports the record and numbers",
+        "the engine is below front ends",
+    ],
+)
+def test_rooms_import_only_what_is_below_them(where, allowed):
+    wrong = {m: n for m, f in MODULES.items() if re.match(where, m) for n in imported(f) if not re.match(allowed, n)}
+    assert not wrong
+
+
+def test_imports_have_no_circle_and_few_layers():
+    needs = {
+        module: {name for each in imported(file) for name in (each, each.rpartition(".")[0]) if name in MODULES}
+        for module, file in MODULES.items()
+        if not module.startswith("fastopt.kernels")
+    }
+    layers = 0
+    while needs:
+        lowest = {module for module, below in needs.items() if not below & needs.keys()}
+        assert lowest, f"a circle among {sorted(needs)}"
+        needs = {module: below for module, below in needs.items() if module not in lowest}
+        layers += 1
+    assert layers <= 10

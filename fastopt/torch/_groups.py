@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -21,8 +21,10 @@ from ._lr import DeviceRates
 from ._options import StepOptions, check_loaded_group, check_loaded_state, checked_flag, refuse_extras
 from ._shards import why_not_combined
 from ._state import LIBRARY, Names
-from ._stepper import MultiDeviceStepper, Stepper
 from ._tensors import FLOATING, PLAIN, check_apart, parameter_memory
+
+if TYPE_CHECKING:
+    from ._stepper import MultiDeviceStepper, Stepper
 
 
 class GroupOptions(StepOptions):

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...arrays import Array
+Array = NDArray[Any]
+"""An array of CuPy."""
 
 NEEDS_CUPY = 'arrays on a GPU need CuPy: pip install cupy-cuda12x "numba-cuda[cu12]", or with 13 for 12'
 
