@@ -33,7 +33,8 @@ from . import __version__
 from .arrays import Array, device_of, dtype_of, is_array, to_host
 from .base import Optimizer
 from .engine.exclusive import finish
-from .files import check_regular, check_replaceable, replacing
+from .files import check_regular, check_replaceable, replacing, safetensors_package
+from .inputs import named_arrays
 
 if TYPE_CHECKING:
     from .flat import FlatBuffer
@@ -92,8 +93,8 @@ def save(
     >>> again.tolist()
     [0.0, 1.0, 2.0]
     """
-    safetensors = _safetensors()
-    named = _named_arrays("save", params)
+    safetensors = safetensors_package()
+    named = named_arrays("save", params)
     target = os.path.realpath(os.fsdecode(path))
     check_replaceable(target)
     arrays, state_dict = _snapshot(named, opt)
@@ -147,7 +148,7 @@ def load(
         OSError: The file cannot be read, or is no regular file; FileNotFoundError where there is none.
         RuntimeError: Another thread is using the optimizer at this moment.
     """
-    targets = _named_arrays("load", params)
+    targets = named_arrays("load", params)
     path = os.fsdecode(path)
     check_regular(os.stat(path), path)
     with open(path, "rb") as file:
@@ -230,7 +231,7 @@ class _Contents(NamedTuple):
 
 def _read_header(path: str, file: IO[bytes]) -> _Contents:
     """The header of a fastopt checkpoint; it is not yet known to be undamaged."""
-    safetensors = _safetensors()
+    safetensors = safetensors_package()
     try:
         with safetensors.safe_open(path, framework="np"):  # looks at the whole header, and at the size of the file
             pass
@@ -395,24 +396,3 @@ def _from_json(text: str) -> dict[str, Any] | None:
     if head is not None:
         head["state"] = {int(index): entry for index, entry in head["state"].items()}
     return head
-
-
-def _named_arrays(function: str, params: Any) -> dict[str, Array]:
-    """The arrays of a mapping (such as FlatBuffer) or sequence, by name."""
-    if isinstance(params, Sequence) and not isinstance(params, (str, bytes)):
-        params = {str(index): array for index, array in enumerate(params)}
-    if not isinstance(params, Mapping):
-        raise TypeError(f"{function}: params must be a FlatBuffer, mapping or sequence, got {type(params).__name__}.")
-    for name, array in params.items():
-        if not isinstance(name, str):
-            raise TypeError(f"{function}: the names of params must be strings, got {name!r}.")
-        device_of(array, f"{function}: params[{name!r}]").array(array, f"{function}: params[{name!r}]")
-    return dict(params)
-
-
-def _safetensors() -> Any:
-    try:
-        import safetensors
-    except ImportError as error:
-        raise ImportError("Checkpoints need the package safetensors: pip install safetensors") from error
-    return safetensors

@@ -10,7 +10,7 @@ import re
 import stat
 import uuid
 from collections.abc import Iterator
-from typing import IO
+from typing import IO, Any
 
 _TEMPORARY = re.compile(r"\.fastopt-[0-9a-f]{32}\.tmp")
 
@@ -110,3 +110,12 @@ def _sync(folder: str) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+def safetensors_package() -> Any:
+    """The package that knows the format of checkpoints."""
+    try:
+        import safetensors
+    except ImportError as error:
+        raise ImportError("Checkpoints need the package safetensors: pip install safetensors") from error
+    return safetensors

@@ -309,3 +309,16 @@ class GradientReader:
 
 def _nbytes(arrays: Sequence[Array]) -> NDArray[np.int64]:
     return np.fromiter((a.nbytes for a in arrays), np.int64, len(arrays))
+
+
+def named_arrays(function: str, params: Any) -> dict[str, Array]:
+    """The arrays of a mapping (such as FlatBuffer) or sequence, by name."""
+    if isinstance(params, Sequence) and not isinstance(params, (str, bytes)):
+        params = {str(index): array for index, array in enumerate(params)}
+    if not isinstance(params, Mapping):
+        raise TypeError(f"{function}: params must be a FlatBuffer, mapping or sequence, got {type(params).__name__}.")
+    for name, array in params.items():
+        if not isinstance(name, str):
+            raise TypeError(f"{function}: the names of params must be strings, got {name!r}.")
+        device_of(array, f"{function}: params[{name!r}]").array(array, f"{function}: params[{name!r}]")
+    return dict(params)

@@ -141,3 +141,8 @@ def test_imports_have_no_circle_and_few_layers():
         needs = {module: below for module, below in needs.items() if module not in lowest}
         layers += 1
     assert layers <= 10
+
+
+def test_files_can_be_read_in_one_go():
+    files = [*FILES, *MODULES.values()]
+    assert not [file.name for file in files if len(file.read_text().splitlines()) > 400]

@@ -12,29 +12,20 @@ from llvmlite import ir
 from numba.core import cgutils
 
 from ..dtypes import COMPUTE, ITEMSIZE
-from ..layout import CARRY, LANES
-from ..reductions import scaled
+from ..layout import LANES
 from ..rules.rule import Rule
 from ..storage import DOUBLE, FLOAT, I32, I64, Storage
+from .host_functions import ratio_caller as ratio_caller
+from .host_functions import scalars_former as scalars_former
+from .memory import GLOBAL, at
 from .toolchain import intrinsic, types
-
-GLOBAL = 1
-"""Address space of device memory: said in the pointer's type, a load needs no check of where it points."""
-
-
-def _pointer(builder: Any, address: Any, element: ir.Type) -> Any:
-    return builder.inttoptr(address, ir.PointerType(element, GLOBAL))
-
-
-def _at(builder: Any, address: Any, index: Any, element: ir.Type) -> Any:
-    return builder.gep(_pointer(builder, address, element), [index])
 
 
 def _loader(element: ir.Type, result: Any) -> Any:
     @intrinsic
     def load(typingctx: Any, address: Any, index: Any) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            return builder.load(_at(builder, args[0], args[1], element))
+            return builder.load(at(builder, args[0], args[1], element))
 
         return result(types.int64, types.int64), codegen
 
@@ -45,7 +36,7 @@ def _storer(element: ir.Type, value: Any) -> Any:
     @intrinsic
     def store(typingctx: Any, address: Any, index: Any, number: Any) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            builder.store(args[2], _at(builder, args[0], args[1], element))
+            builder.store(args[2], at(builder, args[0], args[1], element))
             return context.get_dummy_value()
 
         return types.void(types.int64, types.int64, value), codegen
@@ -63,7 +54,7 @@ def count_up(typingctx: Any, address: Any, index: Any) -> Any:
     """Add one to a word, as one of many blocks; the value before."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        place = _at(builder, args[0], args[1], I64)
+        place = at(builder, args[0], args[1], I64)
         return builder.atomic_rmw("add", place, ir.Constant(I64, 1), "monotonic")
 
     return types.int64(types.int64, types.int64), codegen
@@ -76,7 +67,7 @@ def fresh_real(typingctx: Any, address: Any, index: Any) -> Any:
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         kind = ir.FunctionType(DOUBLE, [I64])  # NVVM knows no atomic or volatile loads
         load = ir.InlineAsm(kind, "ld.volatile.global.f64 $0, [$1];", "=d,l,~{memory}", side_effect=True)
-        return builder.call(load, [builder.ptrtoint(_at(builder, args[0], args[1], DOUBLE), I64)])
+        return builder.call(load, [builder.ptrtoint(at(builder, args[0], args[1], DOUBLE), I64)])
 
     return types.float64(types.int64, types.int64), codegen
 
@@ -94,11 +85,11 @@ def scalars_loader(rule: Rule, compute: str) -> Any:
     @intrinsic
     def load(typingctx: Any, scalars: Any, ratio: Any) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            places = [_at(builder, args[0], ir.Constant(I64, k), element) for k in range(count)]
+            places = [at(builder, args[0], ir.Constant(I64, k), element) for k in range(count)]
             if rule.ratio is not None:
                 for k, name in enumerate(("stretch", "ratio")):
                     if name in names:
-                        places[names.index(name)] = _at(builder, args[1], ir.Constant(I64, k), element)
+                        places[names.index(name)] = at(builder, args[1], ir.Constant(I64, k), element)
             values = [builder.load(place) for place in places]
             return context.make_tuple(builder, signature.return_type, values)
 
@@ -115,7 +106,7 @@ def add_rows(dtype: str, rows: int) -> Any:
     def add(typingctx: Any, total: Any, x: Any, i: Any) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             total, x, i = args
-            places = [_at(builder, x, builder.add(i, ir.Constant(I64, k * LANES)), storage.memory) for k in range(rows)]
+            places = [at(builder, x, builder.add(i, ir.Constant(I64, k * LANES)), storage.memory) for k in range(rows)]
             for element in [builder.load(place) for place in places]:
                 number = storage.decode(builder, element)
                 if dtype == "float64":  # its squares are not exact, and so are not fused
@@ -128,84 +119,6 @@ def add_rows(dtype: str, rows: int) -> Any:
         return types.float64(types.float64, types.int64, types.int64), codegen
 
     return add
-
-
-def scalars_former(rule: Rule) -> Any:
-    """Intrinsic ``(t, scalar_group, options, scalars64, scalars32)``: form the scalars of step t from options.
-
-    The rule's own host function is compiled for the device. It finds its options in a dict there, too.
-    """
-    Scalars: Any = rule.Scalars
-    result = types.NamedUniTuple(types.float64, len(Scalars._fields), Scalars)
-    names = list(rule.options)
-    kinds = {
-        types.literal(name): types.float64 if n == 1 else types.UniTuple(types.float64, n)
-        for name, n in rule.options.items()
-    }
-    options_type = types.LiteralStrKeyDict(kinds, {name: k for k, name in enumerate(names)})
-    Carry = rule.Carry
-
-    @intrinsic
-    def form(typingctx: Any, t: Any, scalar_group: Any, options: Any, scalars64: Any, scalars32: Any) -> Any:
-        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            t, scalar_group, row, scalars64, scalars32 = args
-            t = builder.sitofp(t, DOUBLE)  # an integer power would be a loop of multiplications, and less exact
-
-            def number(base: Any, k: int) -> Any:
-                return builder.load(_at(builder, base, ir.Constant(I64, k), DOUBLE))
-
-            values, place = [], 0
-            for name in names:
-                numbers = [number(row, place + j) for j in range(rule.options[name])]
-                place += len(numbers)
-                kind = kinds[types.literal(name)]
-                values.append(numbers[0] if len(numbers) == 1 else context.make_tuple(builder, kind, numbers))
-            options = context.make_tuple(builder, options_type, values)
-            if Carry is None:
-                kind = result(types.float64, options_type)
-                formed = context.compile_internal(builder, rule.scalars, kind, [t, options])
-            else:
-                count = len(Carry._fields)
-                carry_type = types.NamedUniTuple(types.float64, count, Carry)
-                carry = context.make_tuple(builder, carry_type, [number(scalar_group, CARRY + k) for k in range(count)])
-                kind = types.Tuple([result, carry_type])(types.float64, options_type, carry_type)
-                both = context.compile_internal(builder, rule.scalars, kind, [t, options, carry])
-                formed, carry = builder.extract_value(both, 0), builder.extract_value(both, 1)
-                for k in range(count):
-                    place = _at(builder, scalar_group, ir.Constant(I64, CARRY + k), DOUBLE)
-                    builder.store(builder.extract_value(carry, k), place)
-            for k, value in enumerate(cgutils.unpack_tuple(builder, formed, result.count)):
-                index = ir.Constant(I64, k)
-                builder.store(value, _at(builder, scalars64, index, DOUBLE))
-                builder.store(builder.fptrunc(value, FLOAT), _at(builder, scalars32, index, FLOAT))
-            return context.get_dummy_value()
-
-        return types.void(*[types.int64] * 5), codegen
-
-    return form
-
-
-def ratio_caller(rule: Rule) -> Any:
-    """Intrinsic ``(sums, multiplier, scalars64) -> ratio``; 1 for rules without a ratio."""
-    Scalars: Any = rule.Scalars
-    h_type = types.NamedUniTuple(types.float64, len(Scalars._fields), Scalars)
-
-    @intrinsic
-    def call(typingctx: Any, sums: Any, multiplier: Any, scalars: Any) -> Any:
-        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            if rule.ratio is None:
-                return ir.Constant(DOUBLE, 1.0)
-            numbers = [builder.load(_at(builder, args[2], ir.Constant(I64, k), DOUBLE)) for k in range(h_type.count)]
-            h = context.make_tuple(builder, h_type, numbers)
-            stored = [builder.extract_value(args[0], place) for place in rule.places]
-            values = scaled(context, builder, stored, rule.products, args[1])
-            sums_type = types.UniTuple(types.float64, len(values))
-            of_products = context.make_tuple(builder, sums_type, values)
-            return context.compile_internal(builder, rule.ratio, types.float64(sums_type, h_type), [of_products, h])
-
-        return types.float64(sums, types.float64, types.int64), codegen
-
-    return call
 
 
 class Arrays:
@@ -225,7 +138,7 @@ class Arrays:
         self.pointers = types.UniTuple(types.int64, len(self.storages))
 
     def _place(self, builder: Any, pointers: Any, k: int, index: Any) -> Any:
-        return _at(builder, builder.extract_value(pointers, k), index, self.storages[k].memory)
+        return at(builder, builder.extract_value(pointers, k), index, self.storages[k].memory)
 
     def _get(self, builder: Any, pointers: Any, k: int, index: Any, count: int) -> list[Any]:
         """``count`` elements of array k from ``index`` on, by one load."""
@@ -249,7 +162,7 @@ class Arrays:
         def pointers_of(typingctx: Any, segment: Any, gradient: Any) -> Any:
             def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
                 words = [
-                    args[1] if k == 1 else builder.load(_at(builder, args[0], ir.Constant(I64, k), I64)) for k in places
+                    args[1] if k == 1 else builder.load(at(builder, args[0], ir.Constant(I64, k), I64)) for k in places
                 ]
                 return context.make_tuple(builder, signature.return_type, words)
 
