@@ -5,6 +5,7 @@ import importlib.util
 import os
 import pathlib
 import random
+import signal
 import sys
 
 import pytest
@@ -18,6 +19,9 @@ from isas import native_isas
 from fastopt import set_num_threads
 from fastopt.engine import backend as _backend
 from fastopt.engine import host as _host_plan
+
+# A shell that starts pytest in the background has it ignore interrupts, which tests send to themselves.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 _load = functools.cache(_backend.load)  # Numba compiles its scheduler once
 collect_ignore = ["support"]  # no tests: --doctest-modules would import every file
