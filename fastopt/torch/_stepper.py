@@ -219,7 +219,7 @@ class Stepper:
         """Let ``state`` show all steps that were taken; waits for a GPU where only that knows."""
         if self._pending:
             self._conclude()
-        if self._unsettled:
+        if self._unsettled and self._pattern is not None:
             if self._replayable:
                 self.serving.plan.recount()
             self.serving.sync.settle()
