@@ -156,8 +156,8 @@ def sweep(cells: Sequence[Cell], folder: Path) -> Path:
 
 def _grid(count: int, panel_height: float = 2.4) -> tuple[Figure, list[Axes]]:
     """Return a figure with count panels that share their axes, in rows of up to COLUMNS."""
-    columns = min(count, COLUMNS)
-    rows = math.ceil(count / columns)
+    rows = math.ceil(count / COLUMNS)
+    columns = math.ceil(count / rows)  # no row has many fewer than the others
     size = (3.2 * columns, panel_height * rows + 0.8) if count > 1 else (6.5, 4.2)
     figure = Figure(figsize=size, dpi=110, layout="constrained")
     panels: Any = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
