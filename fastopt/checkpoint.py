@@ -21,6 +21,7 @@ Any safetensors reader can open such a file; nothing in it is executed on load.
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
 import math
 import os
@@ -29,9 +30,9 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
-from . import __version__
-from .arrays import Array, device_of, dtype_of, is_array, to_host
+from .arrays import device_of, dtype_of, to_host
 from .base import Optimizer
+from .engine.device import Array, is_array
 from .engine.exclusive import finish
 from .files import check_regular, check_replaceable, replacing, safetensors_package
 from .inputs import named_arrays
@@ -108,7 +109,7 @@ def save(
     metadata = {
         "format": "fastopt",
         "format_version": str(_VERSION),
-        "fastopt_version": __version__,
+        "fastopt_version": importlib.metadata.version("fastopt"),
         "params": json.dumps(list(named)),
         "optimizer": "null" if state_dict is None else _to_json(state_dict),
     }

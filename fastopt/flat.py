@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from .arrays import HOST, Array, Device, check_dtype, device_named, device_of, dtype_of, is_array, on_gpu, to_host
+from .arrays import HOST, device_named, device_of, dtype_of, to_host
+from .engine.device import Array, Device, check_dtype, is_array, on_gpu
 
 ALIGN_ELEMENTS = 32
 """Arrays begin at multiples of this many elements: a 64-byte boundary for 16-bit dtypes and wider ones, and the same

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .arrays import HOST, Array, Device, addresses, device_of, first_hit, first_overlap, is_array
+from .arrays import HOST, device_of
+from .engine.device import Array, Device, addresses, first_hit, first_overlap, is_array
 from .engine.plan import Parameter, StepCount
 from .flat import FlatBuffer, Layout
 from .kernels.dtypes import ITEMSIZE

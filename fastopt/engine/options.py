@@ -124,6 +124,12 @@ def ranges_of(defaults: Mapping[str, Any], said: Mapping[str, Any]) -> dict[str,
     return ranges
 
 
+SHARED: Mapping[str, Any] = {
+    **{"maximize": False, "capturable": False, "ema_decay": None, "ema_warmup": False},
+    **{"max_grad_norm": None, "skip_nonfinite": False, "zero_grads": False},
+}
+"""Keywords that all classes have, with their defaults; torch's have more."""
+
 STEP_OPTIONS = ("max_grad_norm", "skip_nonfinite", "zero_grads")
 OF_THE_OPTIMIZER = (*STEP_OPTIONS, "master_weights", "flatten")
 """What is chosen for all param groups together."""
