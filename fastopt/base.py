@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from .engine.device import Array, Device, is_array
 from .engine.exclusive import exclusive, finish
-from .engine.options import SCALE, boolean, optional_norm, own_options
+from .engine.options import OF_THE_OPTIMIZER, SCALE, arguments, boolean, optional_norm, own_options
 from .engine.plan import Parameter, Plan
 from .engine.plans import Plans, plan_class
 from .engine.step import Request, StepInfo
@@ -20,6 +20,13 @@ from .states import States
 
 Params = FlatBuffer | Mapping[str, Array] | Iterable[Array] | Iterable[Mapping[str, Any]]
 Grads = FlatBuffer | Mapping[str, Array | None] | Sequence[Array | None]
+
+
+def optimizer_arguments(local: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of ``Optimizer`` from the ``locals()`` of a subclass's constructor: most are defaults of options."""
+    defaults = arguments(local)
+    own = {name: defaults.pop(name) for name in ("params", *OF_THE_OPTIMIZER) if name in defaults}
+    return {**own, "defaults": defaults}
 
 
 class Optimizer(States):
@@ -84,7 +91,8 @@ class Optimizer(States):
         super().__init__(defaults, max_grad_norm=max_grad_norm, skip_nonfinite=skip_nonfinite, zero_grads=zero_grads)
         self._flat_layout: Layout | None = None
         self._plans: Plans[Plan] = Plans()
-        self._reader: GradientReader = cast(Any, None)  # until there are groups
+        self._memory = Memory(self._name)
+        self._reader: GradientReader | None = None  # until a step needs one
         self._add(groups_in(params, self._name))
 
     # --- groups --------------------------------------------------------------------------------------------------
@@ -132,31 +140,30 @@ class Optimizer(States):
             names.update(arrays)
             added.append(known)
             shown.append({**group, "params": known.arrays, **options})
-        Memory(parameters, self._states(), device, self._name)
+        memory = self._memory.extended(parameters[len(self._parameters) :], (), device)
         device.load_kernels()
         for known in added:
-            for p, name, state in self._allocate(known, known.options, device):
+            states = self._allocate(known, known.options, device)
+            for p, name, state in states:
                 p.states[name] = state
+            memory = memory.extended((), {id(state): state for *_, state in states}.values(), device)
 
         def take_in() -> None:
             self._device, self._parameters = device, parameters
             self._groups[first:], self.param_groups[first:] = added, shown
             # Merging across the padding of a flat buffer writes that padding, which only one group may own.
             self._flat_layout = collected.layout if collected.flat is not None and len(self._groups) == 1 else None
-            self._rebuild()
+            self._rebuild(memory)
 
         finish(take_in)
 
-    def _states(self) -> Iterable[Array]:
-        """Every flat state array once."""
-        return {id(s): s for p in self._parameters for s in p.states.values()}.values()
-
-    def _rebuild(self) -> None:
-        """Parameters or states changed: what was derived from them is derived anew."""
-        memory = Memory(self._parameters, self._states(), self._device, self._name)
-        written = [p for known in self._groups for p in known.written]
-        self._reader = GradientReader(self._parameters, written, self._flat_layout, memory, self._device, self._name)
-        self._plan, self._plans = None, Plans()
+    def _rebuild(self, memory: Memory | None = None) -> None:
+        if memory is None:
+            states = {id(state): state for p in self._parameters for state in p.states.values()}
+            memory = Memory(self._name).extended(self._parameters, states.values(), self._device)
+        if self._plan is not None:
+            self._plan.recount()  # a CUDA graph may have been replayed
+        self._memory, self._reader, self._plan, self._plans = memory, None, None, Plans()
 
     # --- the step ------------------------------------------------------------------------------------------------
 
@@ -206,8 +213,9 @@ class Optimizer(States):
         ):
             request = self._requested(grad_scale, max_grad_norm, max_norm, skip_nonfinite, zero_grads, keep)
         # alive: another thread may drop the gradients while they are read
-        gradients, alive = self._reader.read(grads, request.zero_grads)
-        plan = self._plan_for(gradients, options)
+        reader = self._reader or self._new_reader()
+        gradients, alive = reader.read(grads, request.zero_grads)
+        plan = self._plan_for(gradients, options, reader)
         info = plan.step(request, options)
         del alive
         vars(self)["last_info"] = info  # an attribute's assignment is looked at, which takes 0.3 µs
@@ -255,12 +263,18 @@ class Optimizer(States):
             raise RuntimeError(f"{self._name}.upload_options: no step was taken yet with capturable=True.")
         self._plan.upload_options(options)
 
-    def _plan_for(self, gradients: Gradients | None, options: list[dict[str, Any]]) -> Plan:
+    def _new_reader(self) -> GradientReader:
+        written = [p for known in self._groups for p in known.written]
+        self._reader = GradientReader(
+            *(self._parameters, written, self._flat_layout, self._memory, self._device, self._name)
+        )
+        return self._reader
+
+    def _plan_for(self, gradients: Gradients | None, options: list[dict[str, Any]], reader: GradientReader) -> Plan:
         plan = self._plan
         if gradients is None and plan is not None:
             return plan
         assert gradients is not None
-        self._reader.forget()  # until the plan is there: if that fails, the next call must not find the old one
         present = [self._parameters[i] for i in gradients.present]
         if plan is None or not plan.serves(gradients.flat, gradients.dtypes, present):
             if plan is not None:
@@ -272,7 +286,7 @@ class Optimizer(States):
                 plan = self._plans.keep(pattern, self._make_plan(gradients, present, options))
             self._plan = plan
         plan.point_at(gradients.starts)
-        self._reader.remember()
+        reader.remember()
         return plan
 
     def _make_plan(self, gradients: Gradients, present: list[Parameter], options: list[dict[str, Any]]) -> Plan:

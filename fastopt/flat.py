@@ -61,6 +61,28 @@ def _checked_shape(name: object, shape: Any) -> tuple[int, ...]:
     return sizes
 
 
+def named(arrays: Any, where: str, first: int = 0) -> dict[str, Any]:
+    """What a mapping (such as a FlatBuffer) or a sequence holds, by name; items of a sequence are named by index."""
+    if is_array(arrays) or isinstance(arrays, (str, bytes)) or not isinstance(arrays, Iterable):
+        kind = "a single array" if is_array(arrays) else repr(arrays)
+        raise TypeError(
+            f"{where} is {kind}; needed is a FlatBuffer, a mapping or a sequence of arrays, such as [array]."
+        )
+    if not isinstance(arrays, Mapping):
+        return {str(i): array for i, array in enumerate(arrays, first)}
+    for name in arrays:
+        if not isinstance(name, str):
+            raise TypeError(f"{where}: names are strings, got {name!r}.")
+    return dict(arrays)
+
+
+def placed(arrays: Any, where: str) -> tuple[dict[str, Device], dict[str, Array]]:
+    """Where each of such arrays lives, and the arrays, checked."""
+    listed = named(arrays, where)
+    devices = {name: device_of(array, f"{where}[{name!r}]") for name, array in listed.items()}
+    return devices, {name: devices[name].array(array, f"{where}[{name!r}]") for name, array in listed.items()}
+
+
 class FlatBuffer(Mapping[str, Array]):
     """Named arrays of one dtype in one 64-byte-aligned allocation: a mapping from names to shaped views.
 
@@ -129,13 +151,7 @@ class FlatBuffer(Mapping[str, Array]):
             ValueError: No arrays are given and no ``dtype`` either.
         """
         where = "FlatBuffer.from_arrays: arrays"
-        if is_array(arrays) or isinstance(arrays, str) or not isinstance(arrays, Iterable):
-            kind = "a single array" if is_array(arrays) else repr(arrays)
-            raise TypeError(f"{where} is {kind}; needed is a mapping or a sequence of arrays, such as [array].")
-        if not isinstance(arrays, Mapping):
-            arrays = {str(i): array for i, array in enumerate(arrays)}
-        devices = {name: device_of(array, f"{where}[{name!r}]") for name, array in arrays.items()}
-        arrays = {name: devices[name].array(array, f"{where}[{name!r}]") for name, array in arrays.items()}
+        devices, arrays = placed(arrays, where)
         for name, array in arrays.items():
             if array.dtype.kind == "c":
                 raise TypeError(f"{where}[{name!r}] is {array.dtype.name}; needed are real numbers.")

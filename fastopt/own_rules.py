@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from .base import Optimizer
+from .base import Optimizer, optimizer_arguments
 from .device_scalars import compilable
 from .engine.classes import Front, class_of
-from .engine.options import OF_THE_OPTIMIZER, SHARED, optimizer_arguments, ranges_of
+from .engine.options import OF_THE_OPTIMIZER, SHARED, ranges_of
 from .kernels.layout import CARRY, SCALAR_GROUP_WORDS
 from .kernels.rules.rule import Rule
 
