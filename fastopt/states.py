@@ -164,10 +164,12 @@ class States(Groups):
         """State of each parameter by name: "step", host scalars, and views of its state arrays."""
         if self._plan is not None:
             self._plan.recount()  # a CUDA graph may have been replayed
-        shown = {
-            p.name: StateView({"step": p.step_count.steps, **(p.step_count.carry or {}), **p.views}, self._name)
-            for p in self._parameters
-        }
+        shown = {}
+        for p in self._parameters:
+            carry, arrays = p.step_count.carry or {}, p.views
+            if EMA_STEP not in carry:  # an average is made in the first step that is taken
+                arrays.pop(EMA, None)
+            shown[p.name] = StateView({"step": p.step_count.steps, **carry, **arrays}, self._name)
         return StateView(shown, self._name)
 
     @exclusive
