@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import sys
-
-from . import __version__
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -13,7 +12,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="fastopt", description="The update step of training as fast as memory allows."
     )
-    parser.add_argument("--version", action="version", version=f"fastopt {__version__}")
+    parser.add_argument("--version", action="version", version=f"fastopt {importlib.metadata.version('fastopt')}")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="version, instruction set, threads, kernels, optional packages, memory bandwidth")
     parser.parse_args(argv)

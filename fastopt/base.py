@@ -1,4 +1,4 @@
-"""The base of all optimizers: param groups, the step, and state that can be saved."""
+"""The base of all optimizers: parameters, and the step."""
 
 from __future__ import annotations
 
@@ -7,27 +7,29 @@ from collections.abc import Iterable, Mapping, Sequence
 from types import EllipsisType, MappingProxyType
 from typing import Any, cast
 
-import numpy as np
-
-from .arrays import Array, Device
-from .averages import Averages
+from .engine.device import Array, Device, is_array
 from .engine.exclusive import exclusive, finish
-from .engine.options import own_options
-from .engine.plan import Parameter, Plan, RuleChoice, choice
+from .engine.options import OF_THE_OPTIMIZER, SCALE, arguments, boolean, optional_norm, own_options
+from .engine.plan import Parameter, Plan
 from .engine.plans import Plans, plan_class
-from .engine.step import StepInfo
+from .engine.step import Request, StepInfo
 from .flat import FlatBuffer, Layout
+from .groups import GroupSnapshot
 from .inputs import GradientReader, Gradients, Memory, collect, groups_in
-from .kernels.dtypes import COMPUTE
-from .kernels.registry import variant
-from .kernels.rules.rule import Options, Rule
-from .state_dicts import GroupSnapshot, StateDicts
+from .states import States
 
 Params = FlatBuffer | Mapping[str, Array] | Iterable[Array] | Iterable[Mapping[str, Any]]
 Grads = FlatBuffer | Mapping[str, Array | None] | Sequence[Array | None]
 
 
-class Optimizer(Averages, StateDicts):
+def optimizer_arguments(local: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of ``Optimizer`` from the ``locals()`` of a subclass's constructor: most are defaults of options."""
+    defaults = arguments(local)
+    own = {name: defaults.pop(name) for name in ("params", *OF_THE_OPTIMIZER) if name in defaults}
+    return {**own, "defaults": defaults}
+
+
+class Optimizer(States):
     """Base class: holds parameters and states, and takes steps by the rule that a subclass selects.
 
     On a GPU the option ``capturable`` makes the device keep step counts, options and scalars, so that a step can be
@@ -77,8 +79,6 @@ class Optimizer(Averages, StateDicts):
         AttributeError: An option of the param groups is assigned to the optimizer itself.
     """
 
-    _device: Device  # where the first group's arrays live, and all others must
-
     def __init__(
         self,
         params: Params,
@@ -88,33 +88,12 @@ class Optimizer(Averages, StateDicts):
         skip_nonfinite: bool = False,
         zero_grads: bool = False,
     ) -> None:
-        super().__init__(max_grad_norm, skip_nonfinite, zero_grads)
-        self._name = type(self).__name__
-        self._users: list[object] = []
-        self.defaults = dict(defaults)
-        self._known_options = {**self.defaults, **self.ranges}
-        self._normalise(self.defaults, (), 0)
-        self.param_groups: list[dict[str, Any]] = []
-        self._parameters: list[Parameter] = []
+        super().__init__(defaults, max_grad_norm=max_grad_norm, skip_nonfinite=skip_nonfinite, zero_grads=zero_grads)
         self._flat_layout: Layout | None = None
-        self._groups: list[GroupSnapshot] = []
-        self._plan: Plan | None = None
         self._plans: Plans[Plan] = Plans()
-        self._reader: GradientReader = cast(Any, None)  # until there are groups
+        self._memory = Memory(self._name)
+        self._reader: GradientReader | None = None  # until a step needs one
         self._add(groups_in(params, self._name))
-
-    def select_rule(self, options: Options) -> Rule:
-        """The update rule for a param group with these options."""
-        if self.rule is None:
-            raise NotImplementedError(f"{self._name} must have a rule, or override select_rule.")
-        return variant(self.rule, options)
-
-    def choose(self, options: Options, parameter: Array) -> RuleChoice:
-        """What is done to one parameter of a group; LARS leaves some out of the trust ratio."""
-        return choice(self.select_rule(options), options, parameter.ndim)
-
-    def _choice(self, options: Options, parameter: Array) -> RuleChoice:
-        return self.choose(options, parameter).by(options)
 
     # --- groups --------------------------------------------------------------------------------------------------
 
@@ -145,13 +124,12 @@ class Optimizer(Averages, StateDicts):
             options = {**self.defaults, **own_options(group, self._known_options, self._place(index))}
             self.complete(options)
             dtypes = {a.dtype.name for a in arrays.values()}
-            checked = self._normalise(options, dtypes, index)
+            checked = self._normalise(options, dtypes, index, device)
             taken = [name for name in arrays if name in names]
             if taken:
                 raise ValueError(
                     f"{where}: the name {min(taken)!r} is taken by another group; name each parameter once."
                 )
-            self._check_capturable(checked, device, where)
             members, total = collected.records(index), collected.layout.total
             foreign = group.keys() - options.keys() - {"params"}
             known = GroupSnapshot(
@@ -162,97 +140,30 @@ class Optimizer(Averages, StateDicts):
             names.update(arrays)
             added.append(known)
             shown.append({**group, "params": known.arrays, **options})
-        Memory(parameters, self._states(), device, self._name)
+        memory = self._memory.extended(parameters[len(self._parameters) :], (), device)
         device.load_kernels()
         for known in added:
-            for p, name, state in self._allocate(known, known.options, device):
+            states = self._allocate(known, known.options, device)
+            for p, name, state in states:
                 p.states[name] = state
+            memory = memory.extended((), {id(state): state for *_, state in states}.values(), device)
 
         def take_in() -> None:
             self._device, self._parameters = device, parameters
             self._groups[first:], self.param_groups[first:] = added, shown
             # Merging across the padding of a flat buffer writes that padding, which only one group may own.
             self._flat_layout = collected.layout if collected.flat is not None and len(self._groups) == 1 else None
-            self._rebuild()
+            self._rebuild(memory)
 
         finish(take_in)
 
-    def _states(self) -> Iterable[Array]:
-        """Every flat state array once."""
-        return {id(s): s for p in self._parameters for s in p.states.values()}.values()
-
-    def _rebuild(self) -> None:
-        """Parameters or states changed: what was derived from them is derived anew."""
-        memory = Memory(self._parameters, self._states(), self._device, self._name)
-        written = [p for known in self._groups for p in known.written]
-        self._reader = GradientReader(self._parameters, written, self._flat_layout, memory, self._device, self._name)
-        self._plan, self._plans = None, Plans()
-
-    def _allocate(
-        self, known: GroupSnapshot, options: Options, device: Device, saved: Iterable[tuple[str, str]] = ()
-    ) -> list[tuple[Parameter, str, Array]]:
-        """The flat state arrays that members of a group lack, one per state name and compute dtype.
-
-        ``saved`` are such pairs, too: states that the rule does not use now, because momentum, say, was switched off.
-        """
-        flats: dict[tuple[str, str], Array] = {}
-        lacking = []
-        for p in known.members:
-            dtype = COMPUTE[p.dtype]
-            starts = {name: 0.0 for name, of in saved if of == dtype}
-            starts |= self._choice(options, p.array).start(options)
-            for name, start in starts.items():
-                if name in p.states:
-                    continue
-                if (name, dtype) not in flats:
-                    flats[name, dtype] = device.zeros(known.total, np.dtype(dtype), f"{self._name}: state {name!r}")
-                flat = flats[name, dtype]
-                lacking.append((p, name, flat))
-                if start:
-                    device.assign(flat[p.offset : p.offset + p.extent], start)
-        return lacking
-
-    # --- options -------------------------------------------------------------------------------------------------
-
-    def _current_options(self) -> list[dict[str, Any]]:
-        """Options of every group, checked again where somebody changed them."""
-        if len(self.param_groups) != len(self._groups):
-            raise ValueError(
-                f"{self._name}: param_groups has {len(self.param_groups)} groups, but {len(self._groups)} were added. "
-                "Add groups with add_param_group."
-            )
-        changed: list[tuple[GroupSnapshot, dict[str, Any], dict[str, Any]]] = []
-        for index, (group, known) in enumerate(zip(self.param_groups, self._groups, strict=True)):
-            options = dict(group)
-            if options.pop("params", None) is not known.arrays:
-                raise ValueError(f'{self._name}: param_groups[{index}]["params"] was replaced. Make a new optimizer.')
-            for name in known.foreign:
-                options.pop(name, None)
-            try:
-                same = options == known.seen  # a copy: values may change in place
-            except ValueError:  # an array where a number belongs has no truth
-                same = False
-            if not same:
-                if options.keys() != known.seen.keys():
-                    options = own_options(options, self._known_options, self._place(index))
-                    known.foreign = group.keys() - options.keys() - {"params"}
-                self.complete(options)
-                checked = self._normalise(options, known.dtypes, index)
-                self._check_capturable(checked, self._device, f"{self._name}: group {index}")
-                changed.append((known, copy.deepcopy(options), checked))
-        for known, seen, checked in changed:  # nothing is taken over before all groups are checked
-            self._take_over(known, checked)
-            known.seen, known.options = seen, checked
-        return [known.options for known in self._groups]
-
-    def _take_over(self, known: GroupSnapshot, checked: dict[str, Any]) -> None:
-        before, now = known.options, checked
-        changed = any(self._choice(before, p.array) != self._choice(now, p.array) for p in known.members)
-        if changed or known.options.get("maximize") != checked.get("maximize"):
-            for p, name, state in self._allocate(known, checked, self._device):
-                p.states[name] = state
-            self._rebuild()
-        self.complete(self.param_groups[known.index])
+    def _rebuild(self, memory: Memory | None = None) -> None:
+        if memory is None:
+            states = {id(state): state for p in self._parameters for state in p.states.values()}
+            memory = Memory(self._name).extended(self._parameters, states.values(), self._device)
+        if self._plan is not None:
+            self._plan.recount()  # a CUDA graph may have been replayed
+        self._memory, self._reader, self._plan, self._plans = memory, None, None, Plans()
 
     # --- the step ------------------------------------------------------------------------------------------------
 
@@ -302,12 +213,40 @@ class Optimizer(Averages, StateDicts):
         ):
             request = self._requested(grad_scale, max_grad_norm, max_norm, skip_nonfinite, zero_grads, keep)
         # alive: another thread may drop the gradients while they are read
-        gradients, alive = self._reader.read(grads, request.zero_grads)
-        plan = self._plan_for(gradients, options)
+        reader = self._reader or self._new_reader()
+        gradients, alive = reader.read(grads, request.zero_grads)
+        plan = self._plan_for(gradients, options, reader)
         info = plan.step(request, options)
         del alive
         vars(self)["last_info"] = info  # an attribute's assignment is looked at, which takes 0.3 µs
         return info
+
+    def _requested(
+        self,
+        grad_scale: float | Array,
+        max_grad_norm: float | EllipsisType | None,
+        max_norm: float | EllipsisType | None,
+        skip_nonfinite: bool | EllipsisType,
+        zero_grads: bool | EllipsisType,
+        keep_weights: bool,
+    ) -> Request:
+        """What a step with these arguments is asked to do; ... stands for what the optimizer does in every step."""
+        own, where = self._request, f"{type(self).__name__}.step"
+        if max_norm is not ... and max_grad_norm is not ...:
+            raise TypeError(f"{where}: max_norm is another name of max_grad_norm; pass one of them.")
+        zero = own.zero_grads if zero_grads is ... else boolean(zero_grads, f"{where}: zero_grads")
+        multiplier, scale_at = 1.0, 0
+        if type(grad_scale) is not float and is_array(grad_scale):
+            scale_at = self._device.scalar(grad_scale, f"{where}: grad_scale")
+        if not scale_at and (type(grad_scale) is not float or grad_scale != 1.0):
+            multiplier = 1.0 / SCALE(grad_scale, f"{where}: grad_scale")
+        norm = own.max_norm
+        if max_norm is not ...:
+            norm = optional_norm(max_norm, f"{where}: max_norm")
+        elif max_grad_norm is not ...:
+            norm = optional_norm(max_grad_norm, f"{where}: max_grad_norm")
+        skip = own.skip_nonfinite if skip_nonfinite is ... else boolean(skip_nonfinite, f"{where}: skip_nonfinite")
+        return Request(multiplier, scale_at, norm, skip, zero, keep_weights)
 
     @exclusive
     def upload_options(self) -> None:
@@ -324,12 +263,18 @@ class Optimizer(Averages, StateDicts):
             raise RuntimeError(f"{self._name}.upload_options: no step was taken yet with capturable=True.")
         self._plan.upload_options(options)
 
-    def _plan_for(self, gradients: Gradients | None, options: list[dict[str, Any]]) -> Plan:
+    def _new_reader(self) -> GradientReader:
+        written = [p for known in self._groups for p in known.written]
+        self._reader = GradientReader(
+            *(self._parameters, written, self._flat_layout, self._memory, self._device, self._name)
+        )
+        return self._reader
+
+    def _plan_for(self, gradients: Gradients | None, options: list[dict[str, Any]], reader: GradientReader) -> Plan:
         plan = self._plan
         if gradients is None and plan is not None:
             return plan
         assert gradients is not None
-        self._reader.forget()  # until the plan is there: if that fails, the next call must not find the old one
         present = [self._parameters[i] for i in gradients.present]
         if plan is None or not plan.serves(gradients.flat, gradients.dtypes, present):
             if plan is not None:
@@ -341,11 +286,11 @@ class Optimizer(Averages, StateDicts):
                 plan = self._plans.keep(pattern, self._make_plan(gradients, present, options))
             self._plan = plan
         plan.point_at(gradients.starts)
-        self._reader.remember()
+        reader.remember()
         return plan
 
     def _make_plan(self, gradients: Gradients, present: list[Parameter], options: list[dict[str, Any]]) -> Plan:
-        choices = [self._choice(options[p.group], p.array) for p in present]
+        choices = [self.choose(options[p.group], p.array) for p in present]
         signs = [-1.0 if o.get("maximize") else 1.0 for o in options]
         return plan_class(self._device)(present, gradients.dtypes, choices, gradients.flat, signs, self._device)
 

@@ -21,23 +21,21 @@ Any safetensors reader can open such a file; nothing in it is executed on load.
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from typing import IO, TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import IO, Any, NamedTuple, Protocol
 
 import numpy as np
 
-from . import __version__
-from .arrays import Array, device_of, dtype_of, is_array, to_host
+from .arrays import dtype_of, to_host
 from .base import Optimizer
+from .engine.device import Array, is_array
 from .engine.exclusive import finish
 from .files import check_regular, check_replaceable, replacing, safetensors_package
-from .inputs import named_arrays
-
-if TYPE_CHECKING:
-    from .flat import FlatBuffer
+from .flat import FlatBuffer, placed
 
 __all__ = ["CheckpointError", "load", "save"]
 
@@ -94,10 +92,10 @@ def save(
     [0.0, 1.0, 2.0]
     """
     safetensors = safetensors_package()
-    named = named_arrays("save", params)
+    _, given = placed(params, "save: params")
     target = os.path.realpath(os.fsdecode(path))
     check_replaceable(target)
-    arrays, state_dict = _snapshot(named, opt)
+    arrays, state_dict = _snapshot(given, opt)
     tensors = {f"param.{name}": array for name, array in arrays.items()}
     if state_dict is not None:
         for index, entry in state_dict["state"].items():
@@ -108,8 +106,8 @@ def save(
     metadata = {
         "format": "fastopt",
         "format_version": str(_VERSION),
-        "fastopt_version": __version__,
-        "params": json.dumps(list(named)),
+        "fastopt_version": importlib.metadata.version("fastopt"),
+        "params": json.dumps(list(given)),
         "optimizer": "null" if state_dict is None else _to_json(state_dict),
     }
     _seal(metadata, tensors)
@@ -148,7 +146,7 @@ def load(
         OSError: The file cannot be read, or is no regular file; FileNotFoundError where there is none.
         RuntimeError: Another thread is using the optimizer at this moment.
     """
-    targets = named_arrays("load", params)
+    devices, targets = placed(params, "load: params")
     path = os.fsdecode(path)
     check_regular(os.stat(path), path)
     with open(path, "rb") as file:
@@ -162,7 +160,7 @@ def load(
         if opt is not None and state_dict is not None:
             opt.load_state_dict(state_dict)  # before the parameters, because it may refuse
         for name, want in targets.items():
-            device_of(want, f"load: params[{name!r}]").assign(want, stored[name])
+            devices[name].assign(want, stored[name])
 
     try:
         finish(take_over)
@@ -173,14 +171,14 @@ def load(
 # --- what is saved -----------------------------------------------------------------------------------------------
 
 
-def _snapshot(named: Mapping[str, Array], opt: _Stateful | None) -> tuple[dict[str, Array], dict[str, Any] | None]:
+def _snapshot(given: Mapping[str, Array], opt: _Stateful | None) -> tuple[dict[str, Array], dict[str, Any] | None]:
     """Copies of parameters and of a state dict, in host memory."""
     if isinstance(opt, Optimizer):
         try:
-            return opt._snapshot(named, _copy)
+            return opt._snapshot(given, _copy)
         except (TypeError, ValueError) as error:
             raise CheckpointError(f"save: opt could not be loaded again: {error}") from error
-    arrays = {name: _copy(array) for name, array in named.items()}
+    arrays = {name: _copy(array) for name, array in given.items()}
     if opt is None:
         return arrays, None
     state_dict = opt.state_dict()

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from .arrays import HOST, Array, Device, check_dtype, device_named, device_of, dtype_of, is_array, on_gpu, to_host
+from .arrays import HOST, device_named, device_of, dtype_of, to_host
+from .engine.device import Array, Device, check_dtype, is_array, on_gpu
 
 ALIGN_ELEMENTS = 32
 """Arrays begin at multiples of this many elements: a 64-byte boundary for 16-bit dtypes and wider ones, and the same
@@ -58,6 +59,28 @@ def _checked_shape(name: object, shape: Any) -> tuple[int, ...]:
     if min(sizes, default=0) < 0 or math.prod(sizes) > MAX_SIZE:
         raise ValueError(f"FlatBuffer: {name!r} has the shape {shape!r}, which no array can have.")
     return sizes
+
+
+def named(arrays: Any, where: str, first: int = 0) -> dict[str, Any]:
+    """What a mapping (such as a FlatBuffer) or a sequence holds, by name; items of a sequence are named by index."""
+    if is_array(arrays) or isinstance(arrays, (str, bytes)) or not isinstance(arrays, Iterable):
+        kind = "a single array" if is_array(arrays) else repr(arrays)
+        raise TypeError(
+            f"{where} is {kind}; needed is a FlatBuffer, a mapping or a sequence of arrays, such as [array]."
+        )
+    if not isinstance(arrays, Mapping):
+        return {str(i): array for i, array in enumerate(arrays, first)}
+    for name in arrays:
+        if not isinstance(name, str):
+            raise TypeError(f"{where}: names are strings, got {name!r}.")
+    return dict(arrays)
+
+
+def placed(arrays: Any, where: str) -> tuple[dict[str, Device], dict[str, Array]]:
+    """Where each of such arrays lives, and the arrays, checked."""
+    listed = named(arrays, where)
+    devices = {name: device_of(array, f"{where}[{name!r}]") for name, array in listed.items()}
+    return devices, {name: devices[name].array(array, f"{where}[{name!r}]") for name, array in listed.items()}
 
 
 class FlatBuffer(Mapping[str, Array]):
@@ -128,13 +151,7 @@ class FlatBuffer(Mapping[str, Array]):
             ValueError: No arrays are given and no ``dtype`` either.
         """
         where = "FlatBuffer.from_arrays: arrays"
-        if is_array(arrays) or isinstance(arrays, str) or not isinstance(arrays, Iterable):
-            kind = "a single array" if is_array(arrays) else repr(arrays)
-            raise TypeError(f"{where} is {kind}; needed is a mapping or a sequence of arrays, such as [array].")
-        if not isinstance(arrays, Mapping):
-            arrays = {str(i): array for i, array in enumerate(arrays)}
-        devices = {name: device_of(array, f"{where}[{name!r}]") for name, array in arrays.items()}
-        arrays = {name: devices[name].array(array, f"{where}[{name!r}]") for name, array in arrays.items()}
+        devices, arrays = placed(arrays, where)
         for name, array in arrays.items():
             if array.dtype.kind == "c":
                 raise TypeError(f"{where}[{name!r}] is {array.dtype.name}; needed are real numbers.")

@@ -9,11 +9,12 @@ import statistics
 import sys
 import time
 
-from . import SGD, FlatBuffer, __version__
 from .engine import backend
 from .engine.cuda.info import cuda_facts
+from .flat import FlatBuffer
 from .kernels.dtypes import PAIRS
 from .kernels.registry import RULES
+from .optimizers.sgd import SGD
 
 BANDWIDTH_ELEMENTS = 32 * 2**20
 
@@ -30,7 +31,7 @@ def facts() -> dict[str, str]:
         compiled = "compiled on first use" if has_numba else "none, for Numba is missing to compile them"
         kernels = f"{compiled}: {chosen.compiles}"
     return {
-        "fastopt": __version__,
+        "fastopt": importlib.metadata.version("fastopt"),
         "Python": f"{platform.python_version()} ({sys.executable})",
         "NumPy": importlib.metadata.version("numpy"),
         "machine": f"{platform.machine()}, {_processor()}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,9 +11,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .arrays import HOST, Array, Device, addresses, device_of, first_hit, first_overlap, is_array
+from .arrays import HOST, device_of
+from .engine.device import Array, Device, addresses, first_hit, first_overlap, is_array
 from .engine.plan import Parameter, StepCount
-from .flat import FlatBuffer, Layout
+from .flat import FlatBuffer, Layout, named
 from .kernels.dtypes import ITEMSIZE
 from .watch import Watch
 
@@ -33,16 +35,8 @@ class Group(NamedTuple):
             places = [self.device.address(flat.data) + offset * flat.dtype.itemsize for offset in layout.offsets]
         else:
             places = [self.device.address(array) for array in self.arrays.values()]
-        ends, step_count = (*layout.offsets[1:], layout.total), StepCount()
-        return [
-            Parameter(
-                *(name, array, array.size, array.dtype.name, index, offset, end - offset, place),
-                step_count=step_count,
-                shape=array.shape,
-                guard=weakref.ref(array),
-            )
-            for (name, array), offset, end, place in zip(self.arrays.items(), layout.offsets, ends, places, strict=True)
-        ]
+        ends = (*layout.offsets[1:], layout.total)
+        return _records(self.arrays, index, layout.offsets, ends, places)
 
     def written(self, members: list[Parameter]) -> list[Parameter]:
         """The arrays that a step writes, given the records of this group: the parameters, or the whole flat buffer.
@@ -53,14 +47,22 @@ class Group(NamedTuple):
         if self.flat is None:
             return members
         data = self.flat.data
-        return [
-            Parameter(
-                *("FlatBuffer.data", data, data.size, data.dtype.name, members[0].group, 0, data.size),
-                self.device.address(data),
-                shape=data.shape,
-                guard=weakref.ref(data),
-            )
-        ]
+        return _records({"FlatBuffer.data": data}, members[0].group, [0], [data.size], [self.device.address(data)])
+
+
+def _records(
+    arrays: Mapping[str, Array], group: int, offsets: Sequence[int], ends: Sequence[int], places: Sequence[int]
+) -> list[Parameter]:
+    step_count = StepCount()
+    return [
+        Parameter(
+            *(name, array, array.size, array.dtype.name, group, offset, end - offset, place),
+            step_count=step_count,
+            shape=array.shape,
+            guard=weakref.ref(array),
+        )
+        for (name, array), offset, end, place in zip(arrays.items(), offsets, ends, places, strict=True)
+    ]
 
 
 def groups_in(params: Any, where: str) -> list[Mapping[str, Any]]:
@@ -81,26 +83,14 @@ def collect(params: Any, first_index: int, device: Device | None, where: str) ->
 
     They live in ``device``, or, where that is None, where the first of them lives.
     """
-    if is_array(params):
-        raise TypeError(
-            f"{where} is a single array; needed is a FlatBuffer, a mapping or a sequence of arrays, such as [array]."
-        )
-    by_name = isinstance(params, Mapping)
-    if isinstance(params, Mapping):
-        named: dict[str, Any] = dict(params)
-        for name in named:
-            if not isinstance(name, str):
-                raise TypeError(f"{where}: names are strings, got {name!r}.")
-    elif isinstance(params, Iterable) and not isinstance(params, (str, bytes)):
-        named = {str(first_index + i): array for i, array in enumerate(params)}
-    else:
-        raise TypeError(f"{where} is {params!r}; needed is a FlatBuffer, a mapping or a sequence of arrays.")
-    if not named:
+    arrays = named(params, where, first_index)
+    if not arrays:
         raise ValueError(f"{where} is empty; an optimizer needs at least one parameter.")
-    places = [f"{where}[{name!r}]" if by_name else f"{where}[{i}]" for i, name in enumerate(named)]
+    by_name = isinstance(params, Mapping)
+    places = [f"{where}[{name!r}]" if by_name else f"{where}[{i}]" for i, name in enumerate(arrays)]
     if device is None:
-        device = device_of(next(iter(named.values())), places[0])
-    arrays = {name: device.parameter(array, place) for (name, array), place in zip(named.items(), places, strict=True)}
+        device = device_of(next(iter(arrays.values())), places[0])
+    arrays = {name: device.parameter(array, place) for (name, array), place in zip(arrays.items(), places, strict=True)}
     flat = params if isinstance(params, FlatBuffer) else None
     layout = flat.layout if flat is not None else Layout.of({name: a.shape for name, a in arrays.items()})
     return Group(device, arrays, layout, flat)
@@ -109,30 +99,42 @@ def collect(params: Any, first_index: int, device: Device | None, where: str) ->
 class Memory:
     """The memory that a step writes: parameters and states. Gradients must not lie in it."""
 
-    def __init__(self, parameters: Sequence[Parameter], states: Iterable[Array], device: Device, where: str) -> None:
-        flats = list(states)
-        starts = np.array([p.address for p in parameters], np.uint64)
-        sizes = np.array([p.size * ITEMSIZE[p.dtype] for p in parameters], np.int64)
-        clash = first_overlap(starts, sizes)
+    def __init__(self, where: str) -> None:
+        self._where = where
+        self._owners: list[Parameter | None] = []  # None: a state
+        self._starts, self._nbytes = np.zeros(0, np.uint64), np.zeros(0, np.int64)
+
+    def extended(self, parameters: Sequence[Parameter], states: Iterable[Array], device: Device) -> Memory:
+        """The same with further parameters and states; refuses what shares a byte with anything else."""
+        flats, memory = list(states), Memory(self._where)
+        memory._owners = [*self._owners, *parameters, *[None] * len(flats)]
+        starts = np.array([p.address for p in parameters], np.uint64), addresses(flats, device)
+        nbytes = np.array([p.size * ITEMSIZE[p.dtype] for p in parameters], np.int64), _nbytes(flats)
+        memory._starts, memory._nbytes = (
+            np.concatenate([self._starts, *starts]),
+            np.concatenate([self._nbytes, *nbytes]),
+        )
+        clash = first_overlap(memory._starts, memory._nbytes)
         if clash is not None:
-            a, b = (parameters[k] for k in clash)
+            a, b = sorted((memory._owners[k] for k in clash), key=lambda owner: owner is None)
+            assert a is not None  # states never share memory
+            if b is None:
+                raise ValueError(f"{self._where}: parameter {a.name!r} shares memory with a state of this optimizer.")
             same = "are the same array" if a.array is b.array else "share memory"
             raise ValueError(
-                f"{where}: parameters {a.name!r} and {b.name!r} {same}; each would be updated twice. Pass it once."
+                f"{self._where}: parameters {a.name!r} and {b.name!r} {same}; each would be updated twice. Pass one."
             )
-        starts = np.concatenate([starts, addresses(flats, device)])
-        sizes = np.concatenate([sizes, _nbytes(flats)])
-        clash = first_overlap(starts, sizes)
-        if clash is not None:
-            name = parameters[min(clash)].name
-            raise ValueError(f"{where}: parameter {name!r} shares memory with a state of this optimizer.")
-        order = np.argsort(starts, kind="stable")
-        order = order[sizes[order] > 0]
-        self._starts, self._sizes = starts[order], sizes[order]
+        return memory
+
+    @functools.cached_property
+    def _sorted(self) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
+        order = np.argsort(self._starts, kind="stable")
+        order = order[self._nbytes[order] > 0]
+        return self._starts[order], self._nbytes[order]
 
     def hit_by(self, starts: NDArray[np.uint64], nbytes: NDArray[np.int64]) -> int | None:
         """Index of the first given range that shares memory with parameters or states, or None."""
-        return first_hit(starts, nbytes, self._starts, self._sizes)
+        return first_hit(starts, nbytes, *self._sorted)
 
 
 class Gradients(NamedTuple):
@@ -143,6 +145,15 @@ class Gradients(NamedTuple):
     dtypes: list[np.dtype[Any]]
     starts: NDArray[np.uint64]
     flat: bool
+
+
+class Known(NamedTuple):
+    """Gradients of one step, by which those of the next may be known again. They are not kept alive, which would double
+    their memory."""
+
+    watch: Watch  # of the parameters, too
+    flat: weakref.ref[FlatBuffer] | None
+    write: bool  # whether they were checked for being written
 
 
 class GradientReader:
@@ -179,48 +190,40 @@ class GradientReader:
         self._step = f"{where}.step"
         self._where = f"{where}.step: grads"
         self._watch: Watch | None = None  # of the parameters
-        self._seen: Watch | None = None  # of the gradients of the last step, too
-        self._seen_flat: weakref.ref[FlatBuffer] | None = None
-        self._candidates: list[Any] | None = None
-        self._candidate_flat: weakref.ref[FlatBuffer] | None = None
-        self._seen_for_writing = False
+        self._known: Known | None = None
+        self._last: tuple[list[Any], FlatBuffer | None, bool] | None = None  # gradients that seem to stay
         self._last_starts: NDArray[np.uint64] = np.zeros(0, np.uint64)
 
     def read(self, grads: Any, write: bool) -> tuple[Gradients | None, list[Any]]:
         """Checked gradients, or None where they are the very arrays of the last call; and what keeps them alive."""
-        again = self._seen_flat is not None and self._seen_flat() is grads
+        known = self._known
+        again = known is not None and known.flat is not None and grads is not None and known.flat() is grads
         flat = again or (isinstance(grads, FlatBuffer) and grads.layout == self._layout)
         listed = [grads.data] if flat else self._in_order(grads)
         if (
-            self._seen is not None
-            and again == (self._seen_flat is not None)
-            and (self._seen_for_writing or not write)
-            and self._seen.unchanged(listed)
+            known is not None
+            and again == (known.flat is not None)
+            and known.write >= write
+            and known.watch.unchanged(listed)
         ):
             return None, listed
         if self._watch is None or not self._watch.unchanged([]):
             self._watch = self._look_again()
-        self.forget()
-        found = self._read_flat(grads, write) if flat else self._read_arrays(listed, write)
+        self._known = None  # until the plan knows these: if that fails, the next call must not find the old ones
+        checked = self._read_flat(grads, write) if flat else self._read_arrays(listed, write)
         present = [g for g in listed if g is not None]
-        copied = not all(map(operator.is_, found.arrays, present))  # a copy has to be made again each time
-        stayed = not copied and np.array_equal(found.starts, self._last_starts)
-        self._candidates = listed if stayed else None  # arrays that stay may come again: worth remembering
-        self._candidate_flat = weakref.ref(grads) if flat else None
-        self._seen_for_writing = write
-        self._last_starts = found.starts
-        return found, [*listed, *found.arrays]
-
-    def forget(self) -> None:
-        """Know no gradients again."""
-        self._seen = self._seen_flat = None
+        copied = not all(map(operator.is_, checked.arrays, present))  # a copy has to be made again each time
+        stayed = not copied and np.array_equal(checked.starts, self._last_starts)
+        self._last = (listed, grads if flat else None, write) if stayed else None  # may come again: worth remembering
+        self._last_starts = checked.starts
+        return checked, [*listed, *checked.arrays]
 
     def remember(self) -> None:
-        """The gradients read last are the plan's. They are not kept alive, which would double their memory."""
-        if self._candidates is not None:
-            self._seen = Watch(self._kept, self._candidates)
-            self._seen_flat = self._candidate_flat
-            self._candidates = None
+        """The gradients read last are the plan's."""
+        if self._last is not None:
+            listed, flat, write = self._last
+            self._known = Known(Watch(self._kept, listed), None if flat is None else weakref.ref(flat), write)
+            self._last = None
 
     def _look_again(self) -> Watch:
         """Refuse parameters that were changed in place since they were checked."""
@@ -240,6 +243,8 @@ class GradientReader:
     def _in_order(self, grads: Any) -> list[Any]:
         """The gradients in the order of the parameters."""
         if type(grads) is not list and isinstance(grads, Mapping):
+            if type(grads) is not dict:
+                grads = dict(grads)  # a defaultdict would make what it lacks
             try:
                 listed = [grads[name] for name in self._names]
             except KeyError as missing:
@@ -268,9 +273,8 @@ class GradientReader:
         offsets = np.array(self._layout.offsets, np.uint64)
         start = np.uint64(self._device.address(grads.data))
         starts = start + offsets * np.uint64(grads.dtype.itemsize)
-        found = Gradients([grads.data], tuple(range(len(arrays))), [grads.dtype] * len(arrays), starts, True)
         self._check_memory(np.array([start]), np.array([grads.nbytes]), [0])
-        return found
+        return Gradients([grads.data], tuple(range(len(arrays))), [grads.dtype] * len(arrays), starts, True)
 
     def _read_arrays(self, listed: list[Any], write: bool) -> Gradients:
         present = tuple(i for i, g in enumerate(listed) if g is not None)
@@ -309,16 +313,3 @@ class GradientReader:
 
 def _nbytes(arrays: Sequence[Array]) -> NDArray[np.int64]:
     return np.fromiter((a.nbytes for a in arrays), np.int64, len(arrays))
-
-
-def named_arrays(function: str, params: Any) -> dict[str, Array]:
-    """The arrays of a mapping (such as FlatBuffer) or sequence, by name."""
-    if isinstance(params, Sequence) and not isinstance(params, (str, bytes)):
-        params = {str(index): array for index, array in enumerate(params)}
-    if not isinstance(params, Mapping):
-        raise TypeError(f"{function}: params must be a FlatBuffer, mapping or sequence, got {type(params).__name__}.")
-    for name, array in params.items():
-        if not isinstance(name, str):
-            raise TypeError(f"{function}: the names of params must be strings, got {name!r}.")
-        device_of(array, f"{function}: params[{name!r}]").array(array, f"{function}: params[{name!r}]")
-    return dict(params)

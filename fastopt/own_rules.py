@@ -13,18 +13,17 @@ from typing import Any
 
 import numpy as np
 
-from .base import Optimizer
+from .base import Optimizer, optimizer_arguments
 from .device_scalars import compilable
 from .engine.classes import Front, class_of
-from .engine.options import OF_THE_OPTIMIZER, optimizer_arguments, ranges_of
+from .engine.options import OF_THE_OPTIMIZER, SHARED, ranges_of
 from .kernels.layout import CARRY, SCALAR_GROUP_WORDS
 from .kernels.rules.rule import Rule
-from .optimizers.lion import Lion
 
 OF_STATES = {"step", "params", "param_names", "master_param", "ema", "slow_param"}
 OF_SCALARS = {"ratio", "stretch"}
-OF_GROUPS = {"self", "params", "param_names", "maximize", "capturable", "foreach", "fused", "differentiable"}
-OF_GROUPS |= {"initial_lr", "lr_at", "max_norm", "ema_decay", "ema_warmup", *OF_THE_OPTIMIZER, *OF_SCALARS}
+OF_GROUPS = {"self", "params", "param_names", "foreach", "fused", "differentiable"}
+OF_GROUPS |= {"initial_lr", "lr_at", "max_norm", *SHARED, *OF_THE_OPTIMIZER, *OF_SCALARS}
 """Names that mean something else, or will."""
 
 
@@ -286,7 +285,7 @@ def _formed(scalars: Any, Scalars: Any, given: Mapping[str, Any], where: str) ->
     return formed
 
 
-NUMPY = Front((Optimizer,), Lion, optimizer_arguments)
+NUMPY = Front((Optimizer,), SHARED, optimizer_arguments)
 
 
 def optimizer(rule: Rule) -> type[Any]:

@@ -16,19 +16,23 @@ argument of the wrong type raises TypeError, one outside its range (NaN is outsi
 from __future__ import annotations
 
 import math
-import numbers
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+
+from .engine.options import interval
 
 __all__ = ["constant", "cosine", "exponential", "inverse_sqrt", "one_cycle", "polynomial", "step", "warmup"]
 
 
 # Ranges of the arguments, the same wherever a name occurs. Infinity and NaN are outside all of them.
 _AT_LEAST = {"step_size": 1, "total": 1, "steps": 0}  # whole numbers
-_POSITIVE = {"gamma", "power", "timescale", "div_factor", "final_div_factor"}  # (0, inf)
-_UP_TO = {"lr": math.inf, "max_lr": math.inf, "end": math.inf, "pct_start": 1.0, "start": 1.0}  # [0, this]
+_RANGES = {
+    **dict.fromkeys(("gamma", "power", "timescale", "div_factor", "final_div_factor"), interval("(0, inf)")),
+    **dict.fromkeys(("lr", "max_lr", "end"), interval("[0, inf)")),
+    **dict.fromkeys(("pct_start", "start"), interval("[0, 1]")),
+}
 
 
 class _Schedule:
@@ -36,18 +40,19 @@ class _Schedule:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).copy().items():
+            where = f"{type(self).__name__}: {name}"
             if name in _AT_LEAST:
-                object.__setattr__(self, name, self._whole(name, value, _AT_LEAST[name]))
-            elif name in _POSITIVE or name in _UP_TO:
-                object.__setattr__(self, name, self._number(name, value))
+                object.__setattr__(self, name, _whole(value, _AT_LEAST[name], where))
+            elif name in _RANGES:
+                object.__setattr__(self, name, _RANGES[name](value, where))
             elif name == "anneal_strategy" and value not in ("cos", "linear"):
-                raise ValueError(f"{type(self).__name__}: {name} must be 'cos' or 'linear', got {value!r}.")
+                raise ValueError(f"{where} must be 'cos' or 'linear', got {value!r}.")
             elif name == "schedule" and not callable(value):
-                raise TypeError(f"{type(self).__name__}: {name} must be a schedule or a function of k, got {value!r}.")
+                raise TypeError(f"{where} must be a schedule or a function of k, got {value!r}.")
 
     def __call__(self, k: int) -> float:
         """The learning rate of the step that follows k steps already done."""
-        k = self._whole("k", k, 0)
+        k = _whole(k, 0, f"{type(self).__name__}: k")
         try:
             return self._at(k)
         except OverflowError:
@@ -56,27 +61,15 @@ class _Schedule:
     def _at(self, k: int) -> float:
         raise NotImplementedError
 
-    def _number(self, name: str, value: Any) -> float:
-        if not isinstance(value, numbers.Real):
-            raise TypeError(f"{type(self).__name__}: {name} must be a number, got {value!r}.")
-        try:
-            number = float(value)
-        except OverflowError:  # an int beyond float64
-            number = math.inf
-        most = _UP_TO.get(name, math.inf)
-        if not ((number > 0 if name in _POSITIVE else number >= 0) and number <= most and number < math.inf):
-            interval = f"{'(' if name in _POSITIVE else '['}0, {'inf)' if most == math.inf else '1]'}"
-            raise ValueError(f"{type(self).__name__}: {name} must be in {interval}, got {value!r}.")
-        return number
 
-    def _whole(self, name: str, value: Any, least: int) -> int:
-        try:
-            number = operator.index(value)
-        except TypeError:
-            raise TypeError(f"{type(self).__name__}: {name} must be a whole number, got {value!r}.") from None
-        if number < least:
-            raise ValueError(f"{type(self).__name__}: {name} must be at least {least}, got {number}.")
-        return number
+def _whole(value: Any, least: int, where: str) -> int:
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{where} must be a whole number, got {value!r}.") from None
+    if number < least:
+        raise ValueError(f"{where} must be at least {least}, got {number}.")
+    return number
 
 
 def _between(start: float, end: float, weight: float) -> float:

@@ -1,15 +1,19 @@
-"""State dicts: what an optimizer exports, and the checks before it takes one in."""
+"""The state of an optimizer: what it shows, exports and takes in, and what is done with averages of the parameters."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
-from .arrays import Array, check_dtype, is_array
-from .engine.plan import MAX_STEP, Parameter
+from .engine.device import Array, check_dtype, is_array
+from .engine.exclusive import exclusive, finish, swapping
+from .engine.options import EMA_RANGES
+from .engine.plan import MAX_STEP, Parameter, StepCount
+from .groups import Groups, GroupSnapshot
 from .kernels.dtypes import COMPUTE
 from .kernels.epilogues import EMA, EMA_STEP
 from .kernels.registry import family_states
@@ -18,39 +22,23 @@ from .kernels.rules.rule import Options, Rule
 VERSION = 1
 
 
-class StateView(Mapping[str, Any]):
+class StateView(dict[str, Any]):
     """What an optimizer shows of its states, and of one parameter's: arrays can be written, entries not replaced."""
 
-    __slots__ = ("_entries", "_owner")
-
     def __init__(self, entries: Mapping[str, Any], owner: str) -> None:
-        self._entries, self._owner = entries, owner
+        super().__init__(entries)
+        self._owner = owner
 
-    def __getitem__(self, name: str) -> Any:
-        return self._entries[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._entries)
-
-    def __len__(self) -> int:
-        return len(self._entries)
-
-    def __setitem__(self, name: str, value: object) -> None:
+    def _refuse(self, *changed: Any, **_: Any) -> NoReturn:
         raise TypeError(
-            f"{self._owner}.state[...]: {name!r} cannot be assigned. Write into an array with [...] = values; all else "
-            "is changed by load_state_dict."
+            f"{self._owner}.state[...]: {changed[0] if changed else 'entries'!r} cannot be assigned or deleted. Write "
+            "into an array with [...] = values; all else is changed by load_state_dict."
         )
 
-    def __delitem__(self, name: str) -> None:
-        raise TypeError(f"{self._owner}.state[...]: {name!r} cannot be deleted; states are changed by load_state_dict.")
+    __setitem__ = __delitem__ = __ior__ = clear = pop = popitem = setdefault = update = _refuse
 
-    def _refuse(self, *_: object, **__: object) -> None:
-        raise TypeError(f"{self._owner}.state[...] has the entries that its rule has; load_state_dict changes them.")
-
-    clear = pop = popitem = setdefault = update = _refuse
-
-    def __repr__(self) -> str:
-        return repr(self._entries)
+    def __reduce__(self) -> Any:
+        return dict, (dict(self),)
 
 
 class SavedParameter(NamedTuple):
@@ -166,3 +154,180 @@ def check_states(saved: SavedParameter, p: Parameter, rule: Rule, options: Optio
 def _shorten(names: list[str]) -> str:
     shown = ", ".join(map(repr, names[:5]))
     return f"[{shown}, ... {len(names)} in all]" if len(names) > 5 else f"[{shown}]"
+
+
+class States(Groups):
+    """What can be done with the state of an optimizer."""
+
+    @property
+    def state(self) -> StateView:
+        """State of each parameter by name: "step", host scalars, and views of its state arrays."""
+        if self._plan is not None:
+            self._plan.recount()  # a CUDA graph may have been replayed
+        shown = {}
+        for p in self._parameters:
+            carry, arrays = p.step_count.carry or {}, p.views
+            if EMA_STEP not in carry:  # an average is made in the first step that is taken
+                arrays.pop(EMA, None)
+            shown[p.name] = StateView({"step": p.step_count.steps, **carry, **arrays}, self._name)
+        return StateView(shown, self._name)
+
+    @exclusive
+    def state_dict(self) -> dict[str, Any]:
+        """A copy of everything that a later ``load_state_dict`` needs to go on with the same bits.
+
+        Returns:
+            A dict like torch's: "state" (by index of the parameter over all groups: "step" and arrays by their names in
+            torch), "param_groups" (options, "params" as indices, "param_names"), and "optimizer" and "version".
+        """
+        return self._exported(self._device.copy)
+
+    def _exported(self, copy_of: Callable[[Array], Array]) -> dict[str, Any]:
+        groups = [{"params": group["params"], **self._options_of(group)} for group in self.param_groups]
+        return export_state(self._name, groups, self.state, copy_of)
+
+    def full_state_dict(self) -> dict[str, Any]:
+        """The states as plain arrays, for other programs: "state" and "param_groups" of ``state_dict``.
+
+        Arrays are float32 (float64 for float64 parameters) and whole, however the optimizer stores them.
+        """
+        return {key: value for key, value in self.state_dict().items() if key in ("state", "param_groups")}
+
+    @exclusive
+    def init_state(self) -> None:
+        """Have all states exist, as before the first step. They do from the constructor on, so it changes nothing.
+
+        Raises:
+            TypeError, ValueError: Options that are wrong.
+        """
+        self._current_options()
+
+    def refresh(self) -> None:
+        """Say that somebody else wrote the parameters: what was kept of them (LARS's norms) is taken anew."""
+        if self._plan is not None:
+            self._plan.forget_weights()
+
+    @exclusive
+    def _snapshot(
+        self, arrays: Mapping[str, Array], copy_of: Callable[[Array], Array]
+    ) -> tuple[dict[str, Array], dict[str, Any]]:
+        """For ``fastopt.save``: copies of arrays and a state dict of the same moment, which can be loaded again."""
+        self._current_options()
+        copies = {name: copy_of(array) for name, array in arrays.items()}
+        exported = self._exported(copy_of)
+        import_state(exported, self._name, self.param_groups, self._name)
+        return copies, exported
+
+    @exclusive
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Take over step counts, states and options that ``state_dict`` of the same optimizer returned.
+
+        Args:
+            state_dict: As returned by ``state_dict``; it is copied, never kept.
+
+        Raises:
+            TypeError, ValueError: It belongs to another optimizer, other parameters or another version; nothing was
+                changed.
+        """
+        where = f"{self._name}.load_state_dict"
+        saved = import_state(state_dict, self._name, self.param_groups, where)
+        entries = iter(saved.parameters)
+        loaded: list[tuple[GroupSnapshot, dict[str, Any], dict[str, Any], dict[str, Any]]] = []
+        states: list[tuple[Parameter, str, Array]] = []
+        for known, options in zip(self._groups, saved.groups, strict=True):
+            if "capturable" in known.options:  # it is about this machine, not about what was saved
+                options["capturable"] = known.options["capturable"]
+            options = {**self.defaults, **options}
+            if options.get("ema_decay") is None:  # averages may begin at any time
+                options |= {name: known.options[name] for name in EMA_RANGES if name in known.options}
+            self.complete(options)
+            checked = self._normalise(options, known.dtypes, known.index)
+            held = set()
+            for p, entry in zip(known.members, entries, strict=False):
+                check_states(entry, p, self.choose(checked, p.array).rule, checked, where)
+                held |= {(name, COMPUTE[p.dtype]) for name in entry.arrays}
+            loaded.append((known, options, copy.deepcopy(options), checked))
+            states += self._allocate(known, checked, self._device, held)
+        reached: dict[tuple[Any, ...], StepCount] = {}
+
+        def take_over() -> None:
+            for known, options, seen, checked in loaded:
+                known.seen, known.options = seen, checked
+                group = self.param_groups[known.index]
+                group.update(options)
+                for name in self._options_of(group).keys() - options.keys():
+                    del group[name]
+            for p, name, state in states:
+                p.states[name] = state
+            for p, entry in zip(self._parameters, saved.parameters, strict=True):
+                for name, view in p.views.items():
+                    self._device.assign(view, entry.arrays.get(name, 0))
+                key = entry.step, *entry.carry.items()
+                p.step_count = reached.setdefault(key, StepCount(entry.step, entry.carry or None))
+            self._rebuild()
+
+        finish(take_over)
+
+    def swap_ema(self) -> AbstractContextManager[None]:
+        """A block in which the parameters hold their averages, for validation: ``with opt.swap_ema(): ...``
+
+        Averages are rounded once to 16-bit parameters. A parameter that was not averaged yet keeps its value. On
+        leaving, also by an exception, the parameters become again what they were, bit for bit; what is written to them
+        in the block is lost. It takes memory for a copy of the parameters.
+
+        Inside, ``step``, ``state_dict``, ``load_state_dict``, ``add_param_group``, ``swap_ema``, ``reset_ema`` and
+        ``fastopt.save`` of this optimizer raise RuntimeError.
+
+        Raises:
+            ValueError: No param group has ``ema_decay``.
+            RuntimeError: A block of this kind is not over yet, or another thread is using this optimizer.
+
+        Example:
+            >>> import numpy as np, fastopt
+            >>> w = np.array([1.0])
+            >>> opt = fastopt.SGD([w], lr=1.0, ema_decay=0.5)
+            >>> for _ in range(2):
+            ...     info = opt.step([np.array([1.0])])
+            >>> with opt.swap_ema():
+            ...     print(w.tolist())
+            [-0.5]
+            >>> w.tolist()
+            [-1.0]
+        """
+
+        def pairs() -> list[tuple[Array, Array]]:
+            averaged = self._averaged("swap_ema")
+            return [(p.array, p.views[EMA]) for p in averaged if EMA_STEP in (p.step_count.carry or {})]
+
+        return swapping(self, pairs, self._device.copy, self._device.assign)
+
+    @exclusive
+    def reset_ema(self) -> None:
+        """Let averages begin anew, as copies of the parameters as they are now.
+
+        Raises:
+            ValueError: No param group has ``ema_decay``.
+            RuntimeError: Another thread is using this optimizer, or it is inside ``swap_ema``.
+        """
+        averaged = self._averaged("reset_ema")
+        anew = {
+            p.step_count: StepCount(p.step_count.steps, {**(p.step_count.carry or {}), EMA_STEP: 1.0}) for p in averaged
+        }
+        reset = [(p, anew[p.step_count]) for p in averaged]
+
+        def take_over() -> None:
+            for p, step_count in reset:
+                self._device.assign(p.views[EMA], p.array)
+                p.step_count = step_count
+            self._rebuild()
+
+        finish(take_over)
+
+    def _averaged(self, what: str) -> list[Parameter]:
+        """The parameters of groups with averages."""
+        options = self._current_options()
+        if all(o.get("ema_decay") is None for o in options):
+            raise ValueError(f"{self._name}.{what}: no param group has averages; give one ema_decay.")
+        if self._plan is not None:
+            self._plan.recount()
+        return [p for p in self._parameters if options[p.group].get("ema_decay") is not None]

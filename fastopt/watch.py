@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from .arrays import HOST, Array
+from .arrays import HOST
+from .engine.device import Array
 from .engine.library import library_path, open_library
 from .kernels.layout import structure
 

@@ -44,7 +44,7 @@ class Number:
 
 
 @dataclass(frozen=True)
-class DeviceScalars:
+class Numbers:
     """Several numbers, each in its range."""
 
     ranges: tuple[Number, ...]
@@ -91,7 +91,7 @@ def range_of(said: Any, default: Any) -> Range:
     """The range of an option by what a record says of it: an interval, a tuple of them, bool, or such a function."""
     check: Range
     if isinstance(said, tuple):
-        check = DeviceScalars(tuple(map(interval, said)))
+        check = Numbers(tuple(map(interval, said)))
     else:
         check = boolean if said is bool else said if callable(said) else interval(said)
     return optional(check) if default is None else check
@@ -123,6 +123,12 @@ def ranges_of(defaults: Mapping[str, Any], said: Mapping[str, Any]) -> dict[str,
                 ranges[name] = range_of(("(-inf, inf)",) * len(default), default)
     return ranges
 
+
+SHARED: Mapping[str, Any] = {
+    **{"maximize": False, "capturable": False, "ema_decay": None, "ema_warmup": False},
+    **{"max_grad_norm": None, "skip_nonfinite": False, "zero_grads": False},
+}
+"""Keywords that all classes have, with their defaults; torch's have more."""
 
 STEP_OPTIONS = ("max_grad_norm", "skip_nonfinite", "zero_grads")
 OF_THE_OPTIMIZER = (*STEP_OPTIONS, "master_weights", "flatten")
@@ -180,13 +186,6 @@ def no_option(name: Any, known: Collection[str]) -> str:
 def arguments(local: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of a constructor by name, from its ``locals()``."""
     return {name: value for name, value in local.items() if name not in ("self", "__class__")}
-
-
-def optimizer_arguments(local: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of ``Optimizer`` from the ``locals()`` of a subclass's constructor: most are defaults of options."""
-    defaults = arguments(local)
-    own = {name: defaults.pop(name) for name in ("params", *OF_THE_OPTIMIZER) if name in defaults}
-    return {**own, "defaults": defaults}
 
 
 def check_options(

@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ..arrays import Array, Device
 from ..kernels.dtypes import COMPUTE, ITEMSIZE
 from ..kernels.epilogues import AVERAGE, EMA, EMA_STEP, ROUND, Epilogue, average_weight
 from ..kernels.layout import SCALARS, WEIGHT
 from ..kernels.rules.rule import Options, Rule
+from .device import Array, Device
 from .padding import keeps_zeros
 from .step import Request, StepInfo
 from .table import ROW, Counts
@@ -133,20 +133,17 @@ class RuleChoice(NamedTuple):
         """What the state arrays hold before the first step."""
         return {**self.rule.start(options), **({EMA: 0.0} if self.averages else {})}
 
-    def by(self, options: Options) -> RuleChoice:
-        """The same with what options decide for every rule."""
-        return self._replace(averages=True) if options.get("ema_decay") is not None else self
-
 
 def choice(rule: Rule, options: Options, dimensions: int) -> RuleChoice:
     """What is done to a parameter of so many dimensions; LARS and LAMB leave some out."""
+    averages = options.get("ema_decay") is not None
     if not rule.layerwise:
-        return RuleChoice(rule, True)
+        return RuleChoice(rule, True, averages=averages)
     adapt, decay_1d, low = options["adapt"], options.get("decay_1d"), dimensions < 2  # older checkpoints lack it
     if decay_1d is None:
         decay_1d = adapt is not None
     overrides = (("weight_decay", 0.0),) if low and not decay_1d else ()
-    return RuleChoice(rule, not low if adapt is None else adapt, overrides)
+    return RuleChoice(rule, not low if adapt is None else adapt, overrides, averages)
 
 
 @dataclass

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, Generic, Protocol, TypeVar
 
-from ..arrays import HOST, Device
+from .device import Device
 from .host import HostPlan
 from .plan import Plan
 
 
-def plan_class(device: Device | None) -> type[Plan]:
+def plan_class(device: Device) -> type[Plan]:
     """The class of plans for arrays that live in ``device``."""
-    if device is HOST:
+    if device.name == "cpu":
         return HostPlan
     from .cuda.plan import CudaPlan
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from ..base import Optimizer, Params
-from ..engine.options import optimizer_arguments
+from ..base import Optimizer, Params, optimizer_arguments
 from ..kernels.registry import RULES
 
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..base import Optimizer, Params
-from ..engine.options import optimizer_arguments
+from ..base import Optimizer, Params, optimizer_arguments
 from ..kernels.registry import RULES
 from ..kernels.rules.rule import Options
 

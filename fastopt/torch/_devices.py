@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack, to_dlpack  # type: ignore[attr-defined]
 
-from ..arrays import HOST, Device
+from ..arrays import HOST
 from ..engine.cuda.arrays import CudaDevice, device_at
 from ..engine.cuda.runtime import cupy
+from ..engine.device import Device
 
 
 class TorchDevice:

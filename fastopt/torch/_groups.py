@@ -117,9 +117,6 @@ class GroupOptions(StepOptions):
             )
         return choice(rule, options, parameter.ndim)
 
-    def _choice(self, options: Options, parameter: Tensor) -> RuleChoice:
-        return self.choose(options, parameter).by(options)
-
     def begin_group(self, group: dict[str, Any]) -> None:
         """Note what an option needs to know of the start of a group."""
 

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..arrays import first_hit, first_overlap
+from ..engine.device import first_hit, first_overlap
 from ..engine.plans import plan_class
 from ..kernels.dtypes import ITEMSIZE
 from ..kernels.layout import structure

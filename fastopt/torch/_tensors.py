@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..arrays import first_overlap
+from ..engine.device import first_overlap
 from ..kernels.dtypes import COMPUTE, ITEMSIZE, PAIRS
 
 

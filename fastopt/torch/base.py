@@ -232,7 +232,7 @@ class TensorOptimizer(GroupOptions, Averages, Checkpoints):
                 if self.zero_grads:
                     self.zero_grad(set_to_none=False)
                 return StepInfo(True)
-            info = stepper.step(request, options, self._choice)
+            info = stepper.step(request, options, self.choose)
             del alive
             if info is not None:
                 if scale is not None and self._unscales and not self.zero_grads:
@@ -283,7 +283,7 @@ class TensorOptimizer(GroupOptions, Averages, Checkpoints):
             self._make_states(self._current_options())
 
     def _make_states(self, options: list[dict[str, Any]]) -> None:
-        self._stepper().make_states(options, self._choice)
+        self._stepper().make_states(options, self.choose)
         self.state.watch.drop()  # the first step begins from these states, with the options of then
 
     def _asks_for_states(self, options: list[dict[str, Any]]) -> bool:

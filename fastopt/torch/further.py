@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, ClassVar
 
 import torch
@@ -204,7 +205,8 @@ class _OfRule(_WithDefaults):
         return _unmade, (self.rule,), self.__getstate__()
 
 
-FRONT = Front((TensorOptimizer, _OfRule), Lion, arguments)
+_SHARED = {p.name: p.default for p in inspect.signature(Lion.__init__).parameters.values() if p.kind is p.KEYWORD_ONLY}
+FRONT = Front((TensorOptimizer, _OfRule), _SHARED, arguments)
 
 
 def _unmade(rule: Rule) -> Any:

@@ -123,6 +123,19 @@ def test_a_graph_reads_the_loss_scale_and_skips(stand_in):
     assert opt.state["0"]["step"] == 2
 
 
+def test_a_group_that_is_added_after_replays_does_not_lose_their_steps(stand_in):
+    w, g, further = (stand_in.put(np.ones(4, F32)) for _ in range(3))
+    opt = fastopt.Adam([w], capturable=True)
+    opt.step([g])
+    with stand_in.capture() as replay:
+        opt.step([g])
+    assert opt.state["0"]["step"] == 1
+    for _ in range(3):
+        replay()
+    opt.add_param_group({"params": {"further": further}})
+    assert opt.state["0"]["step"] == 4
+
+
 @pytest.mark.parametrize(("capturable", "said"), [(False, "capturable=True"), (True, "before capturing")])
 def test_captures_that_are_refused(gpu, capturable, said):
     params, grads = model(gpu, 2)

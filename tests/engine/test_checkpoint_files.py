@@ -198,9 +198,9 @@ def test_nothing_is_saved_that_load_would_refuse(saved, monkeypatch, change, mes
 
 NOT_STORABLE = [
     ({"w": [1.0]}, None, TypeError, r"params\['w'\] is a list"),
-    ({1: np.ones(1)}, None, TypeError, "names of params must be strings, got 1"),
-    (np.ones(3), None, TypeError, "must be a FlatBuffer, mapping or sequence, got ndarray"),
-    ("w", None, TypeError, "must be a FlatBuffer, mapping or sequence, got str"),
+    ({1: np.ones(1)}, None, TypeError, "params: names are strings, got 1"),
+    (np.ones(3), None, TypeError, "params is a single array; needed is a FlatBuffer, a mapping or"),
+    ("w", None, TypeError, "params is 'w'; needed is a FlatBuffer, a mapping or"),
     ({"w": np.ones(3, complex)}, None, CheckpointError, r"param.w is <c16 .* cannot be stored"),
     ({"w": np.ones(3, ">f4")}, None, CheckpointError, r"param.w is >f4"),
     ({"\ud800": np.ones(3)}, None, CheckpointError, "surrogates"),

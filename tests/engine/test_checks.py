@@ -1,5 +1,7 @@
 """Parameters, gradients and saved states that do not fit are refused with one clear error, and nothing is written."""
 
+import collections
+
 import numpy as np
 import pytest
 from refusal import BAD, gradients, refused, trained
@@ -135,6 +137,7 @@ BAD_GRADIENTS = {
     "list": (gradients(b=[1.0, 1.0, 1.0]), TypeError, ("grads['b'] is a list", "numpy.ndarray")),
     "scalar": (gradients(b=1.0), TypeError, ("grads['b'] is a float", "numpy.ndarray")),
     "name missing": ({"w": gradients()["w"]}, ValueError, ("grads lacks 'b'", "None")),
+    "default": (collections.defaultdict(lambda: None, w=np.ones((3, 2), F32)), ValueError, ("grads lacks 'b'",)),
     "name unknown": (gradients(x=None), ValueError, ("grads has names that no parameter has", "'x'")),
     "too few": ([np.ones((3, 2), F32)], ValueError, ("grads", "got 1 for 2")),
     "too many": ([None, None, None], ValueError, ("grads", "got 3 for 2")),

@@ -209,6 +209,16 @@ def test_what_holds_no_arrays_is_refused(arrays):
         FlatBuffer.from_arrays(arrays)
 
 
+def test_none_in_the_place_of_gradients_that_are_gone_is_refused():
+    params = FlatBuffer({"w": (64,)})
+    opt, grads = fastopt.SGD(params), params.zeros_like()
+    for _ in range(3):
+        opt.step(grads)
+    del grads
+    with refused(TypeError, "grads is a NoneType"):
+        opt.step(None)
+
+
 # --- steps -----------------------------------------------------------------------------------------------------------
 
 
@@ -220,6 +230,11 @@ def test_padding_stays_zero_when_the_norm_is_nan():
     opt.step(grads, max_norm=1.0)  # without skip_nonfinite all parameters become NaN, as in torch
     assert np.isnan(params["b"]).all()
     assert not padding(params).any()
+
+
+def test_scalars_that_end_before_the_steps_that_are_tried_are_no_error():
+    rule = dataclasses.replace(RULES["sgd"], name="ends", scalars=lambda t, options: 1 / (t < 500))
+    assert not keeps_zeros(rule, {"lr": 1.0})
 
 
 def test_padding_stays_zero_where_a_rule_moves_zeros(monkeypatch):

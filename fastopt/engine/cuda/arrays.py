@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ...arrays import Array, Device, check_dtype, check_fits, is_array, on_gpu
+from ..device import Array, Device, check_dtype, check_fits, is_array, on_gpu
 from .runtime import Runtime, address, cupy, devices
 
 

@@ -1,0 +1,234 @@
+"""Param groups: what is known of them, their options, and what an optimizer does with its groups in every step."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import numpy as np
+
+from .engine.device import Array, Device
+from .engine.options import (
+    EMA_RANGES,
+    STEP_OPTIONS,
+    USUAL,
+    Range,
+    boolean,
+    check_options,
+    naming_options,
+    optional_norm,
+    own_options,
+    ranges_of,
+)
+from .engine.plan import Parameter, Plan, RuleChoice, choice
+from .engine.step import Request, StepInfo
+from .kernels.dtypes import COMPUTE
+from .kernels.registry import variant
+from .kernels.rules.rule import Options, Rule
+
+
+@dataclass(eq=False)
+class GroupSnapshot:
+    """What is known of a param group: its arrays, its options as they were seen and as they are computed with, and the
+    elements of its flat state arrays."""
+
+    index: int
+    arrays: Mapping[str, Array]
+    dtypes: set[str]
+    seen: dict[str, Any]
+    options: dict[str, Any]
+    members: list[Parameter]
+    written: list[Parameter]
+    total: int
+    foreign: Collection[str]  # keys of the user's own
+
+
+class StepOption:
+    """An option of every step: an attribute that is checked when it is set, and that a field of the request holds."""
+
+    def __init__(self, field: str, check: Range) -> None:
+        self._field, self._check = field, check
+
+    def __get__(self, opt: Any, owner: type) -> Any:
+        return self if opt is None else getattr(opt._request, self._field)
+
+    def __set__(self, opt: Any, value: Any) -> None:
+        name = "max_grad_norm" if self._field == "max_norm" else self._field
+        opt._request = replace(opt._request, **{self._field: self._check(value, f"{type(opt).__name__}: {name}")})
+
+
+def step_option(field: str, check: Range) -> Any:
+    """A ``StepOption``, to type checkers of the type that is written beside it."""
+    return StepOption(field, check)
+
+
+class Groups:
+    """The param groups of an optimizer, and its options."""
+
+    rule: ClassVar[Rule | None] = None
+    """The rule of the class, which knows ranges and variants; a subclass may override ``select_rule`` instead."""
+
+    ranges: ClassVar[Mapping[str, Range]] = {**USUAL, "maximize": boolean, "capturable": boolean, **EMA_RANGES}
+    """Range of each option, beside those that the rule knows."""
+
+    max_grad_norm: float | None = step_option("max_norm", optional_norm)
+    skip_nonfinite: bool = step_option("skip_nonfinite", boolean)
+    zero_grads: bool = step_option("zero_grads", boolean)
+
+    _device: Device  # where the first group's arrays live, and all others must
+
+    def __init__(self, defaults: Mapping[str, Any], **step_options: Any) -> None:
+        self._name = type(self).__name__
+        self._users: list[object] = []
+        self._request = Request()
+        for name, value in step_options.items():
+            setattr(self, name, value)
+        self.last_info = StepInfo()
+        self.defaults = dict(defaults)
+        self._known_options = {**self.defaults, **self.ranges}  # those with a default first
+        self._normalise(self.defaults, (), 0)
+        self.param_groups: list[dict[str, Any]] = []
+        self._groups: list[GroupSnapshot] = []
+        self._parameters: list[Parameter] = []
+        self._plan: Plan | None = None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Have keywords that the constructor lacks refused with those that it has."""
+        super().__init_subclass__(**kwargs)
+        if "__init__" in vars(cls):
+            cls.__init__ = naming_options(cls.__init__)  # type: ignore[method-assign]
+        if cls.rule is not None and "rule" in vars(cls):
+            arguments = inspect.signature(cls.__init__).parameters.values()
+            defaults = {p.name: p.default for p in arguments if p.name not in STEP_OPTIONS}
+            cls.ranges = {**cls.ranges, **ranges_of(defaults, cls.rule.ranges)}
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "state":
+            raise TypeError(f"{type(self).__name__}.state is changed by load_state_dict.")
+        if name in vars(self).get("defaults", ()) and not hasattr(type(self), name):
+            where = f'opt.param_groups[0]["{name}"]'
+            raise AttributeError(
+                f"{type(self).__name__}: {name!r} is an option of the param groups: {where} = {value!r}"
+            )
+        super().__setattr__(name, value)
+
+    def _options_of(self, group: Mapping[str, Any]) -> dict[str, Any]:
+        """A group without "params" and what is the user's own."""
+        known = self._known_options
+        return {name: value for name, value in group.items() if name in known}
+
+    def _place(self, index: int) -> str:
+        """The beginning of an error about a group."""
+        return f"{self._name}: group {index}: " if index else f"{self._name}: "
+
+    def complete(self, group: dict[str, Any]) -> None:
+        """Fill in options of a group that follow from its others."""
+
+    def check(self, options: Options, where: str) -> None:
+        """Refuse options that do not go together; a subclass says which."""
+
+    def _normalise(
+        self, options: Mapping[str, Any], dtypes: Iterable[str], index: int, device: Device | None = None
+    ) -> dict[str, Any]:
+        """The options of a group as they are computed with, checked."""
+        where = self._place(index)
+        checked = check_options(options, self.defaults, self.ranges, {COMPUTE[name] for name in dtypes}, where)
+        self.check(checked, where)
+        if checked.get("capturable") and device is not None and device.name == "cpu":
+            raise ValueError(f"{where}capturable=True is for CUDA graphs, but these parameters are in host memory.")
+        return checked
+
+    def select_rule(self, options: Options) -> Rule:
+        """The update rule for a param group with these options."""
+        if self.rule is None:
+            raise NotImplementedError(f"{self._name} must have a rule, or override select_rule.")
+        return variant(self.rule, options)
+
+    def choose(self, options: Options, parameter: Array) -> RuleChoice:
+        """What is done to one parameter of a group; LARS leaves some out of the trust ratio."""
+        return choice(self.select_rule(options), options, parameter.ndim)
+
+    def _current_options(self) -> list[dict[str, Any]]:
+        """Options of every group, checked again where somebody changed them."""
+        if len(self.param_groups) != len(self._groups):
+            raise ValueError(
+                f"{self._name}: param_groups has {len(self.param_groups)} groups, but {len(self._groups)} were added. "
+                "Add groups with add_param_group."
+            )
+        changed: list[tuple[GroupSnapshot, dict[str, Any], dict[str, Any]]] = []
+        for index, (group, known) in enumerate(zip(self.param_groups, self._groups, strict=True)):
+            options = dict(group)
+            if options.pop("params", None) is not known.arrays:
+                raise ValueError(f'{self._name}: param_groups[{index}]["params"] was replaced. Make a new optimizer.')
+            for name in known.foreign:
+                options.pop(name, None)
+            try:
+                same = options == known.seen  # a copy: values may change in place
+            except ValueError:  # an array where a number belongs has no truth
+                same = False
+            if not same:
+                if options.keys() != known.seen.keys():
+                    options = own_options(options, self._known_options, self._place(index))
+                    known.foreign = group.keys() - options.keys() - {"params"}
+                self.complete(options)
+                checked = self._normalise(options, known.dtypes, index, self._device)
+                changed.append((known, copy.deepcopy(options), checked))
+        for known, seen, checked in changed:  # nothing is taken over before all groups are checked
+            self._take_over(known, checked)
+            known.seen, known.options = seen, checked
+        return [known.options for known in self._groups]
+
+    def _take_over(self, known: GroupSnapshot, checked: dict[str, Any]) -> None:
+        before, now = known.options, checked
+        changed = any(self.choose(before, p.array) != self.choose(now, p.array) for p in known.members)
+        if changed or known.options.get("maximize") != checked.get("maximize"):
+            for p, name, state in self._allocate(known, checked, self._device):
+                p.states[name] = state
+            self._rebuild()
+        self.complete(self.param_groups[known.index])
+
+    def _rebuild(self) -> None:
+        """Parameters or states changed: what was derived from them is derived anew."""
+        raise NotImplementedError
+
+    def _allocate(
+        self, known: GroupSnapshot, options: Options, device: Device, saved: Iterable[tuple[str, str]] = ()
+    ) -> list[tuple[Parameter, str, Array]]:
+        """The flat state arrays that members of a group lack, one per state name and compute dtype.
+
+        ``saved`` are such pairs, too: states that the rule does not use now, because momentum, say, was switched off.
+        """
+        flats: dict[tuple[str, str], Array] = {}
+        lacking = []
+        for p in known.members:
+            dtype = COMPUTE[p.dtype]
+            starts = {name: 0.0 for name, of in saved if of == dtype}
+            starts |= self.choose(options, p.array).start(options)
+            for name, start in starts.items():
+                if name in p.states:
+                    continue
+                if (name, dtype) not in flats:
+                    flats[name, dtype] = device.zeros(known.total, np.dtype(dtype), f"{self._name}: state {name!r}")
+                flat = flats[name, dtype]
+                lacking.append((p, name, flat))
+                if start:
+                    device.assign(flat[p.offset : p.offset + p.extent], start)
+        return lacking
+
+    def __getstate__(self) -> Any:
+        raise TypeError(
+            f"{self._name} cannot be pickled or copied: it updates the arrays it was given. Make another over other "
+            "arrays and load_state_dict what this one's state_dict() returns; fastopt.save writes that to a file."
+        )
+
+    def __repr__(self) -> str:
+        step = ", ".join(f"{name}={getattr(self, name)!r}" for name in STEP_OPTIONS)
+        lines = [f"{self._name} (", f"  {step}"]
+        for i, group in enumerate(self.param_groups):
+            shown = ", ".join(f"{name}={value!r}" for name, value in self._options_of(group).items())
+            count = len(group["params"])
+            lines.append(f"  group {i}: {count} array{'s' * (count > 1)}, {shown}")
+        return "\n".join([*lines, ")"])
