@@ -31,19 +31,22 @@ from .engine.backend import get_num_threads, set_num_threads
 from .engine.step import StepInfo
 from .flat import FlatBuffer
 from .kernels.rules.rule import Rule
-from .optimizers.adadelta import Adadelta
-from .optimizers.adagrad import Adagrad
-from .optimizers.adam import Adam, AdamW
-from .optimizers.adamax import Adamax
-from .optimizers.asgd import ASGD
-from .optimizers.lamb import LAMB
-from .optimizers.lars import LARS
-from .optimizers.lion import Lion
-from .optimizers.nadam import NAdam
-from .optimizers.radam import RAdam
-from .optimizers.rmsprop import RMSprop
-from .optimizers.rprop import Rprop
-from .optimizers.sgd import SGD
+from .optimizers import (
+    ASGD,
+    LAMB,
+    LARS,
+    SGD,
+    Adadelta,
+    Adagrad,
+    Adam,
+    Adamax,
+    AdamW,
+    Lion,
+    NAdam,
+    RAdam,
+    RMSprop,
+    Rprop,
+)
 from .own_rules import optimizer, rule
 
 __version__ = "0.1.0"

@@ -7,9 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from types import EllipsisType, MappingProxyType
 from typing import Any, cast
 
+from .engine.classes import EMA, constructor, keyword, keywords_of, option_arguments
 from .engine.device import Array, Device, is_array
 from .engine.exclusive import exclusive, finish
-from .engine.options import OF_THE_OPTIMIZER, SCALE, arguments, boolean, optional_norm, own_options
+from .engine.options import SCALE, STEP_OPTIONS, boolean, optional_norm, own_options
 from .engine.plan import Parameter, Plan
 from .engine.plans import Plans, plan_class
 from .engine.step import Request, StepInfo
@@ -22,11 +23,9 @@ Params = FlatBuffer | Mapping[str, Array] | Iterable[Array] | Iterable[Mapping[s
 Grads = FlatBuffer | Mapping[str, Array | None] | Sequence[Array | None]
 
 
-def optimizer_arguments(local: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of ``Optimizer`` from the ``locals()`` of a subclass's constructor: most are defaults of options."""
-    defaults = arguments(local)
-    own = {name: defaults.pop(name) for name in ("params", *OF_THE_OPTIMIZER) if name in defaults}
-    return {**own, "defaults": defaults}
+def _begin(opt: Optimizer, params: Params, **arguments: Any) -> None:
+    step_options = {name: arguments.pop(name) for name in STEP_OPTIONS}
+    Optimizer.__init__(opt, params, arguments, **step_options)
 
 
 class Optimizer(States):
@@ -94,6 +93,16 @@ class Optimizer(States):
         self._memory = Memory(self._name)
         self._reader: GradientReader | None = None  # until a step needs one
         self._add(groups_in(params, self._name))
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Make the constructor of the rule's record, where the class writes none."""
+        own = vars(cls)
+        if "rule" in own and "__init__" not in own and cls.rule is not None and cls.rule.defaults is not None:
+            flags = [keyword(name, False) for name in ("maximize", "capturable", *cls.flags)]
+            step_options = keywords_of(Optimizer.__init__)
+            arguments = [*option_arguments(cls.rule, Params), *flags, *EMA, *step_options]
+            cls.__init__ = constructor(cls.__qualname__, arguments, _begin)  # type: ignore[method-assign]
+        super().__init_subclass__(**kwargs)
 
     # --- groups --------------------------------------------------------------------------------------------------
 

@@ -74,6 +74,9 @@ class Groups:
     ranges: ClassVar[Mapping[str, Range]] = {**USUAL, "maximize": boolean, "capturable": boolean, **EMA_RANGES}
     """Range of each option, beside those that the rule knows."""
 
+    flags: ClassVar[tuple[str, ...]] = ()
+    """Options beside those of the rule, keywords that are False by default."""
+
     max_grad_norm: float | None = step_option("max_norm", optional_norm)
     skip_nonfinite: bool = step_option("skip_nonfinite", boolean)
     zero_grads: bool = step_option("zero_grads", boolean)
@@ -128,7 +131,10 @@ class Groups:
         """Fill in options of a group that follow from its others."""
 
     def check(self, options: Options, where: str) -> None:
-        """Refuse options that do not go together; a subclass says which."""
+        """Refuse options that do not go together; a subclass may say which beside those of its rule."""
+        conflict = None if self.rule is None or self.rule.conflict is None else self.rule.conflict(options)
+        if conflict is not None:
+            raise ValueError(f"{where}{conflict}")
 
     def _normalise(
         self, options: Mapping[str, Any], dtypes: Iterable[str], index: int, device: Device | None = None

@@ -14,7 +14,7 @@ from .engine.cuda.info import cuda_facts
 from .flat import FlatBuffer
 from .kernels.dtypes import PAIRS
 from .kernels.registry import RULES
-from .optimizers.sgd import SGD
+from .optimizers import SGD
 
 BANDWIDTH_ELEMENTS = 32 * 2**20
 

@@ -13,17 +13,17 @@ from typing import Any
 
 import numpy as np
 
-from .base import Optimizer, optimizer_arguments
+from .base import Optimizer
 from .device_scalars import compilable
-from .engine.classes import Front, class_of
-from .engine.options import OF_THE_OPTIMIZER, SHARED, ranges_of
+from .engine.classes import class_of
+from .engine.options import OF_THE_OPTIMIZER, ranges_of
 from .kernels.layout import CARRY, SCALAR_GROUP_WORDS
 from .kernels.rules.rule import Rule
 
 OF_STATES = {"step", "params", "param_names", "master_param", "ema", "slow_param"}
 OF_SCALARS = {"ratio", "stretch"}
 OF_GROUPS = {"self", "params", "param_names", "foreach", "fused", "differentiable"}
-OF_GROUPS |= {"initial_lr", "lr_at", "max_norm", *SHARED, *OF_THE_OPTIMIZER, *OF_SCALARS}
+OF_GROUPS |= {"initial_lr", "lr_at", "max_norm", "ema_decay", "ema_warmup", *OF_THE_OPTIMIZER, *OF_SCALARS}
 """Names that mean something else, or will."""
 
 
@@ -285,9 +285,6 @@ def _formed(scalars: Any, Scalars: Any, given: Mapping[str, Any], where: str) ->
     return formed
 
 
-NUMPY = Front((Optimizer,), SHARED, optimizer_arguments)
-
-
 def optimizer(rule: Rule) -> type[Any]:
     """The class of optimizers ``C(params, <options>, *, maximize, capturable, <options of the step>)`` by a rule.
 
@@ -301,4 +298,4 @@ def optimizer(rule: Rule) -> type[Any]:
     Raises:
         TypeError: ``rule`` is none, or was made without defaults for its options.
     """
-    return class_of(rule, NUMPY)
+    return class_of(rule, Optimizer)

@@ -157,3 +157,11 @@ def test_imports_have_no_circle_not_even_a_lazy_one():
 def test_files_can_be_read_in_one_go():
     files = [*FILES, *MODULES.values()]
     assert not [file.name for file in files if len(file.read_text().splitlines()) > 400]
+
+
+def test_stubs_say_what_constructors_take():
+    pytest.importorskip("torch")
+    import stubs
+
+    for path, text in stubs.stubs().items():
+        assert path.read_text() == text, f"write {path} anew: python tests/support/stubs.py"

@@ -1,47 +1,96 @@
-"""The class of a rule's record, in either front end."""
+"""Constructors and classes that are made of a rule's record, in either front end."""
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import linecache
+from collections.abc import Callable, Iterable, Mapping
+from inspect import Parameter
 from typing import Any
 
 from ..kernels.rules.rule import Rule
 from .options import USUAL
 
 
-@dataclass(frozen=True, eq=False)
-class Front:
-    """What the classes of a front end are made of."""
-
-    bases: tuple[type, ...]
-    shared: Mapping[str, Any]  # keywords that all have, with their defaults
-    arguments: Callable[..., dict[str, Any]]  # from ``locals()`` to what the first base takes
+def keyword(name: str, default: Any, of: Any = bool) -> Parameter:
+    """A keyword-only argument."""
+    return Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=of)
 
 
-def class_of(rule: Rule, front: Front) -> type[Any]:
-    """The class of a rule. Its constructor names all that it takes: options, and what all classes do."""
-    if not isinstance(rule, Rule) or rule.defaults is None:
-        raise TypeError(f"fastopt.optimizer: rule must be what @fastopt.rule makes of a function, got {rule!r}.")
-    return _class_of(rule, front)
+EMA = keyword("ema_decay", None, float | None), keyword("ema_warmup", False)
+"""Arguments of every class, in both front ends."""
+
+
+def keywords_of(init: Callable[..., None]) -> list[Parameter]:
+    """The keyword-only arguments of a constructor."""
+    return [p for p in inspect.signature(init, eval_str=True).parameters.values() if p.kind is p.KEYWORD_ONLY]
+
+
+def option_arguments(rule: Rule, params: Any, lr: Any = float) -> list[Parameter]:
+    """Parameters and options as arguments of a class of a rule; the types of two depend on the front end."""
+    options = [*(rule.defaults or {}).items(), *rule.flags.items()]
+    arguments = [Parameter("params", Parameter.POSITIONAL_OR_KEYWORD, annotation=params)]
+    for k, (name, default) in enumerate(options):
+        kind = Parameter.KEYWORD_ONLY if k >= len(rule.defaults or ()) else Parameter.POSITIONAL_OR_KEYWORD
+        annotation: Any = lr if name == "lr" else _type_of(default, rule.ranges.get(name))
+        arguments.append(
+            Parameter(name, kind, default=Parameter.empty if default is ... else default, annotation=annotation)
+        )
+    return arguments
+
+
+def _type_of(default: Any, said: Any) -> Any:
+    if default is None:
+        return (bool if said is bool else float) | None
+    if isinstance(default, tuple):
+        return tuple[tuple(map(type, default))]  # type: ignore[misc]
+    return float if type(default) is int or default is ... else type(default)
+
+
+def constructor(owner: str, arguments: Iterable[Parameter], begin: Callable[..., None]) -> Callable[..., None]:
+    """A function ``__init__`` with these arguments, which calls ``begin(self, <all of them by name>)``.
+
+    It is made of source, as dataclasses make theirs: what reads signatures finds every name, default and type, and what
+    reads the source finds that. Of an argument that is given twice the first counts.
+    """
+    by_name: dict[str, Parameter] = {}
+    for argument in arguments:
+        by_name.setdefault(argument.name, argument)
+    parameters = sorted(by_name.values(), key=lambda p: p.kind)
+    listed = [
+        f"{p.name}: {inspect.formatannotation(p.annotation)}" + f" = _defaults[{p.name!r}]" * (p.default is not p.empty)
+        for p in parameters
+    ]
+    listed.insert(sum(p.kind is not p.KEYWORD_ONLY for p in parameters), "*")
+    passed = ", ".join(f"{name}={name}" for name in by_name)
+    source = f"def __init__(self, {', '.join(listed)}):\n    _begin(self, {passed})\n"
+    namespace: dict[str, Any] = {"_begin": begin, "_defaults": {p.name: p.default for p in parameters}}
+    file = f"<{owner}.__init__, made of the rule's record>"
+    linecache.cache[file] = len(source), None, source.splitlines(keepends=True), file
+    exec(compile(source, file, "exec"), namespace)
+    init: Callable[..., None] = namespace["__init__"]
+    init.__annotations__ = {**{p.name: p.annotation for p in parameters}, "return": None}
+    init.__module__, init.__qualname__ = begin.__module__, f"{owner}.__init__"
+    return init
 
 
 @functools.cache
-def _class_of(rule: Rule, front: Front) -> type[Any]:
-    assert rule.defaults is not None
-    first, last = ("".join(f"{name}=_[{name!r}], " for name in names) for names in (rule.defaults, front.shared))
-    body = "_super(_made, self).__init__(**_arguments(_locals()))"
-    namespace: dict[str, Any] = {"_": {**rule.defaults, **front.shared}, "_arguments": front.arguments}
-    namespace |= {"_super": super, "_locals": locals}  # no option begins with _
-    exec(f"def __init__(self, params, {first}*, {last}): {body}", namespace)  # as dataclasses do: one like others
-    said = {**dict.fromkeys(USUAL, "[0, inf)"), **rule.ranges}
-    where = {n: f", in {said[n]}" if n in said else "" for n in rule.defaults}
-    head = inspect.getdoc(rule.step) or f"The rule {rule.name}."
-    listed = [f"    {n}: By default {default!r}{where[n]}." for n, default in rule.defaults.items()]
-    lines = [head, "", "Args:", *listed, f"    params, {', '.join(front.shared)}: As for all classes.", ""]
-    doc = "\n".join([*lines, f"State: {', '.join(('step', *rule.carried, *rule.state))}."])
-    members = {"__doc__": doc, "__module__": rule.step.__module__, "rule": rule, "__init__": namespace["__init__"]}
-    made = namespace["_made"] = type(rule.name, front.bases, members)
+def class_of(rule: Rule, *bases: type) -> type[Any]:
+    """The class of a rule of one's own, always the same."""
+    if not isinstance(rule, Rule) or rule.defaults is None:
+        raise TypeError(f"fastopt.optimizer: rule must be what @fastopt.rule makes of a function, got {rule!r}.")
+    made = type(rule.name, bases, {"__module__": rule.step.__module__, "rule": rule})
+    said: Mapping[str, Any] = {**dict.fromkeys(USUAL, "[0, inf)"), **rule.ranges}
+    where = {name: f", in {said[name]}" if name in said else "" for name in rule.defaults}
+    shared = [name for name in inspect.signature(made).parameters if name not in rule.defaults]
+    made.__doc__ = "\n".join(
+        [
+            inspect.getdoc(rule.step) or f"The rule {rule.name}.",
+            *("", "Args:"),
+            *(f"    {name}: By default {default!r}{where[name]}." for name, default in rule.defaults.items()),
+            *(f"    {', '.join(shared)}: As for all classes.", ""),
+            f"State: {', '.join(('step', *rule.carried, *rule.state))}.",
+        ]
+    )
     return made

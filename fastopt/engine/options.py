@@ -124,12 +124,6 @@ def ranges_of(defaults: Mapping[str, Any], said: Mapping[str, Any]) -> dict[str,
     return ranges
 
 
-SHARED: Mapping[str, Any] = {
-    **{"maximize": False, "capturable": False, "ema_decay": None, "ema_warmup": False},
-    **{"max_grad_norm": None, "skip_nonfinite": False, "zero_grads": False},
-}
-"""Keywords that all classes have, with their defaults; torch's have more."""
-
 STEP_OPTIONS = ("max_grad_norm", "skip_nonfinite", "zero_grads")
 OF_THE_OPTIMIZER = (*STEP_OPTIONS, "master_weights", "flatten")
 """What is chosen for all param groups together."""
@@ -181,11 +175,6 @@ def no_option(name: Any, known: Collection[str]) -> str:
     near = near_name(name, known)
     hint = f" Did you mean {near!r}?" if near else ""
     return f"there is no option {name!r}; options are {', '.join(known)}.{hint}"
-
-
-def arguments(local: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of a constructor by name, from its ``locals()``."""
-    return {name: value for name, value in local.items() if name not in ("self", "__class__")}
 
 
 def check_options(

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..base import Optimizer, Params, optimizer_arguments
+from ..base import Optimizer
 from ..kernels.registry import RULES
-from ..kernels.rules.rule import Options
 
 
 class Adam(Optimizer):
@@ -56,26 +55,6 @@ class Adam(Optimizer):
 
     rule = RULES["adam"]
 
-    def __init__(
-        self,
-        params: Params,
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        amsgrad: bool = False,
-        *,
-        maximize: bool = False,
-        capturable: bool = False,
-        eps_hat: bool = False,
-        ema_decay: float | None = None,
-        ema_warmup: bool = False,
-        max_grad_norm: float | None = None,
-        skip_nonfinite: bool = False,
-        zero_grads: bool = False,
-    ) -> None:
-        super().__init__(**optimizer_arguments(locals()))
-
 
 class AdamW(Optimizer):
     r"""Adam with decoupled weight decay::
@@ -121,31 +100,6 @@ class AdamW(Optimizer):
 
     rule = RULES["adamw"]
 
-    def __init__(
-        self,
-        params: Params,
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 1e-2,
-        amsgrad: bool = False,
-        *,
-        maximize: bool = False,
-        capturable: bool = False,
-        eps_hat: bool = False,
-        fully_decoupled: bool = False,
-        ema_decay: float | None = None,
-        ema_warmup: bool = False,
-        max_grad_norm: float | None = None,
-        skip_nonfinite: bool = False,
-        zero_grads: bool = False,
-    ) -> None:
-        super().__init__(**optimizer_arguments(locals()))
-
     def complete(self, group: dict[str, Any]) -> None:  # noqa: D102 - see Optimizer
         if group.get("fully_decoupled"):
             group.setdefault("initial_lr", group["lr"])
-
-    def check(self, options: Options, where: str) -> None:  # noqa: D102
-        if options["fully_decoupled"] and options.get("initial_lr") == 0.0:
-            raise ValueError(f"{where}fully_decoupled=True needs an initial lr > 0, got 0.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..base import Optimizer, Params, optimizer_arguments
+from ..base import Optimizer
 from ..kernels.registry import RULES
 
 
@@ -49,22 +49,3 @@ class ASGD(Optimizer):
     """
 
     rule = RULES["asgd"]
-
-    def __init__(
-        self,
-        params: Params,
-        lr: float = 1e-2,
-        lambd: float = 1e-4,
-        alpha: float = 0.75,
-        t0: float = 1e6,
-        weight_decay: float = 0.0,
-        *,
-        maximize: bool = False,
-        capturable: bool = False,
-        ema_decay: float | None = None,
-        ema_warmup: bool = False,
-        max_grad_norm: float | None = None,
-        skip_nonfinite: bool = False,
-        zero_grads: bool = False,
-    ) -> None:
-        super().__init__(**optimizer_arguments(locals()))

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..base import Optimizer, Params, optimizer_arguments
+from ..base import Optimizer
 from ..kernels.registry import RULES
-from ..kernels.rules.rule import Options
 
 
 class LARS(Optimizer):
@@ -63,39 +62,11 @@ class LARS(Optimizer):
     """
 
     rule = RULES["lars"]
-
-    def __init__(
-        self,
-        params: Params,
-        lr: float,
-        momentum: float = 0.9,
-        weight_decay: float = 0.0,
-        *,
-        trust_coefficient: float = 1e-3,
-        eps: float = 0.0,
-        nesterov: bool = False,
-        lr_in_momentum: bool = True,
-        clip: bool = False,
-        adapt: bool | None = None,
-        decay_1d: bool | None = None,
-        maximize: bool = False,
-        capturable: bool = False,
-        keep_weight_norms: bool = False,
-        ema_decay: float | None = None,
-        ema_warmup: bool = False,
-        max_grad_norm: float | None = None,
-        skip_nonfinite: bool = False,
-        zero_grads: bool = False,
-    ) -> None:
-        super().__init__(**optimizer_arguments(locals()))
+    flags = ("keep_weight_norms",)
 
     def weights_written(self) -> None:
         """Another name of ``refresh``."""
         self.refresh()
-
-    def check(self, options: Options, where: str) -> None:  # noqa: D102 - see Optimizer
-        if options["nesterov"] and options["momentum"] == 0.0:
-            raise ValueError(f"{where}nesterov=True needs momentum > 0, got 0.")
 
     def _keeps(self, options: list[dict[str, Any]]) -> bool:
         return all(o["keep_weight_norms"] for o in options)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..base import Optimizer, Params, optimizer_arguments
+from ..base import Optimizer
 from ..kernels.registry import RULES
 
 
@@ -41,20 +41,3 @@ class Lion(Optimizer):
     """
 
     rule = RULES["lion"]
-
-    def __init__(
-        self,
-        params: Params,
-        lr: float = 1e-4,
-        betas: tuple[float, float] = (0.9, 0.99),
-        weight_decay: float = 0.0,
-        *,
-        maximize: bool = False,
-        capturable: bool = False,
-        ema_decay: float | None = None,
-        ema_warmup: bool = False,
-        max_grad_norm: float | None = None,
-        skip_nonfinite: bool = False,
-        zero_grads: bool = False,
-    ) -> None:
-        super().__init__(**optimizer_arguments(locals()))

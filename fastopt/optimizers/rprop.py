@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from ..base import Optimizer, Params, optimizer_arguments
+from ..base import Optimizer
 from ..kernels.registry import RULES
-from ..kernels.rules.rule import Options
 
 
 class Rprop(Optimizer):
@@ -50,25 +49,3 @@ class Rprop(Optimizer):
     """
 
     rule = RULES["rprop"]
-
-    def __init__(
-        self,
-        params: Params,
-        lr: float = 1e-2,
-        etas: tuple[float, float] = (0.5, 1.2),
-        step_sizes: tuple[float, float] = (1e-6, 50.0),
-        *,
-        maximize: bool = False,
-        capturable: bool = False,
-        ema_decay: float | None = None,
-        ema_warmup: bool = False,
-        max_grad_norm: float | None = None,
-        skip_nonfinite: bool = False,
-        zero_grads: bool = False,
-    ) -> None:
-        super().__init__(**optimizer_arguments(locals()))
-
-    def check(self, options: Options, where: str) -> None:  # noqa: D102 - see Optimizer
-        smallest, largest = options["step_sizes"]
-        if smallest > largest:
-            raise ValueError(f"{where}step_sizes[0] must not exceed step_sizes[1], got {(smallest, largest)}.")

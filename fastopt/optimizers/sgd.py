@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from ..base import Optimizer, Params, optimizer_arguments
+from ..base import Optimizer
 from ..kernels.registry import RULES
-from ..kernels.rules.rule import Options
 
 
 class SGD(Optimizer):
@@ -53,30 +52,3 @@ class SGD(Optimizer):
     """
 
     rule = RULES["sgd"]
-
-    def __init__(
-        self,
-        params: Params,
-        lr: float = 1e-3,
-        momentum: float = 0.0,
-        dampening: float = 0.0,
-        weight_decay: float = 0.0,
-        nesterov: bool = False,
-        *,
-        maximize: bool = False,
-        capturable: bool = False,
-        lr_in_momentum: bool = False,
-        ema_decay: float | None = None,
-        ema_warmup: bool = False,
-        max_grad_norm: float | None = None,
-        skip_nonfinite: bool = False,
-        zero_grads: bool = False,
-    ) -> None:
-        super().__init__(**optimizer_arguments(locals()))
-
-    def check(self, options: Options, where: str) -> None:  # noqa: D102 - see Optimizer
-        if options["nesterov"] and (options["momentum"] == 0.0 or options["dampening"] != 0.0):
-            raise ValueError(
-                f"{where}nesterov=True needs momentum > 0 and dampening 0, got momentum={options['momentum']} and "
-                f"dampening={options['dampening']}."
-            )

@@ -25,11 +25,25 @@ except ModuleNotFoundError as error:
         raise
     raise ImportError("fastopt.torch needs PyTorch: pip install torch") from None
 
-from .adam import Adam, Adamax, AdamW, NAdam, RAdam
 from .amp import GradScaler
 from .base import TensorOptimizer
-from .further import LAMB, LARS, Lion, optimizer
-from .optimizers import ASGD, SGD, Adadelta, Adagrad, RMSprop, Rprop
+from .optimizers import (
+    ASGD,
+    LAMB,
+    LARS,
+    SGD,
+    Adadelta,
+    Adagrad,
+    Adam,
+    Adamax,
+    AdamW,
+    Lion,
+    NAdam,
+    RAdam,
+    RMSprop,
+    Rprop,
+    optimizer,
+)
 
 __all__ = [
     "ASGD",

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import ParamsT
 
+from ..engine.classes import EMA, constructor, keyword, keywords_of, option_arguments
 from ..engine.options import EMA_RANGES, Range, boolean, ranges_of
 from ..engine.plan import RuleChoice, choice
 from ..engine.step import StepInfo
-from ..kernels.registry import variant
+from ..kernels.registry import RULES, variant
 from ..kernels.rules.rule import Options, Rule
 from . import _devices
 from ._flat import FlatGroups
@@ -25,6 +27,11 @@ from ._tensors import FLOATING, PLAIN, check_apart, parameter_memory
 
 if TYPE_CHECKING:
     from ._stepper import MultiDeviceStepper, Stepper
+
+
+SWITCHES = [keyword(name, False) for name in ("maximize", "capturable", "differentiable")]
+SWITCHES += [keyword(name, None, bool | None) for name in ("foreach", "fused")]
+"""What torch's classes have, for those that torch does not have."""
 
 
 class GroupOptions(StepOptions):
@@ -42,6 +49,9 @@ class GroupOptions(StepOptions):
     rule_options: ClassVar[Mapping[str, Any]] = {}
     """Flags of the rules that torch's class does not have; in a param group only where they differ from this. They are
     arguments of the constructor, or stand here."""
+
+    flags: ClassVar[tuple[str, ...]] = ()
+    """Options beside those of torch's class and the rule, keywords that are False by default."""
 
     option_names: ClassVar[frozenset[str]] = frozenset()
     """What is read of a param group; all else there is the user's."""
@@ -80,22 +90,33 @@ class GroupOptions(StepOptions):
         GroupOptions.__init__(self, **extras)
 
     def __init_subclass__(cls) -> None:
-        """Find out what torch's class takes, and what is read of a param group."""
-        own = inspect.signature(cls.__init__)
-        parameters = [p for p in own.parameters.values() if p.name != "self"]
-        cls.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
-        if cls.rule is not None and cls.rule.defaults is not None and "rule" in vars(cls):
-            cls.ranges, cls.names = ranges_of(cls.rule.defaults, cls.rule.ranges), Names.of(cls.rule)
-        base = next((b for b in cls.__bases__ if GroupOptions in b.__bases__), None)
+        """Make the constructor, where the class writes none; find out what is read of a param group."""
+        base: Any = next((b for b in cls.__bases__ if GroupOptions in b.__bases__), None)
         if base is not None:
-            inherited = inspect.signature(super(StepOptions, cls).__init__).parameters  # of torch's class
-            takes_all = any(p.kind is p.VAR_KEYWORD for p in inherited.values())
-            names = own.parameters.keys() - {"capturable", *EMA_RANGES} if takes_all else inherited.keys()
+            inherited = dict(inspect.signature(super(StepOptions, cls).__init__).parameters)  # of torch's class
+            del inherited["self"]
+            is_torchs = not any(p.kind is p.VAR_KEYWORD for p in inherited.values())
+            shared = keywords_of(base.__init__)
+            if cls.rule is not None and cls.rule.defaults is not None:
+                options = option_arguments(cls.rule, ParamsT, float | Tensor)
+                if "__init__" not in vars(cls):
+                    first = [*inherited.values()] if is_torchs else [*options, *SWITCHES]
+                    flags = [p for p in options if p.kind is p.KEYWORD_ONLY]
+                    flags += [keyword(name, False) for name in ("capturable", *cls.flags)]
+                    cls.__init__ = constructor(cls.__qualname__, [*first, *flags, *EMA, *shared], base.__init__)  # type: ignore[method-assign]
+                if not is_torchs:
+                    cls.ranges = ranges_of({p.name: p.default for p in options[1:]}, cls.rule.ranges)
+                if RULES.get(cls.rule.name) is not cls.rule:
+                    cls.names = Names.of(cls.rule)
+            own = inspect.signature(cls.__init__).parameters
+            names = inherited.keys() if is_torchs else own.keys() - {"capturable", *EMA_RANGES}
             cls._torch_names = frozenset(names - {"self", "params"})
-            shared = inspect.signature(base.__init__).parameters  # type: ignore[misc]
-            flags = {p.name: p.default for p in parameters if p.name not in (*names, *shared, "foreach", "fused")}
-            cls.rule_options = {**cls.rule_options, **flags}
+            known = {"self", "foreach", "fused", *names, *(p.name for p in shared)}
+            cls.rule_options = {**cls.rule_options, **{p.name: p.default for p in own.values() if p.name not in known}}
             cls.option_names = cls._torch_names.union(cls.rule_options, ["initial_lr"])
+        signature = inspect.signature(cls.__init__)
+        parameters = [p for p in signature.parameters.values() if p.name != "self"]
+        cls.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
 
     def _extras(self) -> dict[str, Any]:
         return {**super()._extras(), "master_weights": self._master, "flatten": self._flat is not None}
@@ -135,6 +156,10 @@ class GroupOptions(StepOptions):
         for name in self.rule_options.keys() - self._torch_names:
             options[name] = checked_flag(name, options[name], where + name)
         options |= {name: check(options[name], where + name) for name, check in self.ranges.items() if name in options}
+        if self.ranges and self.rule is not None and self.rule.conflict is not None:
+            conflict = self.rule.conflict(options)
+            if conflict is not None:
+                raise ValueError(f"{where}{conflict}")
         rule = self.select_rule(options)
         for name in {*rule.options, *rule.initial.values()} & {*options, *self.defaults}:
             value, count = options.get(name), rule.options.get(name, 1)

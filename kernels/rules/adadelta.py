@@ -34,4 +34,17 @@ RANGES = {"rho": BELOW_ONE, "eps": NONNEGATIVE}
 
 STATE = "square_avg", "acc_delta"
 
-RULES = (Rule("adadelta", adadelta, AdadeltaScalars, adadelta_scalars, STATE, options=OPTIONS, ranges=RANGES),)
+DEFAULTS = {"lr": 1.0, "rho": 0.9, "eps": 1e-6, "weight_decay": 0.0}
+
+RULES = (
+    Rule(
+        "adadelta",
+        adadelta,
+        AdadeltaScalars,
+        adadelta_scalars,
+        STATE,
+        options=OPTIONS,
+        ranges=RANGES,
+        defaults=DEFAULTS,
+    ),
+)

@@ -28,6 +28,10 @@ def adagrad_scalars(t: int, o: Options) -> AdagradScalars:
     return AdagradScalars(clr, o["weight_decay"], o["eps"], 0.0)
 
 
+DEFAULTS = {"lr": 1e-2, "lr_decay": 0.0, "weight_decay": 0.0, "initial_accumulator_value": 0.0, "eps": 1e-10}
+
+FLAGS = {"eps_inside_sqrt": False}
+
 RULES = (
     Rule(
         "adagrad",
@@ -38,5 +42,7 @@ RULES = (
         initial={"sum": "initial_accumulator_value"},
         options={"lr": 1, "lr_decay": 1, "weight_decay": 1, "eps": 1, "eps_inside_sqrt": 1},
         ranges=dict.fromkeys(("lr_decay", "initial_accumulator_value", "eps"), NONNEGATIVE),
+        defaults=DEFAULTS,
+        flags=FLAGS,
     ),
 )

@@ -75,6 +75,10 @@ ADAMW = {**ADAM, "fully_decoupled": 1, "initial_lr": 1}
 
 RANGES = {"betas": BETAS, "eps": NONNEGATIVE}
 
+DEFAULTS = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0, "amsgrad": False}
+
+FLAGS = {"eps_hat": False}
+
 
 def variant(o: Options, decoupled: bool = False) -> str:
     return ("amsgrad" if o["amsgrad"] else "adam") + ("w" if o.get("decoupled_weight_decay", decoupled) else "")
@@ -84,16 +88,31 @@ def variant_w(o: Options) -> str:
     return variant(o, True)
 
 
+def conflict(o: Options) -> str | None:
+    wrong = o["fully_decoupled"] and o.get("initial_lr") == 0.0
+    return "fully_decoupled=True needs an initial lr > 0, got 0." if wrong else None
+
+
 MOMENTS = "exp_avg", "exp_avg_sq"
 MAXIMUM = "max_exp_avg_sq"  # switched on later, it is one from there on
 
 RULES = (
-    Rule("adam", adam, AdamScalars, adam_scalars, MOMENTS, options=ADAM, ranges=RANGES, variant=variant),
+    Rule(
+        *("adam", adam, AdamScalars, adam_scalars, MOMENTS),
+        options=ADAM,
+        ranges=RANGES,
+        defaults=DEFAULTS,
+        flags=FLAGS,
+        variant=variant,
+    ),
     Rule(
         *("adamw", adamw, AdamScalars, adamw_scalars, MOMENTS),
         options=ADAMW,
         ranges={**RANGES, "initial_lr": NONNEGATIVE},
+        defaults={**DEFAULTS, "weight_decay": 1e-2},
+        flags={**FLAGS, "fully_decoupled": False},
         variant=variant_w,
+        conflict=conflict,
     ),
     Rule("amsgrad", amsgrad, AdamScalars, adam_scalars, (*MOMENTS, MAXIMUM), options=ADAM, late=(MAXIMUM,)),
     Rule("amsgradw", amsgradw, AdamScalars, adamw_scalars, (*MOMENTS, MAXIMUM), options=ADAMW, late=(MAXIMUM,)),

@@ -34,4 +34,17 @@ OPTIONS = {"lr": 1, "betas": 2, "eps": 1, "weight_decay": 1}
 
 RANGES = {"betas": BETAS, "eps": NONNEGATIVE}
 
-RULES = (Rule("adamax", adamax, AdamaxScalars, adamax_scalars, ("exp_avg", "exp_inf"), options=OPTIONS, ranges=RANGES),)
+DEFAULTS = {"lr": 2e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
+
+RULES = (
+    Rule(
+        "adamax",
+        adamax,
+        AdamaxScalars,
+        adamax_scalars,
+        ("exp_avg", "exp_inf"),
+        options=OPTIONS,
+        ranges=RANGES,
+        defaults=DEFAULTS,
+    ),
+)

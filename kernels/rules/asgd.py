@@ -42,4 +42,18 @@ OPTIONS = {"lr": 1, "lambd": 1, "alpha": 1, "t0": 1, "weight_decay": 1}
 
 RANGES = {"lambd": NONNEGATIVE, "alpha": NONNEGATIVE, "t0": "[0, inf]"}
 
-RULES = (Rule("asgd", asgd, AsgdScalars, asgd_scalars, ("ax",), carry=asgd_carry, options=OPTIONS, ranges=RANGES),)
+DEFAULTS = {"lr": 1e-2, "lambd": 1e-4, "alpha": 0.75, "t0": 1e6, "weight_decay": 0.0}
+
+RULES = (
+    Rule(
+        "asgd",
+        asgd,
+        AsgdScalars,
+        asgd_scalars,
+        ("ax",),
+        carry=asgd_carry,
+        options=OPTIONS,
+        ranges=RANGES,
+        defaults=DEFAULTS,
+    ),
+)

@@ -51,6 +51,18 @@ def lars_scalars(t: int, o: Options) -> LarsScalars:
     )
 
 
+DEFAULTS = {"lr": ..., "momentum": 0.9, "weight_decay": 0.0}
+
+FLAGS = {
+    "trust_coefficient": 1e-3,
+    "eps": 0.0,
+    "nesterov": False,
+    "lr_in_momentum": True,
+    "clip": False,
+    "adapt": None,
+    "decay_1d": None,
+}
+
 OPTIONS = {
     "lr": 1,
     "momentum": 1,
@@ -74,6 +86,10 @@ def variant(o: Options) -> str:
     return "lars_nesterov" if o["nesterov"] else "lars"
 
 
+def conflict(o: Options) -> str | None:
+    return "nesterov=True needs momentum > 0, got 0." if o["nesterov"] and o["momentum"] == 0.0 else None
+
+
 def _rule(step: Any) -> Rule:
     return Rule(
         *(step.__name__, step, LarsScalars, lars_scalars, ("momentum_buffer",)),
@@ -82,7 +98,10 @@ def _rule(step: Any) -> Rule:
         layerwise=True,
         options=OPTIONS,
         ranges=RANGES,
+        defaults=DEFAULTS,
+        flags=FLAGS,
         variant=variant,
+        conflict=conflict,
     )
 
 

@@ -32,4 +32,17 @@ def lion_scalars(t: int, o: Options) -> LionScalars:
 
 OPTIONS = {"lr": 1, "betas": 2, "weight_decay": 1}
 
-RULES = (Rule("lion", lion, LionScalars, lion_scalars, ("exp_avg",), options=OPTIONS, ranges={"betas": BETAS}),)
+DEFAULTS = {"lr": 1e-4, "betas": (0.9, 0.99), "weight_decay": 0.0}
+
+RULES = (
+    Rule(
+        "lion",
+        lion,
+        LionScalars,
+        lion_scalars,
+        ("exp_avg",),
+        options=OPTIONS,
+        ranges={"betas": BETAS},
+        defaults=DEFAULTS,
+    ),
+)

@@ -57,6 +57,15 @@ def nadam_carry(o: Options) -> NadamCarry:
     return NadamCarry(1.0)
 
 
+DEFAULTS = {
+    "lr": 2e-3,
+    "betas": (0.9, 0.999),
+    "eps": 1e-8,
+    "weight_decay": 0.0,
+    "momentum_decay": 4e-3,
+    "decoupled_weight_decay": False,
+}
+
 RULES = (
     Rule(
         "nadam",
@@ -67,5 +76,6 @@ RULES = (
         carry=nadam_carry,
         options={"lr": 1, "betas": 2, "eps": 1, "weight_decay": 1, "momentum_decay": 1, "decoupled_weight_decay": 1},
         ranges={"betas": BETAS, "eps": NONNEGATIVE, "momentum_decay": NONNEGATIVE},
+        defaults=DEFAULTS,
     ),
 )

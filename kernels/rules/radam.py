@@ -46,4 +46,17 @@ OPTIONS = {"lr": 1, "betas": 2, "eps": 1, "weight_decay": 1, "decoupled_weight_d
 
 RANGES = {"betas": BETAS, "eps": NONNEGATIVE}
 
-RULES = (Rule("radam", radam, RadamScalars, radam_scalars, ("exp_avg", "exp_avg_sq"), options=OPTIONS, ranges=RANGES),)
+DEFAULTS = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0, "decoupled_weight_decay": False}
+
+RULES = (
+    Rule(
+        "radam",
+        radam,
+        RadamScalars,
+        radam_scalars,
+        ("exp_avg", "exp_avg_sq"),
+        options=OPTIONS,
+        ranges=RANGES,
+        defaults=DEFAULTS,
+    ),
+)

@@ -59,6 +59,10 @@ def rmsprop_scalars(t: int, o: Options) -> RmspropScalars:
     return RmspropScalars(o["lr"], alpha, 1.0 - alpha, o["momentum"], o["weight_decay"], outside, inside, 0.0)
 
 
+DEFAULTS = {"lr": 1e-2, "alpha": 0.99, "eps": 1e-8, "weight_decay": 0.0, "momentum": 0.0, "centered": False}
+
+FLAGS = {"eps_inside_sqrt": False}
+
 OPTIONS = {"lr": 1, "alpha": 1, "eps": 1, "eps_inside_sqrt": 1, "momentum": 1, "weight_decay": 1}
 
 
@@ -71,7 +75,7 @@ def variant(o: Options) -> str:
 
 def _rule(step: Any, *state: str) -> Rule:
     record = step.__name__, step, RmspropScalars, rmsprop_scalars, state
-    return Rule(*record, options=OPTIONS, ranges=RANGES, variant=variant)
+    return Rule(*record, options=OPTIONS, ranges=RANGES, defaults=DEFAULTS, flags=FLAGS, variant=variant)
 
 
 RULES = (

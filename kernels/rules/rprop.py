@@ -37,11 +37,23 @@ OPTIONS = {"etas": 2, "step_sizes": 2}
 
 RANGES = {"etas": ("(0, 1)", "(1, inf)"), "step_sizes": (POSITIVE, POSITIVE)}
 
+
+def conflict(o: Options) -> str | None:
+    smallest, largest = o["step_sizes"]
+    if smallest > largest:
+        return f"step_sizes[0] must not exceed step_sizes[1], got {(smallest, largest)}."
+    return None
+
+
+DEFAULTS = {"lr": 1e-2, "etas": (0.5, 1.2), "step_sizes": (1e-6, 50.0)}
+
 RULES = (
     Rule(
         *("rprop", rprop, RpropScalars, rprop_scalars, ("prev", "step_size")),
         initial={"step_size": "lr"},
         options=OPTIONS,
         ranges=RANGES,
+        defaults=DEFAULTS,
+        conflict=conflict,
     ),
 )

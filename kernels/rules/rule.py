@@ -62,9 +62,11 @@ class Rule:
             flat buffers must be left. None: found out by trying, which takes some 0.1 ms each time that options change.
         ranges: Range of the options that a class of this rule has: an interval such as "[0, 1)", a tuple of them, bool,
             or a function ``(value, where) -> value`` that raises where it must. Flags need none.
-        defaults: The options of a class that ``fastopt.optimizer`` makes of the rule, with their defaults. The classes
-            of the library write theirs out.
-        variant: Function ``(options) -> name`` of the rule that these options select, for the first of several.
+        defaults: The options of a class of this rule and their defaults, in the order of its arguments; ... where there
+            is none. These and what follows are those of the first of several rules that options select.
+        flags: Further ones, which are keywords only.
+        variant: Function ``(options) -> name`` of the rule that these options select.
+        conflict: Function ``(options) -> text`` that says what is wrong where options do not go together, else None.
         layerwise: Whether the options "adapt" and "decay_1d" say which parameters have a ratio and decay.
         late: States that may be missing where steps were taken.
     """
@@ -83,7 +85,9 @@ class Rule:
     keeps_zeros: bool | None = None
     ranges: Mapping[str, Any] = field(default_factory=dict)
     defaults: Mapping[str, Any] | None = None
+    flags: Mapping[str, Any] = field(default_factory=dict)
     variant: Callable[[Options], str] | None = None
+    conflict: Callable[[Options], str | None] | None = None
     layerwise: bool = False
     late: tuple[str, ...] = ()
 

@@ -59,8 +59,30 @@ def variant(o: Options) -> str:
     return "sgd" if o["momentum"] == 0.0 else "nesterov" if o["nesterov"] else "momentum"
 
 
+def conflict(o: Options) -> str | None:
+    if o["nesterov"] and (o["momentum"] == 0.0 or o["dampening"] != 0.0):
+        given = f"got momentum={o['momentum']} and dampening={o['dampening']}."
+        return f"nesterov=True needs momentum > 0 and dampening 0, {given}"
+    return None
+
+
+DEFAULTS = {"lr": 1e-3, "momentum": 0.0, "dampening": 0.0, "weight_decay": 0.0, "nesterov": False}
+
+FLAGS = {"lr_in_momentum": False}
+
 RULES = (
-    Rule("sgd", sgd, SgdScalars, sgd_scalars, options={"lr": 1, "weight_decay": 1}, ranges=RANGES, variant=variant),
+    Rule(
+        "sgd",
+        sgd,
+        SgdScalars,
+        sgd_scalars,
+        options={"lr": 1, "weight_decay": 1},
+        ranges=RANGES,
+        defaults=DEFAULTS,
+        flags=FLAGS,
+        variant=variant,
+        conflict=conflict,
+    ),
     Rule("momentum", momentum, MomentumScalars, momentum_scalars, ("momentum_buffer",), options=OPTIONS),
     Rule("nesterov", nesterov, MomentumScalars, momentum_scalars, ("momentum_buffer",), options=OPTIONS),
 )
