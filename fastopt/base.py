@@ -10,7 +10,7 @@ from typing import Any, cast
 from .engine.classes import EMA, constructor, keyword, keywords_of, option_arguments
 from .engine.device import Array, Device, is_array
 from .engine.exclusive import exclusive, finish
-from .engine.options import SCALE, STEP_OPTIONS, boolean, optional_norm, own_options
+from .engine.options import NORM, SCALE, STEP_OPTIONS, boolean, own_options
 from .engine.plan import Parameter, Plan
 from .engine.plans import Plans, plan_class
 from .engine.step import Request, StepInfo
@@ -251,9 +251,9 @@ class Optimizer(States):
             multiplier = 1.0 / SCALE(grad_scale, f"{where}: grad_scale")
         norm = own.max_norm
         if max_norm is not ...:
-            norm = optional_norm(max_norm, f"{where}: max_norm")
+            norm = NORM(max_norm, f"{where}: max_norm")
         elif max_grad_norm is not ...:
-            norm = optional_norm(max_grad_norm, f"{where}: max_grad_norm")
+            norm = NORM(max_grad_norm, f"{where}: max_grad_norm")
         skip = own.skip_nonfinite if skip_nonfinite is ... else boolean(skip_nonfinite, f"{where}: skip_nonfinite")
         return Request(multiplier, scale_at, norm, skip, zero, keep_weights)
 

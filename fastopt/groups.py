@@ -13,15 +13,16 @@ import numpy as np
 from .engine.device import Array, Device
 from .engine.options import (
     EMA_RANGES,
+    NORM,
     STEP_OPTIONS,
     USUAL,
     Range,
     boolean,
     check_options,
     naming_options,
-    optional_norm,
     own_options,
     ranges_of,
+    step_option,
 )
 from .engine.plan import Parameter, Plan, RuleChoice, choice
 from .engine.step import Request, StepInfo
@@ -46,25 +47,6 @@ class GroupSnapshot:
     foreign: Collection[str]  # keys of the user's own
 
 
-class StepOption:
-    """An option of every step: an attribute that is checked when it is set, and that a field of the request holds."""
-
-    def __init__(self, field: str, check: Range) -> None:
-        self._field, self._check = field, check
-
-    def __get__(self, opt: Any, owner: type) -> Any:
-        return self if opt is None else getattr(opt._request, self._field)
-
-    def __set__(self, opt: Any, value: Any) -> None:
-        name = "max_grad_norm" if self._field == "max_norm" else self._field
-        opt._request = replace(opt._request, **{self._field: self._check(value, f"{type(opt).__name__}: {name}")})
-
-
-def step_option(field: str, check: Range) -> Any:
-    """A ``StepOption``, to type checkers of the type that is written beside it."""
-    return StepOption(field, check)
-
-
 class Groups:
     """The param groups of an optimizer, and its options."""
 
@@ -77,7 +59,7 @@ class Groups:
     flags: ClassVar[tuple[str, ...]] = ()
     """Options beside those of the rule, keywords that are False by default."""
 
-    max_grad_norm: float | None = step_option("max_norm", optional_norm)
+    max_grad_norm: float | None = step_option("max_norm", NORM)
     skip_nonfinite: bool = step_option("skip_nonfinite", boolean)
     zero_grads: bool = step_option("zero_grads", boolean)
 
@@ -97,6 +79,9 @@ class Groups:
         self._groups: list[GroupSnapshot] = []
         self._parameters: list[Parameter] = []
         self._plan: Plan | None = None
+
+    def _ask(self, **fields: Any) -> None:
+        self._request = replace(self._request, **fields)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Have keywords that the constructor lacks refused with those that it has."""

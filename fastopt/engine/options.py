@@ -99,8 +99,7 @@ def range_of(said: Any, default: Any) -> Range:
 
 NONNEGATIVE = interval("[0, inf)")
 SCALE = interval("[1e-37, 1e37]")  # its inverse is a float32
-NORM = interval("[0, inf]")
-optional_norm = optional(NORM)
+NORM = optional(interval("[0, inf]"))
 USUAL: Mapping[str, Range] = {"lr": NONNEGATIVE, "weight_decay": NONNEGATIVE}
 """Options that mean the same in all classes."""
 
@@ -127,6 +126,29 @@ def ranges_of(defaults: Mapping[str, Any], said: Mapping[str, Any]) -> dict[str,
 STEP_OPTIONS = ("max_grad_norm", "skip_nonfinite", "zero_grads")
 OF_THE_OPTIMIZER = (*STEP_OPTIONS, "master_weights", "flatten")
 """What is chosen for all param groups together."""
+
+
+class StepOption:
+    """An option of every step: an attribute that is checked when it is set, and that a field of the request holds.
+
+    The optimizer has its request as ``_request``, and changes fields by ``_ask``.
+    """
+
+    def __init__(self, field: str, check: Range) -> None:
+        self._field, self._check = field, check
+
+    def __get__(self, opt: Any, owner: type) -> Any:
+        return self if opt is None else getattr(opt._request, self._field)
+
+    def __set__(self, opt: Any, value: Any) -> None:
+        name = "max_grad_norm" if self._field == "max_norm" else self._field
+        opt._ask(**{self._field: self._check(value, f"{type(opt).__name__}: {name}")})
+
+
+def step_option(field: str, check: Range) -> Any:
+    """A ``StepOption``; to type checkers of the type that is written beside it."""
+    return StepOption(field, check)
+
 
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 

@@ -208,7 +208,7 @@ class TensorOptimizer(GroupOptions, Averages, Checkpoints):
     def _step(self) -> StepInfo:
         scale: Any = getattr(self, "grad_scale", None)  # GradScaler sets both around a step
         found: Any = getattr(self, "found_inf", None)
-        asked = self._asked
+        asked = self._request
         if self._checks_for_scaler:
             asked = dataclasses.replace(asked, skip_nonfinite=True)
         options = self._current_options()
