@@ -25,28 +25,13 @@ if importlib.util.find_spec("fastopt.kernels") is None:
         "fastopt. Start Python elsewhere, or install with `pip install -e .` to work in the repository."
     )
 
-from . import schedules
+from . import optimizers, schedules
 from .base import Optimizer
 from .engine.backend import get_num_threads, set_num_threads
 from .engine.step import StepInfo
 from .flat import FlatBuffer
 from .kernels.rules.rule import Rule
-from .optimizers import (
-    ASGD,
-    LAMB,
-    LARS,
-    SGD,
-    Adadelta,
-    Adagrad,
-    Adam,
-    Adamax,
-    AdamW,
-    Lion,
-    NAdam,
-    RAdam,
-    RMSprop,
-    Rprop,
-)
+from .optimizers import *
 from .own_rules import optimizer, rule
 
 __version__ = "0.1.0"
@@ -60,23 +45,9 @@ if importlib.util.find_spec("fastopt._native") is None and importlib.util.find_s
     )
 
 __all__ = [
-    "ASGD",
-    "LAMB",
-    "LARS",
-    "SGD",
-    "Adadelta",
-    "Adagrad",
-    "Adam",
-    "AdamW",
-    "Adamax",
     "CheckpointError",
     "FlatBuffer",
-    "Lion",
-    "NAdam",
     "Optimizer",
-    "RAdam",
-    "RMSprop",
-    "Rprop",
     "Rule",
     "StepInfo",
     "get_num_threads",
@@ -87,6 +58,7 @@ __all__ = [
     "schedules",
     "set_num_threads",
 ]
+__all__ += optimizers.__all__
 
 
 def __getattr__(name: str) -> Any:

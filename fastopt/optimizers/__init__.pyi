@@ -2,6 +2,23 @@
 
 from ..base import Optimizer, Params
 
+__all__ = [
+    "ASGD",
+    "LAMB",
+    "LARS",
+    "SGD",
+    "Adadelta",
+    "Adagrad",
+    "Adam",
+    "AdamW",
+    "Adamax",
+    "Lion",
+    "NAdam",
+    "RAdam",
+    "RMSprop",
+    "Rprop",
+]
+
 class ASGD(Optimizer):
     def __init__(
         self,

@@ -25,45 +25,13 @@ except ModuleNotFoundError as error:
         raise
     raise ImportError("fastopt.torch needs PyTorch: pip install torch") from None
 
+from . import optimizers
 from .amp import GradScaler
 from .base import TensorOptimizer
-from .optimizers import (
-    ASGD,
-    LAMB,
-    LARS,
-    SGD,
-    Adadelta,
-    Adagrad,
-    Adam,
-    Adamax,
-    AdamW,
-    Lion,
-    NAdam,
-    RAdam,
-    RMSprop,
-    Rprop,
-    optimizer,
-)
+from .optimizers import *
 
-__all__ = [
-    "ASGD",
-    "LAMB",
-    "LARS",
-    "SGD",
-    "Adadelta",
-    "Adagrad",
-    "Adam",
-    "AdamW",
-    "Adamax",
-    "GradScaler",
-    "Lion",
-    "NAdam",
-    "RAdam",
-    "RMSprop",
-    "Rprop",
-    "TensorOptimizer",
-    "optimizer",
-]
+__all__ = ["GradScaler", "TensorOptimizer"]
+__all__ += optimizers.__all__
 
 
 def __getattr__(name: str) -> Any:

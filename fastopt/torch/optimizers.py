@@ -15,6 +15,24 @@ from ._options import plain
 from ._tensors import COMPUTED
 from .base import TensorOptimizer
 
+__all__ = [
+    "ASGD",
+    "LAMB",
+    "LARS",
+    "SGD",
+    "Adadelta",
+    "Adagrad",
+    "Adam",
+    "AdamW",
+    "Adamax",
+    "Lion",
+    "NAdam",
+    "RAdam",
+    "RMSprop",
+    "Rprop",
+    "optimizer",
+]
+
 
 class _WithDefaults(torch.optim.Optimizer):
     """torch's base class, with the defaults as keywords, as its subclasses have them."""

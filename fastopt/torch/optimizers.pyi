@@ -8,6 +8,24 @@ from torch.optim.optimizer import ParamsT
 from ..kernels.rules.rule import Rule
 from .base import TensorOptimizer
 
+__all__ = [
+    "ASGD",
+    "LAMB",
+    "LARS",
+    "SGD",
+    "Adadelta",
+    "Adagrad",
+    "Adam",
+    "AdamW",
+    "Adamax",
+    "Lion",
+    "NAdam",
+    "RAdam",
+    "RMSprop",
+    "Rprop",
+    "optimizer",
+]
+
 def optimizer(rule: Rule) -> type[Any]: ...
 
 class ASGD(TensorOptimizer, torch.optim.ASGD):

@@ -9,9 +9,17 @@ import fastopt
 import fastopt.torch
 
 ROOT = pathlib.Path(__file__).parents[2]
+
+
+def _exports(module):
+    return "\n".join(["__all__ = [", *(f'    "{name}",' for name in module.__all__), "]"])
+
+
 HEAD = "# Written by tests/support/stubs.py from the rules' records, for type checkers and editors.\n"
 NUMPY = f"""{HEAD}
 from ..base import Optimizer, Params
+
+{_exports(fastopt.optimizers)}
 """
 TORCH = f"""{HEAD}
 from typing import Any
@@ -21,6 +29,8 @@ from torch.optim.optimizer import ParamsT
 
 from ..kernels.rules.rule import Rule
 from .base import TensorOptimizer
+
+{_exports(fastopt.torch.optimizers)}
 
 def optimizer(rule: Rule) -> type[Any]: ...
 """
