@@ -30,8 +30,9 @@ from .amp import GradScaler
 from .base import TensorOptimizer
 from .optimizers import *
 
-__all__ = ["GradScaler", "TensorOptimizer"]
+__all__: list[str] = []
 __all__ += optimizers.__all__
+__all__ += ["GradScaler", "TensorOptimizer"]
 
 
 def __getattr__(name: str) -> Any:
