@@ -87,11 +87,11 @@ def ratios(rule, segments):
 
 def update_on_cpu(rule, pair, segments, multiplier, zero):
     backend, table = _backend.current(), Table([s.arrays[GRADIENT].size for s in segments])
-    kernel, h = backend.update_kernel(rule, *pair), scalars(rule)
+    kernel, h = backend.kernel("update", rule, *pair), scalars(rule)
     for row, segment, ratio in zip(table.segments, segments, ratios(rule, segments), strict=True):
         row["update"], row["scalars"] = kernel, h[segment.scalar_group].ctypes.data
         row["arrays"][: len(segment.arrays)] = [a.ctypes.data for a in segment.arrays]
-        row["own"] = segment.sign * multiplier, ratio, zero
+        row["own"], row["zeroed"] = (segment.sign * multiplier, ratio), zero * segment.arrays[GRADIENT].itemsize
     backend.update(table, 1)
 
 
