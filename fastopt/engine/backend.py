@@ -15,7 +15,6 @@ import numpy as np
 
 from ..kernels.cpu import team
 from ..kernels.dtypes import symbol
-from ..kernels.layout import DECIDE, NORM, SUM, UPDATE, WAVES
 from ..kernels.registry import PREBUILT
 from ..kernels.rules.rule import Rule
 from .library import library_path, open_library
@@ -57,7 +56,7 @@ class Backend(ABC):
 
     @abstractmethod
     def run(self, table: Table, act: int, flags: int, threads: int) -> None:
-        """Have a team run the schedule of the table (kernels/cpu/schedule.py)."""
+        """Have a team of threads do with a table what ``UPDATE`` and others in kernels/layout.py say."""
 
     def address(self, name: str) -> int | None:
         """Address of a function of the compiled library."""
@@ -75,27 +74,6 @@ class Backend(ABC):
         except ImportError as error:
             named = f"the {kind} kernel for {', '.join(names)}"
             raise ImportError(f"fastopt: {self.compiles} To compile {named} now, {NUMBA} ({error})") from error
-
-    def update(self, table: Table, threads: int) -> None:
-        """Update every chunk, and commit the counts."""
-        self.run(table, UPDATE, 0, threads)
-
-    def squares(self, table: Table, which: int, threads: int) -> float:
-        """Sum of squares of parameters (0) or gradients (1) into each segment, and the sum over all."""
-        self.run(table, NORM, which, threads)
-        return float(table.record["total"])
-
-    def sums(self, table: Table, known: int, threads: int) -> None:
-        """The sums of every segment with a ratio."""
-        self.run(table, SUM, known, threads)
-
-    def ratios(self, table: Table) -> None:
-        """The ratios of all segments by their sums; an update must follow."""
-        self.run(table, DECIDE, 0, 1)
-
-    def waves(self, table: Table, flags: int, threads: int) -> None:
-        """Sums, ratios and update, wave after wave; then commit the counts."""
-        self.run(table, WAVES, flags, threads)
 
 
 class Native(Backend):

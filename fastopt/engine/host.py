@@ -11,7 +11,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..kernels.layout import GRADIENT, KEEP_W, KNOW_G, KNOW_W, MULTIPLIER, WEIGHT, WORD
+from ..kernels.layout import (
+    DECIDE,
+    GRADIENT,
+    KEEP_W,
+    KNOW_G,
+    KNOW_W,
+    MULTIPLIER,
+    NORM,
+    SUM,
+    UPDATE,
+    WAVES,
+    WEIGHT,
+    WORD,
+)
 from ..kernels.rules.rule import Options, Rule
 from .backend import SERIAL_BELOW, current, get_num_threads
 from .plan import Plan
@@ -105,7 +118,8 @@ class HostPlan(Plan):
         return StepInfo(False, norm)
 
     def norm(self) -> float:
-        total = self.backend.squares(self.layers, GRADIENT, _threads(self.layers))
+        self.backend.run(self.layers, NORM, GRADIENT, _threads(self.layers))
+        total = float(self.layers.total)
         if self.combine is not None:
             squares = self.layers.segments["sums"][:, [GRADIENT]]  # a copy: LARS combines them later
             self.combine(squares)
@@ -128,16 +142,16 @@ class HostPlan(Plan):
         known = KNOW_G * request.needs_norm + KNOW_W * (request.keep_weights and self._know_weights)
         self._know_weights = False
         if self._has_ratio and self.combine is None:
-            self.backend.waves(table, known | KEEP_W * request.keep_weights, _threads(table))
+            self.backend.run(table, WAVES, known | KEEP_W * request.keep_weights, _threads(table))
             self._know_weights = request.keep_weights
             return
         if self._has_ratio and self.combine is not None:
-            self.backend.sums(table, known, _threads(table))
+            self.backend.run(table, SUM, known, _threads(table))
             own = table.segments["sums"].copy()
             self.combine(table.segments["sums"])
-            self.backend.ratios(table)
+            self.backend.run(table, DECIDE, 0, 1)
             table.segments["sums"] = own  # of parts without elements nobody writes the sums again
-        self.backend.update(table, _threads(table))
+        self.backend.run(table, UPDATE, 0, _threads(table))
 
     def forget_weights(self) -> None:
         self._know_weights = False

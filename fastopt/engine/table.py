@@ -71,6 +71,7 @@ class Table:
         self.record["waves"], self.record["wave_count"] = self.waves.ctypes.data, len(self.waves)
         self.record["partials"], self.record["unit"] = self.partials.ctypes.data, 1.0
         self.record["counts"], self.record["half"] = counts.address, counts.half
+        self.total = self.record["total"]  # of all sums of squares, where they were taken
         self.record_at = self.record.ctypes.data
         self.own: NDArray[np.float64] = self.segments["own"]
         self.arrays: NDArray[np.uint64] = self.segments["arrays"]

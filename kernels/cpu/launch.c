@@ -77,7 +77,14 @@ static void wait_for_team(void) {
 #pragma omp barrier
 }
 
+static void alone(void) {}
+
 void fastopt_run(schedule *run, void *table, int64_t act, int64_t flags, int threads) {
-#pragma omp parallel num_threads(team(threads))
+    threads = team(threads);
+    if (threads == 1) { /* OpenMP would take longer than a small update */
+        run(table, act, flags, 0, 1, alone);
+        return;
+    }
+#pragma omp parallel num_threads(threads)
     run(table, act, flags, omp_get_thread_num(), omp_get_num_threads(), wait_for_team);
 }
