@@ -25,29 +25,9 @@ PAIRS = (
 """(parameter, gradient) storage for which kernels are compiled ahead of time; these are the pairs that make sense."""
 
 
-def update_symbol(rule: str, p: str, g: str, isa: str) -> str:
-    """Name of an update kernel in the compiled library."""
-    return f"fastopt_{rule}_{p}_{g}_{_identifier(isa)}"
-
-
-def epilogue_symbol(epilogue: str, p: str, target: str, isa: str) -> str:
-    """Name of the kernel of an epilogue, for parameters stored as p and a target stored as target."""
-    return f"fastopt_{epilogue}_{p}_{target}_{_identifier(isa)}"
-
-
-def terms_symbol(rule: str, p: str, g: str, isa: str) -> str:
-    """Name of the kernel that sums products of a rule's terms."""
-    return f"fastopt_terms_{rule}_{p}_{g}_{_identifier(isa)}"
-
-
-def squares_symbol(dtype: str, isa: str) -> str:
-    """Name of the sum-of-squares kernel of a storage dtype."""
-    return f"fastopt_squares_{dtype}_{_identifier(isa)}"
-
-
-def ratio_symbol(rule: str, isa: str) -> str:
-    """Name of the trust-ratio function of a rule."""
-    return f"fastopt_ratio_{rule}_{_identifier(isa)}"
+def symbol(kind: str, *names: str) -> str:
+    """Name of a kernel in the compiled library: its kind, what it is of, its instruction set."""
+    return "_".join(("fastopt", kind, *names)).replace("-", "_")
 
 
 def cuda_update_symbol(rule: str, p: str, g: str) -> str:
@@ -63,7 +43,3 @@ def cuda_terms_symbol(rule: str, p: str, g: str) -> str:
 def cuda_prologue_symbol(rule: str) -> str:
     """Name of the prologue for CUDA with what is particular to a rule, and of the file that holds its PTX."""
     return f"fastopt_cuda_prologue_{rule}"
-
-
-def _identifier(isa: str) -> str:
-    return isa.replace("-", "_")

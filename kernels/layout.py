@@ -9,6 +9,9 @@ from typing import Any
 
 import numpy as np
 
+WORD = 8
+"""Bytes of a word."""
+
 CHUNK = 16_384
 """Elements per chunk. The sums of squares are defined by it (reductions.py): changing it changes bits."""
 
@@ -19,35 +22,33 @@ BLOCK = LANES * ROWS
 PARAMETER, GRADIENT = 0, 1
 """Places in "squares" and, without terms, "sums" of a segment, and the first two in "arrays"; states follow."""
 
-MULTIPLIER, RATIO, ZERO = 0, 1, 2
-"""Places in "own" of a segment: gradient multiplier, trust ratio, whether to zero the gradient."""
+MULTIPLIER, RATIO = 0, 1
+"""Places in "own" of a segment: gradient multiplier, trust ratio."""
 
 SUMS = 4
 """Sums of products that a segment has room for."""
 
-KNOW_W, KNOW_G = 1 << PARAMETER, 1 << GRADIENT
-"""Flags: the squares of the parameters, or of the gradients, are known already."""
+KNOW_W, KNOW_G, KEEP_W = 1 << PARAMETER, 1 << GRADIENT, 4
+"""Flags: the squares of the parameters, or of the gradients, are known; those of the new parameters are kept."""
+
+UPDATE, NORM, SUM, DECIDE, WAVES = range(5)
+"""What a team does with a table: update every chunk; sum squares of one array of every segment; form the sums that
+ratios need; form the ratios; the last two and the update wave after wave."""
 
 EPILOGUES = 2
 """Epilogues that a segment has room for."""
 
 STRIP = 256
-"""Elements that are updated before epilogues follow; BLOCK where sums of squares are taken in passing. AdamW with an
+"""Elements that are updated before what follows: epilogues, zeros. BLOCK where sums of squares are kept. AdamW with an
 average against without, 16 M float32, 1 thread, CPU time: 1.24 (128: 1.24, 512: 1.30, 2048: 1.43; the bytes: 1.29)."""
 
 NAMES = (
-    *("LANES", "BLOCK", "PARAMETER", "GRADIENT", "MULTIPLIER", "RATIO", "ZERO"),
+    *("LANES", "BLOCK", "PARAMETER", "GRADIENT", "MULTIPLIER", "RATIO"),
     *("KNOW_W", "KNOW_G", "SUMS", "EPILOGUES", "STRIP"),
 )
-"""What C has under the same names."""
+"""What a library must have been built with, beside the structures."""
 
 SIGNATURES = {
-    "update_kernel": "double (*{})(int64_t lo, int64_t hi, void **arrays, const double *scalars, const double *own)",
-    "epilogue_kernel": "void (*{})(int64_t lo, int64_t hi, const void *parameter, void *target, const double *number)",
-    "squares_kernel": "double (*{})(int64_t lo, int64_t hi, void *x)",
-    "terms_kernel": "void (*{})(int64_t lo, int64_t hi, void **arrays, const double *scalars, const double *own,"
-    " double *sums)",
-    "ratio_kernel": "double (*{})(const double *sums, double multiplier, const double *scalars)",
     # Of Python, and of torch's stable C interface, where a tensor is the address of an at::Tensor.
     "list_item": "void *(*{})(void *list, intptr_t i)",
     "tensor_address": "int32_t (*{})(void *tensor, void **data)",
@@ -59,25 +60,43 @@ SIGNATURES = {
     "tensor_grad": "void *(*{})(const void *impl)",
     "tensor_written": "void (*{})(const void *tensor)",
 }
-"""Functions that C is given: the first five are what Numba compiles."""
+"""Functions that C is given."""
 
 STRUCTURES: dict[str, dict[str, str | tuple[str, int]]] = {
-    "epilogue": {"kernel": "epilogue_kernel", "target": "void *", "number": "const double *"},
-    # A run of elements that share kernels and scalars.
+    # What an update kernel is called with, beside its own numbers. For an epilogue the parameter is the gradient.
+    "epilogue": {"update": "void *", "scalars": "const double *", "arrays": ("void *", 2)},
+    # A run of elements that share kernels and scalars. It begins as an epilogue does.
     "segment": {
-        "update": "update_kernel",
-        "squares": ("squares_kernel", 2),  # of parameters and gradients
-        "terms": "terms_kernel",  # NULL where the ratio needs sums of squares of what is stored, and no others
-        "ratio": "ratio_kernel",  # NULL where the segment has no trust ratio
+        "update": "void *",
         "scalars": "const double *",
-        "epilogues": ("epilogue", EPILOGUES),  # the first whose kernel is NULL ends them
         "arrays": ("void *", 8),  # parameter, gradient, states
-        "own": ("double", 3),
+        "own": ("double", 2),
+        "zeroed": "int64_t",  # bytes of an element of the gradient where that is to be zeroed, else 0
+        "epilogues": ("epilogue", EPILOGUES),  # the first whose kernel is NULL ends them
+        "terms": "void *",  # NULL where the ratio needs sums of squares of what is stored, and no others
+        "ratio": "void *",  # NULL where the segment has no trust ratio
+        "squares": ("void *", 2),  # of parameters and gradients
         "sums": ("double", SUMS),  # of squares of parameter and gradient as stored, or what terms gives
     },
     "chunk": {"segment": "int64_t", "lo": "int64_t", "hi": "int64_t"},
-    # How many of each; waves follow one another.
+    # Waves follow one another: where each begins, and its elements.
     "wave": {"segments": "int64_t", "chunks": "int64_t", "elements": "int64_t"},
+    # What the threads of one call share (schedule.py).
+    "table": {
+        "segments": "void *",
+        "segment_count": "int64_t",
+        "chunks": "void *",
+        "chunk_count": "int64_t",
+        "waves": "void *",
+        "wave_count": "int64_t",
+        "partials": "double *",  # a row of sums for each chunk
+        "counts": "double *",
+        "half": "int64_t",
+        "next": "int64_t",  # the chunk that nobody has taken yet
+        "total": "double",
+        "unit": ("double", 2),  # the numbers that epilogues have in the place of "own"
+        "lanes": ("double", LANES),
+    },
     # NumPy arrays that are looked at again: arrays.c.
     # Where the shape was last is fetched early, and never followed.
     "watched": {"object": "const char *", "type": "const void *", "shape": "const void *"},
@@ -151,6 +170,11 @@ def structure(name: str) -> np.dtype[Any]:
 SEGMENT = structure("segment")
 
 
+def places(name: str) -> tuple[int, ...]:
+    """Where the fields of a structure begin, counted in words."""
+    return tuple(at[1] // WORD for at in (structure(name).fields or {}).values())
+
+
 def header() -> str:
     """All of this in C."""
     lines = ["/* Written by kernels/layout.py. */", "#include <stdbool.h>", "#include <stdint.h>"]
@@ -196,9 +220,6 @@ whether the step is skipped (counted in words)."""
 
 PARTS_BITS = 2
 """A chunk is shared by 2^PARTS_BITS blocks of threads in the update."""
-
-WORD = 8
-"""Bytes of a word."""
 
 THREADS = 256
 """Threads per block of every kernel; the prologue's order of addition is laid out for it."""

@@ -20,157 +20,104 @@ from typing import Any
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.core.extending import intrinsic
 
 from .dtypes import ITEMSIZE
-from .environment import enter, leave, settled
+from .emit import emitted
+from .environment import enter, leave
 from .layout import BLOCK, LANES
 from .rules.rule import Product
-from .storage import DOUBLE, I64, LINE, Features, Storage, prefetch
+from .storage import DOUBLE, I32, I64, LINE, Features, Storage, prefetch
 
 AHEAD = 4096  # elements from a row to the row that is prefetched
 # 64 M float32, 2 threads, GB/s, medians of one run: no prefetch 25.6; ahead by 256: 31, 512: 36, 1024: 38, 4096: 41 (to
 # the first-level cache) and 45 (to the second); past all caches (NTA): 13. A loop that only reads, unprefetched: 37.
 
-SIGNATURE = types.float64(types.int64, types.int64, types.voidptr)
-"""C signature of a squares kernel: sum of squares of elements lo to hi - 1 of x; lo is a multiple of BLOCK."""
+FUSED = f"llvm.fma.v{LANES}f64"
 
-RATIO_SIGNATURE = types.float64(types.CPointer(types.float64), types.float64, types.CPointer(types.float64))
-"""C signature of a ratio: (sums of a segment, gradient multiplier, scalars)."""
+SIGNATURE = types.void(types.int64, types.int64, types.voidptr, types.CPointer(types.float64))
+"""C signature of a squares kernel: (lo, hi, x, sum), to which the squares of elements lo to hi - 1 of x are added; lo
+is a multiple of BLOCK."""
 
 
-def squares_loop(dtype: str, features: Features) -> Callable[..., float]:
+def squares_loop(dtype: str, features: Features) -> Callable[..., None]:
     """The sum of squares over an array stored as ``dtype``, to be compiled."""
-    squares = Squares(Storage(dtype, features.half), features.fma)
-    new_lanes, add_row, add_rest, take = squares.new_lanes(), squares.add_row(ahead=True), squares.add_rest(), take_sum
+    storage = Storage(dtype, features.half)
+    row_type = ir.VectorType(storage.memory, LANES)
 
-    def sum_squares(lo: Any, hi: Any, x: Any) -> float:
+    @emitted(types.float64(types.voidptr, types.int64, types.int64))
+    def of_block(context: Any, builder: Any, x: Any, lo: Any, hi: Any) -> Any:
+        elements = builder.bitcast(x, storage.memory.as_pointer())
+        count, lanes = builder.sub(hi, lo), ir.Constant(I64, LANES)
+
+        def row(first: Any) -> list[Any]:
+            for offset in range(0, LANES, LINE // ITEMSIZE[dtype]):
+                at = builder.add(builder.add(lo, first), ir.Constant(I64, AHEAD + offset))
+                prefetch(builder, builder.gep(elements, [at]), level=2)
+            place = builder.gep(elements, [builder.add(lo, first)])
+            return 2 * [builder.load(builder.bitcast(place, row_type.as_pointer()), align=ITEMSIZE[dtype])]
+
+        def rest(first: Any) -> list[Any]:
+            padded = cgutils.alloca_once(builder, row_type)
+            builder.store(ir.Constant(row_type, None), padded)
+            source, itemsize = builder.gep(elements, [builder.add(lo, first)]), ir.Constant(I64, ITEMSIZE[dtype])
+            cgutils.raw_memcpy(builder, padded, source, builder.sub(count, first), itemsize)
+            return 2 * [builder.load(padded)]
+
+        return sum_of_rows(builder, storage, features.fma, builder.udiv(count, lanes), row, (count, rest))
+
+    def squares(lo: Any, hi: Any, x: Any, total: Any) -> None:
         mode: Any = enter()  # type: ignore[call-arg]
-        lanes = new_lanes()
-        total = 0.0
         for start in range(lo, hi, BLOCK):
-            stop = min(start + BLOCK, hi)
-            tail = stop - (stop - start) % LANES
-            for i in range(start, tail, LANES):
-                add_row(lanes, x, i)
-            if tail < stop:
-                add_rest(lanes, x, tail, stop)
-            total += take(lanes)
-        total = settled(total)
+            total[0] += of_block(x, start, min(start + BLOCK, hi))
         leave(mode)
-        return total
 
-    return sum_squares
-
-
-LANES_TYPE = ir.VectorType(DOUBLE, LANES)
+    return squares
 
 
-class Squares:
-    """Intrinsics that add squares into the lanes of a block.
+def sum_of_rows(
+    builder: Any, storage: Storage, fma: bool, rows: Any, row: Callable[[Any], list[Any]], rest: Any = ()
+) -> Any:
+    """The sum of products of the elements of rows.
 
-    They are written with vectors, so that LLVM does not choose the order. The lanes are a variable on the stack, which
+    It is written with vectors, so that LLVM does not choose the order. The lanes are a variable on the stack, which
     LLVM keeps in registers.
+
+    Args:
+        builder: Where the code goes.
+        storage: Of the elements.
+        fma: Whether the processor has a fused multiply-add.
+        rows: How many rows there are.
+        row: Loads the two factors of the row that begins at an element.
+        rest: How many elements there are if they may end in less than a row, and what loads that.
     """
+    kind = ir.VectorType(DOUBLE, LANES)
+    lanes = cgutils.alloca_once_value(builder, ir.Constant(kind, None))
 
-    def __init__(self, storage: Storage, fma: bool) -> None:
-        self.storage = storage
-        self.fma = fma and storage.dtype != "float64"
-        self.row_type = ir.VectorType(storage.memory, LANES)
+    def wide(x: Any) -> Any:
+        x = storage.decode(builder, x)
+        return x if x.type == kind else builder.fpext(x, kind)
 
-    def new_lanes(self) -> Any:
-        """Intrinsic ``() -> lanes``, all zero."""
-
-        @intrinsic
-        def new_lanes(typingctx: Any) -> Any:
-            def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-                lanes = cgutils.alloca_once_value(builder, ir.Constant(LANES_TYPE, None))
-                return builder.bitcast(lanes, context.get_value_type(types.voidptr))
-
-            return types.voidptr(), codegen
-
-        return new_lanes
-
-    def add_row(self, *, ahead: bool = False) -> Any:
-        """Intrinsic ``(lanes, x, i)``: add the squares of the row that begins at element i of x."""
-
-        @intrinsic
-        def add_row(typingctx: Any, lanes: Any, x: Any, i: Any) -> Any:
-            def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-                lanes, x, i = args
-                elements = builder.bitcast(x, self.storage.memory.as_pointer())
-                row = builder.load(builder.bitcast(builder.gep(elements, [i]), self.row_type.as_pointer()))
-                row.align = ITEMSIZE[self.storage.dtype]
-                for offset in range(0, LANES, LINE // ITEMSIZE[self.storage.dtype]) if ahead else ():
-                    at = builder.add(i, ir.Constant(I64, AHEAD + offset))
-                    prefetch(builder, builder.gep(elements, [at]), level=2)
-                self.add(builder, lanes, row)
-                return context.get_dummy_value()
-
-            return types.void(types.voidptr, types.voidptr, types.int64), codegen
-
-        return add_row
-
-    def add_rest(self) -> Any:
-        """Intrinsic ``(lanes, x, lo, hi)``: add the squares of the fewer than LANES elements from lo to hi - 1."""
-
-        @intrinsic
-        def add_rest(typingctx: Any, lanes: Any, x: Any, lo: Any, hi: Any) -> Any:
-            def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-                lanes, x, lo, hi = args
-                padded = cgutils.alloca_once(builder, self.row_type)
-                builder.store(ir.Constant(self.row_type, None), padded)
-                source = builder.gep(builder.bitcast(x, self.storage.memory.as_pointer()), [lo])
-                itemsize = ir.Constant(I64, ITEMSIZE[self.storage.dtype])
-                cgutils.raw_memcpy(builder, padded, source, builder.sub(hi, lo), itemsize)
-                self.add(builder, lanes, builder.load(padded))
-                return context.get_dummy_value()
-
-            return types.void(types.voidptr, types.voidptr, types.int64, types.int64), codegen
-
-        return add_rest
-
-    def add(self, builder: Any, lanes: Any, row: Any, other: Any = None) -> None:
-        """Add the squares of a row into lanes, or its products with another."""
-        values = self._wide(builder, row)
-        factors = values if other is None else self._wide(builder, other)
-        place = builder.bitcast(lanes, LANES_TYPE.as_pointer())
-        sums = builder.load(place)
-        if self.fma:
-            kind = ir.FunctionType(LANES_TYPE, [LANES_TYPE] * 3)
-            fused = cgutils.get_or_insert_function(builder.module, kind, f"llvm.fma.v{LANES}f64")
-            sums = builder.call(fused, [values, factors, sums])
+    def add(factors: list[Any]) -> None:
+        x, y = (wide(factor) for factor in factors)
+        if fma and storage.dtype != "float64":
+            fused = cgutils.get_or_insert_function(builder.module, ir.FunctionType(kind, [kind] * 3), FUSED)
+            builder.store(builder.call(fused, [x, y, builder.load(lanes)]), lanes)
         else:
-            sums = builder.fadd(sums, builder.fmul(values, factors))
-        builder.store(sums, place)
+            builder.store(builder.fadd(builder.load(lanes), builder.fmul(x, y)), lanes)
 
-    def _wide(self, builder: Any, row: Any) -> Any:
-        values = self.storage.decode(builder, row)
-        return values if values.type == LANES_TYPE else builder.fpext(values, LANES_TYPE)
-
-
-def taken(builder: Any, place: Any) -> Any:
-    """The sum of the lanes, added pairwise; the lanes are zero again."""
-    sums = builder.load(place)
-    builder.store(ir.Constant(LANES_TYPE, None), place)
-    width = LANES // 2
+    with cgutils.for_range(builder, rows) as loop:
+        add(row(builder.mul(loop.index, ir.Constant(I64, LANES))))
+    if rest:
+        count, factors = rest
+        first = builder.mul(rows, ir.Constant(I64, LANES))
+        with builder.if_then(builder.icmp_signed("<", first, count), likely=False):
+            add(factors(first))
+    total, width = builder.load(lanes), LANES // 2
     while width:
-        undefined = ir.Constant(sums.type, ir.Undefined)
-        half = ir.VectorType(ir.IntType(32), width)
-        low, high = (ir.Constant(half, list(range(first, first + width))) for first in (0, width))
-        sums = builder.fadd(builder.shuffle_vector(sums, undefined, low), builder.shuffle_vector(sums, undefined, high))
+        halves = (ir.Constant(ir.VectorType(I32, width), [*range(first, first + width)]) for first in (0, width))
+        total = builder.fadd(*(builder.shuffle_vector(total, ir.Constant(total.type, ir.Undefined), x) for x in halves))
         width //= 2
-    return builder.extract_element(sums, ir.Constant(ir.IntType(32), 0))
-
-
-@intrinsic
-def take_sum(typingctx: Any, lanes: Any) -> Any:
-    """The same of lanes that ``new_lanes`` made."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return taken(builder, builder.bitcast(args[0], LANES_TYPE.as_pointer()))
-
-    return types.float64(types.voidptr), codegen
+    return builder.extract_element(total, ir.Constant(I32, 0))
 
 
 def scaled(context: Any, builder: Any, sums: list[Any], products: tuple[Product, ...], multiplier: Any) -> list[Any]:

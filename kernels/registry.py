@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .epilogues import AVERAGE, ROUND
 from .rules import adadelta, adagrad, adam, adamax, asgd, lamb, lars, lion, nadam, radam, rmsprop, rprop, sgd
 from .rules.rule import Options, Rule
 
@@ -11,6 +12,9 @@ FAMILIES = tuple(
 )
 
 RULES: dict[str, Rule] = {rule.name: rule for family in FAMILIES for rule in family}
+
+PREBUILT = {*RULES.values(), ROUND, AVERAGE}
+"""What kernels are compiled of ahead of time."""
 
 
 def variant(rule: Rule, options: Options) -> Rule:

@@ -8,13 +8,14 @@ import importlib.util
 import os
 import re
 import warnings
-from typing import Any, Protocol
+from abc import ABC, abstractmethod
+from typing import Any
 
 import numpy as np
 
-from ..kernels.dtypes import epilogue_symbol, ratio_symbol, squares_symbol, terms_symbol, update_symbol
-from ..kernels.epilogues import Epilogue
-from ..kernels.registry import RULES
+from ..kernels.cpu import team
+from ..kernels.dtypes import symbol
+from ..kernels.registry import PREBUILT
 from ..kernels.rules.rule import Rule
 from .library import library_path, open_library
 from .table import Table
@@ -24,98 +25,66 @@ SERIAL_BELOW = 65_536
 spun on its core, waiting for it to be scheduled costs milliseconds."""
 
 
-class Backend(Protocol):
-    """What runs a table, and finds the addresses that a table is made of."""
-
-    isa: str
-    default_threads: int
-    compiles: str
-    """Why a kernel is compiled on first use."""
-
-    def require(self) -> None:
-        """Refuse to go on where no kernel can be had."""
-
-    def update_kernel(self, rule: Rule, p: str, g: str) -> int:
-        """Address of the update of a rule for parameters stored as p and gradients stored as g."""
-
-    def epilogue_kernel(self, epilogue: Epilogue, p: str, target: str) -> int:
-        """Address of an epilogue for parameters stored as p and a target stored as target."""
-
-    def squares_kernel(self, dtype: str) -> int:
-        """Address of the sum of squares of a storage dtype."""
-
-    def ratio_kernel(self, rule: Rule) -> int:
-        """Address of a rule's ratio."""
-
-    def terms_kernel(self, rule: Rule, p: str, g: str) -> int:
-        """Address of the sums of products of a rule's terms, for parameters and gradients stored so."""
-
-    def update(self, table: Table, threads: int) -> None:
-        """Update every chunk, and commit the counts."""
-
-    def squares(self, table: Table, which: int, threads: int) -> float:
-        """Sum of squares of parameters (0) or gradients (1) into each segment, and the sum over all."""
-
-    def sums(self, table: Table, known: int, threads: int) -> None:
-        """The sums of every segment with a ratio."""
-
-    def ratios(self, table: Table) -> None:
-        """The ratios of all segments by their sums; an update must follow."""
-
-    def waves(self, table: Table, known: int, threads: int) -> None:
-        """Sums, ratios and update, wave after wave; then commit the counts."""
-
-
 NUMBA = 'install Numba: pip install "fastopt[jit]".'
 
 
-class Jit:
-    """Kernels compiled on first use for this processor."""
+@functools.cache
+def _compiled(kind: str, *of: Any) -> Any:
+    """A kernel, compiled for this processor."""
+    from ..kernels.cpu import compile as compiler
 
-    def __init__(self) -> None:
-        self._compiled: dict[tuple[Any, ...], Any] = {}
-
-    def address(self, why: str, what: str, *key: Any) -> int:
-        """Address of the kernel that ``compile.<what>_kernel(*key)`` describes; ``why`` says why it is compiled now."""
-        kernel = self._compiled.get((what, *key))
-        if kernel is None:
-            try:
-                from ..kernels.cpu import compile as compiler
-            except ImportError as error:
-                kernel_name = f"the {what} kernel for {', '.join(_names(key))}"
-                raise ImportError(f"fastopt: {why} To compile {kernel_name} now, {NUMBA} ({error})") from error
-            described = getattr(compiler, f"{what}_kernel")(*key, "native", compiler.features_of("native"))
-            kernel = self._compiled[(what, *key)] = compiler.jit(described)
-        return int(kernel.address)
+    return compiler.compiled(compiler.features_of("native"), kind, *of)
 
 
-def _names(key: tuple[Any, ...]) -> list[str]:
-    return [f"rule {x.name!r}" if isinstance(x, Rule) else getattr(x, "name", x) for x in key]
+class Backend(ABC):
+    """What runs a table, and finds the kernels whose addresses a table is made of.
+
+    Attributes:
+        isa: The instruction set of its kernels.
+        compiles: Why a kernel is compiled on first use.
+        default_threads: How many threads a step uses at most, if nobody says it.
+    """
+
+    isa = "numba"
+    default_threads: int
+
+    def __init__(self, compiles: str) -> None:
+        self.compiles = compiles
+
+    def require(self) -> None:  # noqa: B027 - only some may find none
+        """Refuse to go on where no kernel can be had."""
+
+    @abstractmethod
+    def run(self, table: Table, act: int, flags: int, threads: int) -> None:
+        """Have a team of threads do with a table what ``UPDATE`` and others in kernels/layout.py say."""
+
+    def address(self, name: str) -> int | None:
+        """Address of a function of the compiled library."""
+        return None
+
+    def kernel(self, kind: str, *of: Any) -> int:
+        """Address of a kernel, by what ``KERNELS`` in kernels/cpu/compile.py says it is of."""
+        names = [getattr(x, "name", x) for x in of]
+        own = any(isinstance(x, Rule) and x not in PREBUILT for x in of)
+        prebuilt = None if own else self.address(symbol(kind, *names, self.isa))
+        if prebuilt is not None:
+            return prebuilt
+        try:
+            return int(_compiled(kind, *of).address)
+        except ImportError as error:
+            named = f"the {kind} kernel for {', '.join(names)}"
+            raise ImportError(f"fastopt: {self.compiles} To compile {named} now, {NUMBA} ({error})") from error
 
 
-JIT = Jit()
-
-
-class Native:
-    """The library that CMake built: kernels of every rule, and the scheduler in C."""
-
-    compiles = "the compiled library has only the rules and dtypes of fastopt."
+class Native(Backend):
+    """The library that CMake built: kernels of every rule, and OpenMP's threads."""
 
     def __init__(self, path: str, isa: str | None = None) -> None:
+        super().__init__("the compiled library has only the rules and dtypes of fastopt.")
         library = open_library(path)
         library.fastopt_isa.restype = ctypes.c_char_p
-        pointer, count, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-        library.fastopt_update.argtypes = [pointer, pointer, count, pointer, count, number]
-        library.fastopt_squares.argtypes = [pointer, count, pointer, count, pointer, number, number]
-        library.fastopt_sums.argtypes = [pointer, pointer, count, pointer, number, number]
-        library.fastopt_ratios.argtypes = [pointer, count]
-        library.fastopt_waves.argtypes = [
-            *(pointer, pointer, count, pointer, count, pointer, number),
-            *(pointer, count, number),
-        ]
-        for function in (library.fastopt_update, library.fastopt_sums, library.fastopt_ratios, library.fastopt_waves):
-            function.restype = None
-        library.fastopt_squares.restype = ctypes.c_double
+        library.fastopt_run.argtypes = [ctypes.c_void_p] * 2 + [ctypes.c_int64] * 2 + [ctypes.c_int]
+        library.fastopt_run.restype = None
         self._library = library
         best = library.fastopt_isa().decode()
         if isa is not None and isa != best and (isa not in ISAS or best not in ISAS or isa > best):
@@ -123,73 +92,23 @@ class Native:
                 f"FASTOPT_ISA: {isa!r} cannot run here; this processor runs "
                 f"{', '.join(x for x in ISAS if x <= best) if best in ISAS else best}, or numba."
             )
-        self.isa: str = isa or best
+        self.isa = isa or best
         self.default_threads = int(library.fastopt_default_threads())
+        self._schedule = self.kernel("schedule")
 
-    def _address(self, symbol: str) -> int | None:
-        try:
-            function = getattr(self._library, symbol)
-        except AttributeError:
-            return None
-        return ctypes.cast(function, ctypes.c_void_p).value
+    def address(self, name: str) -> int | None:
+        function = getattr(self._library, name, None)
+        return None if function is None else ctypes.cast(function, ctypes.c_void_p).value
 
-    def require(self) -> None:
-        pass
-
-    def update_kernel(self, rule: Rule, p: str, g: str) -> int:
-        prebuilt = RULES.get(rule.name) is rule
-        found = self._address(update_symbol(rule.name, p, g, self.isa)) if prebuilt else None
-        return found or JIT.address(self.compiles, "update", rule, p, g)
-
-    def epilogue_kernel(self, epilogue: Epilogue, p: str, target: str) -> int:
-        prebuilt = self._address(epilogue_symbol(epilogue.name, p, target, self.isa))
-        return prebuilt or JIT.address(self.compiles, "epilogue", epilogue, p, target)
-
-    def squares_kernel(self, dtype: str) -> int:
-        return self._address(squares_symbol(dtype, self.isa)) or JIT.address(self.compiles, "squares", dtype)
-
-    def terms_kernel(self, rule: Rule, p: str, g: str) -> int:
-        prebuilt = RULES.get(rule.name) is rule
-        found = self._address(terms_symbol(rule.name, p, g, self.isa)) if prebuilt else None
-        return found or JIT.address(self.compiles, "terms", rule, p, g)
-
-    def ratio_kernel(self, rule: Rule) -> int:
-        prebuilt = RULES.get(rule.name) is rule
-        found = self._address(ratio_symbol(rule.name, self.isa)) if prebuilt else None
-        return found or JIT.address(self.compiles, "ratio", rule)
-
-    def update(self, table: Table, threads: int) -> None:
-        counts = table.counts
-        self._library.fastopt_update(
-            table.segments_at, table.chunks_at, table.count, counts.address, counts.half, threads
-        )
-
-    def squares(self, table: Table, which: int, threads: int) -> float:
-        segments, chunks = (table.segments_at, len(table.sizes)), (table.chunks_at, table.count)
-        return float(self._library.fastopt_squares(*segments, *chunks, table.partials_at, which, threads))
-
-    def sums(self, table: Table, known: int, threads: int) -> None:
-        chunks = table.chunks_at, table.count
-        self._library.fastopt_sums(table.segments_at, *chunks, table.partials_at, known, threads)
-
-    def ratios(self, table: Table) -> None:
-        self._library.fastopt_ratios(table.segments_at, len(table.sizes))
-
-    def waves(self, table: Table, known: int, threads: int) -> None:
-        waves, counts = table.waves, table.counts
-        self._library.fastopt_waves(
-            *(table.segments_at, table.chunks_at, table.count, waves.ctypes.data, len(waves), table.partials_at, known),
-            *(counts.address, counts.half, threads),
-        )
+    def run(self, table: Table, act: int, flags: int, threads: int) -> None:
+        self._library.fastopt_run(self._schedule, table.record_at, act, flags, threads)
 
 
-class Numba:
-    """Everything compiled on first use; the scheduler is Python's."""
+class Numba(Backend):
+    """Everything compiled on first use; the threads are Python's."""
 
-    isa = "numba"
-
-    def __init__(self, why: str) -> None:
-        self.compiles = why
+    def __init__(self, compiles: str) -> None:
+        super().__init__(compiles)
         # As GNU OpenMP reads it: a number, or a list with one for each level of nesting; anything else is ignored.
         wanted = re.fullmatch(r"\s*([0-9]+)\s*(,\s*[0-9]+\s*)*", os.environ.get("OMP_NUM_THREADS", ""))
         self.default_threads = (wanted and int(wanted[1])) or len(os.sched_getaffinity(0))
@@ -198,41 +117,8 @@ class Numba:
         if importlib.util.find_spec("numba") is None:
             raise ImportError(f"fastopt: {self.compiles} To have kernels compiled on first use, {NUMBA}")
 
-    def update_kernel(self, rule: Rule, p: str, g: str) -> int:
-        return JIT.address(self.compiles, "update", rule, p, g)
-
-    def epilogue_kernel(self, epilogue: Epilogue, p: str, target: str) -> int:
-        return JIT.address(self.compiles, "epilogue", epilogue, p, target)
-
-    def squares_kernel(self, dtype: str) -> int:
-        return JIT.address(self.compiles, "squares", dtype)
-
-    def terms_kernel(self, rule: Rule, p: str, g: str) -> int:
-        return JIT.address(self.compiles, "terms", rule, p, g)
-
-    def ratio_kernel(self, rule: Rule) -> int:
-        return JIT.address(self.compiles, "ratio", rule)
-
-    @functools.cached_property
-    def _scheduler(self) -> Any:
-        from ..kernels.cpu import scheduler
-
-        return scheduler
-
-    def update(self, table: Table, threads: int) -> None:
-        self._scheduler.update(table, threads)
-
-    def squares(self, table: Table, which: int, threads: int) -> float:
-        return float(self._scheduler.squares(table, which, threads))
-
-    def sums(self, table: Table, known: int, threads: int) -> None:
-        self._scheduler.sums(table, known, threads)
-
-    def ratios(self, table: Table) -> None:
-        self._scheduler.ratios(table)
-
-    def waves(self, table: Table, known: int, threads: int) -> None:
-        self._scheduler.waves(table, known, threads)
+    def run(self, table: Table, act: int, flags: int, threads: int) -> None:
+        team.run(self.kernel("schedule"), table.record_at, act, flags, threads)
 
 
 ISAS = ("x86-64-v2", "x86-64-v3", "x86-64-v4")

@@ -11,9 +11,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..kernels.epilogues import Epilogue
-from ..kernels.layout import GRADIENT, KNOW_G, KNOW_W, MULTIPLIER, WEIGHT, WORD, ZERO
-from ..kernels.rules.rule import Options
+from ..kernels.layout import (
+    DECIDE,
+    GRADIENT,
+    KEEP_W,
+    KNOW_G,
+    KNOW_W,
+    MULTIPLIER,
+    NORM,
+    SUM,
+    UPDATE,
+    WAVES,
+    WEIGHT,
+    WORD,
+)
+from ..kernels.rules.rule import Options, Rule
 from .backend import SERIAL_BELOW, current, get_num_threads
 from .plan import Plan
 from .step import Request, StepInfo
@@ -54,7 +66,7 @@ class HostPlan(Plan):
         kernels: dict[tuple[Any, ...], tuple[int, tuple[int, int], int, int]] = {}  # by kind of segment
         scalars = [scalar_group.numbers.ctypes.data for scalar_group in self.scalar_groups]
         first, at = [k for k, _ in runs], WORD * WEIGHT
-        columns, squares = [], self.backend.squares_kernel
+        columns, kernel = [], self.backend.kernel
         for k in first:
             p, scalar_group = self.parameters[k], self.scalar_groups[self._member[k]]
             rule = scalar_group.choice.rule
@@ -62,28 +74,30 @@ class HostPlan(Plan):
             if kind not in kernels:
                 stored = p.dtype, self.dtypes[k].name
                 kernels[kind] = (
-                    self.backend.update_kernel(rule, *stored),
-                    (squares(stored[0]), squares(stored[1])) if norms else (0, 0),
-                    self.backend.ratio_kernel(rule) if self._adapts(k) else 0,
-                    self.backend.terms_kernel(rule, *stored) if self._adapts(k) and rule.sources else 0,
+                    kernel("update", rule, *stored),
+                    (kernel("squares", stored[0]), kernel("squares", stored[1])) if norms else (0, 0),
+                    kernel("ratio", rule) if self._adapts(k) else 0,
+                    kernel("terms", rule, *stored) if self._adapts(k) and rule.sources else 0,
                 )
             columns.append((*kernels[kind], scalars[self._member[k]]))
         for name, column in zip(NAMES, zip(*columns, strict=True), strict=False):
             table.segments[name] = column
         for place, column in enumerate(zip_longest(*map(self._epilogues, first))):
             table.segments["epilogues"][:, place] = [
-                (0, 0, 0) if e is None else (self._epilogue_kernel(k, *e[:2]), e[2], scalars[self._member[k]] + at)
+                self._epilogue(k, *e, scalars[self._member[k]] + at) if e else (0, 0, (0, 0))
                 for k, e in zip(first, column, strict=True)
             ]
         for place, addresses in enumerate(zip_longest(*self._addresses(runs), fillvalue=0)):
             table.arrays[:, place] = np.array(addresses, np.uint64)
         table.first = np.array(first, np.int64)
         table.signs = np.array([self._signs[self.parameters[k].group] for k in first])
+        table.itemsizes = np.array([self.dtypes[k].itemsize for k in first])
         table.arrays[:, GRADIENT] = self._gradients[table.first]
         return table
 
-    def _epilogue_kernel(self, k: int, epilogue: Epilogue, dtype: str) -> int:
-        return self.backend.epilogue_kernel(epilogue, self.parameters[k].dtype, dtype)
+    def _epilogue(self, k: int, epilogue: Rule, dtype: str, target: int, scalars: int) -> tuple[Any, ...]:
+        p = self.parameters[k]
+        return self.backend.kernel("update", epilogue, dtype, p.dtype), scalars, (target, p.address)
 
     def point_at(self, gradients: NDArray[np.uint64]) -> None:
         self._gradients = gradients
@@ -104,7 +118,8 @@ class HostPlan(Plan):
         return StepInfo(False, norm)
 
     def norm(self) -> float:
-        total = self.backend.squares(self.layers, GRADIENT, _threads(self.layers))
+        self.backend.run(self.layers, NORM, GRADIENT, _threads(self.layers))
+        total = float(self.layers.total)
         if self.combine is not None:
             squares = self.layers.segments["sums"][:, [GRADIENT]]  # a copy: LARS combines them later
             self.combine(squares)
@@ -122,21 +137,21 @@ class HostPlan(Plan):
         if (multiplier, request.zero_grads) != table.launched_with:
             table.launched_with = None  # if an interrupt comes between the columns
             table.own[:, MULTIPLIER] = table.signs * multiplier
-            table.own[:, ZERO] = request.zero_grads
+            table.segments["zeroed"] = table.itemsizes * request.zero_grads
             table.launched_with = multiplier, request.zero_grads
         known = KNOW_G * request.needs_norm + KNOW_W * (request.keep_weights and self._know_weights)
         self._know_weights = False
         if self._has_ratio and self.combine is None:
-            self.backend.waves(table, known, _threads(table))
-            self._know_weights = True
+            self.backend.run(table, WAVES, known | KEEP_W * request.keep_weights, _threads(table))
+            self._know_weights = request.keep_weights
             return
         if self._has_ratio and self.combine is not None:
-            self.backend.sums(table, known, _threads(table))
+            self.backend.run(table, SUM, known, _threads(table))
             own = table.segments["sums"].copy()
             self.combine(table.segments["sums"])
-            self.backend.ratios(table)
+            self.backend.run(table, DECIDE, 0, 1)
             table.segments["sums"] = own  # of parts without elements nobody writes the sums again
-        self.backend.update(table, _threads(table))
+        self.backend.run(table, UPDATE, 0, _threads(table))
 
     def forget_weights(self) -> None:
         self._know_weights = False

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..kernels.dtypes import COMPUTE, ITEMSIZE
-from ..kernels.epilogues import AVERAGE, EMA, EMA_STEP, ROUND, Epilogue, average_weight
+from ..kernels.epilogues import AVERAGE, EMA, EMA_STEP, ROUND, average_weight
 from ..kernels.layout import SCALARS, WEIGHT
 from ..kernels.rules.rule import Options, Rule
 from .device import Array, Device
@@ -333,7 +333,7 @@ class Plan(ABC):
     def _adapts(self, k: int) -> bool:
         return self._choice(k).adapts and self._rule(k).ratio is not None
 
-    def _epilogues(self, k: int) -> list[tuple[Epilogue, str, int]]:
+    def _epilogues(self, k: int) -> list[tuple[Rule, str, int]]:
         """Epilogues of a run that begins with this parameter, each with the dtype and the address of its target."""
         p = self.parameters[k]
         found = [] if p.copy is None else [(ROUND, p.copy.dtype, p.copy.address)]

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 from array import array
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..kernels.layout import CHUNK, RATIO, SEGMENT, SUMS
+from ..kernels.layout import CHUNK, RATIO, SEGMENT, SUMS, structure
 
 WAVE = 262_144
 """Elements after which a wave of segments ends: 2 MiB of float32 parameters and gradients, which stay in the cache of
@@ -64,33 +63,28 @@ class Table:
         self.segments["own"][:, RATIO] = 1.0
         self.chunks = chunks_of(self.sizes)
         self.count = len(self.chunks)
-        self.segments_at = self.segments.ctypes.data
-        self.chunks_at = self.chunks.ctypes.data
+        self.waves = _waves_of(self.sizes)
+        self.partials: NDArray[np.float64] = np.zeros((self.count, SUMS))
+        self.record = np.zeros((), structure("table"))
+        self.record["segments"], self.record["segment_count"] = self.segments.ctypes.data, len(self.segments)
+        self.record["chunks"], self.record["chunk_count"] = self.chunks.ctypes.data, self.count
+        self.record["waves"], self.record["wave_count"] = self.waves.ctypes.data, len(self.waves)
+        self.record["partials"], self.record["unit"] = self.partials.ctypes.data, 1.0
+        self.record["counts"], self.record["half"] = counts.address, counts.half
+        self.total = self.record["total"]  # of all sums of squares, where they were taken
+        self.record_at = self.record.ctypes.data
         self.own: NDArray[np.float64] = self.segments["own"]
         self.arrays: NDArray[np.uint64] = self.segments["arrays"]
         self.first: NDArray[np.int64] = np.arange(len(self.sizes))  # the parameter with which each segment begins
         self.signs: NDArray[np.float64] = np.ones(len(self.sizes))  # of the gradient multiplier
-        self.launched_with: tuple[float, bool] | None = None  # multiplier and zeroing that ``own`` holds
+        self.itemsizes: NDArray[np.int64] = np.zeros(len(self.sizes), np.int64)  # of the gradients
+        self.launched_with: tuple[float, bool] | None = None  # multiplier and zeroing that segments have
 
-    @functools.cached_property
-    def partials(self) -> NDArray[np.float64]:
-        """What becomes the segments' sums, of each chunk."""
-        return np.zeros((SUMS, self.count))
 
-    @functools.cached_property
-    def partials_at(self) -> int:
-        """Address of ``partials``."""
-        return self.partials.ctypes.data
-
-    @functools.cached_property
-    def waves(self) -> NDArray[np.int64]:
-        """Number of segments, chunks and elements of each wave."""
-        waves, segments, chunks, elements = [], 0, 0, 0
-        for size in self.sizes.tolist():
-            segments, chunks, elements = segments + 1, chunks + -(-size // CHUNK), elements + size
-            if elements >= WAVE:
-                waves.append((segments, chunks, elements))
-                segments, chunks, elements = 0, 0, 0
-        if chunks:
-            waves.append((segments, chunks, elements))
-        return np.array(waves, np.int64).reshape(-1, 3)
+def _waves_of(sizes: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Number of segments, chunks and elements of each wave of segments of the given sizes."""
+    elements, chunks = (np.concatenate([[0], np.cumsum(x)]) for x in (sizes, -(-sizes // CHUNK)))
+    ends = [0]
+    while ends[-1] < len(sizes):
+        ends.append(min(int(np.searchsorted(elements, elements[ends[-1]] + WAVE)), len(sizes)))
+    return np.stack([np.diff(x) for x in (ends, chunks[ends], elements[ends])], axis=1)

@@ -12,7 +12,7 @@ import os
 import platform
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 if __name__ == "__main__":
     os.environ["NUMBA_OPT"] = "0"  # read when Numba is imported
@@ -22,51 +22,32 @@ import llvmlite.binding as llvm
 from numba import cfunc
 
 from .. import reductions
-from ..dtypes import COMPUTE, PAIRS, epilogue_symbol, ratio_symbol, squares_symbol, terms_symbol, update_symbol
-from ..epilogues import KINDS, Epilogue, kinds_of
+from ..dtypes import COMPUTE, PAIRS, symbol
+from ..epilogues import KINDS, kinds_of
 from ..registry import RULES
-from ..rules.rule import Rule
 from ..storage import Features
-from . import loop, terms
+from . import loop, schedule, terms
+
+KERNELS: dict[str, tuple[Callable[..., Callable[..., None]], Any]] = {
+    "update": (loop.update_loop, loop.SIGNATURE),
+    "terms": (terms.terms_loop, terms.SIGNATURE),
+    "ratio": (loop.ratio_function, loop.RATIO_SIGNATURE),
+    "squares": (reductions.squares_loop, reductions.SIGNATURE),
+    "schedule": (schedule.schedule, schedule.SIGNATURE),
+}
+"""What each kind of kernel is made by, from what it is of and the processor's features, and its C signature."""
 
 
-class Kernel(NamedTuple):
-    """Something to compile: the name it gets, a Python loop, its C signature."""
+def compiled(features: Features, kind: str, *of: Any) -> Any:
+    """A kernel of this processor. Its ``address`` fits the schedule; keep it alive.
 
-    symbol: str
-    function: Callable[..., Any]
-    signature: Any
-
-
-def update_kernel(rule: Rule, p: str, g: str, isa: str, features: Features) -> Kernel:
-    """The update of ``rule`` for parameters stored as ``p`` and gradients stored as ``g``."""
-    return Kernel(update_symbol(rule.name, p, g, isa), loop.cpu_loop(rule, p, g, features), loop.SIGNATURE)
-
-
-def epilogue_kernel(epilogue: Epilogue, p: str, target: str, isa: str, features: Features) -> Kernel:
-    """An epilogue for parameters stored as ``p`` and a target stored as ``target``."""
-    symbol = epilogue_symbol(epilogue.name, p, target, isa)
-    return Kernel(symbol, loop.epilogue_loop(epilogue, p, target, features), loop.EPILOGUE_SIGNATURE)
-
-
-def squares_kernel(dtype: str, isa: str, features: Features) -> Kernel:
-    """The sum of squares of an array stored as ``dtype``."""
-    return Kernel(squares_symbol(dtype, isa), reductions.squares_loop(dtype, features), reductions.SIGNATURE)
-
-
-def ratio_kernel(rule: Rule, isa: str, features: Features) -> Kernel:
-    """The ratio of ``rule``."""
-    return Kernel(ratio_symbol(rule.name, isa), loop.ratio_function(rule), reductions.RATIO_SIGNATURE)
-
-
-def terms_kernel(rule: Rule, p: str, g: str, isa: str, features: Features) -> Kernel:
-    """The sums of products of ``rule``'s terms."""
-    return Kernel(terms_symbol(rule.name, p, g, isa), terms.terms_loop(rule, p, g, features), terms.SIGNATURE)
-
-
-def jit(kernel: Kernel) -> Any:
-    """Compile for this processor, now. The result's ``address`` fits the schedulers; keep it alive."""
-    return cfunc(kernel.signature, error_model="numpy")(kernel.function)
+    Args:
+        features: What the processor can do.
+        kind: One of ``KERNELS``.
+        of: Rule and storage dtypes of parameter and gradient; of a ratio the rule, of squares the dtype alone.
+    """
+    make, signature = KERNELS[kind]
+    return cfunc(signature, error_model="numpy")(make(*of, features))
 
 
 def features_of(isa: str) -> Features:
@@ -86,15 +67,16 @@ def write_objects(directory: Path, p: str, g: str, isas: list[str]) -> None:
     """Compile every rule for one pair of storage dtypes, and what belongs to that pair, to one object per ISA."""
     machines = {isa: _machine(isa) for isa in isas}
     modules: dict[str, Any] = {}
-    translated: dict[tuple[str, Features | None], tuple[str, str]] = {}
+    translated: dict[tuple[Any, ...], tuple[str, str]] = {}
     for isa in isas:
         features = features_of(isa)
-        for kernel, depends in _kernels(p, g, features):
-            key = (kernel.symbol, features if depends else None)
+        for depends, *kernel in _kernels(p, g):
+            key = (*kernel, features if depends else None)
             if key not in translated:
-                translated[key] = _translate(kernel)
-            symbol = kernel.symbol + isa.replace("-", "_")
-            module = _optimise(*translated[key], symbol, machines[isa])
+                function = compiled(features, *kernel)
+                translated[key] = function.inspect_llvm(), function.native_name
+            kind, *of = kernel
+            module = _optimise(*translated[key], symbol(kind, *(getattr(x, "name", x) for x in of), isa), machines[isa])
             if isa in modules:
                 modules[isa].link_in(module)
             else:
@@ -103,24 +85,20 @@ def write_objects(directory: Path, p: str, g: str, isas: list[str]) -> None:
         (directory / f"{p}_{g}.{isa}.o").write_bytes(machines[isa].emit_object(module))
 
 
-def _kernels(p: str, g: str, features: Features) -> Iterator[tuple[Kernel, bool]]:
-    """The kernels of one pair, without the instruction set in their symbols, and whether features change their code."""
+def _kernels(p: str, g: str) -> Iterator[tuple[Any, ...]]:
+    """The kernels of one pair, and before each whether features change its code."""
     for rule in RULES.values():
-        yield update_kernel(rule, p, g, "", features), "float16" in (p, g) or rule.ratio is not None
+        yield "float16" in (p, g), "update", rule, p, g
         if rule.sources:
-            yield terms_kernel(rule, p, g, "", features), True
+            yield True, "terms", rule, p, g
         if rule.ratio is not None and p == g == "float64":
-            yield ratio_kernel(rule, "", features), False
+            yield False, "ratio", rule
     if p == g:
-        yield squares_kernel(p, "", features), True
+        yield True, "squares", p
         for epilogue, target in (KINDS[k] for k in kinds_of(p)):
-            yield epilogue_kernel(epilogue, p, target, "", features), "float16" in (p, target)
-
-
-def _translate(kernel: Kernel) -> tuple[str, str]:
-    """Numba's LLVM IR for a kernel, not optimised, and the name of its entry there."""
-    compiled = cfunc(kernel.signature, error_model="numpy")(kernel.function)
-    return compiled.inspect_llvm(), compiled.native_name
+            yield "float16" in (p, target), "update", epilogue, target, p
+    if p == g == "float64":
+        yield False, "schedule"
 
 
 def _machine(isa: str) -> Any:

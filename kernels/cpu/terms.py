@@ -7,17 +7,17 @@ from typing import Any
 
 import numba
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.core import cgutils
-from numba.core.extending import intrinsic
 
 from ..dtypes import COMPUTE
+from ..emit import emitted
 from ..environment import enter, leave
 from ..layout import BLOCK, LANES, MULTIPLIER
-from ..reductions import LANES_TYPE, Squares, taken
+from ..reductions import sum_of_rows
 from ..rules.rule import Rule
 from ..storage import I64, Features, Storage
-from .loop import AHEAD, PROMOTED, Access, scalars_intrinsic
+from .loop import AHEAD, PROMOTED, Access, inlined, scalars_intrinsic
 from .loop import BLOCK as PREFETCHED
 
 SIGNATURE = types.void(
@@ -26,21 +26,17 @@ SIGNATURE = types.void(
     types.CPointer(types.voidptr),  # parameter, gradient, states
     types.CPointer(types.float64),  # the rule's scalars
     types.CPointer(types.float64),  # the segment's own, of which the gradient multiplier is read
-    types.CPointer(types.float64),  # where the sums go
+    types.CPointer(types.float64),  # what the sums are added to
 )
 """C signature of a terms kernel."""
 
 
 def terms_loop(rule: Rule, p: str, g: str, features: Features) -> Callable[..., None]:
     """The sums of ``rule.products`` for parameters stored as ``p`` and gradients stored as ``g``, to be compiled."""
-    compute = getattr(types, COMPUTE[p])
-    stored = [Storage(p, features.half), Storage(g, features.half)]
-    access = Access(stored + [Storage(COMPUTE[p])] * len(rule.state), compute)
-    pointers_of, ahead, load = access.pointers_of(), access.ahead(range(len(access.storages))), access.load()
-    scalars_of = scalars_intrinsic(rule, compute)
-    terms = njit(error_model="numpy", forceinline=True)(rule.terms or _none)
-    scratch = _Scratch(rule, COMPUTE[p], features.fma)
-    new, put, clear, add = scratch.new(), scratch.put(), scratch.clear(), scratch.add()
+    access = Access(rule, p, g, features)
+    compute, pointers_of, load = access.compute, access.pointers_of(), access.load()
+    ahead, scalars_of = access.ahead(range(len(access.storages))), scalars_intrinsic(rule, compute)
+    terms, (new, clear, put, add) = inlined(rule.terms or _none), _scratch(rule, Storage(COMPUTE[p]), features)
 
     def loop(lo: Any, hi: Any, buffers: Any, scalars: Any, own: Any, sums: Any) -> None:
         mode: Any = enter()  # type: ignore[call-arg]
@@ -49,14 +45,14 @@ def terms_loop(rule: Rule, p: str, g: str, features: Features) -> Callable[..., 
         factors = new()
         for start in range(lo, hi, BLOCK):
             stop = min(start + BLOCK, hi)
+            if stop < start + BLOCK:
+                clear(factors)
             for first in range(start, stop, PREFETCHED):
                 ahead(pointers, first + AHEAD)
                 for i in range(first, min(first + PREFETCHED, stop)):
                     stored = load(pointers, i, compute(1.0), h)
                     put(factors, i - start, stored, terms(*load(pointers, i, multiplier, h)))
-            rows = -(-(stop - start) // LANES)
-            clear(factors, stop - start, rows * LANES)
-            add(factors, rows, sums)
+            add(factors, -(-(stop - start) // LANES), sums)
         leave(mode)
 
     return loop
@@ -66,85 +62,46 @@ def _none(*_: Any) -> tuple[()]:
     return ()
 
 
-class _Scratch:
-    """A block of each factor of the products, in the compute dtype, on the stack."""
+def _scratch(rule: Rule, storage: Storage, features: Features) -> tuple[Any, Any, Any, Any]:
+    """Intrinsics for a block of each factor of the products, in the compute dtype, on the stack."""
+    room = ir.ArrayType(ir.ArrayType(storage.memory, BLOCK), len(rule.sources))
+    row = ir.VectorType(storage.memory, LANES).as_pointer()
 
-    def __init__(self, rule: Rule, compute: str, fma: bool) -> None:
-        self.sources, self.products = rule.sources, rule.products
-        self.compute = Storage(compute).memory
-        self.squares = Squares(Storage(compute), fma)
+    def place(builder: Any, scratch: Any, source: str | int, i: Any) -> Any:
+        array = builder.bitcast(scratch, room.as_pointer())
+        return builder.gep(array, [ir.Constant(I64, 0), ir.Constant(I64, rule.sources.index(source)), i])
 
-    def _at(self, builder: Any, scratch: Any, source: str | int, i: Any) -> Any:
-        first = ir.Constant(I64, BLOCK * self.sources.index(source))
-        return builder.gep(builder.bitcast(scratch, self.compute.as_pointer()), [builder.add(first, i)])
+    @emitted(types.voidptr())
+    def new(context: Any, builder: Any) -> Any:
+        return builder.bitcast(cgutils.alloca_once(builder, room), context.get_value_type(types.voidptr))
 
-    def new(self) -> Any:
-        """Intrinsic ``() -> scratch``."""
+    @emitted(types.void(types.voidptr))
+    def clear(context: Any, builder: Any, scratch: Any) -> None:
+        cgutils.memset(builder, scratch, ir.Constant(I64, room.get_abi_size(context.target_data)), 0)
 
-        @intrinsic
-        def new(typingctx: Any) -> Any:
-            def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-                room = cgutils.alloca_once(builder, ir.ArrayType(self.compute, BLOCK * len(self.sources)))
-                return builder.bitcast(room, context.get_value_type(types.voidptr))
+    def of_terms(scratch: Any, i: Any, stored: Any, terms: Any) -> Any:
+        if any(kind != stored[0] for kind in terms):
+            raise numba.TypingError(f"the rule's terms return {terms}, not values of {stored[0]}: {PROMOTED}")
+        return types.void(scratch, i, stored, terms)
 
-            return types.voidptr(), codegen
+    @emitted(of_terms)
+    def put(context: Any, builder: Any, scratch: Any, i: Any, stored: Any, terms: Any) -> None:
+        """The factors of element i, of ``(p, g, ...)`` and terms."""
+        for source in rule.sources:
+            of, k = (terms, source) if isinstance(source, int) else (stored, "pg".index(source))
+            builder.store(builder.extract_value(of, k), place(builder, scratch, source, i))
 
-        return new
+    @emitted(types.void(types.voidptr, types.int64, types.CPointer(types.float64)))
+    def add(context: Any, builder: Any, scratch: Any, rows: Any, sums: Any) -> None:
+        """Add the products of the first rows to the sums."""
+        for k, product in enumerate(rule.products):
 
-    def put(self) -> Any:
-        """Intrinsic ``(scratch, i, (p, g, ...), terms)``: the factors of element i."""
+            def factors(first: Any, product: Any = product) -> list[Any]:
+                places = [builder.bitcast(place(builder, scratch, source, first), row) for source in product]
+                return [builder.load(x, align=storage.memory.get_abi_size(context.target_data)) for x in places]
 
-        @intrinsic
-        def put(typingctx: Any, scratch: Any, i: Any, stored: Any, terms: Any) -> Any:
-            if any(kind != stored[0] for kind in terms):
-                raise numba.TypingError(f"the rule's terms return {terms}, not values of {stored[0]}: {PROMOTED}")
+            at = builder.gep(sums, [ir.Constant(I64, k)])
+            total = sum_of_rows(builder, storage, features.fma, rows, factors)
+            builder.store(builder.fadd(builder.load(at), total), at)
 
-            def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-                for source in self.sources:
-                    of, k = (args[3], source) if isinstance(source, int) else (args[2], "pg".index(source))
-                    builder.store(builder.extract_value(of, k), self._at(builder, args[0], source, args[1]))
-                return context.get_dummy_value()
-
-            return types.void(types.voidptr, types.int64, stored, terms), codegen
-
-        return put
-
-    def clear(self) -> Any:
-        """Intrinsic ``(scratch, lo, hi)``: factors of zero."""
-
-        @intrinsic
-        def clear(typingctx: Any, scratch: Any, lo: Any, hi: Any) -> Any:
-            def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-                with cgutils.for_range(builder, builder.sub(args[2], args[1])) as loop:
-                    for source in self.sources:
-                        at = self._at(builder, args[0], source, builder.add(args[1], loop.index))
-                        builder.store(ir.Constant(self.compute, 0.0), at)
-                return context.get_dummy_value()
-
-            return types.void(types.voidptr, types.int64, types.int64), codegen
-
-        return clear
-
-    def add(self) -> Any:
-        """Intrinsic ``(scratch, rows, sums)``: add the products of the first rows to the sums."""
-
-        @intrinsic
-        def add(typingctx: Any, scratch: Any, rows: Any, sums: Any) -> Any:
-            def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-                lanes = cgutils.alloca_once_value(builder, ir.Constant(LANES_TYPE, None))
-                row = ir.VectorType(self.compute, LANES).as_pointer()
-                for k, product in enumerate(self.products):
-                    with cgutils.for_range(builder, args[1]) as loop:
-                        first = builder.mul(loop.index, ir.Constant(I64, LANES))
-                        places = [builder.bitcast(self._at(builder, args[0], x, first), row) for x in product]
-                        factors = [builder.load(place) for place in places]
-                        for factor in factors:
-                            factor.align = self.compute.get_abi_size(context.target_data)
-                        self.squares.add(builder, lanes, *factors)
-                    at = builder.gep(args[2], [ir.Constant(I64, k)])
-                    builder.store(builder.fadd(builder.load(at), taken(builder, lanes)), at)
-                return context.get_dummy_value()
-
-            return types.void(types.voidptr, types.int64, types.CPointer(types.float64)), codegen
-
-        return add
+    return new, clear, put, add

@@ -136,7 +136,7 @@ def _epilogue(kind: int, p: str, access: Any, threads: int) -> Any:
     compute = COMPUTE[p]
     arrays, part_of, word = access.Arrays(epilogue, target, p), _part(access), access.word
     load, apply, store, unit = arrays.load(1), arrays.apply(), arrays.store(1), np.dtype(compute).type(1)
-    number, number_size = (access.single, 4) if compute == "float32" else (access.real, 8)
+    scalars_of, number_size = access.scalars_loader(epilogue, compute), 4 if compute == "float32" else 8
 
     def follow(chunks: Any, segments: Any, scalars: Any) -> None:
         s, lo, hi = part_of(chunks)
@@ -145,7 +145,7 @@ def _epilogue(kind: int, p: str, access: Any, threads: int) -> Any:
             return
         cuda.syncthreads()  # another thread of the block may have written what this one reads
         pointers = word(segment, TARGETS + kind), word(segment, PARAMETER)
-        h = number(scalars + number_size * SCALARS * word(segment, SCALAR_GROUP), WEIGHT)
+        h = scalars_of(scalars + number_size * (SCALARS * word(segment, SCALAR_GROUP) + WEIGHT), 0)
         for i in range(lo + cuda.threadIdx.x, hi, threads):
             store(pointers, i, apply(load(pointers, i, unit, h)))
 

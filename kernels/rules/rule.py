@@ -12,11 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from ..epilogues import EMA
 from ..layout import DECAY, GRADIENT, PARAMETER, SUMS, WEIGHT
 
 MAX_STATES = 6
 """State arrays that a segment has room for."""
+
+EMA = "ema"
+"""Name in a parameter's state of its average (epilogues.py)."""
 
 Product = tuple[str | int, str | int]
 """What is multiplied and summed: "p" or "g" as stored, or the number of a term."""

@@ -48,9 +48,10 @@ def squares_on_cpu(segments, which):
     """The table that holds them, as the CPU's kernels fill it, and their sum."""
     backend, table = _backend.current(), Table([s.arrays[layout.PARAMETER].size for s in segments])
     for row, segment in zip(table.segments, segments, strict=True):
-        row["squares"] = [backend.squares_kernel(a.dtype.name) for a in segment.arrays]
+        row["squares"] = [backend.kernel("squares", a.dtype.name) for a in segment.arrays]
         row["arrays"][:2] = [a.ctypes.data for a in segment.arrays]
-    return table, backend.squares(table, which, 1)
+    backend.run(table, layout.NORM, which, 1)
+    return table, float(table.total)
 
 
 def multiplier_of(tables):
@@ -214,8 +215,9 @@ def test_scalars_formed_on_the_device(rule):
 
 
 def ratio_on_cpu(rule, squares, multiplier, h):
-    kind = ctypes.CFUNCTYPE(ctypes.c_double, ctypes.c_void_p, ctypes.c_double, ctypes.c_void_p)
-    return kind(_backend.current().ratio_kernel(rule))(np.array(squares).ctypes.data, multiplier, h.ctypes.data)
+    kind, own = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * 3), np.array([multiplier, 0.0])
+    kind(_backend.current().kernel("ratio", rule))(np.array(squares).ctypes.data, h.ctypes.data, own.ctypes.data)
+    return own[1]
 
 
 def check_ratios(tables, rule, adapting, factor):

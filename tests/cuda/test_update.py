@@ -18,7 +18,7 @@ from fastopt.kernels.cuda.toolchain import THREADS
 from fastopt.kernels.cuda.update import PARTS, update_loop
 from fastopt.kernels.dtypes import COMPUTE, PAIRS, cuda_update_symbol
 from fastopt.kernels.epilogues import AVERAGE, KINDS, kinds_of
-from fastopt.kernels.layout import CHUNK, GRADIENT, SIGN, WEIGHT
+from fastopt.kernels.layout import CHUNK, GRADIENT, SIGN, UPDATE, WEIGHT
 from fastopt.kernels.registry import RULES
 
 from fastopt.engine import backend as _backend
@@ -87,12 +87,12 @@ def ratios(rule, segments):
 
 def update_on_cpu(rule, pair, segments, multiplier, zero):
     backend, table = _backend.current(), Table([s.arrays[GRADIENT].size for s in segments])
-    kernel, h = backend.update_kernel(rule, *pair), scalars(rule)
+    kernel, h = backend.kernel("update", rule, *pair), scalars(rule)
     for row, segment, ratio in zip(table.segments, segments, ratios(rule, segments), strict=True):
         row["update"], row["scalars"] = kernel, h[segment.scalar_group].ctypes.data
         row["arrays"][: len(segment.arrays)] = [a.ctypes.data for a in segment.arrays]
-        row["own"] = segment.sign * multiplier, ratio, zero
-    backend.update(table, 1)
+        row["own"], row["zeroed"] = (segment.sign * multiplier, ratio), zero * segment.arrays[GRADIENT].itemsize
+    backend.run(table, UPDATE, 0, 1)
 
 
 def update_on_cuda(

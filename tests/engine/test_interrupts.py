@@ -55,7 +55,7 @@ def test_weight_norms_are_kept_only_of_a_step_that_came_back(monkeypatch):
         if interrupted:
             w *= 100  # by whoever caught the interrupt, before the kernels ran
             with monkeypatch.context() as patch:
-                patch.setattr(opt._plan.backend, "waves", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+                patch.setattr(opt._plan.backend, "run", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
                 with pytest.raises(KeyboardInterrupt):
                     opt.step([np.ones_like(w)])
         else:

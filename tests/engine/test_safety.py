@@ -125,12 +125,12 @@ def test_gradients_live_as_long_as_the_step(steps_before, monkeypatch):
         opt.step(grads)
     alive = weakref.ref(grads["w"])
 
-    def update(table, threads):
+    def run(*_):
         grads.clear()  # as another thread might, while the kernel runs
         gc.collect()
         seen.append(alive() is not None)
 
-    monkeypatch.setattr(_backend.current(), "update", update)
+    monkeypatch.setattr(_backend.current(), "run", run)
     opt.step(grads)
     assert seen == [True]
     gc.collect()
@@ -149,14 +149,14 @@ def test_a_step_that_fails_is_not_taken_for_known_by_the_next(monkeypatch):
 
 
 def test_an_interrupt_after_the_kernel_finds_the_step_counted(monkeypatch):
-    opt, update = fastopt.Adam([np.ones(4)]), _backend.current().update
+    opt, run = fastopt.Adam([np.ones(4)]), _backend.current().run
 
     def interrupted(*arguments):
-        update(*arguments)
+        run(*arguments)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(_backend.current(), "update", interrupted)
+        patch.setattr(_backend.current(), "run", interrupted)
         with pytest.raises(KeyboardInterrupt):
             opt.step([np.ones(4)])
     assert opt.state["0"]["step"] == 1

@@ -14,7 +14,7 @@ from cases import Case
 from compare import CASE, DTYPES, assert_same_bits, build, snapshot
 from fastopt.kernels import epilogues
 from fastopt.kernels.dtypes import COPIES, PAIRS
-from fastopt.kernels.layout import CHUNK, GRADIENT
+from fastopt.kernels.layout import CHUNK, GRADIENT, NORM
 from isas import native_isas, run_epilogue
 
 pytestmark = [
@@ -71,8 +71,8 @@ def run(case, pair, bits=0):
     with mode_of_this_thread(bits):
         for g in grads:
             opt.step(g)
-        total = opt._plan.backend.squares(opt._plan.layers, GRADIENT, 2)
-    return {**snapshot(p, opt), "sum": {"of squares": np.array(total)}}
+        opt._plan.backend.run(opt._plan.layers, NORM, GRADIENT, 2)
+    return {**snapshot(p, opt), "sum": {"of squares": np.array(opt._plan.layers.total)}}
 
 
 def check(case, pair, modes, backend, isas):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from cases import RULE_CASES
 from compare import DTYPES, assert_same_bits, build, case_problem, snapshot
-from fastopt.kernels.layout import CHUNK
+from fastopt.kernels.layout import CHUNK, NORM, UPDATE
 from fastopt.kernels.registry import RULES
 
 import fastopt
@@ -189,14 +189,13 @@ def test_kernels_past_2_to_the_31(dtype, isa):
     scalars = np.array(rule.scalars(1, {"lr": 0.1, "weight_decay": 0.0}))
     table = Table([lo + count])  # as if w and g were the end of arrays that large: only the last chunk is run
     segment = table.segments[0]
-    segment["update"], segment["scalars"] = backend.update_kernel(rule, dtype, dtype), scalars.ctypes.data
-    segment["squares"] = backend.squares_kernel(dtype)
-    segment["own"] = 1.0, 1.0, 0.0
+    segment["update"], segment["scalars"] = backend.kernel("update", rule, dtype, dtype), scalars.ctypes.data
+    segment["squares"] = backend.kernel("squares", dtype)
+    segment["own"] = 1.0, 1.0
     segment["arrays"][:2] = [(a.ctypes.data - lo * a.itemsize) % 2**64 for a in (w, g)]
-    table.chunks = table.chunks[-1:].copy()
-    table.chunks_at, table.count = table.chunks.ctypes.data, 1
-    backend.update(table, 1)
-    backend.squares(table, 1, 1)
+    table.record["chunks"], table.record["chunk_count"] = table.chunks[-1:].ctypes.data, 1
+    backend.run(table, UPDATE, 0, 1)
+    backend.run(table, NORM, 1, 1)
     assert w.tobytes() == near.tobytes()
     assert table.segments["sums"][0, 1] == pytest.approx(np.sum(g.astype(np.float64) ** 2), rel=1e-12)
 

@@ -3,7 +3,8 @@
 import ctypes
 from typing import Any
 
-from fastopt.kernels.epilogues import Epilogue
+import numpy as np
+from fastopt.kernels.rules.rule import Rule
 
 from fastopt.engine import backend as _backend
 
@@ -14,11 +15,10 @@ def native_isas():
     return [isa for isa in _backend.ISAS if isa <= best] if best in _backend.ISAS else [best]
 
 
-def run_epilogue(
-    isa: str, epilogue: Epilogue, values: Any, target: Any, *ranges: tuple[int, int], h: float = 0
-) -> None:
+def run_epilogue(isa: str, epilogue: Rule, values: Any, target: Any, *ranges: tuple[int, int], h: float = 0) -> None:
     """Call the kernel of an epilogue for ranges of elements of parameters and their target."""
     signature = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64, *[ctypes.c_void_p] * 3)
-    kernel = signature(_backend.load(isa).epilogue_kernel(epilogue, values.dtype.name, target.dtype.name))
+    kernel = signature(_backend.load(isa).kernel("update", epilogue, target.dtype.name, values.dtype.name))
+    arrays, numbers = np.array([target.ctypes.data, values.ctypes.data]), np.array([1.0, 1.0, h])
     for lo, hi in ranges:
-        kernel(lo, hi, values.ctypes.data, target.ctypes.data, ctypes.addressof(ctypes.c_double(h)))
+        kernel(lo, hi, arrays.ctypes.data, numbers[2:].ctypes.data, numbers.ctypes.data)

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...kernels.dtypes import CODES
-from ...kernels.epilogues import KINDS, Epilogue
+from ...kernels.epilogues import KINDS
 from ...kernels.layout import (
     ADAPTS,
     CHUNKS,
@@ -26,6 +26,7 @@ from ...kernels.layout import (
     TARGETS,
     WORD,
 )
+from ...kernels.rules.rule import Rule
 from ..table import chunks_of
 from .runtime import Function, Runtime, address
 from .staging import PinnedRing
@@ -152,7 +153,7 @@ def segment_words(
     signs: list[float],
     adapts: list[bool],
     stored: list[tuple[str, str]],
-    epilogues: list[list[tuple[Epilogue, str, int]]],
+    epilogues: list[list[tuple[Rule, str, int]]],
 ) -> NDArray[np.int64]:
     """What segments are, for ``CudaTable``; ``stored`` are the dtypes of parameter and gradient, ``epilogues`` those of
     each with dtype and address of the target."""
