@@ -294,8 +294,9 @@ def launch(kernel, grid, args, threads=THREADS):
     """Run a kernel, as `update_loop` and `prologue` return them; it is done when this returns."""
     with _launching, pytest.MonkeyPatch.context() as patch:
         _at.cache_clear()
+        real, done = cuda, contextlib.nullcontext()
 
-        def swap_once(function, module, real=cuda, done=contextlib.nullcontext()):  # not in every call of every thread
+        def swap_once(function, module):  # not in every call of every thread
             if function.__globals__.get("cuda") is real:
                 patch.setitem(function.__globals__, "cuda", module)
             return done
