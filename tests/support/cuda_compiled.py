@@ -1,7 +1,7 @@
-"""The LLVM IR of CUDA kernels, as NVVM is given it, compiled for the CPU instead, and run by real threads.
+"""The LLVM IR of CUDA kernels, as NVVM is given it, compiled for the CPU instead.
 
 The simulator runs the Python loops; this runs what the compiler makes of them: vector accesses, conversions, the
-rule's own functions compiled for the device. A block is as many POSIX threads as on a GPU, blocks follow one another.
+rule's own functions compiled for the device. A block is as many threads as on a GPU; blocks follow one another.
 """
 
 import ctypes
@@ -11,8 +11,11 @@ import json
 import os
 import pathlib
 import re
+import struct
 
+import greenlet
 import llvmlite.binding as llvm
+from blocks import take_turns
 from fastopt.kernels.cuda import compile as compiler
 from fastopt.kernels.cuda.toolchain import THREADS
 from fastopt.kernels.dtypes import COMPUTE, cuda_prologue_symbol, cuda_terms_symbol, cuda_update_symbol
@@ -21,11 +24,15 @@ from numba.cuda.cudadrv import nvvm
 
 # What a GPU has in hardware or NVIDIA's library, and a CPU under other names.
 HOST = {
-    r'"llvm.nvvm.barrier0"\(\)': '"pthread_barrier_wait"(i8* @block)', '"__nv_pow"': '"pow"',
+    '"__nv_pow"': '"pow"',
     '"__nv_sqrt"': '"llvm.sqrt.f64"', '"__nv_sqrtf"': '"llvm.sqrt.f32"', '"__nv_fabs"': '"llvm.fabs.f64"',
     '"__nv_fabsf"': '"llvm.fabs.f32"', '"__nv_fmax"': '"llvm.maxnum.f64"',
 }  # fmt: skip
-LIBRARIES = {"pthread_barrier_wait": ("i32 (i8*)", "libc.so.6"), "pow": ("double (double, double)", "libm.so.6")}
+ADDRESSES = {
+    "llvm.nvvm.barrier0": ("void ()", ctypes.PYFUNCTYPE(None)(lambda: greenlet.getcurrent().parent.switch())),
+    "pow": ("double (double, double)", ctypes.CDLL("libm.so.6").pow),
+}
+"""Functions that are called by their addresses: the JIT linker does not find them all by name."""
 LOAD = re.compile(r'%"(\S+)" = call double asm sideeffect "ld\.volatile\.global\.f64[^(]*\(i64 (%\S+)\)')
 FINITE = """
 define i32 @"__nv_isfinited"(double %x) {
@@ -86,14 +93,14 @@ def _for_host(text):
     text = LOAD.sub(r'%"\1.at" = inttoptr i64 \2 to double*\n  %"\1" = load volatile double, double* %"\1.at"', text)
     for pattern, replacement in HOST.items():
         text = re.sub("@" + pattern, "@" + replacement, text)
-    for name, (kind, library) in LIBRARIES.items():  # by address: the JIT linker does not find them all by name
-        address = ctypes.cast(getattr(ctypes.CDLL(library), name), ctypes.c_void_p).value
+    for name, (kind, function) in ADDRESSES.items():
+        address = ctypes.cast(function, ctypes.c_void_p).value
         text = re.sub(rf'call \w+ @"{name}"', f"call {kind} inttoptr (i64 {address} to {kind}*)", text)
     return re.sub(r"addrspace\([13]\) ?", "", text.replace("addrspacecast", "bitcast"))
 
 
 def _with_entry(text):
-    """Adds the barrier, and a function of one pointer to words: the thread, its block, the arguments of the kernel."""
+    """Adds a function of one pointer to words: the thread, its block, the arguments of the kernel."""
     match = re.search(r'define void @("[^"]+")\(([^)]*)\)', text)
     assert match
     name, parameters = match[1], [p.split()[0] for p in match[2].split(",")]
@@ -105,8 +112,7 @@ def _with_entry(text):
         lines.append(f"  %value{k} = {'trunc' if kind == 'i32' else 'bitcast'} i64 %word{k} to {kind}")
         passed.append(f"{kind} %value{k}")
     lines += [f"  call void @{name}({', '.join(passed)})", "  ret i8* null", "}", FINITE]
-    barrier = "@block = global [64 x i8] zeroinitializer, align 16"
-    return "\n".join([text.replace("@block", "bitcast ([64 x i8]* @block to i8*)"), *lines, barrier])
+    return "\n".join([text, *lines])
 
 
 class Kernel:
@@ -116,7 +122,6 @@ class Kernel:
         llvm.initialize_native_target()
         llvm.initialize_native_asmprinter()
         kernel, *others = map(_for_host, _ir(symbol))
-        self._cooperates = "@block" in kernel
         module = llvm.parse_assembly(_with_entry(kernel))
         for text in others:
             module.link_in(llvm.parse_assembly(text))
@@ -125,31 +130,16 @@ class Kernel:
         )
         self._engine = llvm.create_mcjit_compiler(module, machine)
         self._engine.finalize_object()
-        self._entry = self._engine.get_function_address("entry")
-        libc = self._libc = ctypes.CDLL(None)
-        barrier = self._engine.get_global_value_address("block")
-        assert libc.pthread_barrier_init(ctypes.c_void_p(barrier), None, THREADS) == 0
+        # The lock is kept: a barrier goes back to Python.
+        self._call = ctypes.PYFUNCTYPE(None, ctypes.c_char_p)(self._engine.get_function_address("entry"))
 
     def launch(self, blocks, arguments):
         """Run all blocks."""
         words = [ctypes.c_double(x) if isinstance(x, float) else ctypes.c_int64(x) for x in arguments]
         raw = b"".join(bytes(word) for word in words)
-        call = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)(self._entry)
         for block in range(blocks):
-            passed = [
-                ctypes.create_string_buffer(bytes(ctypes.c_int64(thread)) + bytes(ctypes.c_int64(block)) + raw)
-                for thread in range(THREADS)
-            ]
-            if not self._cooperates:
-                for each in passed:
-                    call(ctypes.addressof(each))
-                continue
-            threads = (ctypes.c_uint64 * THREADS)()
-            for k, each in enumerate(passed):
-                at = ctypes.byref(threads, 8 * k)
-                assert self._libc.pthread_create(at, None, ctypes.c_void_p(self._entry), each) == 0
-            for thread in threads:
-                self._libc.pthread_join(ctypes.c_uint64(thread), None)
+            passed = (struct.pack("qq", thread, block) + raw for thread in range(THREADS))
+            take_turns([greenlet.greenlet(functools.partial(self._call, each)) for each in passed])
 
 
 @functools.cache

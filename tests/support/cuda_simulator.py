@@ -6,11 +6,11 @@ of. NUMBA_ENABLE_CUDASIM=1 must be set before Numba is imported (conftest.py doe
 """
 
 import bisect
+import contextlib
 import ctypes
 import functools
 import itertools
 import math
-import random
 import sys
 import threading
 import types
@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 import greenlet
 import numpy as np
 import pytest
+from blocks import take_turns
 from compare import DTYPES
 from fastopt.kernels import layout
 from fastopt.kernels.cuda.prologue import prologue
@@ -74,6 +75,7 @@ def _is_allowed(address, size):
     )
 
 
+@functools.cache  # of one launch: all its threads read the same tables
 def _at(address, dtype, count=1, *, aligned_to=None):
     """The elements at an address, accessed at once."""
     size = dtype.itemsize * count
@@ -270,26 +272,38 @@ class _Thread(greenlet.greenlet):
 
 
 class _Block:
-    """In place of the simulator's, whose operating system's threads take 20 times as long: greenlets, and in an order
-    of their own between any two barriers."""
+    """In place of the simulator's, whose operating system's threads take 20 times as long."""
 
     def __init__(self, f, grid, block, debug):
         self._f, (self._count, _, _) = f, block
-        self._order = random.Random(0)
 
     def run(self, block, *args):
-        threads = [_Thread(lambda: self._f(*args), block, k) for k in range(self._count)]
-        while threads:
-            self._order.shuffle(threads)
-            for thread in threads:
-                thread.switch()
-            threads = [thread for thread in threads if not thread.dead]
+        take_turns([_Thread(lambda: self._f(*args), block, k) for k in range(self._count)])
+
+
+def _shared_array(memory, shape, dtype):
+    """One array for each line, as in the simulator, which looks at the whole stack and so takes half of all time."""
+    frame = sys._getframe(1)
+    place = frame.f_code, frame.f_lineno
+    if place not in memory._allocations:
+        memory._allocations[place] = np.empty(shape, str(dtype))
+    return memory._allocations[place]
 
 
 def launch(kernel, grid, args, threads=THREADS):
     """Run a kernel, as `update_loop` and `prologue` return them; it is done when this returns."""
     with _launching, pytest.MonkeyPatch.context() as patch:
+        _at.cache_clear()
+        real, done = cuda, contextlib.nullcontext()
+
+        def swap_once(function, module):  # not in every call of every thread
+            if function.__globals__.get("cuda") is real:
+                patch.setitem(function.__globals__, "cuda", module)
+            return done
+
+        patch.setattr(simulator, "swapped_cuda_module", swap_once)
         patch.setattr(simulator, "BlockManager", _Block)
+        patch.setattr(kernelapi.FakeCUDAShared, "array", _shared_array)
         patch.setattr(kernelapi, "threading", types.SimpleNamespace(current_thread=greenlet.getcurrent))
         function = cuda.jit(device=True)(kernel)
 
