@@ -49,7 +49,7 @@ def rule(
     ``h`` are numbers of the compute dtype: float64 for float64 parameters, else float32. The function has no literals,
     which would promote float32 to float64: make them options or scalars. ``h`` has every option that is a number or a
     flag, what ``scalars`` returns, and ``h.ratio`` where there is a ratio. Pass the rule to ``fastopt.optimizer`` or
-    ``fastopt.torch.optimizer`` for a class.
+    ``fastopt.torch.optimizer`` for a class. A rule's classes and kernels stay until the process ends.
 
     Args:
         state: Names of the state arrays, which have the shapes of their parameters and begin at zero.
