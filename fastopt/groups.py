@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -20,7 +19,6 @@ from .engine.options import (
     boolean,
     check_options,
     naming_options,
-    own_options,
     ranges_of,
     step_option,
 )
@@ -144,42 +142,7 @@ class Groups:
 
     def _current_options(self) -> list[dict[str, Any]]:
         """Options of every group, checked again where somebody changed them."""
-        if len(self.param_groups) != len(self._groups):
-            raise ValueError(
-                f"{self._name}: param_groups has {len(self.param_groups)} groups, but {len(self._groups)} were added. "
-                "Add groups with add_param_group."
-            )
-        changed: list[tuple[GroupSnapshot, dict[str, Any], dict[str, Any]]] = []
-        for index, (group, known) in enumerate(zip(self.param_groups, self._groups, strict=True)):
-            options = dict(group)
-            if options.pop("params", None) is not known.arrays:
-                raise ValueError(f'{self._name}: param_groups[{index}]["params"] was replaced. Make a new optimizer.')
-            for name in known.foreign:
-                options.pop(name, None)
-            try:
-                same = options == known.seen  # a copy: values may change in place
-            except ValueError:  # an array where a number belongs has no truth
-                same = False
-            if not same:
-                if options.keys() != known.seen.keys():
-                    options = own_options(options, self._known_options, self._place(index))
-                    known.foreign = group.keys() - options.keys() - {"params"}
-                self.complete(options)
-                checked = self._normalise(options, known.dtypes, index, self._device)
-                changed.append((known, copy.deepcopy(options), checked))
-        for known, seen, checked in changed:  # nothing is taken over before all groups are checked
-            self._take_over(known, checked)
-            known.seen, known.options = seen, checked
-        return [known.options for known in self._groups]
-
-    def _take_over(self, known: GroupSnapshot, checked: dict[str, Any]) -> None:
-        before, now = known.options, checked
-        changed = any(self.choose(before, p.array) != self.choose(now, p.array) for p in known.members)
-        if changed or known.options.get("maximize") != checked.get("maximize"):
-            for p, name, state in self._allocate(known, checked, self._device):
-                p.states[name] = state
-            self._rebuild()
-        self.complete(self.param_groups[known.index])
+        raise NotImplementedError
 
     def _rebuild(self) -> None:
         """Parameters or states changed: what was derived from them is derived anew."""

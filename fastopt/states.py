@@ -42,7 +42,7 @@ class StateView(dict[str, Any]):
 
 
 class SavedParameter(NamedTuple):
-    """Progress and state arrays of one parameter."""
+    """Step count, carried numbers and state arrays of one parameter."""
 
     step: int
     carry: dict[str, float]
@@ -146,7 +146,7 @@ def check_states(saved: SavedParameter, p: Parameter, rule: Rule, options: Optio
     known = set(rule.carry(options)._fields) if rule.carry else set()
     if saved.carry.keys() - {EMA_STEP, *known} or (saved.step and known - saved.carry.keys()):
         raise ValueError(
-            f"{where}: parameter {p.name!r} has the host scalars {sorted(saved.carry)}, but its rule needs "
+            f"{where}: parameter {p.name!r} has the carried numbers {sorted(saved.carry)}, but its rule needs "
             f"{sorted(known)}."
         )
 
@@ -161,7 +161,7 @@ class States(Groups):
 
     @property
     def state(self) -> StateView:
-        """State of each parameter by name: "step", host scalars, and views of its state arrays."""
+        """State of each parameter by name: "step", carried numbers, and views of its state arrays."""
         if self._plan is not None:
             self._plan.recount()  # a CUDA graph may have been replayed
         shown = {}

@@ -84,7 +84,7 @@ class HostPlan(Plan):
             table.segments[name] = column
         for place, column in enumerate(zip_longest(*map(self._epilogues, first))):
             table.segments["epilogues"][:, place] = [
-                self._epilogue(k, *e, scalars[self._member[k]] + at) if e else (0, 0, (0, 0))
+                self._epilogue(k, e, scalars[self._member[k]] + at) if e else (0, 0, (0, 0))
                 for k, e in zip(first, column, strict=True)
             ]
         for place, addresses in enumerate(zip_longest(*self._addresses(runs), fillvalue=0)):
@@ -95,9 +95,9 @@ class HostPlan(Plan):
         table.arrays[:, GRADIENT] = self._gradients[table.first]
         return table
 
-    def _epilogue(self, k: int, epilogue: Rule, dtype: str, target: int, scalars: int) -> tuple[Any, ...]:
-        p = self.parameters[k]
-        return self.backend.kernel("update", epilogue, dtype, p.dtype), scalars, (target, p.address)
+    def _epilogue(self, k: int, epilogue: tuple[Rule, str, int], scalars: int) -> tuple[Any, ...]:
+        p, (rule, dtype, target) = self.parameters[k], epilogue
+        return self.backend.kernel("update", rule, dtype, p.dtype), scalars, (target, p.address)
 
     def point_at(self, gradients: NDArray[np.uint64]) -> None:
         self._gradients = gradients

@@ -148,7 +148,7 @@ def choice(rule: Rule, options: Options, dimensions: int) -> RuleChoice:
 
 @dataclass
 class ScalarGroup:
-    """Parameters that take the same scalars: same group, same choice, equal progress."""
+    """Parameters that take the same scalars: same group, same choice, equal step counts."""
 
     group: int
     choice: RuleChoice
@@ -259,7 +259,7 @@ class Plan(ABC):
         return scalar_groups, member, counts
 
     def _adopt(self) -> None:
-        """Members of a scalar group share one progress from here on, which is where each of them has come to."""
+        """Members of a scalar group share one step count from here on, which is that of each of them."""
         for p, c in zip(self.parameters, self._member, strict=True):
             p.step_count = self.scalar_groups[c].step_count
 
@@ -270,7 +270,7 @@ class Plan(ABC):
     def resume(self) -> bool:
         """Serve again, after other plans did; False where members of a scalar group have other counts now."""
         reached: dict[int, StepCount] = {}
-        # A set: most members of a scalar group share one progress.
+        # A set: most members of a scalar group share one step count.
         for c, step_count in set(zip(self._member, [p.step_count for p in self.parameters], strict=True)):
             first = reached.setdefault(c, step_count)
             if step_count is not first and (step_count.steps, step_count.carry) != (first.steps, first.carry):

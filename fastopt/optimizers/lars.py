@@ -38,8 +38,7 @@ class LARS(Optimizer):
         keep_weight_norms: Promise that only this optimizer writes the parameters between steps. Their norms, taken as
             an update writes them, then serve the next step, which need not read them once more: faster, and the same
             bits. After writing parameters all the same call ``weights_written()``, or the next step takes its ratios
-            from the old weights. On a GPU they are
-            always taken anew.
+            from the old weights. On a GPU they are always taken anew.
         ema_decay, ema_warmup: Average the parameters, see ``fastopt.Optimizer``.
         max_grad_norm, skip_nonfinite, zero_grads: Of every step, see ``fastopt.Optimizer``.
 

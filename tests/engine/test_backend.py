@@ -11,7 +11,7 @@ from fresh import python
 from refusal import hide
 
 import fastopt
-from fastopt import info
+from fastopt import __main__ as info
 from fastopt.engine import backend as _backend
 from fastopt.engine import library
 

@@ -222,7 +222,7 @@ BAD_STATES = {
     "step a float": (lambda d: d["state"][1].update(step=1.0), "'b' must be an integer in [0, 2^53], got 1.0"),
     "step a bool": (lambda d: d["state"][1].update(step=True), "'b' must be an integer in [0, 2^53], got True"),
     "step missing": (lambda d: d["state"][1].pop("step"), "'b' must be an integer in [0, 2^53], got None"),
-    "host scalar": (lambda d: d["state"][1].update(mu_product=0.5), "'b' has the host scalars ['mu_product']"),
+    "host scalar": (lambda d: d["state"][1].update(mu_product=0.5), "'b' has the carried numbers ['mu_product']"),
     "option unknown": (lambda d: d["param_groups"][0].update(momentum=0.9), "no option 'momentum'"),
     "option bad": (lambda d: d["param_groups"][0].update(lr=float("nan")), "lr must be in [0, inf), got nan"),
     "step too far": (lambda d: d["state"][1].update(step=2**53 + 1), "must be an integer in [0, 2^53]"),
@@ -252,5 +252,5 @@ def test_a_missing_host_scalar_is_refused():
     opt = trained(fastopt.NAdam)
     saved = opt.state_dict()
     del saved["state"][1]["mu_product"]
-    with refused(ValueError, "NAdam.load_state_dict: parameter 'b' has the host scalars []", "mu_product", opt=opt):
+    with refused(ValueError, "NAdam.load_state_dict: parameter 'b' has the carried numbers []", "mu_product", opt=opt):
         opt.load_state_dict(saved)

@@ -10,7 +10,7 @@ import pytest
 from fresh import python
 from refusal import hide
 
-from fastopt import info
+from fastopt import __main__ as info
 from fastopt.engine import backend as _backend
 
 ROOT = Path(__file__).parents[2]
