@@ -5,6 +5,7 @@ rule's own functions compiled for the device. A block is as many threads as on a
 """
 
 import ctypes
+import fcntl
 import functools
 import itertools
 import json
@@ -54,10 +55,10 @@ def _ir(symbol):
     if folder is None:
         return _compiled(symbol)
     kept = pathlib.Path(folder, f"{symbol}.json")
-    if not kept.exists():
-        written = kept.with_suffix(f".{os.getpid()}")
-        written.write_text(json.dumps(_compiled(symbol)))
-        written.rename(kept)
+    with kept.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not kept.exists():
+            kept.write_text(json.dumps(_compiled(symbol)))
     return json.loads(kept.read_text())
 
 
