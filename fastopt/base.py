@@ -97,7 +97,7 @@ class Optimizer(States):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Make the constructor of the rule's record, where the class writes none."""
         own = vars(cls)
-        if "rule" in own and "__init__" not in own and cls.rule is not None and cls.rule.defaults is not None:
+        if "rule" in own and "__init__" not in own and cls.rule is not None and cls.rule.options:
             flags = [keyword(name, False) for name in ("maximize", "capturable", *cls.flags)]
             step_options = keywords_of(Optimizer.__init__)
             arguments = [*option_arguments(cls.rule, Params), *flags, *EMA, *step_options]

@@ -26,7 +26,7 @@ from .engine.plan import Parameter, Plan, RuleChoice, choice
 from .engine.step import Request, StepInfo
 from .kernels.dtypes import COMPUTE
 from .kernels.registry import variant
-from .kernels.rules.rule import Options, Rule
+from .kernels.rules.rule import Option, Options, Rule
 
 
 @dataclass(eq=False)
@@ -88,8 +88,8 @@ class Groups:
             cls.__init__ = naming_options(cls.__init__)  # type: ignore[method-assign]
         if cls.rule is not None and "rule" in vars(cls):
             arguments = inspect.signature(cls.__init__).parameters.values()
-            defaults = {p.name: p.default for p in arguments if p.name not in STEP_OPTIONS}
-            cls.ranges = {**cls.ranges, **ranges_of(defaults, cls.rule.ranges)}
+            own = {p.name: Option(p.default) for p in arguments if p.name not in STEP_OPTIONS}
+            cls.ranges = {**cls.ranges, **ranges_of({**own, **cls.rule.options})}
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "state":

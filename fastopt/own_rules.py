@@ -18,7 +18,7 @@ from .base import Optimizer
 from .engine.classes import class_of
 from .engine.options import OF_THE_OPTIMIZER, ranges_of
 from .kernels.layout import CARRY, SCALAR_GROUP_WORDS
-from .kernels.rules.rule import Rule
+from .kernels.rules.rule import Option, Rule
 
 OF_STATES = {"step", "params", "param_names", "master_param", "ema", "slow_param"}
 OF_SCALARS = {"ratio", "stretch"}
@@ -67,8 +67,8 @@ def rule(
         initial: For a state that does not begin at zero, the option that fills it.
         carry: Function ``(options) -> NamedTuple`` of numbers that a parameter carries from step to step, at most four,
             before step 1. ``scalars`` is then ``(t, options, carry) -> (dict, carry)``. They are saved by name.
-        ranges: Range of an option: an interval such as "[0, 1)", or a tuple of them. ``lr`` and ``weight_decay`` are
-            in [0, inf) by default, other numbers in (-inf, inf).
+        ranges: Range of an option: an interval such as "[0, 1)", or a tuple of them. ``lr``,
+            ``weight_decay`` and ``eps`` are in [0, inf) by default, other numbers in (-inf, inf).
         keeps_zeros: Whether zeros with gradients of zero stay zeros; None: found out by trying.
 
     Raises:
@@ -112,7 +112,8 @@ def rule(
                 if each not in options:
                     raise ValueError(f"{where}{argument} names the option {each!r}; options are {', '.join(options)}.")
         try:
-            checks = ranges_of(options, said)
+            declared = {n: Option(v, said.get(n)) for n, v in options.items()}
+            checks = ranges_of(declared)
         except ValueError as error:
             raise ValueError(f"{where}ranges: {error}") from None
         checked = {n: checks[n](v, where + n) if n in checks else v for n, v in options.items()}
@@ -149,13 +150,11 @@ def rule(
         return Rule(
             *(str(called), step, Scalars, _formed(scalars, Scalars, given, where), states, starts),
             carry=None if carry is None else _annotated(carry, type(first)),
-            options={n: len(v) if isinstance(v, tuple) else 1 for n, v in options.items() if _fits_gpu(v)},
+            options=declared,
             terms=terms,
             products=pairs,
             ratio=ratio,
             keeps_zeros=keeps_zeros,
-            ranges=said,
-            defaults={**options},
         )
 
     return decorate
@@ -249,11 +248,6 @@ class _Asked(Mapping[str, Any]):
 
     def __len__(self) -> int:
         return len(self._options)
-
-
-def _fits_gpu(default: Any) -> bool:
-    several = default if isinstance(default, tuple) else (default,)
-    return all(x is None or isinstance(x, numbers.Real) for x in several)
 
 
 def _annotated(carry: Any, Carry: type) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import linecache
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from inspect import Parameter
 from typing import Any
 
@@ -29,14 +29,13 @@ def keywords_of(init: Callable[..., None]) -> list[Parameter]:
 
 def option_arguments(rule: Rule, params: Any, lr: Any = float) -> list[Parameter]:
     """Parameters and options as arguments of a class of a rule; the types of two depend on the front end."""
-    options = [*(rule.defaults or {}).items(), *rule.flags.items()]
     arguments = [Parameter("params", Parameter.POSITIONAL_OR_KEYWORD, annotation=params)]
-    for k, (name, default) in enumerate(options):
-        kind = Parameter.KEYWORD_ONLY if k >= len(rule.defaults or ()) else Parameter.POSITIONAL_OR_KEYWORD
-        annotation: Any = lr if name == "lr" else _type_of(default, rule.ranges.get(name))
-        arguments.append(
-            Parameter(name, kind, default=Parameter.empty if default is ... else default, annotation=annotation)
-        )
+    for name, (default, said, is_keyword, noted) in rule.options.items():
+        kind = Parameter.KEYWORD_ONLY if is_keyword else Parameter.POSITIONAL_OR_KEYWORD
+        annotation: Any = lr if name == "lr" else _type_of(default, said)
+        given = Parameter.empty if default is ... else default
+        if not noted:
+            arguments.append(Parameter(name, kind, default=given, annotation=annotation))
     return arguments
 
 
@@ -78,17 +77,19 @@ def constructor(owner: str, arguments: Iterable[Parameter], begin: Callable[...,
 @functools.cache
 def class_of(rule: Rule, *bases: type) -> type[Any]:
     """The class of a rule of one's own, always the same."""
-    if not isinstance(rule, Rule) or rule.defaults is None:
+    if not isinstance(rule, Rule) or not rule.options:
         raise TypeError(f"fastopt.optimizer: rule must be what @fastopt.rule makes of a function, got {rule!r}.")
     made = type(rule.name, bases, {"__module__": rule.step.__module__, "rule": rule})
-    said: Mapping[str, Any] = {**dict.fromkeys(USUAL, "[0, inf)"), **rule.ranges}
-    where = {name: f", in {said[name]}" if name in said else "" for name in rule.defaults}
-    shared = [name for name in inspect.signature(made).parameters if name not in rule.defaults]
+    said = {name: o.range or ("[0, inf)" if name in USUAL else None) for name, o in rule.options.items()}
+    shared = [name for name in inspect.signature(made).parameters if name not in rule.options]
     made.__doc__ = "\n".join(
         [
             inspect.getdoc(rule.step) or f"The rule {rule.name}.",
             *("", "Args:"),
-            *(f"    {name}: By default {default!r}{where[name]}." for name, default in rule.defaults.items()),
+            *(
+                f"    {name}: By default {o.default!r}" + (f", in {said[name]}." if said[name] else ".")
+                for name, o in rule.options.items()
+            ),
             *(f"    {', '.join(shared)}: As for all classes.", ""),
             f"State: {', '.join(('step', *rule.carried, *rule.state))}.",
         ]

@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from ..kernels.rules.rule import Option
+
 
 @dataclass(frozen=True)
 class Number:
@@ -100,26 +102,27 @@ def range_of(said: Any, default: Any) -> Range:
 NONNEGATIVE = interval("[0, inf)")
 SCALE = interval("[1e-37, 1e37]")  # its inverse is a float32
 NORM = optional(interval("[0, inf]"))
-USUAL: Mapping[str, Range] = {"lr": NONNEGATIVE, "weight_decay": NONNEGATIVE}
+USUAL: Mapping[str, Range] = dict.fromkeys(("lr", "weight_decay", "eps"), NONNEGATIVE)
 """Options that mean the same in all classes."""
 
 EMA_RANGES: Mapping[str, Callable[[Any, str], Any]] = {"ema_decay": optional(interval("[0, 1)")), "ema_warmup": boolean}
 """Options of every class, in both front ends."""
 
 
-def ranges_of(defaults: Mapping[str, Any], said: Mapping[str, Any]) -> dict[str, Range]:
+def ranges_of(options: Mapping[str, Option]) -> dict[str, Range]:
     """The range of each option. A record need not say those of flags, and of numbers that only must be finite."""
-    ranges = {name: range_of(text, defaults.get(name, ...)) for name, text in said.items()}
-    for name, default in defaults.items():
-        if name not in ranges:
-            if name in USUAL:
-                ranges[name] = USUAL[name]
-            elif isinstance(default, bool):
-                ranges[name] = boolean
-            elif isinstance(default, numbers.Real):
-                ranges[name] = interval("(-inf, inf)")
-            elif isinstance(default, tuple) and all(isinstance(x, numbers.Real) for x in default):
-                ranges[name] = range_of(("(-inf, inf)",) * len(default), default)
+    ranges = {}
+    for name, (default, said, *_) in options.items():
+        if said is not None:
+            ranges[name] = range_of(said, default)
+        elif name in USUAL:
+            ranges[name] = USUAL[name]
+        elif isinstance(default, bool):
+            ranges[name] = boolean
+        elif isinstance(default, numbers.Real):
+            ranges[name] = interval("(-inf, inf)")
+        elif isinstance(default, tuple) and all(isinstance(x, numbers.Real) for x in default):
+            ranges[name] = range_of(("(-inf, inf)",) * len(default), default)
     return ranges
 
 

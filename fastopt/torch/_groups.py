@@ -97,7 +97,7 @@ class GroupOptions(StepOptions):
             del inherited["self"]
             is_torchs = not any(p.kind is p.VAR_KEYWORD for p in inherited.values())
             shared = keywords_of(base.__init__)
-            if cls.rule is not None and cls.rule.defaults is not None:
+            if cls.rule is not None and cls.rule.options:
                 options = option_arguments(cls.rule, ParamsT, float | Tensor)
                 if "__init__" not in vars(cls):
                     first = [*inherited.values()] if is_torchs else [*options, *SWITCHES]
@@ -105,7 +105,7 @@ class GroupOptions(StepOptions):
                     flags += [keyword(name, False) for name in ("capturable", *cls.flags)]
                     cls.__init__ = constructor(cls.__qualname__, [*first, *flags, *EMA, *shared], base.__init__)  # type: ignore[method-assign]
                 if not is_torchs:
-                    cls.ranges = ranges_of({p.name: p.default for p in options[1:]}, cls.rule.ranges)
+                    cls.ranges = ranges_of(cls.rule.options)
                 if RULES.get(cls.rule.name) is not cls.rule:
                     cls.names = Names.of(cls.rule)
             own = inspect.signature(cls.__init__).parameters
@@ -162,7 +162,7 @@ class GroupOptions(StepOptions):
                 raise ValueError(f"{where}{conflict}")
         rule = self.select_rule(options)
         for name in {*rule.options, *rule.initial.values()} & {*options, *self.defaults}:
-            value, count = options.get(name), rule.options.get(name, 1)
+            value, count = options.get(name), rule.counts.get(name, 1)
             if value is None and name in self.defaults and self.defaults[name] is None:
                 continue
             numbers = value if isinstance(value, tuple) else (value,)

@@ -22,10 +22,10 @@ def scalars_former(rule: Rule) -> Any:
     """
     Scalars: Any = rule.Scalars
     result = types.NamedUniTuple(types.float64, len(Scalars._fields), Scalars)
-    names = list(rule.options)
+    names = list(rule.counts)
     kinds = {
         types.literal(name): types.float64 if n == 1 else types.UniTuple(types.float64, n)
-        for name, n in rule.options.items()
+        for name, n in rule.counts.items()
     }
     options_type = types.LiteralStrKeyDict(kinds, {name: k for k, name in enumerate(names)})
     Carry = rule.Carry
@@ -41,7 +41,7 @@ def scalars_former(rule: Rule) -> Any:
 
             values, place = [], 0
             for name in names:
-                numbers = [number(row, place + j) for j in range(rule.options[name])]
+                numbers = [number(row, place + j) for j in range(rule.counts[name])]
                 place += len(numbers)
                 kind = kinds[types.literal(name)]
                 values.append(numbers[0] if len(numbers) == 1 else context.make_tuple(builder, kind, numbers))

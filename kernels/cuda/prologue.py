@@ -60,7 +60,7 @@ def prologue(rule: Rule, access: Any) -> Callable[..., None]:
     has_ratio, last_scalar = rule.ratio is not None and not rule.sources, len(rule.Scalars._fields) - 1  # type: ignore[attr-defined]
     factors = cuda.jit(device=True, inline="always")(rule.factors)
     weight_of = cuda.jit(device=True, inline="always")(average_weight)
-    lr_at = -1 if "lr" not in rule.options else sum(_before(rule.options, "lr"))
+    lr_at = -1 if "lr" not in rule.counts else sum(_before(rule.counts, "lr"))
 
     def kernel(
         chunks: Any,

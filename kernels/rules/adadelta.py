@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-from .rule import BELOW_ONE, NONNEGATIVE, Options, Rule
+from .rule import BELOW_ONE, Option, Options, Rule
 
 
 class AdadeltaScalars(NamedTuple):
@@ -28,23 +28,9 @@ def adadelta_scalars(t: int, o: Options) -> AdadeltaScalars:
     return AdadeltaScalars(o["lr"], o["rho"], 1.0 - o["rho"], o["eps"], o["weight_decay"])
 
 
-OPTIONS = {"lr": 1, "rho": 1, "eps": 1, "weight_decay": 1}
+OPTIONS = {"lr": Option(1.0), "rho": Option(0.9, BELOW_ONE), "eps": Option(1e-6), "weight_decay": Option(0.0)}
 
-RANGES = {"rho": BELOW_ONE, "eps": NONNEGATIVE}
 
 STATE = "square_avg", "acc_delta"
 
-DEFAULTS = {"lr": 1.0, "rho": 0.9, "eps": 1e-6, "weight_decay": 0.0}
-
-RULES = (
-    Rule(
-        "adadelta",
-        adadelta,
-        AdadeltaScalars,
-        adadelta_scalars,
-        STATE,
-        options=OPTIONS,
-        ranges=RANGES,
-        defaults=DEFAULTS,
-    ),
-)
+RULES = (Rule("adadelta", adadelta, AdadeltaScalars, adadelta_scalars, STATE, options=OPTIONS),)

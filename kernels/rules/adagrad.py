@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-from .rule import NONNEGATIVE, Options, Rule
+from .rule import NONNEGATIVE, SWITCH, Option, Options, Rule
 
 
 class AdagradScalars(NamedTuple):
@@ -28,9 +28,15 @@ def adagrad_scalars(t: int, o: Options) -> AdagradScalars:
     return AdagradScalars(clr, o["weight_decay"], o["eps"], 0.0)
 
 
-DEFAULTS = {"lr": 1e-2, "lr_decay": 0.0, "weight_decay": 0.0, "initial_accumulator_value": 0.0, "eps": 1e-10}
+OPTIONS = {
+    "lr": Option(1e-2),
+    "lr_decay": Option(0.0, NONNEGATIVE),
+    "weight_decay": Option(0.0),
+    "initial_accumulator_value": Option(0.0, NONNEGATIVE),
+    "eps": Option(1e-10),
+    "eps_inside_sqrt": SWITCH,
+}
 
-FLAGS = {"eps_inside_sqrt": False}
 
 RULES = (
     Rule(
@@ -40,9 +46,6 @@ RULES = (
         adagrad_scalars,
         ("sum",),
         initial={"sum": "initial_accumulator_value"},
-        options={"lr": 1, "lr_decay": 1, "weight_decay": 1, "eps": 1, "eps_inside_sqrt": 1},
-        ranges=dict.fromkeys(("lr_decay", "initial_accumulator_value", "eps"), NONNEGATIVE),
-        defaults=DEFAULTS,
-        flags=FLAGS,
+        options=OPTIONS,
     ),
 )

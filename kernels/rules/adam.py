@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-from .rule import BETAS, NONNEGATIVE, Options, Rule
+from .rule import BETAS, NONNEGATIVE, SWITCH, Option, Options, Rule
 
 
 class AdamScalars(NamedTuple):
@@ -70,14 +70,21 @@ def adamw_scalars(t: int, o: Options) -> AdamScalars:
     return AdamScalars(step_size, beta1, 1.0 - beta1, beta2, 1.0 - beta2, unbias_root, o["eps"], weight_decay, decay)
 
 
-ADAM = {"lr": 1, "betas": 2, "eps": 1, "weight_decay": 1, "eps_hat": 1}
-ADAMW = {**ADAM, "fully_decoupled": 1, "initial_lr": 1}
+OPTIONS = {
+    "lr": Option(1e-3),
+    "betas": Option((0.9, 0.999), BETAS),
+    "eps": Option(1e-8),
+    "weight_decay": Option(0.0),
+    "amsgrad": Option(False),
+    "eps_hat": SWITCH,
+}
 
-RANGES = {"betas": BETAS, "eps": NONNEGATIVE}
-
-DEFAULTS = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0, "amsgrad": False}
-
-FLAGS = {"eps_hat": False}
+DECOUPLED = {
+    **OPTIONS,
+    "weight_decay": Option(1e-2),
+    "fully_decoupled": SWITCH,
+    "initial_lr": Option(range=NONNEGATIVE, noted=True),
+}
 
 
 def variant(o: Options, decoupled: bool = False) -> str:
@@ -97,23 +104,10 @@ MOMENTS = "exp_avg", "exp_avg_sq"
 MAXIMUM = "max_exp_avg_sq"  # switched on later, it is one from there on
 
 RULES = (
+    Rule(*("adam", adam, AdamScalars, adam_scalars, MOMENTS), options=OPTIONS, variant=variant),
     Rule(
-        *("adam", adam, AdamScalars, adam_scalars, MOMENTS),
-        options=ADAM,
-        ranges=RANGES,
-        defaults=DEFAULTS,
-        flags=FLAGS,
-        variant=variant,
+        *("adamw", adamw, AdamScalars, adamw_scalars, MOMENTS), options=DECOUPLED, variant=variant_w, conflict=conflict
     ),
-    Rule(
-        *("adamw", adamw, AdamScalars, adamw_scalars, MOMENTS),
-        options=ADAMW,
-        ranges={**RANGES, "initial_lr": NONNEGATIVE},
-        defaults={**DEFAULTS, "weight_decay": 1e-2},
-        flags={**FLAGS, "fully_decoupled": False},
-        variant=variant_w,
-        conflict=conflict,
-    ),
-    Rule("amsgrad", amsgrad, AdamScalars, adam_scalars, (*MOMENTS, MAXIMUM), options=ADAM, late=(MAXIMUM,)),
-    Rule("amsgradw", amsgradw, AdamScalars, adamw_scalars, (*MOMENTS, MAXIMUM), options=ADAMW, late=(MAXIMUM,)),
+    Rule("amsgrad", amsgrad, AdamScalars, adam_scalars, (*MOMENTS, MAXIMUM), options=OPTIONS, late=(MAXIMUM,)),
+    Rule("amsgradw", amsgradw, AdamScalars, adamw_scalars, (*MOMENTS, MAXIMUM), options=DECOUPLED, late=(MAXIMUM,)),
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from .rule import BETAS, NONNEGATIVE, Options, Rule
+from .rule import BETAS, Option, Options, Rule
 
 
 class AdamaxScalars(NamedTuple):
@@ -30,21 +30,7 @@ def adamax_scalars(t: int, o: Options) -> AdamaxScalars:
     return AdamaxScalars(o["lr"] / (1.0 - beta1**t), beta1, 1.0 - beta1, beta2, o["eps"], o["weight_decay"])
 
 
-OPTIONS = {"lr": 1, "betas": 2, "eps": 1, "weight_decay": 1}
+OPTIONS = {"lr": Option(2e-3), "betas": Option((0.9, 0.999), BETAS), "eps": Option(1e-8), "weight_decay": Option(0.0)}
 
-RANGES = {"betas": BETAS, "eps": NONNEGATIVE}
 
-DEFAULTS = {"lr": 2e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
-
-RULES = (
-    Rule(
-        "adamax",
-        adamax,
-        AdamaxScalars,
-        adamax_scalars,
-        ("exp_avg", "exp_inf"),
-        options=OPTIONS,
-        ranges=RANGES,
-        defaults=DEFAULTS,
-    ),
-)
+RULES = (Rule("adamax", adamax, AdamaxScalars, adamax_scalars, ("exp_avg", "exp_inf"), options=OPTIONS),)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from .rule import NONNEGATIVE, Options, Rule
+from .rule import NONNEGATIVE, Option, Options, Rule
 
 
 class AsgdCarry(NamedTuple):
@@ -38,22 +38,13 @@ def asgd_carry(o: Options) -> AsgdCarry:
     return AsgdCarry(o["lr"], 1.0)
 
 
-OPTIONS = {"lr": 1, "lambd": 1, "alpha": 1, "t0": 1, "weight_decay": 1}
+OPTIONS = {
+    "lr": Option(1e-2),
+    "lambd": Option(1e-4, NONNEGATIVE),
+    "alpha": Option(0.75, NONNEGATIVE),
+    "t0": Option(1e6, "[0, inf]"),
+    "weight_decay": Option(0.0),
+}
 
-RANGES = {"lambd": NONNEGATIVE, "alpha": NONNEGATIVE, "t0": "[0, inf]"}
 
-DEFAULTS = {"lr": 1e-2, "lambd": 1e-4, "alpha": 0.75, "t0": 1e6, "weight_decay": 0.0}
-
-RULES = (
-    Rule(
-        "asgd",
-        asgd,
-        AsgdScalars,
-        asgd_scalars,
-        ("ax",),
-        carry=asgd_carry,
-        options=OPTIONS,
-        ranges=RANGES,
-        defaults=DEFAULTS,
-    ),
-)
+RULES = (Rule("asgd", asgd, AsgdScalars, asgd_scalars, ("ax",), carry=asgd_carry, options=OPTIONS),)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-from .rule import BETAS, NONNEGATIVE, POSITIVE, Options, Rule
+from .rule import BETAS, POSITIVE, Option, Options, Rule
 
 
 class LambScalars(NamedTuple):
@@ -53,17 +53,21 @@ def lamb_scalars(t: int, o: Options) -> LambScalars:
     )
 
 
-DEFAULTS = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-6, "weight_decay": 0.0}
+OPTIONS = {
+    "lr": Option(1e-3),
+    "betas": Option((0.9, 0.999), BETAS),
+    "eps": Option(1e-6),
+    "weight_decay": Option(0.0),
+    "adapt": Option(None, bool, keyword=True),
+    "decay_1d": Option(None, bool, keyword=True),
+    "trust_clip": Option(None, POSITIVE, keyword=True),
+}
 
-FLAGS = {"adapt": None, "decay_1d": None, "trust_clip": None}
 
 RULES = (
     Rule(
         *("lamb", lamb, LambScalars, lamb_scalars, ("exp_avg", "exp_avg_sq")),
-        options={"lr": 1, "betas": 2, "eps": 1, "weight_decay": 1, "trust_clip": 1},
-        ranges={"betas": BETAS, "eps": NONNEGATIVE, "trust_clip": POSITIVE, "adapt": bool, "decay_1d": bool},
-        defaults=DEFAULTS,
-        flags=FLAGS,
+        options=OPTIONS,
         layerwise=True,
         terms=lamb_terms,
         products=(("p", "p"), (0, 0)),

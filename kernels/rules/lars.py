@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-from .rule import NONNEGATIVE, UP_TO_ONE, Options, Rule
+from .rule import NONNEGATIVE, SWITCH, UP_TO_ONE, Option, Options, Rule
 
 
 class LarsScalars(NamedTuple):
@@ -51,34 +51,17 @@ def lars_scalars(t: int, o: Options) -> LarsScalars:
     )
 
 
-DEFAULTS = {"lr": ..., "momentum": 0.9, "weight_decay": 0.0}
-
-FLAGS = {
-    "trust_coefficient": 1e-3,
-    "eps": 0.0,
-    "nesterov": False,
-    "lr_in_momentum": True,
-    "clip": False,
-    "adapt": None,
-    "decay_1d": None,
-}
-
 OPTIONS = {
-    "lr": 1,
-    "momentum": 1,
-    "weight_decay": 1,
-    "trust_coefficient": 1,
-    "eps": 1,
-    "lr_in_momentum": 1,
-    "clip": 1,
-}
-
-RANGES = {
-    "momentum": UP_TO_ONE,
-    "trust_coefficient": NONNEGATIVE,
-    "eps": NONNEGATIVE,
-    "adapt": bool,
-    "decay_1d": bool,
+    "lr": Option(),
+    "momentum": Option(0.9, UP_TO_ONE),
+    "weight_decay": Option(0.0),
+    "trust_coefficient": Option(1e-3, NONNEGATIVE, keyword=True),
+    "eps": Option(0.0, keyword=True),
+    "nesterov": SWITCH,
+    "lr_in_momentum": Option(True, keyword=True),
+    "clip": SWITCH,
+    "adapt": Option(None, bool, keyword=True),
+    "decay_1d": Option(None, bool, keyword=True),
 }
 
 
@@ -97,9 +80,6 @@ def _rule(step: Any) -> Rule:
         ratio=trust_ratio,
         layerwise=True,
         options=OPTIONS,
-        ranges=RANGES,
-        defaults=DEFAULTS,
-        flags=FLAGS,
         variant=variant,
         conflict=conflict,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from .rule import BETAS, Options, Rule
+from .rule import BETAS, Option, Options, Rule
 
 
 class LionScalars(NamedTuple):
@@ -30,19 +30,7 @@ def lion_scalars(t: int, o: Options) -> LionScalars:
     return LionScalars(o["lr"], beta1, 1.0 - beta1, beta2, 1.0 - beta2, o["weight_decay"], 1.0, 0.0)
 
 
-OPTIONS = {"lr": 1, "betas": 2, "weight_decay": 1}
+OPTIONS = {"lr": Option(1e-4), "betas": Option((0.9, 0.99), BETAS), "weight_decay": Option(0.0)}
 
-DEFAULTS = {"lr": 1e-4, "betas": (0.9, 0.99), "weight_decay": 0.0}
 
-RULES = (
-    Rule(
-        "lion",
-        lion,
-        LionScalars,
-        lion_scalars,
-        ("exp_avg",),
-        options=OPTIONS,
-        ranges={"betas": BETAS},
-        defaults=DEFAULTS,
-    ),
-)
+RULES = (Rule("lion", lion, LionScalars, lion_scalars, ("exp_avg",), options=OPTIONS),)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-from .rule import BETAS, NONNEGATIVE, Options, Rule
+from .rule import BETAS, NONNEGATIVE, Option, Options, Rule
 
 
 class NadamCarry(NamedTuple):
@@ -57,25 +57,16 @@ def nadam_carry(o: Options) -> NadamCarry:
     return NadamCarry(1.0)
 
 
-DEFAULTS = {
-    "lr": 2e-3,
-    "betas": (0.9, 0.999),
-    "eps": 1e-8,
-    "weight_decay": 0.0,
-    "momentum_decay": 4e-3,
-    "decoupled_weight_decay": False,
+OPTIONS = {
+    "lr": Option(2e-3),
+    "betas": Option((0.9, 0.999), BETAS),
+    "eps": Option(1e-8),
+    "weight_decay": Option(0.0),
+    "momentum_decay": Option(4e-3, NONNEGATIVE),
+    "decoupled_weight_decay": Option(False),
 }
 
+
 RULES = (
-    Rule(
-        "nadam",
-        nadam,
-        NadamScalars,
-        nadam_scalars,
-        ("exp_avg", "exp_avg_sq"),
-        carry=nadam_carry,
-        options={"lr": 1, "betas": 2, "eps": 1, "weight_decay": 1, "momentum_decay": 1, "decoupled_weight_decay": 1},
-        ranges={"betas": BETAS, "eps": NONNEGATIVE, "momentum_decay": NONNEGATIVE},
-        defaults=DEFAULTS,
-    ),
+    Rule("nadam", nadam, NadamScalars, nadam_scalars, ("exp_avg", "exp_avg_sq"), carry=nadam_carry, options=OPTIONS),
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-from .rule import BETAS, NONNEGATIVE, Options, Rule
+from .rule import BETAS, Option, Options, Rule
 
 
 class RadamScalars(NamedTuple):
@@ -42,21 +42,13 @@ def radam_scalars(t: int, o: Options) -> RadamScalars:
     return RadamScalars(step_size, beta1, 1.0 - beta1, beta2, 1.0 - beta2, rectified, o["eps"], coupled, decay)
 
 
-OPTIONS = {"lr": 1, "betas": 2, "eps": 1, "weight_decay": 1, "decoupled_weight_decay": 1}
+OPTIONS = {
+    "lr": Option(1e-3),
+    "betas": Option((0.9, 0.999), BETAS),
+    "eps": Option(1e-8),
+    "weight_decay": Option(0.0),
+    "decoupled_weight_decay": Option(False),
+}
 
-RANGES = {"betas": BETAS, "eps": NONNEGATIVE}
 
-DEFAULTS = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0, "decoupled_weight_decay": False}
-
-RULES = (
-    Rule(
-        "radam",
-        radam,
-        RadamScalars,
-        radam_scalars,
-        ("exp_avg", "exp_avg_sq"),
-        options=OPTIONS,
-        ranges=RANGES,
-        defaults=DEFAULTS,
-    ),
-)
+RULES = (Rule("radam", radam, RadamScalars, radam_scalars, ("exp_avg", "exp_avg_sq"), options=OPTIONS),)

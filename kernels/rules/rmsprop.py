@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-from .rule import BELOW_ONE, NONNEGATIVE, UP_TO_ONE, Options, Rule
+from .rule import BELOW_ONE, SWITCH, UP_TO_ONE, Option, Options, Rule
 
 
 class RmspropScalars(NamedTuple):
@@ -59,14 +59,15 @@ def rmsprop_scalars(t: int, o: Options) -> RmspropScalars:
     return RmspropScalars(o["lr"], alpha, 1.0 - alpha, o["momentum"], o["weight_decay"], outside, inside, 0.0)
 
 
-DEFAULTS = {"lr": 1e-2, "alpha": 0.99, "eps": 1e-8, "weight_decay": 0.0, "momentum": 0.0, "centered": False}
-
-FLAGS = {"eps_inside_sqrt": False}
-
-OPTIONS = {"lr": 1, "alpha": 1, "eps": 1, "eps_inside_sqrt": 1, "momentum": 1, "weight_decay": 1}
-
-
-RANGES = {"alpha": BELOW_ONE, "eps": NONNEGATIVE, "momentum": UP_TO_ONE}
+OPTIONS = {
+    "lr": Option(1e-2),
+    "alpha": Option(0.99, BELOW_ONE),
+    "eps": Option(1e-8),
+    "weight_decay": Option(0.0),
+    "momentum": Option(0.0, UP_TO_ONE),
+    "centered": Option(False),
+    "eps_inside_sqrt": SWITCH,
+}
 
 
 def variant(o: Options) -> str:
@@ -75,7 +76,7 @@ def variant(o: Options) -> str:
 
 def _rule(step: Any, *state: str) -> Rule:
     record = step.__name__, step, RmspropScalars, rmsprop_scalars, state
-    return Rule(*record, options=OPTIONS, ranges=RANGES, defaults=DEFAULTS, flags=FLAGS, variant=variant)
+    return Rule(*record, options=OPTIONS, variant=variant)
 
 
 RULES = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from .rule import POSITIVE, Options, Rule
+from .rule import POSITIVE, Option, Options, Rule
 
 
 class RpropScalars(NamedTuple):
@@ -33,9 +33,11 @@ def rprop_scalars(t: int, o: Options) -> RpropScalars:
     return RpropScalars(eta_minus, eta_plus, step_min, step_max, 1.0, 0.0)
 
 
-OPTIONS = {"etas": 2, "step_sizes": 2}
-
-RANGES = {"etas": ("(0, 1)", "(1, inf)"), "step_sizes": (POSITIVE, POSITIVE)}
+OPTIONS = {
+    "lr": Option(1e-2),
+    "etas": Option((0.5, 1.2), ("(0, 1)", "(1, inf)")),
+    "step_sizes": Option((1e-6, 50.0), (POSITIVE, POSITIVE)),
+}
 
 
 def conflict(o: Options) -> str | None:
@@ -45,15 +47,11 @@ def conflict(o: Options) -> str | None:
     return None
 
 
-DEFAULTS = {"lr": 1e-2, "etas": (0.5, 1.2), "step_sizes": (1e-6, 50.0)}
-
 RULES = (
     Rule(
         *("rprop", rprop, RpropScalars, rprop_scalars, ("prev", "step_size")),
         initial={"step_size": "lr"},
         options=OPTIONS,
-        ranges=RANGES,
-        defaults=DEFAULTS,
         conflict=conflict,
     ),
 )

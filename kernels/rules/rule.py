@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import numbers
 import pickle
 import sys
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -33,6 +34,19 @@ BETAS = BELOW_ONE, BELOW_ONE
 LARGE, STRETCH = 2.0**127, 2.0**100
 
 
+class Option(NamedTuple):
+    """An option of a param group, and an argument of the class."""
+
+    default: Any = ...  # ... where there is none
+    range: Any = None  # an interval such as "[0, 1)", a tuple of them, bool, or a function (value, where) -> value;
+    # None: as options of this name or default usually are
+    keyword: bool = False  # not by position
+    noted: bool = False  # no argument: it follows from others
+
+
+SWITCH = Option(False, keyword=True)
+
+
 @dataclass(frozen=True, eq=False)
 class Rule:
     """An update rule and what a launcher needs to know about it.
@@ -50,8 +64,7 @@ class Rule:
         initial: For a state array that does not start at zero, the option that fills it.
         carry: Numbers that a parameter carries from step to step, as a function of the options giving their values
             before step 1, in a NamedTuple; None for the rules that need none.
-        options: How many numbers each option has that ``scalars`` reads, for example ``{"lr": 1, "betas": 2}``. A GPU
-            needs it only to keep the step counts itself, with ``skip_nonfinite`` or ``capturable``.
+        options: The options of a class of this rule, in the order of its arguments: all that ``scalars`` may read.
         terms: Scalar function ``(p, g, *state, h) -> (x, ...)`` in the compute dtype, of which ``products`` are summed.
             It sees parameter and states as they are before the step, the gradient as ``step`` does, and no ratio.
         products: Pairs of what is multiplied and summed over each parameter, in float64: numbers of terms, or "p" and
@@ -62,12 +75,7 @@ class Rule:
             before it may be ``stretch``, see ``factors``.
         keeps_zeros: Whether a step leaves a parameter of zeros at zero while its gradients are zero, as the padding of
             flat buffers must be left. None: found out by trying, which takes some 0.1 ms each time that options change.
-        ranges: Range of the options that a class of this rule has: an interval such as "[0, 1)", a tuple of them, bool,
-            or a function ``(value, where) -> value`` that raises where it must. Flags need none.
-        defaults: The options of a class of this rule and their defaults, in the order of its arguments; ... where there
-            is none. These and what follows are those of the first of several rules that options select.
-        flags: Further ones, which are keywords only.
-        variant: Function ``(options) -> name`` of the rule that these options select.
+        variant: Function ``(options) -> name`` of the rule that these options select, for the first of several.
         conflict: Function ``(options) -> text`` that says what is wrong where options do not go together, else None.
         layerwise: Whether the options "adapt" and "decay_1d" say which parameters have a ratio and decay.
         late: States that may be missing where steps were taken.
@@ -80,18 +88,22 @@ class Rule:
     state: tuple[str, ...] = ()
     initial: Mapping[str, str] = field(default_factory=dict)
     carry: Callable[[Options], Any] | None = None
-    options: Mapping[str, int] = field(default_factory=dict)
+    options: Mapping[str, Option] = field(default_factory=dict)
     terms: Callable[..., tuple[Any, ...]] | None = None
     products: tuple[Product, ...] = ()
     ratio: Callable[..., float] | None = None
     keeps_zeros: bool | None = None
-    ranges: Mapping[str, Any] = field(default_factory=dict)
-    defaults: Mapping[str, Any] | None = None
-    flags: Mapping[str, Any] = field(default_factory=dict)
     variant: Callable[[Options], str] | None = None
     conflict: Callable[[Options], str | None] | None = None
     layerwise: bool = False
     late: tuple[str, ...] = ()
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many numbers each option has. A GPU that keeps the step counts itself is given them all."""
+        values = {name: o.default if isinstance(o.default, tuple) else (o.default,) for name, o in self.options.items()}
+        numeric = numbers.Real, type(None), type(...)
+        return {name: len(several) for name, several in values.items() if all(isinstance(x, numeric) for x in several)}
 
     @property
     def Carry(self) -> Any:
@@ -173,7 +185,7 @@ class Rule:
         for what, room, taken in (
             ("scalars", WEIGHT, len(fields)),
             ("products", SUMS, len(self.products)),
-            ("numbers in its options", DECAY, sum(self.options.values())),
+            ("numbers in its options", DECAY, sum(self.counts.values())),
         ):
             if taken > room:
                 raise ValueError(f"Rule {self.name!r}: at most {room} {what}, got {taken}.")

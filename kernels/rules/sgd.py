@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from .rule import UP_TO_ONE, Options, Rule
+from .rule import SWITCH, UP_TO_ONE, Option, Options, Rule
 
 
 class SgdScalars(NamedTuple):
@@ -50,9 +50,14 @@ def momentum_scalars(t: int, o: Options) -> MomentumScalars:
     return MomentumScalars(o["momentum"], inner, lr, o["weight_decay"])
 
 
-OPTIONS = {"lr": 1, "momentum": 1, "dampening": 1, "weight_decay": 1, "lr_in_momentum": 1}
-
-RANGES = {"momentum": UP_TO_ONE, "dampening": UP_TO_ONE}
+OPTIONS = {
+    "lr": Option(1e-3),
+    "momentum": Option(0.0, UP_TO_ONE),
+    "dampening": Option(0.0, UP_TO_ONE),
+    "weight_decay": Option(0.0),
+    "nesterov": Option(False),
+    "lr_in_momentum": SWITCH,
+}
 
 
 def variant(o: Options) -> str:
@@ -66,23 +71,8 @@ def conflict(o: Options) -> str | None:
     return None
 
 
-DEFAULTS = {"lr": 1e-3, "momentum": 0.0, "dampening": 0.0, "weight_decay": 0.0, "nesterov": False}
-
-FLAGS = {"lr_in_momentum": False}
-
 RULES = (
-    Rule(
-        "sgd",
-        sgd,
-        SgdScalars,
-        sgd_scalars,
-        options={"lr": 1, "weight_decay": 1},
-        ranges=RANGES,
-        defaults=DEFAULTS,
-        flags=FLAGS,
-        variant=variant,
-        conflict=conflict,
-    ),
+    Rule("sgd", sgd, SgdScalars, sgd_scalars, options=OPTIONS, variant=variant, conflict=conflict),
     Rule("momentum", momentum, MomentumScalars, momentum_scalars, ("momentum_buffer",), options=OPTIONS),
     Rule("nesterov", nesterov, MomentumScalars, momentum_scalars, ("momentum_buffer",), options=OPTIONS),
 )

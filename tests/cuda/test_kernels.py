@@ -21,6 +21,7 @@ from typing import NamedTuple
 import fastopt
 from fastopt.engine.cuda import kernels
 from fastopt.kernels.registry import RULES
+from fastopt.kernels.rules.rule import Option
 
 kernels.prebuilt_folder = lambda: None
 class Scalars(NamedTuple):
@@ -54,7 +55,7 @@ def test_an_own_rule_is_compiled_by_each_process(tmp_path):
     program = """
 def sign(p, g, h):
     return (p - math.copysign(h.lr, g),)
-mine = fastopt.Rule("sgd", sign, Scalars, lambda t, o: Scalars(o["lr"]), options={"lr": 1})
+mine = fastopt.Rule("sgd", sign, Scalars, lambda t, o: Scalars(o["lr"]), options={"lr": Option()})
 path = update(mine, "float32", "float32")
 print(path, prologue(mine).is_file(), ".entry fastopt_cuda_sgd_float32_float32(" in path.read_text())
 """

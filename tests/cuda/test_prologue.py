@@ -180,7 +180,7 @@ def put_scalar_group(tables, c, rule, options, *, number=0, steps=0, lr=None):
     words[layout.STEPS], words[layout.RULE] = steps, number
     if lr is not None:
         words[layout.LR], words[layout.LR_BYTES] = lr.ctypes.data, lr.itemsize
-    numbers = np.hstack([options[name] for name in rule.options])
+    numbers = np.hstack([options[name] for name in rule.counts])
     tables.options[c, : len(numbers)] = numbers
     if rule.carry:
         carry = rule.carry(options)
@@ -191,7 +191,7 @@ def put_scalar_group(tables, c, rule, options, *, number=0, steps=0, lr=None):
 def test_scalars_formed_on_the_device(rule):
     """Four scalar groups: one from its options, two whose lr lies on the device, one of another rule."""
     options, count = options_of(rule), len(rule.Scalars._fields)
-    rates = [None, allow(np.array([0.1])), allow(np.array([0.1], np.float32))] if "lr" in rule.options else [None] * 3
+    rates = [None, allow(np.array([0.1])), allow(np.array([0.1], np.float32))] if "lr" in rule.counts else [None] * 3
     steps, carries = [0, 5, 9], [rule.carry and rule.carry(options)] * 3
     tables = Tables(make_segments([3]), scalar_groups=4)
     for c, (taken, lr) in enumerate(zip(steps, rates, strict=True)):

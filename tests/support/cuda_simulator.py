@@ -142,7 +142,7 @@ def add_rows(dtype, rows):
 
 
 def scalars_former(rule):
-    counts = rule.options.items()
+    counts = rule.counts.items()
 
     def form(t, scalar_group, options, scalars64, scalars32):
         numbers = (float(real(options, k)) for k in itertools.count())

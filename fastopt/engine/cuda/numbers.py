@@ -90,7 +90,7 @@ class DeviceStepCount:
     def bring(self, options: Sequence[Options], stream: Any) -> None:
         """Have the device count from here on, by the options as they are now."""
         for rule in self._rules:
-            if not rule.options:
+            if not rule.counts:
                 raise TypeError(
                     f"fastopt: skip_nonfinite and capturable on a GPU need to know what the scalars of rule "
                     f"{rule.name!r} read: give fastopt.Rule its options."
@@ -105,7 +105,7 @@ class DeviceStepCount:
             self._take_back(stream)
         for c, scalar_group in enumerate(self._scalar_groups):
             rule, mine = scalar_group.choice.rule, scalar_group.complete(options[scalar_group.group])
-            numbers = [x for name in rule.options for x in np.ravel(mine.get(name) or 0.0)]
+            numbers = [x for name in rule.counts for x in np.ravel(mine.get(name) or 0.0)]
             self._options[c, : len(numbers)] = numbers
             self._options[c, [DECAY, WARMUP]] = mine.get("ema_decay") or 0.0, mine.get("ema_warmup", False)
             if not self.there:
