@@ -73,7 +73,8 @@ def _scratch(rule: Rule, storage: Storage, features: Features) -> tuple[Any, Any
 
     @emitted(types.voidptr())
     def new(context: Any, builder: Any) -> Any:
-        return builder.bitcast(cgutils.alloca_once(builder, room), context.get_value_type(types.voidptr))
+        with builder.goto_entry_block():  # alloca_once would store a zero in each element: half of the build's time
+            return builder.bitcast(builder.alloca(room), context.get_value_type(types.voidptr))
 
     @emitted(types.void(types.voidptr))
     def clear(context: Any, builder: Any, scratch: Any) -> None:
