@@ -242,12 +242,12 @@ class States(Groups):
                 options |= {name: known.options[name] for name in EMA_RANGES if name in known.options}
             self.complete(options)
             checked = self._normalise(options, known.dtypes, known.index)
-            held = set()
+            stored = set()
             for p, entry in zip(known.members, entries, strict=False):
                 check_states(entry, p, self.choose(checked, p.array).rule, checked, where)
-                held |= {(name, COMPUTE[p.dtype]) for name in entry.arrays}
+                stored |= {(name, COMPUTE[p.dtype]) for name in entry.arrays}
             loaded.append((known, options, copy.deepcopy(options), checked))
-            states += self._allocate(known, checked, self._device, held)
+            states += self._allocate(known, checked, self._device, stored)
         reached: dict[tuple[Any, ...], StepCount] = {}
 
         def take_over() -> None:
@@ -323,11 +323,11 @@ class States(Groups):
 
         finish(take_over)
 
-    def _averaged(self, what: str) -> list[Parameter]:
+    def _averaged(self, method: str) -> list[Parameter]:
         """The parameters of groups with averages."""
         options = self._current_options()
         if all(o.get("ema_decay") is None for o in options):
-            raise ValueError(f"{self._name}.{what}: no param group has averages; give one ema_decay.")
+            raise ValueError(f"{self._name}.{method}: no param group has averages; give one ema_decay.")
         if self._plan is not None:
             self._plan.recount()
         return [p for p in self._parameters if options[p.group].get("ema_decay") is not None]
