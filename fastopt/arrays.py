@@ -22,11 +22,11 @@ def dtype_of(dtype: Any, where: str) -> np.dtype[Any]:
             raise ImportError(f"{where}: bfloat16 arrays need the package ml_dtypes: pip install ml_dtypes") from None
         dtype = ml_dtypes.bfloat16
     try:
-        found: np.dtype[Any] = np.dtype(dtype)
+        checked: np.dtype[Any] = np.dtype(dtype)
     except TypeError:
         raise TypeError(f"{where} is {dtype!r}; needed is one of {', '.join(COMPUTE)}.") from None
-    check_dtype(found, where)
-    return found
+    check_dtype(checked, where)
+    return checked
 
 
 class HostDevice(Device):

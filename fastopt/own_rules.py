@@ -9,7 +9,7 @@ import inspect
 import keyword
 import numbers
 import types
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -177,28 +177,28 @@ def _pairs(products: Any, where: str) -> tuple[Any, ...]:
     return tuple(map(tuple, products))
 
 
-def _tried(function: Any, what: str, names: tuple[str, ...], values: tuple[Any, ...], where: str) -> Any:
+def _tried(function: Any, part: str, names: tuple[str, ...], values: tuple[Any, ...], where: str) -> Any:
     """What a function returns for these arguments; ... where they may be no numbers that it can compute with."""
     if not isinstance(function, types.FunctionType):
-        raise TypeError(f"{where}{what} must be a Python function of ({', '.join(names)}), got {function!r}.")
+        raise TypeError(f"{where}{part} must be a Python function of ({', '.join(names)}), got {function!r}.")
     signature, compiled = inspect.signature(function), names[0] == "p"
     try:
         signature.bind(*values)
     except TypeError:
-        raise TypeError(f"{where}{what} must take ({', '.join(names)}), but it takes {signature}.") from None
+        raise TypeError(f"{where}{part} must take ({', '.join(names)}), but it takes {signature}.") from None
     literals = [x for x in function.__code__.co_consts if isinstance(x, float)]
     if compiled and literals:
         raise TypeError(
-            f"{where}{what} has the literal {literals[0]}, which would promote float32 to float64: make it an option, "
+            f"{where}{part} has the literal {literals[0]}, which would promote float32 to float64: make it an option, "
             "or a number that scalars returns."
         )
     try:
         with np.errstate(all="ignore"):
             return function(*values)
     except Exception as error:
-        if isinstance(error, (ArithmeticError, ValueError)) and (compiled or what == "ratio"):
+        if isinstance(error, (ArithmeticError, ValueError)) and (compiled or part == "ratio"):
             return ...
-        raise TypeError(f"{where}{what} cannot be computed: {type(error).__name__}: {error}") from error
+        raise TypeError(f"{where}{part} cannot be computed: {type(error).__name__}: {error}") from error
 
 
 def _carried(carry: Any, options: Mapping[str, Any], states: tuple[str, ...], where: str) -> Any:
@@ -232,22 +232,16 @@ def _given(scalars: Any, options: Mapping[str, Any], first: Any, where: str) -> 
     return given, asked.names
 
 
-class _Asked(Mapping[str, Any]):
+class _Asked(collections.UserDict[str, Any]):
     """Options that remember which of them were read."""
 
     def __init__(self, options: Mapping[str, Any]) -> None:
-        self._options = options
+        super().__init__(options)
         self.names: set[str] = set()
 
     def __getitem__(self, name: str) -> Any:
         self.names.add(name)
-        return self._options[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._options)
-
-    def __len__(self) -> int:
-        return len(self._options)
+        return super().__getitem__(name)
 
 
 def _annotated(carry: Any, Carry: type) -> Any:

@@ -56,59 +56,6 @@ class Saved(NamedTuple):
     parameters: list[SavedParameter]
 
 
-def export_state(
-    optimizer: str,
-    groups: Sequence[Mapping[str, Any]],
-    state: Mapping[str, Mapping[str, Any]],
-    copy_of: Callable[[Array], Array],
-) -> dict[str, Any]:
-    """A state dict; arrays are copied."""
-    exported: dict[str, Any] = {"version": VERSION, "optimizer": optimizer, "state": {}, "param_groups": []}
-    for group in groups:
-        first = len(exported["state"])
-        for name in group["params"]:
-            exported["state"][len(exported["state"])] = {
-                key: copy_of(value) if is_array(value) else value for key, value in state[name].items()
-            }
-        options = {name: copy.deepcopy(value) for name, value in group.items() if name != "params"}
-        indices = list(range(first, len(exported["state"])))
-        exported["param_groups"].append({**options, "params": indices, "param_names": list(group["params"])})
-    return exported
-
-
-def import_state(
-    state_dict: Mapping[str, Any], optimizer: str, groups: Sequence[Mapping[str, Any]], where: str
-) -> Saved:
-    """Refuse a state dict of another version, optimizer or list of parameters; its arrays are not copied yet."""
-    if not isinstance(state_dict, Mapping) or not {"version", "optimizer", "state", "param_groups"} <= set(state_dict):
-        raise TypeError(f"{where}: needed is what state_dict() returns, got {type(state_dict).__name__}.")
-    if state_dict["version"] != VERSION:
-        raise ValueError(f"{where}: version {state_dict['version']!r} is not {VERSION}, which this fastopt reads.")
-    if state_dict["optimizer"] != optimizer:
-        raise ValueError(f"{where}: the state is of {state_dict['optimizer']!r}, not of {optimizer!r}.")
-    saved_groups, states = state_dict["param_groups"], state_dict["state"]
-    if not isinstance(saved_groups, Sequence) or not isinstance(states, Mapping):
-        raise TypeError(f'{where}: "param_groups" must be a list and "state" a dict.')
-    if len(saved_groups) != len(groups):
-        raise ValueError(f"{where}: the state has {len(saved_groups)} param groups, the optimizer {len(groups)}.")
-    result = Saved([], [])
-    for index, (saved, group) in enumerate(zip(saved_groups, groups, strict=True)):
-        if not isinstance(saved, Mapping) or not {"params", "param_names"} <= set(saved):
-            raise TypeError(f'{where}: group {index} of the state must be a dict with "params" and "param_names".')
-        names, own, indices = list(saved["param_names"]), list(group["params"]), list(saved["params"])
-        if names != own or len(indices) != len(own):
-            raise ValueError(
-                f"{where}: parameters of group {index} are {_shorten(names)} in the state, {_shorten(own)} here."
-            )
-        options = {k: v for k, v in saved.items() if k not in ("params", "param_names")}
-        result.groups.append(copy.deepcopy(options))
-        for name, key in zip(names, indices, strict=True):
-            if not isinstance(states.get(key), Mapping):
-                raise ValueError(f"{where}: there is no state for parameter {name!r}.")
-            result.parameters.append(_parameter(states[key], name, where))
-    return result
-
-
 def _parameter(entry: Mapping[str, Any], name: str, where: str) -> SavedParameter:
     step, arrays, carry = entry.get("step"), {}, {}
     if isinstance(step, bool) or not isinstance(step, (int, np.integer)) or not 0 <= step <= MAX_STEP:
@@ -183,8 +130,47 @@ class States(Groups):
         return self._exported(self._device.copy)
 
     def _exported(self, copy_of: Callable[[Array], Array]) -> dict[str, Any]:
-        groups = [{"params": group["params"], **self._options_of(group)} for group in self.param_groups]
-        return export_state(self._name, groups, self.state, copy_of)
+        exported: dict[str, Any] = {"version": VERSION, "optimizer": self._name, "state": {}, "param_groups": []}
+        state, shown = exported["state"], self.state
+        for group in self.param_groups:
+            first = len(state)
+            for name in group["params"]:
+                entry = {key: copy_of(value) if is_array(value) else value for key, value in shown[name].items()}
+                state[len(state)] = entry
+            places = {"params": list(range(first, len(state))), "param_names": list(group["params"])}
+            exported["param_groups"].append({**copy.deepcopy(self._options_of(group)), **places})
+        return exported
+
+    def _imported(self, state_dict: Mapping[str, Any], where: str) -> Saved:
+        """Refuse a state dict of another version, optimizer or list of parameters; its arrays are not copied yet."""
+        parts = {"version", "optimizer", "state", "param_groups"}
+        if not isinstance(state_dict, Mapping) or parts - state_dict.keys():
+            raise TypeError(f"{where}: needed is what state_dict() returns, got {type(state_dict).__name__}.")
+        if state_dict["version"] != VERSION:
+            raise ValueError(f"{where}: version {state_dict['version']!r} is not {VERSION}, which this fastopt reads.")
+        if state_dict["optimizer"] != self._name:
+            raise ValueError(f"{where}: the state is of {state_dict['optimizer']!r}, not of {self._name!r}.")
+        groups, saved_groups, states = self.param_groups, state_dict["param_groups"], state_dict["state"]
+        if not isinstance(saved_groups, Sequence) or not isinstance(states, Mapping):
+            raise TypeError(f'{where}: "param_groups" must be a list and "state" a dict.')
+        if len(saved_groups) != len(groups):
+            raise ValueError(f"{where}: the state has {len(saved_groups)} param groups, the optimizer {len(groups)}.")
+        result = Saved([], [])
+        for index, (saved, group) in enumerate(zip(saved_groups, groups, strict=True)):
+            if not isinstance(saved, Mapping) or not {"params", "param_names"} <= set(saved):
+                raise TypeError(f'{where}: group {index} of the state must be a dict with "params" and "param_names".')
+            names, own, indices = list(saved["param_names"]), list(group["params"]), list(saved["params"])
+            if names != own or len(indices) != len(own):
+                raise ValueError(
+                    f"{where}: parameters of group {index} are {_shorten(names)} in the state, {_shorten(own)} here."
+                )
+            options = {k: v for k, v in saved.items() if k not in ("params", "param_names")}
+            result.groups.append(copy.deepcopy(options))
+            for name, key in zip(names, indices, strict=True):
+                if not isinstance(states.get(key), Mapping):
+                    raise ValueError(f"{where}: there is no state for parameter {name!r}.")
+                result.parameters.append(_parameter(states[key], name, where))
+        return result
 
     def full_state_dict(self) -> dict[str, Any]:
         """The states as plain arrays, for other programs: "state" and "param_groups" of ``state_dict``.
@@ -215,7 +201,7 @@ class States(Groups):
         self._current_options()
         copies = {name: copy_of(array) for name, array in arrays.items()}
         exported = self._exported(copy_of)
-        import_state(exported, self._name, self.param_groups, self._name)
+        self._imported(exported, self._name)
         return copies, exported
 
     @exclusive
@@ -230,7 +216,7 @@ class States(Groups):
                 changed.
         """
         where = f"{self._name}.load_state_dict"
-        saved = import_state(state_dict, self._name, self.param_groups, where)
+        saved = self._imported(state_dict, where)
         entries = iter(saved.parameters)
         loaded: list[tuple[GroupSnapshot, dict[str, Any], dict[str, Any], dict[str, Any]]] = []
         states: list[tuple[Parameter, str, Array]] = []
@@ -242,12 +228,12 @@ class States(Groups):
                 options |= {name: known.options[name] for name in EMA_RANGES if name in known.options}
             self.complete(options)
             checked = self._normalise(options, known.dtypes, known.index)
-            held = set()
+            stored = set()
             for p, entry in zip(known.members, entries, strict=False):
                 check_states(entry, p, self.choose(checked, p.array).rule, checked, where)
-                held |= {(name, COMPUTE[p.dtype]) for name in entry.arrays}
+                stored |= {(name, COMPUTE[p.dtype]) for name in entry.arrays}
             loaded.append((known, options, copy.deepcopy(options), checked))
-            states += self._allocate(known, checked, self._device, held)
+            states += self._allocate(known, checked, self._device, stored)
         reached: dict[tuple[Any, ...], StepCount] = {}
 
         def take_over() -> None:
@@ -323,11 +309,11 @@ class States(Groups):
 
         finish(take_over)
 
-    def _averaged(self, what: str) -> list[Parameter]:
+    def _averaged(self, method: str) -> list[Parameter]:
         """The parameters of groups with averages."""
         options = self._current_options()
         if all(o.get("ema_decay") is None for o in options):
-            raise ValueError(f"{self._name}.{what}: no param group has averages; give one ema_decay.")
+            raise ValueError(f"{self._name}.{method}: no param group has averages; give one ema_decay.")
         if self._plan is not None:
             self._plan.recount()
         return [p for p in self._parameters if options[p.group].get("ema_decay") is not None]

@@ -42,10 +42,10 @@ class Watch:
         objects = np.array([(id(a), id(type(a)), 0) for a in arrays], structure("watched"))
         places = np.fromiter(map(id, listed), np.uint64, len(listed))
         at = places.ctypes.data, objects.ctypes.data
-        watch = np.array((library.get_item, *at, len(places), len(arrays), HEAD, 0), structure("watch"))
-        watch["seen"] = library.look(watch.ctypes.data)
+        watch = np.array((GET_ITEM, *at, len(places), len(arrays), HEAD, 0), structure("watch"))
+        watch["seen"] = library.fastopt_look(watch.ctypes.data)
         self._memory = objects, places, watch
-        self.unchanged = functools.partial(library.unchanged, watch.ctypes.data)
+        self.unchanged = functools.partial(library.fastopt_unchanged, watch.ctypes.data)
 
 
 def _unchanged(refs: list[Any], kept: list[Any], seen: list[Any], listed: list[Any]) -> bool:
@@ -72,27 +72,26 @@ class _Fields(ctypes.Structure):
     ]
 
 
-class _Library:
-    """Functions of the compiled library, called with Python's lock, and one of Python's."""
-
-    def __init__(self, path: str) -> None:
-        library = open_library(path, ctypes.PyDLL)
-        self.look, self.unchanged = library.fastopt_look, library.fastopt_unchanged
-        self.look.restype, self.look.argtypes = ctypes.c_uint64, [ctypes.c_void_p]
-        self.unchanged.restype, self.unchanged.argtypes = ctypes.c_bool, [ctypes.c_void_p, ctypes.py_object]
-        self.get_item = ctypes.cast(ctypes.pythonapi.PyList_GetItem, ctypes.c_void_p).value
+GET_ITEM = ctypes.cast(ctypes.pythonapi.PyList_GetItem, ctypes.c_void_p).value
 
 
 @functools.cache
-def _library() -> _Library | None:
-    """None where there is no library, or arrays are laid out in another way: then Python looks."""
+def _library() -> Any:
+    """The compiled library, called with Python's lock.
+
+    None where there is none, or arrays are laid out in another way: then Python looks.
+    """
     path = library_path()
     if path is None or not _is_laid_out(np.zeros((2, 3), np.float32)):
         return None
     try:
-        return _Library(path)
+        library = open_library(path, ctypes.PyDLL)
     except OSError:
         return None
+    look, unchanged = library.fastopt_look, library.fastopt_unchanged
+    look.restype, look.argtypes = ctypes.c_uint64, [ctypes.c_void_p]
+    unchanged.restype, unchanged.argtypes = ctypes.c_bool, [ctypes.c_void_p, ctypes.py_object]
+    return library
 
 
 def _is_laid_out(array: Array) -> bool:

@@ -114,13 +114,13 @@ def on_gpu(array: object) -> bool:
         return True
     device = getattr(array, "__dlpack_device__", None)
     if device is not None and not isinstance(array, type):
-        found = device()
+        answer = device()
         try:
-            device_type, _ = map(int, found)
+            device_type, _ = map(int, answer)
         except (TypeError, ValueError):
             kind = type(array).__qualname__
             raise TypeError(
-                f"fastopt: __dlpack_device__() of a {kind} must return two integers, type and number, got {found!r}."
+                f"fastopt: __dlpack_device__() of a {kind} must return two integers, type and number, got {answer!r}."
             ) from None
         return device_type in (CUDA, CUDA_MANAGED)
     return hasattr(array, "__cuda_array_interface__")
