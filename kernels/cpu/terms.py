@@ -51,11 +51,11 @@ def terms_loop(rule: Rule, p: str, g: str, features: Features) -> Callable[..., 
             for first in range(start, tail, PREFETCHED):
                 ahead(pointers, first + AHEAD)
                 for i in range(first, first + PREFETCHED):
-                    put(
-                        factors, i - start, load(pointers, i, compute(1.0), h), terms(*load(pointers, i, multiplier, h))
-                    )
+                    stored = load(pointers, i, compute(1.0), h)
+                    put(factors, i - start, stored, terms(*load(pointers, i, multiplier, h)))
             for i in range(tail, stop):
-                put(factors, i - start, load(pointers, i, compute(1.0), h), terms(*load(pointers, i, multiplier, h)))
+                stored = load(pointers, i, compute(1.0), h)
+                put(factors, i - start, stored, terms(*load(pointers, i, multiplier, h)))
             add(factors, -(-(stop - start) // LANES), sums)
         leave(mode)
 
