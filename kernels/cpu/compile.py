@@ -1,7 +1,7 @@
 """Compiles kernels: ahead of time to object files (CMake runs this module), or on first use into the running process.
 
 Ahead of time, Numba translates each loop once, without optimising; LLVM then optimises that for every instruction set.
-One process serves them all and a kernel costs about 0.15 s. (One process for each instruction set, in which Numba
+One process serves them all and a kernel costs about 0.1 s. (One process for each instruction set, in which Numba
 optimises for the processor named by NUMBA_CPU_NAME, takes three times as long.)
 """
 

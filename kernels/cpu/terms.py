@@ -47,11 +47,15 @@ def terms_loop(rule: Rule, p: str, g: str, features: Features) -> Callable[..., 
             stop = min(start + BLOCK, hi)
             if stop < start + BLOCK:
                 clear(factors)
-            for first in range(start, stop, PREFETCHED):
+            tail = stop - (stop - start) % PREFETCHED
+            for first in range(start, tail, PREFETCHED):
                 ahead(pointers, first + AHEAD)
-                for i in range(first, min(first + PREFETCHED, stop)):
+                for i in range(first, first + PREFETCHED):
                     stored = load(pointers, i, compute(1.0), h)
                     put(factors, i - start, stored, terms(*load(pointers, i, multiplier, h)))
+            for i in range(tail, stop):
+                stored = load(pointers, i, compute(1.0), h)
+                put(factors, i - start, stored, terms(*load(pointers, i, multiplier, h)))
             add(factors, -(-(stop - start) // LANES), sums)
         leave(mode)
 
