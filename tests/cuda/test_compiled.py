@@ -22,7 +22,7 @@ sys.path.insert(0, {support!r})
 import cuda_compiled
 right = cuda_compiled._for_host
 cuda_compiled._for_host = lambda text: right(text).replace({old!r}, {new!r})
-sys.exit(pytest.main(["-q", "-m", "full", "-p", "no:cacheprovider", {test!r}]))
+sys.exit(pytest.main(["-qx", "-m", "full", "-p", "no:cacheprovider", {test!r}]))
 """
 
 
