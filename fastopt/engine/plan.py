@@ -38,11 +38,12 @@ class StepCount:
     ) -> None:
         self._counts, self._at = counts, ROW * row
         self._names: tuple[str, ...] = ()
-        self.fetch: Callable[[], tuple[int, dict[str, float] | None]] | None = None
+        self.fetch: Callable[[], tuple[int, dict[str, float] | None]] | None
         self.start(steps, carry)
 
     def start(self, steps: int, carry: dict[str, float] | None) -> None:
         """Count from here on."""
+        self.fetch = None
         self._steps, self._carry = steps, carry
         if self._counts is not None:
             self._counts.numbers[self._at] = steps

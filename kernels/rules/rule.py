@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..layout import DECAY, GRADIENT, PARAMETER, SUMS, WEIGHT
+from ..layout import CARRY, DECAY, GRADIENT, PARAMETER, SCALAR_GROUP_WORDS, SUMS, WEIGHT
 
 MAX_STATES = 6
 """State arrays that a segment has room for."""
@@ -108,12 +108,12 @@ class Rule:
     @property
     def Carry(self) -> Any:
         """The NamedTuple in which a parameter carries numbers from step to step, or None."""
-        return typing.get_type_hints(self.carry)["return"] if self.carry else None
+        return typing.get_type_hints(self.carry).get("return") if self.carry else None
 
     @property
     def carried(self) -> tuple[str, ...]:
         """Names of these numbers."""
-        return self.Carry._fields if self.carry else ()
+        return getattr(self.Carry, "_fields", ())
 
     def start(self, options: Options) -> dict[str, float]:
         """What the state arrays hold before the first step."""
@@ -186,6 +186,7 @@ class Rule:
             ("scalars", WEIGHT, len(fields)),
             ("products", SUMS, len(self.products)),
             ("numbers in its options", DECAY, sum(self.counts.values())),
+            ("carried numbers", SCALAR_GROUP_WORDS - CARRY, len(self.carried)),
         ):
             if taken > room:
                 raise ValueError(f"Rule {self.name!r}: at most {room} {what}, got {taken}.")

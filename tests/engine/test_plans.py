@@ -48,6 +48,21 @@ def test_alternating_patterns_of_gradients_have_the_bits_of_plans_made_anew(name
     assert alternate(OPTIMIZERS[name]([w.copy() for w in start]), 4) == few
 
 
+@pytest.mark.parametrize("options", [{}, {"skip_nonfinite": True, "max_grad_norm": 1.0}], ids=["", "counts on the GPU"])
+def test_alternating_patterns_on_a_gpu_are_planned_once(stand_in, built, options):
+    arrays = [np.full(4, k + 1.0, np.float32) for k in range(2)]
+    on_gpu = [stand_in.put(w) for w in arrays]
+    opt, wanted = (fastopt.NAdam(params, lr=0.1, ema_decay=0.9, **options) for params in (on_gpu, arrays))
+    for n in range(12):
+        grads = [np.full(4, n - 3.0, np.float32) if k == n % 2 or n % 3 == 2 else None for k in range(2)]
+        wanted.step(grads)
+        opt.step([g if g is None else stand_in.put(g) for g in grads])
+    assert len(built) == 6
+    for (_, got), (_, state), w, array in zip(opt.state.items(), wanted.state.items(), on_gpu, arrays, strict=True):
+        assert (got["step"], got["mu_product"], got["ema_step"]) == (state["step"], state["mu_product"], state["ema_step"])
+        assert np.array_equal(stand_in.get(w), array)
+
+
 def test_alternating_patterns_of_tensors_do_not_make_plans_anew(built: list[Plan]) -> None:
     torch = pytest.importorskip("torch")
     import fastopt.torch

@@ -1,5 +1,6 @@
 """Sums of a rule's terms, which a rule of these tests alone keeps honest, beside NumPy; and LAMB's norms of zero."""
 
+import collections
 import math
 from typing import NamedTuple
 
@@ -34,6 +35,10 @@ def step(p, g, b, h):
 
 def ratio(sums, h):
     return math.sqrt(sums[0] / (sums[1] + sums[3])) if sums[1] + sums[3] > 0.0 else 1.0
+
+
+def carry(options) -> collections.namedtuple("Carry", "a b c d e"):
+    return None
 
 
 RECORD = "with_terms", step, Scalars, lambda t, options: Scalars(options["lr"], 0.5, 1.0), ("b",)
@@ -96,6 +101,7 @@ def test_sums_and_steps_are_those_of_numpy():
         ({"products": ()}, "give both or neither"),
         ({"products": ((2, 2),)}, "got 2"),
         ({"products": ((0, 0),) * 5}, "at most 4 products, got 5"),
+        ({"carry": carry}, "at most 4 carried numbers, got 5"),
     ],
 )
 def test_records_that_cannot_be_right_are_refused(changes, message):

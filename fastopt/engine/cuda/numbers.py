@@ -126,6 +126,10 @@ class DeviceStepCount:
         """Fetch the counts, to bring them anew."""
         self._runtime.refuse_capture(stream)
         self.advance(stream)
+        self.leave()
+
+    def leave(self) -> None:
+        """The host counts from here on, until counts are brought anew."""
         self._words_staging.forget()
         self.there = False
 

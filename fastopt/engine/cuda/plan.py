@@ -29,6 +29,8 @@ class CudaPlan(Plan):
     there, and the prologue forms the scalars.
     """
 
+    kept = 8
+
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self._runtime: Runtime = self._device.runtime  # type: ignore[attr-defined]
@@ -73,7 +75,8 @@ class CudaPlan(Plan):
         return CudaTable(self._runtime, sizes, words, np.array(first, np.int64), kernels, terms)
 
     def resume(self) -> bool:
-        return False
+        self._step_count.leave()  # other plans may have counted meanwhile
+        return super().resume()
 
     def point_at(self, gradients: NDArray[np.uint64]) -> None:
         self._gradients = gradients
