@@ -15,6 +15,7 @@ from ..kernels.epilogues import Epilogue
 from ..kernels.layout import GRADIENT, KNOW_G, KNOW_W, MULTIPLIER, WEIGHT, WORD, ZERO
 from ..kernels.rules.rule import Options
 from .backend import SERIAL_BELOW, current, get_num_threads
+from .device import Device
 from .plan import Plan
 from .step import Request, StepInfo
 from .table import Table
@@ -144,3 +145,12 @@ class HostPlan(Plan):
 
 def _threads(table: Table) -> int:
     return min(get_num_threads(), max(table.count, 1)) if table.elements >= SERIAL_BELOW else 1
+
+
+def plan_class(device: Device) -> type[Plan]:
+    """The class of plans for arrays that live in ``device``."""
+    if device.name == "cpu":
+        return HostPlan
+    from .cuda.plan import CudaPlan
+
+    return CudaPlan

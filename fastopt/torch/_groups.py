@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..engine.options import EMA_RANGES, Range, boolean, ranges_of
-from ..engine.plan import RuleChoice, choice
+from ..engine.options import EMA_RANGES, Range, RuleChoice, boolean, choice, ranges_of
 from ..engine.step import StepInfo
 from ..kernels.registry import variant
 from ..kernels.rules.rule import Options, Rule
