@@ -26,10 +26,10 @@ if importlib.util.find_spec("fastopt.kernels") is None:
     )
 
 from . import optimizers, schedules
+from .arrays import FlatBuffer
 from .base import Optimizer
 from .engine.backend import get_num_threads, set_num_threads
 from .engine.step import StepInfo
-from .flat import FlatBuffer
 from .kernels.rules.rule import Rule
 from .optimizers import *
 from .own_rules import optimizer, rule

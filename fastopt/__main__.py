@@ -10,9 +10,9 @@ import statistics
 import sys
 import time
 
+from .arrays import FlatBuffer
 from .engine import backend
 from .engine.cuda.info import cuda_facts
-from .flat import FlatBuffer
 from .kernels.dtypes import PAIRS
 from .kernels.registry import RULES
 from .optimizers import SGD

@@ -7,14 +7,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from types import EllipsisType, MappingProxyType
 from typing import Any, cast
 
+from .arrays import FlatBuffer, Layout
 from .engine.classes import EMA, constructor, keyword, keywords_of, option_arguments
 from .engine.device import Array, Device, is_array
 from .engine.exclusive import exclusive, finish
+from .engine.host import plan_class
 from .engine.options import NORM, SCALE, STEP_OPTIONS, boolean, own_options
-from .engine.plan import Parameter, Plan
-from .engine.plans import Plans, plan_class
+from .engine.plan import Parameter, Plan, Plans
 from .engine.step import Request, StepInfo
-from .flat import FlatBuffer, Layout
 from .groups import GroupSnapshot
 from .inputs import GradientReader, Gradients, Memory, collect, groups_in
 from .states import States

@@ -30,12 +30,11 @@ from typing import IO, Any, NamedTuple, Protocol
 
 import numpy as np
 
-from .arrays import dtype_of, to_host
+from .arrays import FlatBuffer, dtype_of, placed, to_host
 from .base import Optimizer
 from .engine.device import Array, is_array
 from .engine.exclusive import finish
 from .files import check_regular, check_replaceable, replacing, safetensors_package
-from .flat import FlatBuffer, placed
 
 __all__ = ["CheckpointError", "load", "save"]
 

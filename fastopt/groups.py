@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -16,17 +16,21 @@ from .engine.options import (
     STEP_OPTIONS,
     USUAL,
     Range,
+    RuleChoice,
     boolean,
     check_options,
+    choice,
     naming_options,
     ranges_of,
     step_option,
 )
-from .engine.plan import Parameter, Plan, RuleChoice, choice
 from .engine.step import Request, StepInfo
 from .kernels.dtypes import COMPUTE
 from .kernels.registry import variant
 from .kernels.rules.rule import Option, Options, Rule
+
+if TYPE_CHECKING:
+    from .engine.plan import Parameter, Plan
 
 
 @dataclass(eq=False)

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from .arrays import HOST
 from .engine.device import Array
 from .engine.library import library_path, open_library
 from .kernels.layout import structure
@@ -55,7 +54,7 @@ def _unchanged(refs: list[Any], kept: list[Any], seen: list[Any], listed: list[A
 
 def _look(arrays: Iterable[Any]) -> list[Any]:
     numpy = np.ndarray
-    return [(HOST.address(a), a.dtype, a.shape, a.flags.num) if isinstance(a, numpy) else type(a) for a in arrays]
+    return [(a.ctypes.data, a.dtype, a.shape, a.flags.num) if isinstance(a, numpy) else type(a) for a in arrays]
 
 
 class _Fields(ctypes.Structure):

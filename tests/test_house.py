@@ -105,7 +105,7 @@ def imported(file, lazily=False):
 MODULES = {
     ".".join(
         ["fastopt"] * (f.relative_to(ROOT).parts[0] == "kernels") + [*f.relative_to(ROOT).with_suffix("").parts]
-    ): f
+    ).removesuffix(".__init__"): f
     for f in (*ROOT.glob("fastopt/**/*.py"), *ROOT.glob("kernels/**/*.py"))
 }
 
@@ -134,7 +134,7 @@ def test_rooms_import_only_what_is_below_them(where, allowed):
 def layers(lazily=False):
     """The modules of the library in layers, each of which imports only what is below."""
     needs = {
-        m: {x for each in imported(f, lazily) for x in (each, each.rpartition(".")[0]) if x in MODULES and x != m}
+        m: {each if each in MODULES else each.rpartition(".")[0] for each in imported(f, lazily)} & MODULES.keys() - {m}
         for m, f in MODULES.items()
         if not m.startswith("fastopt.kernels")
     }

@@ -27,6 +27,7 @@ from ..kernels.layout import (
 )
 from ..kernels.rules.rule import Options, Rule
 from .backend import SERIAL_BELOW, current, get_num_threads
+from .device import Device
 from .plan import Plan
 from .step import Request, StepInfo
 from .table import Table
@@ -159,3 +160,12 @@ class HostPlan(Plan):
 
 def _threads(table: Table) -> int:
     return min(get_num_threads(), max(table.count, 1)) if table.elements >= SERIAL_BELOW else 1
+
+
+def plan_class(device: Device) -> type[Plan]:
+    """The class of plans for arrays that live in ``device``."""
+    if device.name == "cpu":
+        return HostPlan
+    from .cuda.plan import CudaPlan
+
+    return CudaPlan

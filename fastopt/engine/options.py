@@ -10,11 +10,12 @@ import numbers
 import operator
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..kernels.rules.rule import Option
+from ..kernels.epilogues import EMA
+from ..kernels.rules.rule import Option, Options, Rule
 
 
 @dataclass(frozen=True)
@@ -224,3 +225,34 @@ def check_options(
         if eps and np.dtype(dtype).type(eps) == 0:
             raise ValueError(f"{where}eps={eps!r} rounds to zero in {dtype}, in which this is computed.")
     return checked
+
+
+class RuleChoice(NamedTuple):
+    """What is done to a parameter: its rule, whether its layer's trust ratio counts, options that are replaced, whether
+    it is averaged."""
+
+    rule: Rule
+    adapts: bool
+    overrides: tuple[tuple[str, Any], ...] = ()
+    averages: bool = False
+
+    @property
+    def state(self) -> tuple[str, ...]:
+        """Names of the state arrays."""
+        return (*self.rule.state, EMA) if self.averages else self.rule.state
+
+    def start(self, options: Options) -> dict[str, float]:
+        """What the state arrays hold before the first step."""
+        return {**self.rule.start(options), **({EMA: 0.0} if self.averages else {})}
+
+
+def choice(rule: Rule, options: Options, dimensions: int) -> RuleChoice:
+    """What is done to a parameter of so many dimensions; LARS and LAMB leave some out."""
+    averages = options.get("ema_decay") is not None
+    if not rule.layerwise:
+        return RuleChoice(rule, True, averages=averages)
+    adapt, decay_1d, low = options["adapt"], options.get("decay_1d"), dimensions < 2  # older checkpoints lack it
+    if decay_1d is None:
+        decay_1d = adapt is not None
+    overrides = (("weight_decay", 0.0),) if low and not decay_1d else ()
+    return RuleChoice(rule, not low if adapt is None else adapt, overrides, averages)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from array import array
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,7 @@ from ..kernels.epilogues import AVERAGE, EMA, EMA_STEP, ROUND, average_weight
 from ..kernels.layout import SCALARS, WEIGHT
 from ..kernels.rules.rule import Options, Rule
 from .device import Array, Device
+from .options import RuleChoice
 from .padding import keeps_zeros
 from .step import Request, StepInfo
 from .table import ROW, Counts
@@ -114,37 +115,6 @@ class Parameter:
         """The states in the shape of the array."""
         mine = slice(self.offset, self.offset + self.size)
         return {name: flat[mine].reshape(self.array.shape) for name, flat in self.states.items()}
-
-
-class RuleChoice(NamedTuple):
-    """What is done to a parameter: its rule, whether its layer's trust ratio counts, options that are replaced, whether
-    it is averaged."""
-
-    rule: Rule
-    adapts: bool
-    overrides: tuple[tuple[str, Any], ...] = ()
-    averages: bool = False
-
-    @property
-    def state(self) -> tuple[str, ...]:
-        """Names of the state arrays."""
-        return (*self.rule.state, EMA) if self.averages else self.rule.state
-
-    def start(self, options: Options) -> dict[str, float]:
-        """What the state arrays hold before the first step."""
-        return {**self.rule.start(options), **({EMA: 0.0} if self.averages else {})}
-
-
-def choice(rule: Rule, options: Options, dimensions: int) -> RuleChoice:
-    """What is done to a parameter of so many dimensions; LARS and LAMB leave some out."""
-    averages = options.get("ema_decay") is not None
-    if not rule.layerwise:
-        return RuleChoice(rule, True, averages=averages)
-    adapt, decay_1d, low = options["adapt"], options.get("decay_1d"), dimensions < 2  # older checkpoints lack it
-    if decay_1d is None:
-        decay_1d = adapt is not None
-    overrides = (("weight_decay", 0.0),) if low and not decay_1d else ()
-    return RuleChoice(rule, not low if adapt is None else adapt, overrides, averages)
 
 
 @dataclass
@@ -379,3 +349,49 @@ class Plan(ABC):
 
     def forget_weights(self) -> None:  # noqa: B027 - only plans that keep norms have something to forget
         """Somebody else wrote the weights: norms of them that were kept are no longer true."""
+
+
+class Serves(Protocol):
+    """A plan, or what a front end keeps with one."""
+
+    @property
+    def kept(self) -> int:
+        """How many may be kept."""
+
+    def resume(self) -> bool:
+        """Serve again, after others did; False where it cannot."""
+
+
+S = TypeVar("S", bound=Serves)
+
+
+class Plans(Generic[S]):
+    """One plan for each pattern of gradients, a few in all: the least recently used goes.
+
+    Patterns are tuples that begin with the indices of the parameters that have a gradient.
+    """
+
+    def __init__(self) -> None:
+        self._by_pattern: dict[tuple[Any, ...], S] = {}
+
+    def resume(self, pattern: tuple[Any, ...]) -> S | None:
+        """The plan that served a pattern before, if it can again."""
+        plan = self._by_pattern.pop(pattern, None)
+        if plan is None or not plan.resume():
+            return None
+        self._by_pattern[pattern] = plan
+        return plan
+
+    def keep(self, pattern: tuple[Any, ...], plan: S) -> S:
+        """Remember the plan that serves a pattern now."""
+        self._by_pattern[pattern] = plan
+        for oldest in list(self._by_pattern)[: -plan.kept]:
+            del self._by_pattern[oldest]
+        return plan
+
+    def last(self, present: tuple[int, ...]) -> tuple[Any, ...] | None:
+        """The pattern that was served last of those with these indices."""
+        return next((pattern for pattern in reversed(self._by_pattern) if pattern[0] == present), None)
+
+    def __iter__(self) -> Iterator[S]:
+        return iter(self._by_pattern.values())

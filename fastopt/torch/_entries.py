@@ -11,7 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..engine.plan import Copy, Parameter, RuleChoice, StepCount
+from ..engine.options import RuleChoice
+from ..engine.plan import Copy, Parameter, StepCount
 from ..kernels.dtypes import COMPUTE, ITEMSIZE
 from ..kernels.epilogues import EMA, EMA_STEP
 from ..kernels.rules.rule import Options

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..flat import Layout
+from ..arrays import Layout
 from . import _devices
 from ._devices import TorchDevice
 from ._tensors import PLAIN, parameter_memory, shaped_like

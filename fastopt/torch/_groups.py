@@ -12,8 +12,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from ..engine.classes import EMA, constructor, keyword, keywords_of, option_arguments
-from ..engine.options import EMA_RANGES, Range, boolean, ranges_of
-from ..engine.plan import RuleChoice, choice
+from ..engine.options import EMA_RANGES, Range, RuleChoice, boolean, choice, ranges_of
 from ..engine.step import StepInfo
 from ..kernels.registry import RULES, variant
 from ..kernels.rules.rule import Options, Rule

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..engine.device import first_hit, first_overlap
-from ..engine.plans import plan_class
+from ..engine.host import plan_class
 from ..kernels.dtypes import ITEMSIZE
 from ..kernels.layout import structure
 from ..kernels.rules.rule import Options

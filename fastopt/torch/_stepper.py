@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..engine.plans import Plans
+from ..engine.plan import Plans
 from ..engine.step import Request, StepInfo
 from ..kernels.rules.rule import Options
 from . import _devices

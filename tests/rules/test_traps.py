@@ -12,9 +12,9 @@ from fastopt.kernels.layout import CHUNK, NORM, UPDATE
 from fastopt.kernels.registry import RULES
 
 import fastopt
+from fastopt.arrays import Layout
 from fastopt.engine import backend as _backend
 from fastopt.engine.table import Table
-from fastopt.flat import Layout
 
 F32 = np.float32
 every_rule = pytest.mark.parametrize("case", RULE_CASES, ids=lambda case: case.rule)

@@ -15,7 +15,8 @@ from isas import native_isas, run_epilogue
 import fastopt
 from fastopt.arrays import HOST
 from fastopt.engine.host import HostPlan
-from fastopt.engine.plan import Copy, Parameter, RuleChoice
+from fastopt.engine.options import RuleChoice
+from fastopt.engine.plan import Copy, Parameter
 from fastopt.engine.step import Request
 
 UNTOUCHED = 0xA5A5

@@ -27,7 +27,8 @@ from ...kernels.layout import (
     WORD,
 )
 from ...kernels.rules.rule import Options, Rule
-from ..plan import RuleChoice, ScalarGroup
+from ..options import RuleChoice
+from ..plan import ScalarGroup
 from .runtime import Runtime, address
 from .staging import PinnedRing
 
