@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 import greenlet
 import numpy as np
 import pytest
-from blocks import take_turns
+from blocks import shared_array, take_turns
 from compare import DTYPES
 from fastopt.kernels import layout
 from fastopt.kernels.cuda.prologue import prologue
@@ -281,15 +281,6 @@ class _Block:
         take_turns([_Thread(lambda: self._f(*args), block, k) for k in range(self._count)])
 
 
-def _shared_array(memory, shape, dtype):
-    """One array for each line, as in the simulator, which looks at the whole stack and so takes half of all time."""
-    frame = sys._getframe(1)
-    place = frame.f_code, frame.f_lineno
-    if place not in memory._allocations:
-        memory._allocations[place] = np.empty(shape, str(dtype))
-    return memory._allocations[place]
-
-
 def launch(kernel, grid, args, threads=THREADS):
     """Run a kernel, as `update_loop` and `prologue` return them; it is done when this returns."""
     with _launching, pytest.MonkeyPatch.context() as patch:
@@ -303,7 +294,7 @@ def launch(kernel, grid, args, threads=THREADS):
 
         patch.setattr(simulator, "swapped_cuda_module", swap_once)
         patch.setattr(simulator, "BlockManager", _Block)
-        patch.setattr(kernelapi.FakeCUDAShared, "array", _shared_array)
+        patch.setattr(kernelapi.FakeCUDAShared, "array", shared_array)
         patch.setattr(kernelapi, "threading", types.SimpleNamespace(current_thread=greenlet.getcurrent))
         function = cuda.jit(device=True)(kernel)
 
