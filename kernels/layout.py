@@ -39,8 +39,8 @@ EPILOGUES = 2
 """Epilogues that a segment has room for."""
 
 STRIP = 256
-"""Elements that are updated before what follows: epilogues, zeros. BLOCK where sums of squares are kept. AdamW with an
-average against without, 16 M float32, 1 thread, CPU time: 1.24 (128: 1.24, 512: 1.30, 2048: 1.43; the bytes: 1.29)."""
+"""Elements that are updated before epilogues follow; BLOCK before zeros, and where sums of squares are kept. AdamW with
+an average against without, 16 M float32, 1 thread, CPU time: 1.24 (128: 1.24, 512: 1.30, 2048: 1.43; bytes: 1.29)."""
 
 NAMES = (
     *("LANES", "BLOCK", "PARAMETER", "GRADIENT", "MULTIPLIER", "RATIO"),

@@ -138,7 +138,7 @@ def _update_chunk(table: Any, i: Any, flags: Any) -> None:
     segment, lo, end, sums = _chunk(table, i)
     first, nbytes = segment + WORD * EPILOGUES, word(segment, ZEROED)
     keep = flags & KEEP_W != 0 and word(segment, RATIO) != 0 and word(segment, TERMS) == 0
-    strip = STRIP if nbytes or word(first, KERNEL) else end - lo
+    strip = STRIP if word(first, KERNEL) else BLOCK if nbytes else end - lo
     if keep:
         strip = BLOCK
         put_real(sums, PARAMETER, 0.0)

@@ -1,12 +1,16 @@
 """What runs the kernels where something is missing: threads, GNU OpenMP, a compiler, Numba; and whether it fits."""
 
+import functools
 import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from unittest.mock import Mock
 
 import numpy as np
 import pytest
 from fastopt.kernels import layout
+from fastopt.kernels.cpu import team
 from fresh import python
 from refusal import hide
 
@@ -87,6 +91,24 @@ def test_a_build_without_kernels_says_so(monkeypatch):
 def test_omp_num_threads_is_read_as_openmp_reads_it(says, threads, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", says)
     assert _backend.Numba("").default_threads == (threads or len(os.sched_getaffinity(0)))
+
+
+def test_without_a_compiler_a_team_is_as_large_as_threads_can_be_started(backend, always_threaded, monkeypatch):
+    pytest.importorskip("numba")
+    backend("numba")
+    start, started = threading.Thread.start, []
+
+    def start_one(thread):
+        if started:
+            raise RuntimeError("can't start new thread")
+        started.append(thread)
+        start(thread)
+
+    monkeypatch.setattr(team, "_pool", functools.cache(lambda: ThreadPoolExecutor(8)))
+    monkeypatch.setattr(threading.Thread, "start", start_one)
+    w, b = np.ones((300, 300)), np.ones(7)
+    fastopt.LARS([w, b], lr=1.0, trust_coefficient=1.0, momentum=0.0).step([np.ones((300, 300)), np.ones(7)])
+    assert (len(started), w.tolist(), b.tolist()) == (1, np.zeros((300, 300)).tolist(), [0.0] * 7)
 
 
 def test_numba_gets_its_number_of_threads_back(backend, always_threaded):
