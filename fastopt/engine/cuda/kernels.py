@@ -112,7 +112,12 @@ def _compiled(kind: str, rule: Rule, *dtypes: str) -> str:
 @functools.cache
 def _session_folder() -> Path:
     folder, process = tempfile.mkdtemp(prefix="fastopt-"), os.getpid()
-    atexit.register(lambda: os.getpid() == process and shutil.rmtree(folder))  # a fork leaves it to its parent
+
+    def remove() -> None:
+        if os.getpid() == process:  # a fork leaves it to its parent
+            shutil.rmtree(folder)
+
+    atexit.register(remove)
     return Path(folder)
 
 
