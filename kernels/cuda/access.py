@@ -72,6 +72,21 @@ def fresh_real(typingctx: Any, address: Any, index: Any) -> Any:
     return types.float64(types.int64, types.int64), codegen
 
 
+@intrinsic
+def opaque(typingctx: Any, number: Any) -> Any:
+    """The number, of which the compiler no longer knows what it is made of.
+
+    Loops that count by it are not unrolled, and what is computed from it is not kept for the next loop that computes
+    the same: either would take registers.
+    """
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        move = ir.InlineAsm(ir.FunctionType(I64, [I64]), "mov.b64 $0, $1;", "=l,l", side_effect=True)
+        return builder.call(move, args)
+
+    return types.int64(types.int64), codegen
+
+
 def scalars_loader(rule: Rule, compute: str) -> Any:
     """Intrinsic ``(scalars, ratio) -> h``: the rule's scalars, stored in the compute dtype.
 
@@ -185,6 +200,19 @@ class Arrays:
             return types.boolean(self.pointers), codegen
 
         return aligned
+
+    def moved(self) -> Any:
+        """Intrinsic ``(pointers, i) -> pointers``: the addresses of elements ``i``."""
+
+        @intrinsic
+        def moved(typingctx: Any, pointers: Any, n: Any) -> Any:
+            def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+                places = [self._place(builder, args[0], k, args[1]) for k in range(len(self.storages))]
+                return context.make_tuple(builder, signature.return_type, [builder.ptrtoint(x, I64) for x in places])
+
+            return self.pointers(self.pointers, types.int64), codegen
+
+        return moved
 
     def load(self, count: int) -> Any:
         """Intrinsic ``(pointers, i, multiplier, h) -> arguments of the rule`` for each of ``count`` elements."""

@@ -36,16 +36,19 @@ VECTOR = {"float32": 4, "float64": 2}
 
 
 def update_loop(rule: Rule, p: str, g: str, access: Any, threads: int = THREADS) -> Callable[..., None]:
-    """The kernel of ``rule`` over parameters stored as ``p`` and gradients stored as ``g``, to be compiled."""
+    """The kernel of ``rule`` over parameters stored as ``p`` and gradients stored as ``g``, to be compiled.
+
+    What a loop needs is found just before it, from the tables, so that no loop keeps registers for the next one.
+    """
     compute = COMPUTE[p]
     width = VECTOR[compute]
     stride = width * threads
     arrays = access.Arrays(rule, p, g)
-    pointers_of, aligned = arrays.pointers_of(), arrays.aligned(width)
+    pointers_of, aligned, moved = arrays.pointers_of(), arrays.aligned(width), arrays.moved()
     load, load_one = arrays.load(width), arrays.load(1)
     store, store_one = arrays.store(width), arrays.store(1)
     clear, clear_one = arrays.clear(width), arrays.clear(1)
-    word, scalars_of = access.word, access.scalars_loader(rule, compute)
+    word, scalars_of, opaque = access.word, access.scalars_loader(rule, compute), access.opaque
     number = access.single if compute == "float32" else access.real
     number_size = 4 if compute == "float32" else 8
     multiplier_at = MULTIPLIER32 if compute == "float32" else MULTIPLIER64
@@ -54,27 +57,27 @@ def update_loop(rule: Rule, p: str, g: str, access: Any, threads: int = THREADS)
     part_of = _part(access)
     follow = functools.reduce(_then, [_epilogue(k, p, access, threads) for k in kinds_of(p)])
 
-    def update(chunks: Any, segments: Any, gradients: Any, header: Any, scalars: Any, ratios: Any, zero: Any) -> None:
+    def arrays_of(chunks: Any, segments: Any, gradients: Any) -> Any:
         s, lo, hi = part_of(chunks)
+        pointers = pointers_of(segments + WORD * SEGMENT_WORDS * s, word(gradients, s))
+        tail = lo  # where elements begin that are taken one by one
+        if aligned(pointers):
+            tail += (hi - lo) & -width
+        return s, lo, tail, hi, pointers
+
+    arrays_of = cuda.jit(device=True, inline="always")(arrays_of)
+
+    def update(chunks: Any, segments: Any, gradients: Any, header: Any, scalars: Any, ratios: Any, zero: Any) -> None:
+        s, lo, tail, hi, pointers = arrays_of(chunks, segments, gradients)
         if hi <= lo:  # the chunk ends before this part of it
             return
-        segment = segments + WORD * SEGMENT_WORDS * s
-        pointers = pointers_of(segment, word(gradients, s))
-        i = lo + width * cuda.threadIdx.x
-        one = lo + cuda.threadIdx.x  # where elements are taken one by one: all of them, or those of the tail
-        if aligned(pointers):
-            one += (hi - lo) & -width
-        else:
-            i = hi
         if word(header, SKIP):
-            if zero:
-                while i + width <= hi:
-                    clear(pointers, i)
-                    i += stride
-                while one < hi:
-                    clear_one(pointers, one)
-                    one += threads
+            i = lo + cuda.threadIdx.x
+            while zero and i < hi:
+                clear_one(pointers, i)
+                i = opaque(i + threads)
             return
+        segment = segments + WORD * SEGMENT_WORDS * s
         multiplier = number(header, multiplier_at)
         if word(segment, SIGN) < 0:
             multiplier = -multiplier
@@ -83,23 +86,28 @@ def update_loop(rule: Rule, p: str, g: str, access: Any, threads: int = THREADS)
         if has_ratio and word(segment, ADAPTS) == 0:
             ratio = own + number_size * (last - 1)
         h = scalars_of(own, ratio)
-        while i + stride + width <= hi:
-            first, second = load(pointers, i, multiplier, h), load(pointers, i + stride, multiplier, h)
-            store(pointers, i, apply(first))
-            store(pointers, i + stride, apply(second))
+        left = tail - lo - width * cuda.threadIdx.x
+        pointers = moved(pointers, lo + width * cuda.threadIdx.x)
+        while left > stride:
+            first, second = load(pointers, 0, multiplier, h), load(pointers, stride, multiplier, h)
+            store(pointers, 0, apply(first))
+            store(pointers, stride, apply(second))
             if zero:
-                clear(pointers, i)
-                clear(pointers, i + stride)
-            i += 2 * stride
-        if i + width <= hi:
-            store(pointers, i, apply(load(pointers, i, multiplier, h)))
+                clear(pointers, 0)
+                clear(pointers, stride)
+            pointers = moved(pointers, 2 * stride)
+            left = opaque(left - 2 * stride)
+        if left > 0:
+            store(pointers, 0, apply(load(pointers, 0, multiplier, h)))
             if zero:
-                clear(pointers, i)
-        while one < hi:
-            store_one(pointers, one, apply(load_one(pointers, one, multiplier, h)))
+                clear(pointers, 0)
+        s, lo, tail, hi, pointers = arrays_of(chunks, segments, gradients)
+        i = tail + cuda.threadIdx.x
+        while i < hi:
+            store_one(pointers, i, apply(load_one(pointers, i, multiplier, h)))
             if zero:
-                clear_one(pointers, one)
-            one += threads
+                clear_one(pointers, i)
+            i = opaque(i + threads)
         follow(chunks, segments, scalars)
 
     return update
@@ -107,10 +115,11 @@ def update_loop(rule: Rule, p: str, g: str, access: Any, threads: int = THREADS)
 
 def _part(access: Any) -> Any:
     """Device function ``(chunks) -> (segment, first element, one past the last)``: what a block of threads takes."""
-    word = access.word
+    word, opaque = access.word, access.opaque
 
     def part_of(chunks: Any) -> tuple[Any, Any, Any]:
-        chunk, part = cuda.blockIdx.x >> PARTS_BITS, cuda.blockIdx.x & (PARTS - 1)
+        block = opaque(cuda.blockIdx.x)
+        chunk, part = block >> PARTS_BITS, block & (PARTS - 1)
         lo = word(chunks, 3 * chunk + 1) + part * (CHUNK // PARTS)
         return word(chunks, 3 * chunk), lo, min(word(chunks, 3 * chunk + 2), lo + CHUNK // PARTS)
 
@@ -134,7 +143,7 @@ def _epilogue(kind: int, p: str, access: Any, threads: int) -> Any:
     """
     epilogue, target = KINDS[kind]
     compute = COMPUTE[p]
-    arrays, part_of, word = access.Arrays(epilogue, target, p), _part(access), access.word
+    arrays, part_of, word, opaque = access.Arrays(epilogue, target, p), _part(access), access.word, access.opaque
     load, apply, store, unit = arrays.load(1), arrays.apply(), arrays.store(1), np.dtype(compute).type(1)
     scalars_of, number_size = access.scalars_loader(epilogue, compute), 4 if compute == "float32" else 8
 
@@ -146,7 +155,9 @@ def _epilogue(kind: int, p: str, access: Any, threads: int) -> Any:
         cuda.syncthreads()  # another thread of the block may have written what this one reads
         pointers = word(segment, TARGETS + kind), word(segment, PARAMETER)
         h = scalars_of(scalars + number_size * (SCALARS * word(segment, SCALAR_GROUP) + WEIGHT), 0)
-        for i in range(lo + cuda.threadIdx.x, hi, threads):
+        i = lo + cuda.threadIdx.x
+        while i < hi:
             store(pointers, i, apply(load(pointers, i, unit, h)))
+            i = opaque(i + threads)
 
     return cuda.jit(device=True, inline="always")(follow)

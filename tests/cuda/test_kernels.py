@@ -4,6 +4,7 @@ import contextlib
 import importlib.metadata
 import sys
 from pathlib import Path
+from typing import NamedTuple
 from unittest.mock import Mock
 
 import fastopt.kernels.cuda
@@ -12,11 +13,17 @@ from fastopt.kernels.registry import RULES
 from fresh import python
 from refusal import refused
 
+import fastopt
 from fastopt.engine.cuda import kernels
 from fastopt.engine.cuda.runtime import Runtime
 
+
+class Scalars(NamedTuple):
+    text: str
+
+
 COMPILE = """
-import functools, math, time
+import functools, math, os, time
 from typing import NamedTuple
 import fastopt
 from fastopt.engine.cuda import kernels
@@ -57,12 +64,24 @@ def sign(p, g, h):
     return (p - math.copysign(h.lr, g),)
 mine = fastopt.Rule("sgd", sign, Scalars, lambda t, o: Scalars(o["lr"]), options={"lr": Option()})
 path = update(mine, "float32", "float32")
+if os.fork() == 0:
+    raise SystemExit
+os.wait()
 print(path, prologue(mine).is_file(), ".entry fastopt_cuda_sgd_float32_float32(" in path.read_text())
 """
     path, *found = run(program, tmp_path).split()
     assert found == ["True", "True"]
     assert not Path(path).exists()  # it went with the process
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_own_rule_that_takes_the_place_of_another_has_a_kernel_of_its_own(monkeypatch):
+    """Whether or not the first was loaded, and with the same address in memory."""
+    monkeypatch.setattr(kernels, "_compiled", lambda kind, rule, *_: rule.scalars(1, {})[0])
+    for text in map(str, range(10)):
+        rule = fastopt.Rule("mine", lambda p, g, h: (p,), Scalars, lambda t, options, text=text: Scalars(text))
+        assert kernels.ptx_file("update", rule, "float32", "float32").read_text() == text
+        del rule
 
 
 @pytest.mark.full

@@ -58,12 +58,9 @@ def test_alternating_patterns_on_a_gpu_are_planned_once(stand_in, built, options
         wanted.step(grads)
         opt.step([g if g is None else stand_in.put(g) for g in grads])
     assert len(built) == 6
-    for (_, got), (_, state), w, array in zip(opt.state.items(), wanted.state.items(), on_gpu, arrays, strict=True):
-        assert (got["step"], got["mu_product"], got["ema_step"]) == (
-            state["step"],
-            state["mu_product"],
-            state["ema_step"],
-        )
+    for name, w, array in zip(opt.state, on_gpu, arrays, strict=True):
+        for key in ("step", "mu_product", "ema_step"):
+            assert opt.state[name][key] == wanted.state[name][key]
         assert np.array_equal(stand_in.get(w), array)
 
 

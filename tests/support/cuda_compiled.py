@@ -92,6 +92,7 @@ def _for_host(text):
     text = re.sub(r'^.*(call|declare) void @"llvm\.nvvm\.membar\.gl"\(\).*$', "", text, flags=re.MULTILINE)
     text = re.sub(r"^declare .*(nvvm|__nv_isfinited).*$", "", text, flags=re.MULTILINE)
     text = LOAD.sub(r'%"\1.at" = inttoptr i64 \2 to double*\n  %"\1" = load volatile double, double* %"\1.at"', text)
+    text = re.sub(r'call i64 asm sideeffect "mov\.b64[^(]*\(i64 (\S+)\)', r"add i64 0, \1", text)
     for pattern, replacement in HOST.items():
         text = re.sub("@" + pattern, "@" + replacement, text)
     for name, (kind, function) in ADDRESSES.items():

@@ -110,6 +110,10 @@ single, put_single = _loader("float32", np.float64), _storer("float32")
 fresh_real = real
 
 
+def opaque(number):
+    return number
+
+
 def count_up(address, index):
     before = word(address, index)  # no other thread runs meanwhile, see _Block
     put_word(address, index, before + 1)
@@ -211,6 +215,9 @@ class Arrays:
     def aligned(self, count):
         sizes = [count * dtype.itemsize for dtype in self.dtypes]
         return lambda pointers: not any(x % size for x, size in zip(pointers, sizes, strict=True))
+
+    def moved(self):
+        return lambda pointers, i: [x + dtype.itemsize * i for x, dtype in zip(pointers, self.dtypes, strict=True)]
 
     def load(self, count):
         def load(pointers, i, multiplier, h):

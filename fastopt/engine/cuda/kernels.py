@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import hashlib
 import importlib.metadata
 import importlib.util
 import os
+import shutil
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -71,25 +73,27 @@ def prebuilt_folder() -> Path | None:
 def ptx_file(kind: str, rule: Rule, *dtypes: str) -> Path:
     """The PTX of a kernel: from the package, from the cache of an earlier process, or compiled now."""
     symbol = SYMBOLS[kind](rule.name, *dtypes)
-    own = RULES.get(rule.name) is not rule  # a rule of the user's: what it closes over cannot be told from its name
-    folder = prebuilt_folder()
-    if not own and folder is not None and (folder / f"{symbol}.ptx").is_file():
-        return folder / f"{symbol}.ptx"
-    name = f"{symbol}.{id(rule)}.ptx" if own else f"{symbol}.ptx"
-    for folder in [_session_folder()] if own else [cache_folder(), _session_folder()]:
-        if (folder / name).is_file():
-            return folder / name
+    if RULES.get(rule.name) is not rule:  # of the user's: what it closes over cannot be told from its name
+        return _of_own_rule(kind, rule, *dtypes)
+    for folder in (prebuilt_folder(), cache_folder(), _session_folder()):
+        if folder is not None and (folder / f"{symbol}.ptx").is_file():
+            return folder / f"{symbol}.ptx"
     text = _compiled(kind, rule, *dtypes)
-    if not own:
-        try:
-            return _write(cache_folder() / name, text)
-        except OSError as error:
-            warnings.warn(
-                f"fastopt: {symbol} was compiled for this process only, because it cannot be kept ({error}). Name a "
-                "folder that can be written in FASTOPT_CACHE_DIR.",
-                stacklevel=2,
-            )
-    return _write(_session_folder() / name, text)
+    try:
+        return _write(cache_folder() / f"{symbol}.ptx", text)
+    except OSError as error:
+        warnings.warn(
+            f"fastopt: {symbol} was compiled for this process only, because it cannot be kept ({error}). Name a "
+            "folder that can be written in FASTOPT_CACHE_DIR.",
+            stacklevel=2,
+        )
+    return _write(_session_folder() / f"{symbol}.ptx", text)
+
+
+@functools.cache  # which keeps the rule: no other one gets its id
+def _of_own_rule(kind: str, rule: Rule, *dtypes: str) -> Path:
+    path = _session_folder() / f"{SYMBOLS[kind](rule.name, *dtypes)}.{id(rule)}.ptx"
+    return _write(path, _compiled(kind, rule, *dtypes))
 
 
 def _compiled(kind: str, rule: Rule, *dtypes: str) -> str:
@@ -107,9 +111,14 @@ def _compiled(kind: str, rule: Rule, *dtypes: str) -> str:
 
 @functools.cache
 def _session_folder() -> Path:
-    # Held by a function attribute: the folder goes when the process ends.
-    _session_folder.folder = tempfile.TemporaryDirectory(prefix="fastopt-")  # type: ignore[attr-defined]
-    return Path(_session_folder.folder.name)  # type: ignore[attr-defined]
+    folder, process = tempfile.mkdtemp(prefix="fastopt-"), os.getpid()
+
+    def remove() -> None:
+        if os.getpid() == process:  # a fork leaves it to its parent
+            shutil.rmtree(folder)
+
+    atexit.register(remove)
+    return Path(folder)
 
 
 @functools.cache
