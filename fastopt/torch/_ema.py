@@ -11,11 +11,12 @@ from torch._compile import _disable_dynamo
 
 from ..engine.exclusive import exclusive, finish, swapping
 from ..kernels.epilogues import EMA, EMA_STEP
+from ._checkpoints import Checkpoints
 from ._master import MASTER
 from ._state import number
 
 
-class Averages(torch.optim.Optimizer):
+class Averages(Checkpoints):
     """What can be done with the averages of an optimizer whose param groups have ``ema_decay``."""
 
     def _current_options(self) -> list[dict[str, Any]]:

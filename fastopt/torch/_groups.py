@@ -7,27 +7,25 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
 import torch
-from torch import Tensor
 
 from ..engine.options import EMA_RANGES, Range, boolean, ranges_of
-from ..engine.plan import RuleChoice, choice
 from ..engine.step import StepInfo
 from ..kernels.registry import variant
 from ..kernels.rules.rule import Options, Rule
 from . import _devices
 from ._flat import FlatGroups
 from ._lr import DeviceRates
-from ._options import StepOptions, check_loaded_group, check_loaded_state, checked_flag, refuse_extras
-from ._shards import why_not_combined
+from ._options import StepOptions, checked_flag
 from ._state import LIBRARY, Names
 from ._tensors import FLOATING, PLAIN, check_apart, parameter_memory
 
 if TYPE_CHECKING:
-    from ._stepper import MultiDeviceStepper, Stepper
+    from ._stepper import Steppers
 
 
-class GroupOptions(StepOptions):
+class GroupOptions(StepOptions, torch.optim.Optimizer):
     """Rules and options. Its constructor makes all that a copy of an optimizer must have anew."""
 
     rule: ClassVar[Rule | None] = None
@@ -68,11 +66,12 @@ class GroupOptions(StepOptions):
         self.last_info = StepInfo()
         self._users: list[object] = []  # who is using this optimizer now
         self._complete = False  # whether the constructor is done, or there was none
-        self._derived: Stepper | MultiDeviceStepper | None = None  # ``state`` knows it, too, but does not keep it alive
+        self._derived: Steppers | None = None  # ``state`` knows it, too, but does not keep it alive
         self._seen: list[dict[str, Any]] = []
         self._options: list[dict[str, Any]] = []
         self._structure: list[Any] = []
         self._rates = DeviceRates()
+        self._rules: list[Rule] = []
         self._part: str | None = None  # a parameter of whose whole there are no sums, and why
 
     def _made_anew(self, **extras: Any) -> None:
@@ -86,7 +85,7 @@ class GroupOptions(StepOptions):
         cls.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
         if cls.rule is not None and cls.rule.defaults is not None and "rule" in vars(cls):
             cls.ranges, cls.names = ranges_of(cls.rule.defaults, cls.rule.ranges), Names.of(cls.rule)
-        base = next((b for b in cls.__bases__ if GroupOptions in b.__bases__), None)
+        base = next((b for b in cls.__bases__ if "_plain_step" in vars(b)), None)
         if base is not None:
             inherited = inspect.signature(super(StepOptions, cls).__init__).parameters  # of torch's class
             takes_all = any(p.kind is p.VAR_KEYWORD for p in inherited.values())
@@ -105,20 +104,6 @@ class GroupOptions(StepOptions):
         if self.rule is None:
             raise NotImplementedError(f"{type(self).__name__} must have a rule, or override select_rule.")
         return variant(self.rule, options)
-
-    def choose(self, options: Options, parameter: Tensor) -> RuleChoice:
-        """What is done to one parameter of a group; LARS leaves some out of the trust ratio."""
-        rule = self.select_rule(options)
-        why = why_not_combined(parameter) if rule.ratio is not None else None
-        if why is not None:
-            raise NotImplementedError(
-                f"{type(self).__name__}: a parameter is {why}, so the norm of its whole is not known. Use an optimizer "
-                "whose rule has no norms, or DDP."
-            )
-        return choice(rule, options, parameter.ndim)
-
-    def _choice(self, options: Options, parameter: Tensor) -> RuleChoice:
-        return self.choose(options, parameter).by(options)
 
     def begin_group(self, group: dict[str, Any]) -> None:
         """Note what an option needs to know of the start of a group."""
@@ -150,25 +135,6 @@ class GroupOptions(StepOptions):
                 raise ValueError(f"{where}{name} must be a number, got {value!r}.")
         return options
 
-    def check_loaded(self, loaded: Mapping[str, Any]) -> Mapping[str, Any]:
-        """A state dict that is about to be loaded, or an error where it is of another class.
-
-        Flags that torch's class does not have stay as they are where the state dict has none.
-        """
-        where = f"{type(self).__name__}.load_state_dict: "
-        groups = []
-        for index, (group, now) in enumerate(zip(loaded["param_groups"], self.param_groups, strict=False)):
-            refuse_extras(group, self._extras(), f"{where}group {index} of the state dict")
-            kept = {name: now[name] for name in self.rule_options if name in now and name not in group}
-            groups.append({**group, **kept})
-            check_loaded_group(groups[-1], self.defaults, f"{where}group {index} of the state dict")
-            rule = self.select_rule({**self.rule_options, **self.defaults, **groups[-1]})
-            for key in group["params"]:
-                state = loaded["state"].get(key)
-                if isinstance(state, dict):
-                    check_loaded_state(state, rule, f"{where}the state of parameter {key}")
-        return {**loaded, "param_groups": groups + list(loaded["param_groups"])[len(groups) :]}
-
     def _accept(self, first: int) -> None:
         """Refuse early what a step would refuse in groups from this one on, and flatten them.
 
@@ -188,8 +154,8 @@ class GroupOptions(StepOptions):
             if device.on_gpu:
                 device.require()
         memories = [parameter_memory(p, f"{where}: {name}") if new else p for name, p, new in named]
-        starts, nbytes = [m.data_ptr() for m in memories], [m.nbytes for m in memories]
-        check_apart(starts, nbytes, [name for name, *_ in named], where)
+        starts = np.array([m.data_ptr() for m in memories], np.uint64)
+        check_apart(starts, np.array([m.nbytes for m in memories], np.int64), lambda k: named[k][0], where)
         for group in self.param_groups[first:]:
             self.begin_group(group)
             if self._flat is not None:

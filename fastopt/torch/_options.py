@@ -13,8 +13,6 @@ from torch import Tensor
 
 from ..engine.options import EMA_RANGES, NORM, STEP_OPTIONS, Range, boolean
 from ..engine.step import Request
-from ..kernels.registry import RULES, family_states
-from ..kernels.rules.rule import Rule
 
 FIXED = (bool, int, float, str)
 """Types whose objects never change."""
@@ -76,17 +74,6 @@ class StepOptions:
     def __repr__(self) -> str:
         head, groups = super().__repr__().split("\n", 1)
         return "\n".join([head, *(f"{name}: {value}" for name, value in self._extras().items()), groups])
-
-    def _refuse_part(self, part: str) -> None:
-        """Refuse a step that needs sums over the whole of a parameter, which cannot be had of this one."""
-        asked, cure = "fastopt.torch.GradScaler", "use torch.amp.GradScaler"
-        if self.max_grad_norm is not None:
-            asked, cure = "max_grad_norm", "clip with torch.nn.utils.clip_grad_norm_ (FSDP1: the module's method)"
-        elif self.skip_nonfinite:
-            asked, cure = "skip_nonfinite", "use torch.amp.GradScaler, or look at the norm of clip_grad_norm_"
-        raise NotImplementedError(
-            f"{type(self).__name__}: {asked} needs sums over all processes, but {part}. Leave it out, and {cure}."
-        )
 
 
 def checked_flag(name: str, value: Any, where: str) -> Any:
@@ -159,25 +146,3 @@ def plain(value: Any, where: str) -> Any:
 def is_fixed(value: Any) -> bool:
     """Whether the object cannot say something else later."""
     return value is None or type(value) in FIXED or (type(value) is tuple and all(map(is_fixed, value)))
-
-
-def check_loaded_group(group: Mapping[str, Any], defaults: Mapping[str, Any], where: str) -> None:
-    """Refuse a param group of a checkpoint that lacks hyperparameters; flags are younger than some checkpoints."""
-    missing = [n for n, v in defaults.items() if n not in group and v is not None and not isinstance(v, bool)]
-    if missing:
-        options = ", ".join(sorted(set(group) - {"params", "param_names"}))
-        raise ValueError(
-            f"{where} lacks {', '.join(missing)}: it is of another class, with the options {options}. Load it into an "
-            "optimizer of that class."
-        )
-
-
-def check_loaded_state(names: Iterable[str], rule: Rule, where: str) -> None:
-    """Refuse a state of a checkpoint with arrays that only rules of other classes have."""
-    if RULES.get(rule.name) is not rule:
-        return  # of the user's own
-    foreign = sorted(set(names) & {name for other in RULES.values() for name in other.state} - family_states(rule))
-    if foreign:
-        raise ValueError(
-            f"{where} has {', '.join(foreign)}, which is of another class. Load it into an optimizer of that class."
-        )

@@ -6,8 +6,8 @@ import functools
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from types import MappingProxyType
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from ..kernels.rules.rule import Rule
 from . import _devices
 from ._devices import TorchDevice
 from ._master import MASTER
-from ._tensors import COMPUTED, address_of, parameter_memory, shaped_like
+from ._tensors import COMPUTED, parameter_memory, shaped_like
 
 STEP = "step"
 
@@ -94,6 +94,8 @@ class _Watched(defaultdict[Any, Any]):
     Saved and copied, it is an ordinary dict.
     """
 
+    __slots__ = ()
+
     watch: Watch
 
     __getitem__ = _watched("__getitem__", Watch.settle)
@@ -115,20 +117,19 @@ class _Watched(defaultdict[Any, Any]):
     update = _watched("update")
 
 
+NOTHING: Mapping[str, Any] = MappingProxyType({})
+
+
 class ParameterState(_Watched):
     """The state of one parameter."""
+
+    __slots__ = ("slot", "untouched", "watch")
 
     def __init__(self, watch: Watch, items: Mapping[str, Any], slot: Slot | None = None) -> None:
         super().__init__(None, items)
         self.watch = watch
         self.slot = slot
-        self.untouched: dict[str, tuple[Tensor, int]] = {}  # made without a step, and their versions then
-
-    def show(self, slot: Slot, tensors: Mapping[str, Tensor]) -> None:
-        """Take what a step reads and writes."""
-        self.slot = slot
-        for name, tensor in tensors.items():
-            dict.__setitem__(self, name, tensor)
+        self.untouched = NOTHING  # tensors made without a step, and their versions then
 
     def remember(self) -> None:
         """The states are what they were made as, without a step."""
@@ -152,63 +153,47 @@ class ParameterState(_Watched):
 class State(_Watched):
     """The states of all parameters."""
 
+    __slots__ = ("watch",)
+
     def __init__(self, items: Mapping[Any, Any]) -> None:
-        super().__init__(dict)
+        super().__init__(dict, items)
         self.watch = Watch()
-        for key, value in items.items():
-            dict.__setitem__(self, key, value)
 
     @classmethod
-    def moved(
-        cls, items: Mapping[Any, Any], groups: Iterable[Mapping[str, Any]], names: Names, *, flat: bool, copy: bool
-    ) -> State:
-        """States in memory that is made for parameters together, so that a step can write all numbers at once.
+    def moved(cls, items: Mapping[Any, Any], groups: Iterable[Mapping[str, Any]], names: Names, *, flat: bool) -> State:
+        """Copies of states in memory that is made for parameters together: then a step can write all numbers at once.
 
         Args:
             items: The states.
             groups: The param groups.
-            names: What there may be in ``items``.
-            flat: Whether parameters are neighbours in memory: then their states are moved, too.
-            copy: Whether ``items`` has tensors of others, which are copied; else they stay what they are.
+            names: What there may be in ``items``; tensors of other names are copied one by one.
+            flat: Whether parameters are neighbours in memory, group by group.
         """
         state = cls(items)
-        alike: dict[Any, list[tuple[Tensor, Tensor]]] = {}
+        alike: dict[Any, list[tuple[Tensor, Tensor, Mapping[str, Any]]]] = {}
         for g, group in enumerate(groups):
             for p in group["params"]:
-                if dict.get(state, p) and isinstance(state._raw(p), dict):
+                values = items.get(p)
+                if values and isinstance(values, dict):
                     try:
                         memory = parameter_memory(p, "")
                     except (NotImplementedError, TypeError, ValueError):
                         continue  # such as one on the meta device: a step says so, if it gets that far
-                    alike.setdefault((memory.dtype, g if flat else 0, _devices.device_of(p)), []).append((p, memory))
+                    key = memory.dtype, g if flat else 0, _devices.device_of(p)
+                    alike.setdefault(key, []).append((p, memory, values))
         for (*_, device), members in alike.items():
-            arena = Arena([memory for _, memory in members], device)
-            for index, (p, memory) in enumerate(members):
-                slot, values = Slot(arena, index, layout_of(memory)), dict(state._raw(p))
-                for name, value in values.items():
-                    if name == STEP or name in names.numbers:
-                        values[name] = slot.add_number(name, number(value))
-                    elif (
-                        name in names.states and (copy or flat) and isinstance(value, Tensor) and value.shape == p.shape
-                    ):
-                        values[name] = slot.add_state(name, p, memory)
-                        values[name].copy_(value.detach())
-                state.keep(p, ParameterState(state.watch, values, slot))
+            arena = Arena([memory for _, memory, _ in members], device)
+            for index, (p, memory, values) in enumerate(members):
+                moved = {name: _moved(name, x, names, arena, index, p, memory) for name, x in values.items()}
+                dict.__setitem__(state, p, ParameterState(state.watch, moved, Slot(arena, index, layout_of(memory))))
         return state
-
-    def _raw(self, parameter: Tensor) -> Any:
-        return dict.get(self, parameter, {})
 
     def of(self, parameter: Tensor) -> ParameterState:
         """The state of a parameter, watched from now on."""
-        state = self._raw(parameter)
+        state = dict.get(self, parameter, NOTHING)
         if type(state) is not ParameterState or state.watch is not self.watch:
             state = ParameterState(self.watch, state)
         return state
-
-    def keep(self, parameter: Tensor, state: ParameterState) -> None:
-        """Let a state that ``of`` returned be that of the parameter."""
-        dict.__setitem__(self, parameter, state)
 
     def __missing__(self, key: Any) -> Any:
         value = self.of(key) if isinstance(key, Tensor) else {}
@@ -220,6 +205,20 @@ class State(_Watched):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return defaultdict, (dict,), None, None, iter(self.items())
+
+
+def _moved(name: str, value: Any, names: Names, arena: Arena, index: int, parameter: Tensor, memory: Tensor) -> Any:
+    """A copy of a state: in the arena, if a step may write it there."""
+    if name == STEP or name in names.numbers:
+        return arena.number(name, index, number(value))
+    if isinstance(value, float):  # of an older checkpoint
+        return torch.tensor(value, dtype=torch.float64)
+    if not isinstance(value, Tensor):
+        return value
+    value = value.detach()
+    if name in names.states and value.shape == parameter.shape:
+        return arena.state(name, index, parameter, memory).copy_(value)
+    return value.clone() if value.dim() == 0 else value.to(parameter.device, copy=True)
 
 
 class Arena:
@@ -241,56 +240,51 @@ class Arena:
         self.extents = np.diff([*layout.offsets, layout.total]).tolist()
         self.arrays: dict[str, Any] = {}
         self.numbers: dict[str, NDArray[Any]] = {}
+        self._starts: dict[str, tuple[int, int]] = {}  # address and itemsize
+        self._given: dict[str, bytearray] = {}  # whether somebody has the memory of a parameter
         self._dtype = COMPUTED[memories[0].dtype]
 
-    def array(self, name: str) -> Any:
-        """The flat array of a state, as plans take it."""
+    def state(self, name: str, index: int, parameter: Tensor, memory: Tensor) -> Tensor:
+        """The state of a parameter, whose real tensor is ``memory``; zeros the first time."""
         if name not in self.arrays:
-            self.arrays[name] = self.device.array(self.device.zeros(self._total, self._dtype))
-        return self.arrays[name]
+            array = self.arrays[name] = self.device.array(self.device.zeros(self._total, self._dtype))
+            self._starts[name] = self.device.memory.address(array), array.itemsize
+            self._given[name] = bytearray(self.size)
+        self._given[name][index] = True
+        return shaped_like(parameter, self.device.view(self.arrays[name], self.offsets[index], memory))
 
-    def number(self, name: str) -> NDArray[Any]:
-        """A number per parameter. Step counts are float32, as in torch; what a rule carries is exact."""
+    def number(self, name: str, index: int, value: float) -> Tensor:
+        """A number of a parameter. Step counts are float32, as in torch; what a rule carries is exact."""
         if name not in self.numbers:
-            self.numbers[name] = np.zeros(self.size, np.float32 if name == STEP else np.float64)
-        return self.numbers[name]
+            array = self.numbers[name] = np.zeros(self.size, np.float32 if name == STEP else np.float64)
+            self._starts[name] = array.ctypes.data, array.itemsize
+            self._given[name] = bytearray(self.size)
+        self._given[name][index] = True
+        place = self.numbers[name][index : index + 1].reshape(())
+        place[()] = value
+        return torch.from_numpy(place)
+
+    def place(self, name: str, index: int) -> int:
+        """Where something of a parameter begins; 0 if nothing of this name was made."""
+        start, itemsize = self._starts.get(name, (0, 0))
+        return start + itemsize * (index if name in self.numbers else self.offsets[index])
+
+    def misses(self, index: int, state: Mapping[str, Any]) -> bool:
+        """Whether something is missing in a state that was made here: who took it out may still have it."""
+        return any(given[index] and dict.get(state, name) is None for name, given in self._given.items())  # type: ignore[arg-type]
 
 
-@dataclass(eq=False)
-class Slot:
-    """The place of a parameter in an arena, how the parameter lies in memory, and the tensors that were made there."""
+class Slot(NamedTuple):
+    """The place of a parameter in an arena, and how the parameter lies in memory."""
 
     arena: Arena
     index: int
     layout: tuple[Any, ...]
-    entries: dict[str, Tensor] = field(default_factory=dict)
-    _addresses: dict[str, int] = field(default_factory=dict)
-
-    def add_number(self, name: str, value: float) -> Tensor:
-        """A number."""
-        numbers = self.arena.number(name)
-        numbers[self.index] = value
-        return self._add(name, torch.from_numpy(numbers[self.index : self.index + 1].reshape(())))
-
-    def add_state(self, name: str, parameter: Tensor, memory: Tensor) -> Tensor:
-        """A state of zeros for the parameter, whose real tensor is ``memory``."""
-        array, offset = self.arena.array(name), self.arena.offsets[self.index]
-        return self._add(name, shaped_like(parameter, self.arena.device.view(array, offset, memory)))
-
-    def _add(self, name: str, entry: Tensor) -> Tensor:
-        self._addresses[name] = address_of(entry)
-        self.entries[name] = entry
-        return entry
-
-    def holds(self, name: str, value: Any) -> bool:
-        """Whether this is the tensor that was made here under this name, with the memory that it was given."""
-        entry = self.entries.get(name)
-        return entry is not None and value is entry and address_of(entry) == self._addresses[name]
 
 
 def layout_of(memory: Tensor) -> tuple[Any, ...]:
-    """How a parameter lies in memory, as far as its states must lie likewise."""
-    return memory.shape, memory.stride(), COMPUTED[memory.dtype]
+    """How a parameter lies in memory."""
+    return memory.shape, memory.stride(), memory.dtype
 
 
 def number(value: Any) -> float:
@@ -298,33 +292,37 @@ def number(value: Any) -> float:
     return float(value.item() if isinstance(value, Tensor) else value)
 
 
+class Counted(Protocol):
+    """A parameter whose numbers ``state`` shows."""
+
+    slot: Slot
+    step_count: StepCount
+    loose: Mapping[str, Tensor]  # numbers that the user put there
+
+
 class StateSync:
     """Shows how far scalar groups have come in the tensors of ``state``, and notices where somebody else wrote these.
 
     Args:
-        numbers: Of each parameter its progress, its slot, and the tensors of its numbers by name.
-        write: Whether to write what the scalar groups know.
+        parameters: Whose numbers they are.
+        counts: Whether ``state`` has step counts.
     """
 
-    def __init__(self, numbers: Sequence[tuple[StepCount, Slot, Mapping[str, Tensor]]], *, write: bool = True) -> None:
-        places: dict[tuple[int, int, str], list[int]] = {}
+    def __init__(self, parameters: Iterable[Counted], counts: bool) -> None:
+        alike: dict[tuple[int, int], list[Counted]] = {}
+        for p in parameters:
+            alike.setdefault((id(p.step_count), id(p.slot.arena)), []).append(p)
         self._shown: list[tuple[NDArray[Any], Any, StepCount, str]] = []
-        for k, (step_count, slot, tensors) in enumerate(numbers):
-            for name, tensor in tensors.items():
-                if slot.holds(name, tensor):
-                    places.setdefault((id(step_count), id(slot.arena), name), []).append(k)
-                else:
-                    self._shown.append((tensor.detach().numpy().reshape(-1), slice(None), step_count, name))
-        for (_, _, name), members in places.items():
-            step_count, slot, _ = numbers[members[0]]
-            indices = [numbers[k][1].index for k in members]
-            where: Any = slice(None) if indices == list(range(slot.arena.size)) else np.array(indices)
-            self._shown.append((slot.arena.numbers[name], where, step_count, name))
-        self._values: list[Any] = []
-        for array, where, step_count, name in self._shown:
-            self._values.append(self._value(array, step_count, name))
-            if write:
-                array[where] = self._values[-1]
+        for members in alike.values():
+            step_count, arena = members[0].step_count, members[0].slot.arena
+            for name in [STEP] * counts + list(step_count.carry or ()):
+                loose = [p.loose[name] for p in members if name in p.loose]
+                self._shown += [(x.detach().numpy().reshape(-1), slice(None), step_count, name) for x in loose]
+                indices = [p.slot.index for p in members if name not in p.loose]
+                where: Any = slice(None) if indices == list(range(arena.size)) else np.array(indices, np.int64)
+                if indices:
+                    self._shown.append((arena.numbers[name], where, step_count, name))
+        self._values = [self._value(array, step_count, name) for array, _, step_count, name in self._shown]
         self._arrays = list({id(array): array for array, *_ in self._shown}.values())
         self._seen = [array.tobytes() for array in self._arrays]
 

@@ -15,9 +15,7 @@ from torch.optim.optimizer import Optimizer, _global_optimizer_post_hooks, _glob
 from ..engine.exclusive import exclusive
 from ..engine.step import Request, StepInfo
 from . import _devices
-from ._checkpoints import Checkpoints
 from ._ema import Averages
-from ._entries import Kind
 from ._groups import GroupOptions
 from ._options import (
     StepOptions,
@@ -29,15 +27,16 @@ from ._options import (
     refuse_extras,
     without_numpy,
 )
+from ._parameters import Kind
 from ._scale import request_for, unscale
 from ._shards import why_not_combined
 from ._state import State
-from ._stepper import MultiDeviceStepper, Stepper, derive
+from ._stepper import Steppers
 
 Made = TypeVar("Made", bound="TensorOptimizer")
 
 
-class TensorOptimizer(GroupOptions, Averages, Checkpoints):
+class TensorOptimizer(Averages):
     """What all optimizers of ``fastopt.torch`` share; torch's class of the same name supplies the rest.
 
     Parameters and ``.grad`` stay where they are; a step is one pass over memory for all parameters of all groups. What
@@ -130,7 +129,7 @@ class TensorOptimizer(GroupOptions, Averages, Checkpoints):
                 group.setdefault(name, value)
         self._accept(0)
         self._complete = True
-        self.state = State.moved(self.state, self.param_groups, self.names, flat=self._flat is not None, copy=False)
+        self.state = State.moved(self.state, self.param_groups, self.names, flat=self._flat is not None)
 
     @_disable_dynamo
     @exclusive
@@ -219,44 +218,61 @@ class TensorOptimizer(GroupOptions, Averages, Checkpoints):
             self._make_states(begin)
             return StepInfo(False, 0.0 if asked.needs_norm else None)
         for _ in range(2):
-            stepper = self._stepper()
-            if self._part is not None and asked.needs_norm:
-                self._refuse_part(self._part)
+            steppers = self._steppers()
+            device = None if steppers.only is None else steppers.only.device
+            if self._part is not None:
+                self._refuse_part(self._part, asked)
             if self._rates.devices:
-                self._rates.check(stepper.device, type(self).__name__)
+                self._rates.check(device, type(self).__name__)
             request: Request | None = asked
             alive: Tensor | None = None  # what the step reads
             if scale is not None or found is not None:
-                request, alive = request_for(asked, scale, found, stepper.device)
+                request, alive = request_for(asked, scale, found, device)
             if request is None:
                 if self.zero_grads:
                     self.zero_grad(set_to_none=False)
                 return StepInfo(True)
-            info = stepper.step(request, options, self._choice)
+            info = steppers.step(request, options)
             del alive
             if info is not None:
                 if scale is not None and self._unscales and not self.zero_grads:
-                    verdict = stepper.verdict()
+                    verdict = steppers.verdict()
                     unscale(self._parameters(), scale, info.skipped if verdict is None else verdict)
                 return info
             self.state.watch.drop()  # something moved or was changed: once more, from what is there now
         raise AssertionError("what was just derived cannot be stale")
 
-    def _stepper(self) -> Stepper | MultiDeviceStepper:
+    def _steppers(self) -> Steppers:
         """What is derived from groups and state, anew where they changed."""
         if type(self.state) is not State:
             self.state = State(self.state)
         watch = self.state.watch
         if watch.derived is None or not watch.derived.describes(self.param_groups):
-            where = type(self).__name__
-            kind = Kind(where, self.counts_steps, self._master, self._flat)
+            self._rules = [self.select_rule(options) for options in self._options]
+            kind = Kind(type(self).__name__, self.counts_steps, self._master, self._flat, self._rules)
             watch.drop()
             refusals = ((name, why_not_combined(p)) for name, p in self._named_parameters())
             self._part = next((f"{name} is {why}" for name, why in refusals if why), None)
             self._derived = None
-            self._derived = watch.derived = derive(self.param_groups, self.state, kind)
+            self._derived = watch.derived = Steppers(self.param_groups, self.state, kind)
         assert self._derived is not None
         return self._derived
+
+    def _refuse_part(self, part: str, asked: Request) -> None:
+        """Refuse a step that needs sums over the whole of a parameter, where they cannot be had."""
+        if any(rule.ratio is not None for rule in self._rules):
+            reason, cure = "its rule", "Use an optimizer whose rule has no norms, or DDP"
+        elif self.max_grad_norm is not None:
+            cure = "Leave it out, and clip with torch.nn.utils.clip_grad_norm_ (FSDP1: the module's method)"
+            reason = "max_grad_norm"
+        elif self.skip_nonfinite:
+            cure = "Leave it out, and use torch.amp.GradScaler, or look at the norm of clip_grad_norm_"
+            reason = "skip_nonfinite"
+        elif asked.needs_norm:
+            reason, cure = "fastopt.torch.GradScaler", "Use torch.amp.GradScaler"
+        else:
+            return
+        raise NotImplementedError(f"{type(self).__name__}: {reason} needs sums over all processes, but {part}. {cure}.")
 
     # --- states without a step -----------------------------------------------------------------------------------
 
@@ -283,7 +299,8 @@ class TensorOptimizer(GroupOptions, Averages, Checkpoints):
             self._make_states(self._current_options())
 
     def _make_states(self, options: list[dict[str, Any]]) -> None:
-        self._stepper().make_states(options, self._choice)
+        for stepper in self._steppers().each:
+            stepper.make_states(options)
         self.state.watch.drop()  # the first step begins from these states, with the options of then
 
     def _asks_for_states(self, options: list[dict[str, Any]]) -> bool:
@@ -306,7 +323,8 @@ class TensorOptimizer(GroupOptions, Averages, Checkpoints):
         Writes that autograd sees (``copy_``, ``model.load_state_dict``) need no call.
         """
         if self._derived is not None:
-            self._derived.refresh()
+            for stepper in self._derived.each:
+                stepper.refresh()
 
     def _named_parameters(self) -> Iterable[tuple[str, Tensor]]:
         for g, group in enumerate(self.param_groups):
@@ -329,13 +347,13 @@ class TensorOptimizer(GroupOptions, Averages, Checkpoints):
         """
         options = self._current_options()
         derived = self.state.watch.derived if isinstance(self.state, State) else None
-        if derived is None or not derived.is_capturable:
+        if derived is None or derived.only is None or not derived.only.is_replayable:
             raise RuntimeError(f"{type(self).__name__}.upload_options: no step was taken yet with capturable=True.")
-        derived.upload_options(options)
+        derived.only.serving.plan.upload_options(options)
 
     def _tell_skipped(self, found: Tensor) -> None:
         """Write 1 where the last step was skipped, else 0; not waited for."""
-        verdict = self._stepper().verdict()
+        verdict = self._steppers().verdict()
         if verdict is None:
             found.fill_(self.last_info.skipped)
         else:
