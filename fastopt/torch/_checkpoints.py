@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
-from ..engine.exclusive import exclusive
+from ..engine.exclusive import exclusive, finish
 from ..kernels.epilogues import EMA
 from ..kernels.registry import RULES, family_states
 from ..kernels.rules.rule import Rule
@@ -25,6 +25,8 @@ class _Boxed:
 
     For step counts, too, torch would look for each parameter in the lists of all groups.
     """
+
+    __slots__ = ("state",)
 
     def __init__(self, state: Any) -> None:
         self.state = state
@@ -126,25 +128,27 @@ class Checkpoints(GroupOptions):
             for key, p in zip(group["params"], own["params"], strict=False):
                 state = loaded["state"].get(key)
                 if isinstance(state, dict) and state:
-                    self._check_state(state, p, rule, f"{where} parameter {key}")
+                    self._check_state(state, p, rule, where, key)
         return {**loaded, "param_groups": groups}
 
-    def _check_state(self, state: dict[str, Any], parameter: Tensor, rule: Rule, where: str) -> None:
+    def _check_state(self, state: dict[str, Any], parameter: Tensor, rule: Rule, where: str, key: Any) -> None:
         """Refuse a state that lacks something, or that has what only others have."""
-        foreign = sorted(state.keys() & _foreign(rule))
-        if foreign:
+        if not _foreign(rule).isdisjoint(state):
             raise ValueError(
-                f"{where} has {', '.join(foreign)}, which is of another class. Load it into an optimizer of that class."
+                f"{where} parameter {key} has {', '.join(sorted(_foreign(rule) & state.keys()))}, which is of another "
+                "class. Load it into an optimizer of that class."
             )
-        begun = STEP in state and number(state[STEP]) > 0
-        needed = [STEP] * self.counts_steps + [*rule.carried, *(rule.state if begun else ())]
-        missing = [name for name in needed if name not in state and name not in rule.late]
-        if missing:
-            raise KeyError(f"{where} has a state that lacks {missing[0]!r}.")
+        needed = [STEP] * self.counts_steps + [*rule.carried, *rule.state]
+        if not state.keys() >= {*needed}:
+            begun = STEP in state and number(state[STEP]) > 0
+            optional = {*rule.late, *(() if begun else rule.state)}
+            missing = [name for name in needed if name not in state and name not in optional]
+            if missing:
+                raise KeyError(f"{where} parameter {key} has a state that lacks {missing[0]!r}.")
         for name, value in state.items():
-            if isinstance(value, Tensor) and value.dim() and value.shape != parameter.shape:
+            if isinstance(value, Tensor) and value.shape != parameter.shape and value.dim():
                 raise ValueError(
-                    f"{where}: its {name} has shape {tuple(value.shape)}, but the parameter has shape "
+                    f"{where} {name} of parameter {key} has shape {tuple(value.shape)}, but the parameter has shape "
                     f"{tuple(parameter.shape)}."
                 )
 
@@ -162,8 +166,13 @@ class Checkpoints(GroupOptions):
     @exclusive
     def _load_state_dict(self, state: dict[str, Any]) -> None:
         items = {p: x.state if type(x) is _Boxed else x for p, x in state["state"].items()}
-        state["state"] = State.moved(items, state["param_groups"], self.names, flat=self._flat is not None)
-        super().__setstate__(state)
+        moved = State.moved(items, state["param_groups"], self.names, flat=self._flat is not None)
+
+        def take_over() -> None:
+            super(Checkpoints, self).__setstate__({**state, "state": {}})  # torch's classes look at each of them
+            self.state = moved
+
+        finish(take_over)
 
     def _flatten_again(self, groups: list[dict[str, Any]]) -> None:
         """Move the parameters of a copy as those of the original were, or let it be an optimizer that is not flat."""

@@ -35,12 +35,9 @@ class TorchDevice:
         """A flat tensor as plans take it; one of 16 bits as integers."""
         return (tensor.view(torch.int16) if tensor.itemsize == 2 else tensor).numpy()
 
-    def view(self, array: Any, offset: int, memory: Tensor) -> Tensor:
-        """A part of a flat array as a tensor that lies like another, with a storage that covers this part only."""
-        part = array[offset : offset + memory.numel()]
-        if memory.is_contiguous():
-            part = part.reshape(memory.shape)
-        return _laid_out(torch.from_numpy(part), memory)
+    def view(self, array: Any, begin: int, end: int, layout: tuple[Any, ...]) -> Tensor:
+        """A part of a flat array as a tensor of this shape, strides and dtype, with a storage that covers no more."""
+        return _laid_out(torch.from_numpy(array[begin:end]), layout)
 
     def capturing(self) -> bool:
         """Whether a step would go into a CUDA graph."""
@@ -65,8 +62,8 @@ class Gpu(TorchDevice):
     def array(self, tensor: Tensor) -> Any:
         return tensor
 
-    def view(self, array: Any, offset: int, memory: Tensor) -> Tensor:
-        return _laid_out(from_dlpack(to_dlpack(array[offset : offset + memory.numel()])), memory)
+    def view(self, array: Any, begin: int, end: int, layout: tuple[Any, ...]) -> Tensor:
+        return _laid_out(from_dlpack(to_dlpack(array[begin:end])), layout)
 
     def capturing(self) -> bool:
         with self._runtime.selected():
@@ -81,10 +78,11 @@ class Gpu(TorchDevice):
         return torch.as_tensor(array, device=self.torch_device)
 
 
-def _laid_out(part: Tensor, memory: Tensor) -> Tensor:
+def _laid_out(part: Tensor, layout: tuple[Any, ...]) -> Tensor:
+    shape, strides, dtype = layout
     if part.dtype is torch.int16:
-        part = part.view(memory.dtype)
-    return part if part.shape == memory.shape else part.as_strided(memory.shape, memory.stride(), 0)
+        part = part.view(dtype)
+    return part if part.shape == shape else part.as_strided(shape, strides, 0)
 
 
 class _TorchCudaDevice(CudaDevice):

@@ -15,16 +15,18 @@ from ..engine.plan import Copy, Parameter, RuleChoice, StepCount, choice
 from ..kernels.dtypes import COMPUTE, ITEMSIZE
 from ..kernels.epilogues import EMA, EMA_STEP
 from ..kernels.rules.rule import Options, Rule
+from . import _devices
 from ._devices import TorchDevice
 from ._flat import FlatGroups
 from ._master import MASTER
 from ._shards import Shards
-from ._state import NOTHING, STEP, Arena, ParameterState, Slot, State, layout_of, number
+from ._state import NOTHING, STEP, Arena, ParameterState, Slot, State, number
 from ._tensors import (
     STORED,
     address_of,
     check_apart,
     gradient_memory,
+    layout_of,
     local,
     local_gradient,
     parameter_memory,
@@ -57,42 +59,52 @@ class TensorParameter(Parameter):
     slot: Slot = field(kw_only=True)
     fresh: bool = field(kw_only=True)  # whether ``state`` shows nothing yet, or what was made without a step
     pointer: int = field(kw_only=True)  # where the parameter itself is
-    tensors: dict[str, Tensor] = field(kw_only=True)  # all of its state
+    names: tuple[str, ...] = field(kw_only=True)  # of what ``state`` shows
+    tensors: Mapping[str, Tensor] = field(kw_only=True)  # as far as somebody may know them
     addresses: tuple[int, ...] = field(kw_only=True)  # where these were
     loose: Mapping[str, Tensor] = field(kw_only=True)  # numbers that the user put there
+
+
+Beginnings = dict[tuple[int, int, bool], tuple[RuleChoice, dict[str, float], StepCount, tuple[str, ...]]]
+"""By group, number of dimensions, and whether there is a master: what is done to parameters, what their states begin
+with, their first step count, and the names of all that ``state`` shows."""
 
 
 class Parameters:
     """The parameters of one device, and the records of those that have had a gradient.
 
-    A tensor in ``state`` is stepped where it is. What is missing is made when a parameter has its first gradient, and
-    shown once a step was taken.
+    A tensor in ``state`` is stepped where it is. What is missing gets memory when a parameter has its first gradient;
+    tensors of this memory are made when somebody reads ``state`` after a step was taken.
 
     Args:
-        params: The parameters.
-        places: Group of each, and index in it.
+        groups: The param groups.
         state: The state, which they join with their first step.
         kind: What kind of optimizer it is.
-        device: Where they are.
+        device: The device whose parameters these are; others are left alone.
     """
 
-    def __init__(
-        self, params: Sequence[Tensor], places: Sequence[tuple[int, int]], state: State, kind: Kind, device: TorchDevice
-    ) -> None:
-        self.params, self.kind, self.device = params, kind, device
-        self.shards = Shards(params)
-        self._places, self._state = places, state
+    def __init__(self, groups: Sequence[Mapping[str, Any]], state: State, kind: Kind, device: TorchDevice) -> None:
+        self.params: list[Tensor] = []
+        self._groups: list[int] = []
+        self._places: list[int] = []  # in its group
+        for g, group in enumerate(groups):
+            for place, p in enumerate(group["params"]):
+                if _devices.device_of(p) is device:
+                    self.params.append(p)
+                    self._groups.append(g)
+                    self._places.append(place)
+        self.kind, self.device, self._state = kind, device, state
+        self.shards = Shards(self.params)
         self.hidden: set[int] = set()  # indices of parameters that ``state`` does not show yet
         self._records: dict[int, TensorParameter] = {}
-        self._beginnings: dict[tuple[int, int], tuple[RuleChoice, dict[str, Any], StepCount]] = {}
+        self._layouts: dict[Any, Any] = {}  # one object for equal ones
 
     def __getitem__(self, i: int) -> TensorParameter:
         return self._records[i]
 
     def name(self, i: int) -> str:
         """How errors call a parameter."""
-        group, index = self._places[i]
-        return f"parameter {index} of group {group}"
+        return f"parameter {self._places[i]} of group {self._groups[i]}"
 
     def memories(self, present: Sequence[int]) -> list[Tensor]:
         """The real tensors that a step writes for parameters."""
@@ -115,30 +127,39 @@ class Parameters:
     # --- states --------------------------------------------------------------------------------------------------
 
     def show(self, i: int) -> None:
-        """Let ``state`` show what there is of a parameter."""
+        """Let ``state`` show a parameter."""
         p, shown = self._records[i], dict.get(self._state, self.params[i], {})
-        if p.tensors:
+        if p.names:
+            made = {name: p.tensors[name] if name in p.tensors else self._made(i, p, name) for name in p.names}
             if type(shown) is not ParameterState or shown.watch is not self._state.watch:
                 shown = ParameterState(self._state.watch, shown)
-            dict.update(shown, p.tensors)
+            dict.update(shown, made)
             shown.slot, shown.untouched = p.slot, NOTHING
+            p.tensors, p.addresses = made, tuple(map(address_of, made.values()))
             dict.__setitem__(self._state, self.params[i], shown)
         self.hidden.discard(i)
+
+    def _made(self, i: int, p: TensorParameter, name: str) -> Tensor:
+        if name in p.slot.arena.numbers:
+            return p.slot.arena.number(name, p.slot.index)
+        return p.slot.arena.state(name, p.slot.index, self.params[i], p.slot.layout)
 
     def show_made(self, i: int) -> None:
         """Let ``state`` show a parameter that took no step yet."""
         p = self._records[i]
         self.show(i)
-        if p.fresh and p.tensors and not p.step_count.steps:
+        if p.fresh and p.names and not p.step_count.steps:
             self._state.of(self.params[i]).remember()
 
     def admit(self, present: Sequence[int], options: Sequence[Options]) -> None:
         """Find or make the states of parameters."""
-        new: dict[tuple[torch.dtype, int], list[tuple[int, Tensor, Any]]] = {}
+        new: dict[tuple[torch.dtype, int], tuple[list[int], list[Tensor], list[Any]]] = {}
+        beginnings: Beginnings = {}
+        nothing: dict[str, Any] = {}
         present = [i for i in present if i not in self._records]
         self.hidden.update(present)
         for i, memory in zip(present, self.memories(present), strict=True):
-            state = dict.get(self._state, self.params[i], {})
+            state = dict.get(self._state, self.params[i], nothing)
             slot = state.slot if type(state) is ParameterState else None
             if (
                 slot is not None
@@ -146,19 +167,30 @@ class Parameters:
                 and slot.arena.device is self.device  # parameters may have moved
                 and not slot.arena.misses(slot.index, state)
             ):
-                self._records[i] = self._record(i, memory, state, slot, options)
+                self._records[i] = self._record(i, memory, state, slot, options, beginnings)
             else:
-                group = 0 if self.kind.flat is None else self._places[i][0]  # which was laid out by itself
-                new.setdefault((memory.dtype, group), []).append((i, memory, state))
-        for members in new.values():
-            arena = Arena([memory for _, memory, _ in members], self.device)
-            for index, (i, memory, state) in enumerate(members):
-                self._records[i] = self._record(i, memory, state, Slot(arena, index, layout_of(memory)), options)
+                group = 0 if self.kind.flat is None else self._groups[i]  # which was laid out by itself
+                lists = new.setdefault((memory.dtype, group), ([], [], []))
+                for column, value in zip(lists, (i, memory, state), strict=True):
+                    column.append(value)
+        for indices, memories, states in new.values():
+            arena = Arena(memories, self.device)
+            for index, (i, memory, state) in enumerate(zip(indices, memories, states, strict=True)):
+                layout = layout_of(memory)
+                slot = Slot(arena, index, self._layouts.setdefault(layout, layout))
+                self._records[i] = self._record(i, memory, state, slot, options, beginnings)
 
-    def _record(self, i: int, memory: Tensor, state: Any, slot: Slot, options: Sequence[Options]) -> TensorParameter:
-        parameter, group = self.params[i], self._places[i][0]
-        chosen, start, step_count = self._beginning(group, parameter.dim(), options)
-        fresh = not dict.__len__(state) or (type(state) is ParameterState and state.is_untouched)
+    def _record(
+        self, i: int, memory: Tensor, state: Any, slot: Slot, options: Sequence[Options], beginnings: Beginnings
+    ) -> TensorParameter:
+        parameter, group, arena, index = self.params[i], self._groups[i], slot.arena, slot.index
+        has_master = self.kind.has_master(memory)
+        alike = group, parameter.dim(), has_master
+        if alike not in beginnings:
+            beginnings[alike] = self._beginning(group, parameter.dim(), has_master, options[group])
+        chosen, start, step_count, names = beginnings[alike]
+        is_empty = not dict.__len__(state)
+        fresh = is_empty or (type(state) is ParameterState and state.is_untouched)
         if not fresh:
             step_count = self._step_count(i, chosen, state, step_count)
         tensors: dict[str, Tensor] = {}
@@ -166,62 +198,63 @@ class Parameters:
         elsewhere: dict[str, int] = {}
         numbers = {STEP: float(step_count.steps)} if self.kind.counts else {}
         for name, known in {**numbers, **(step_count.carry or {})}.items():
-            value = None if fresh else dict.get(state, name)
+            value = None if is_empty else dict.get(state, name)
             if not isinstance(value, Tensor) or _was_made(state, slot, name, value):
-                value = slot.arena.number(name, slot.index, known)
-            elif address_of(value) != slot.arena.place(name, slot.index):
+                arena.begin(name, index, known, is_number=True)
+                continue
+            tensors[name] = value
+            if address_of(value) != arena.place(name, index):
                 loose[name] = self._checked(i, name, value)
-            tensors[name] = value
-        if self.kind.has_master(memory):
-            start = {**start, MASTER: parameter.detach()}
+            if fresh:
+                value.fill_(known)
         for name, first in start.items():
-            value = dict.get(state, name)
-            if value is None or (_was_made(state, slot, name, value) and value.shape == parameter.shape):
-                made = slot.arena.state(name, slot.index, parameter, memory)
-                if value is not None and not fresh:
-                    made.copy_(value)
-                elif isinstance(first, Tensor) or first:
-                    _fill(made, first)
-                value = made
-            else:
-                address = state_address(value, memory, f"{self.kind.name}: state {name!r} of {self.name(i)}")
-                is_in_arena = address == slot.arena.place(name, slot.index) or not memory.numel()
-                if name not in slot.arena.arrays or not is_in_arena:
-                    elsewhere[name] = address
-                if fresh:  # it began with the options of then
-                    _fill(value, first)
+            value = None if is_empty else dict.get(state, name)
+            moved = value is not None and _was_made(state, slot, name, value) and value.shape == parameter.shape
+            if value is None or moved:
+                arena.begin(name, index, first, is_number=False)
+                if moved and not fresh:
+                    tensors[name] = arena.state(name, index, parameter, slot.layout).copy_(value)
+                continue
+            address = state_address(value, memory, f"{self.kind.name}: state {name!r} of {self.name(i)}")
+            if name not in arena.arrays or (memory.numel() and address != arena.place(name, index)):
+                elsewhere[name] = address
             tensors[name] = value
-        if fresh and dict.__len__(state):
+            if fresh:  # it began with the options of then
+                real(local(value, "a state")).fill_(first)
+        if has_master and (fresh or dict.get(state, MASTER) is None):
+            if MASTER not in tensors:
+                tensors[MASTER] = arena.state(MASTER, index, parameter, slot.layout)
+            tensors[MASTER].copy_(parameter.detach())
+        if fresh and not is_empty:
             state.remember()
         name, pointer, dtype, copy = self.name(i), memory.data_ptr(), STORED[memory.dtype].name, None
         address = pointer
-        if MASTER in start:
+        if has_master:
             copy, address, dtype = Copy(dtype, pointer), address_of(tensors[MASTER]), COMPUTE[dtype]
         return TensorParameter(
             *(name, parameter, memory.numel(), dtype, group),  # type: ignore[arg-type]
-            *(slot.arena.offsets[slot.index], slot.arena.extents[slot.index], address, slot.arena.arrays, step_count),
+            *(arena.offsets[index], arena.extents[index], address, arena.arrays, step_count),
             copy=copy,
             elsewhere=elsewhere or NOTHING,
             choice=chosen,
             slot=slot,
             fresh=fresh,
             pointer=pointer,
-            tensors=tensors,
+            names=names,
+            tensors=tensors or NOTHING,
             addresses=tuple(map(address_of, tensors.values())),
             loose=loose or NOTHING,
         )
 
     def _beginning(
-        self, group: int, dim: int, options: Sequence[Options]
-    ) -> tuple[RuleChoice, dict[str, Any], StepCount]:
-        """What is done to parameters of so many dimensions, what their states begin with, their first step count."""
-        if (group, dim) not in self._beginnings:
-            chosen = choice(self.kind.rules[group], options[group], dim).by(options[group])
-            rule, averaged = chosen.rule, {EMA_STEP: 0.0} if chosen.averages else {}
-            carried = rule.carry(options[group])._asdict() if rule.carry is not None else {}
-            first = StepCount(0, {**carried, **averaged} or None)
-            self._beginnings[group, dim] = chosen, chosen.start(options[group]), first
-        return self._beginnings[group, dim]
+        self, group: int, dim: int, has_master: bool, options: Options
+    ) -> tuple[RuleChoice, dict[str, float], StepCount, tuple[str, ...]]:
+        chosen = choice(self.kind.rules[group], options, dim).by(options)
+        rule, averaged = chosen.rule, {EMA_STEP: 0.0} if chosen.averages else {}
+        carried = {**(rule.carry(options)._asdict() if rule.carry is not None else {}), **averaged}
+        start = {**chosen.start(options), **({MASTER: 0.0} if has_master else {})}
+        names = (*([STEP] if self.kind.counts else []), *carried, *start)
+        return chosen, start, StepCount(0, carried or None), names
 
     def _step_count(self, i: int, chosen: RuleChoice, state: dict[str, Any], first: StepCount) -> StepCount:
         """How far the parameter has come, by what its state says."""
@@ -273,30 +306,28 @@ class Parameters:
 
     def owned(self, present: Sequence[int]) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
         """Runs of memory that a step of these parameters writes, sorted, and their bytes; refuses overlap."""
-        names: list[tuple[str, str]] = []
-        rows: list[tuple[int, int, int]] = []
+        names, starts, sizes, ends = [], [], [], []  # no rows: they would keep the garbage collector busy
         for p in map(self._records.__getitem__, present):
-            nbytes = p.size * ITEMSIZE[p.copy.dtype if p.copy else p.dtype]
-            names.append((p.name, ""))
-            rows.append((p.pointer, nbytes, nbytes))
+            size = p.size * ITEMSIZE[p.copy.dtype if p.copy else p.dtype]
+            names.append(p.name)
+            starts.append(p.pointer)
+            sizes.append(size)
+            ends.append(p.pointer + size)
             itemsize = ITEMSIZE[COMPUTE[p.dtype]]
-            for name, address in zip(p.tensors, p.addresses, strict=True):
-                if name in p.states or name in p.elsewhere:
-                    names.append((p.name, name))
-                    extent = p.size if name in p.elsewhere else p.extent
-                    rows.append((address, p.size * itemsize, extent * itemsize))
-        starts, nbytes, extents = np.array(rows, np.uint64).reshape(-1, 3).T
-        check_apart(starts, nbytes.astype(np.int64), lambda k: _called(*names[k]), self.kind.name)
-        order = np.argsort(starts)
+            for name in (*p.choice.state, MASTER) if p.copy else p.choice.state:
+                start = p.elsewhere.get(name, p.slot.arena.place(name, p.slot.index))
+                names.append(f"state {name!r} of {p.name}")
+                starts.append(start)
+                sizes.append(p.size * itemsize)
+                ends.append(start + (p.size if name in p.elsewhere else p.extent) * itemsize)
+        begin, nbytes, end = np.array(starts, np.uint64), np.array(sizes, np.int64), np.array(ends, np.uint64)
+        check_apart(begin, nbytes, names.__getitem__, self.kind.name)
+        order = np.argsort(begin)
         order = order[nbytes[order] > 0]
-        starts, ends = starts[order], (starts + extents)[order]
-        first = np.r_[True, starts[1:] != ends[:-1]][: len(order)]  # neighbours in an arena are one run
-        begin, end = starts[first], ends[np.r_[first[1:], True][: len(order)]]
+        begin, end = begin[order], end[order]
+        first = np.r_[True, begin[1:] != end[:-1]][: len(order)]  # neighbours in an arena are one run
+        begin, end = begin[first], end[np.r_[first[1:], True][: len(order)]]
         return begin, (end - begin).astype(np.int64)
-
-
-def _called(parameter: str, state: str) -> str:
-    return f"state {state!r} of {parameter}" if state else parameter
 
 
 def _was_made(state: Any, slot: Slot, name: str, value: Any) -> bool:
@@ -305,10 +336,3 @@ def _was_made(state: Any, slot: Slot, name: str, value: Any) -> bool:
     if past is None or (past.layout == slot.layout and past.arena.device is slot.arena.device):
         return False
     return isinstance(value, Tensor) and address_of(value) == past.arena.place(name, past.index)
-
-
-def _fill(value: Tensor, start: float | Tensor) -> None:
-    if isinstance(start, Tensor):
-        value.copy_(start)
-    else:
-        real(local(value, "a state")).fill_(start)

@@ -18,8 +18,8 @@ from ..kernels.rules.rule import Options
 from . import _interface
 from ._master import MASTER, MasterWeights
 from ._parameters import Parameters
-from ._state import StateSync, layout_of
-from ._tensors import PLAIN, STORED, address_of, local, real
+from ._state import StateSync
+from ._tensors import PLAIN, STORED, address_of, layout_of, local, real
 
 
 class Probe:
@@ -140,13 +140,11 @@ class Pattern:
         records = self._records = [parameters[i] for i in present]
         self.stepped = [parameters.params[i] for i in present]
         self._plain = all(type(p) in PLAIN and not p.is_complex() for p in self.stepped)
-        own = parameters.memories(present)
+        own = self.stepped if self._plain else parameters.memories(present)
         self._contiguous = [p.is_contiguous() for p in own]
         self._strided = [(k, (p.shape, p.stride())) for k, p in enumerate(own) if not p.is_contiguous()]
         # The only contiguous real tensors that autograd leaves negated: imaginary parts of one element.
         self._scalars = [k for k, r in enumerate(records) if r.size == 1]
-        self._shown = [t for r in records for t in r.tensors.values()]
-        self._shown_at = [address for r in records for address in r.addresses]
         self._owned = parameters.owned(present)
         pairs = [(p, local(r.tensors[MASTER], "a master")) for p, r in zip(own, records, strict=True) if r.copy]
         self.masters = MasterWeights(pairs) if pairs else None
@@ -169,8 +167,11 @@ class Pattern:
         if parameters.shards:
             self.plan.combine = self._combine
         self.sync = StateSync(records, parameters.kind.counts)
+        self._served = 0  # steps that the plan has taken without a probe
         self.probe: Probe | None = None
-        self._served = 0  # steps that the plan has taken without it
+        self._shown: list[Tensor] = []  # tensors in ``state``
+        self._shown_at: list[int] = []
+        self.look_at_shown()
         self._starts = b""  # where the plan finds the gradients, as the bytes of an array
 
     # --- whether all is as it was --------------------------------------------------------------------------------
@@ -183,6 +184,12 @@ class Pattern:
     def resume(self) -> bool:
         """Serve again, after other patterns did; False where parameters that went together no longer do."""
         return self.plan.resume()
+
+    def look_at_shown(self) -> None:
+        """Tensors were shown, which somebody may move from now on."""
+        self.probe = None
+        self._shown = [t for r in self._records for t in r.tensors.values()]
+        self._shown_at = [address for r in self._records for address in r.addresses]
 
     def hold(self, write: bool) -> bool:
         """Have torch's C interface find the gradients; False where something is not as it was. The probe holds them."""

@@ -22,7 +22,7 @@ from ..kernels.rules.rule import Rule
 from . import _devices
 from ._devices import TorchDevice
 from ._master import MASTER
-from ._tensors import COMPUTED, parameter_memory, shaped_like
+from ._tensors import COMPUTED, PLAIN, layout_of, parameter_memory, shaped_like
 
 STEP = "step"
 
@@ -170,7 +170,7 @@ class State(_Watched):
             flat: Whether parameters are neighbours in memory, group by group.
         """
         state = cls(items)
-        alike: dict[Any, list[tuple[Tensor, Tensor, Mapping[str, Any]]]] = {}
+        alike: dict[Any, tuple[list[Tensor], list[Tensor]]] = {}
         for g, group in enumerate(groups):
             for p in group["params"]:
                 values = items.get(p)
@@ -179,13 +179,26 @@ class State(_Watched):
                         memory = parameter_memory(p, "")
                     except (NotImplementedError, TypeError, ValueError):
                         continue  # such as one on the meta device: a step says so, if it gets that far
-                    key = memory.dtype, g if flat else 0, _devices.device_of(p)
-                    alike.setdefault(key, []).append((p, memory, values))
-        for (*_, device), members in alike.items():
-            arena = Arena([memory for _, memory, _ in members], device)
-            for index, (p, memory, values) in enumerate(members):
-                moved = {name: _moved(name, x, names, arena, index, p, memory) for name, x in values.items()}
-                dict.__setitem__(state, p, ParameterState(state.watch, moved, Slot(arena, index, layout_of(memory))))
+                    params, memories = alike.setdefault(
+                        (memory.dtype, g if flat else 0, _devices.device_of(p)), ([], [])
+                    )
+                    params.append(p)
+                    memories.append(memory)
+        layouts: dict[Any, Any] = {}  # one object for equal ones
+        copies: tuple[list[Tensor], list[Tensor]] = [], []  # targets and sources
+        for (*_, device), (params, memories) in alike.items():
+            arena = Arena(memories, device)
+            for index, (p, memory) in enumerate(zip(params, memories, strict=True)):
+                layout = layout_of(memory)
+                slot = Slot(arena, index, layouts.setdefault(layout, layout))
+                moved = {name: _moved(name, x, names, slot, p, copies) for name, x in items[p].items()}
+                dict.__setitem__(state, p, ParameterState(state.watch, moved, slot))
+        with torch.no_grad():
+            if copies[0] and {*map(type, copies[0]), *map(type, copies[1])} <= PLAIN:
+                torch._foreach_copy_(*copies)
+            else:
+                for target, source in zip(*copies, strict=True):
+                    target.copy_(source)
         return state
 
     def of(self, parameter: Tensor) -> ParameterState:
@@ -207,18 +220,25 @@ class State(_Watched):
         return defaultdict, (dict,), None, None, iter(self.items())
 
 
-def _moved(name: str, value: Any, names: Names, arena: Arena, index: int, parameter: Tensor, memory: Tensor) -> Any:
-    """A copy of a state: in the arena, if a step may write it there."""
+def _moved(
+    name: str, value: Any, names: Names, slot: Slot, parameter: Tensor, copies: tuple[list[Tensor], list[Tensor]]
+) -> Any:
+    """What becomes of a value: memory in the arena, if a step may write it there; what must be copied is listed."""
+    arena, index, layout = slot
     if name == STEP or name in names.numbers:
-        return arena.number(name, index, number(value))
+        arena.begin(name, index, number(value), is_number=True)
+        return arena.number(name, index)
     if isinstance(value, float):  # of an older checkpoint
         return torch.tensor(value, dtype=torch.float64)
     if not isinstance(value, Tensor):
         return value
-    value = value.detach()
     if name in names.states and value.shape == parameter.shape:
-        return arena.state(name, index, parameter, memory).copy_(value)
-    return value.clone() if value.dim() == 0 else value.to(parameter.device, copy=True)
+        arena.begin(name, index, 0.0, is_number=False)
+        made = arena.state(name, index, parameter, layout)
+        copies[0].append(made)
+        copies[1].append(value)
+        return made
+    return value.detach().clone() if value.dim() == 0 else value.detach().to(parameter.device, copy=True)
 
 
 class Arena:
@@ -237,6 +257,7 @@ class Arena:
         self.size = len(memories)
         layout = Layout.of({str(i): (m.numel(),) for i, m in enumerate(memories)})
         self.offsets, self._total = layout.offsets, layout.total
+        self._sizes = layout.sizes
         self.extents = np.diff([*layout.offsets, layout.total]).tolist()
         self.arrays: dict[str, Any] = {}
         self.numbers: dict[str, NDArray[Any]] = {}
@@ -244,25 +265,32 @@ class Arena:
         self._given: dict[str, bytearray] = {}  # whether somebody has the memory of a parameter
         self._dtype = COMPUTED[memories[0].dtype]
 
-    def state(self, name: str, index: int, parameter: Tensor, memory: Tensor) -> Tensor:
-        """The state of a parameter, whose real tensor is ``memory``; zeros the first time."""
-        if name not in self.arrays:
-            array = self.arrays[name] = self.device.array(self.device.zeros(self._total, self._dtype))
-            self._starts[name] = self.device.memory.address(array), array.itemsize
-            self._given[name] = bytearray(self.size)
-        self._given[name][index] = True
-        return shaped_like(parameter, self.device.view(self.arrays[name], self.offsets[index], memory))
+    def begin(self, name: str, index: int, value: float, *, is_number: bool) -> None:
+        """Have memory for a state or a number of a parameter, which nobody has; let it begin with a value."""
+        if name not in self._starts:
+            if is_number:
+                array: Any = np.zeros(self.size, np.float32 if name == STEP else np.float64)
+                self.numbers[name], start = array, array.ctypes.data
+            else:
+                array = self.arrays[name] = self.device.array(self.device.zeros(self._total, self._dtype))
+                start = self.device.memory.address(array)
+            self._starts[name], self._given[name] = (start, array.itemsize), bytearray(self.size)
+        if value and is_number:
+            self.numbers[name][index] = value
+        elif value:
+            self.arrays[name][self.offsets[index] : self.offsets[index] + self._sizes[index]] = value
 
-    def number(self, name: str, index: int, value: float) -> Tensor:
-        """A number of a parameter. Step counts are float32, as in torch; what a rule carries is exact."""
-        if name not in self.numbers:
-            array = self.numbers[name] = np.zeros(self.size, np.float32 if name == STEP else np.float64)
-            self._starts[name] = array.ctypes.data, array.itemsize
-            self._given[name] = bytearray(self.size)
+    def state(self, name: str, index: int, parameter: Tensor, layout: tuple[Any, ...]) -> Tensor:
+        """A tensor of a state of a parameter that lies so."""
         self._given[name][index] = True
-        place = self.numbers[name][index : index + 1].reshape(())
-        place[()] = value
-        return torch.from_numpy(place)
+        offset = self.offsets[index]
+        view = self.device.view(self.arrays[name], offset, offset + self._sizes[index], layout)
+        return shaped_like(parameter, view)
+
+    def number(self, name: str, index: int) -> Tensor:
+        """A tensor of a number. Step counts are float32, as in torch; what a rule carries is exact."""
+        self._given[name][index] = True
+        return torch.from_numpy(self.numbers[name][index : index + 1].reshape(()))
 
     def place(self, name: str, index: int) -> int:
         """Where something of a parameter begins; 0 if nothing of this name was made."""
@@ -280,11 +308,6 @@ class Slot(NamedTuple):
     arena: Arena
     index: int
     layout: tuple[Any, ...]
-
-
-def layout_of(memory: Tensor) -> tuple[Any, ...]:
-    """How a parameter lies in memory."""
-    return memory.shape, memory.stride(), memory.dtype
 
 
 def number(value: Any) -> float:

@@ -35,16 +35,10 @@ class Stepper:
     """
 
     def __init__(self, groups: Sequence[Mapping[str, Any]], state: State, kind: Kind, device: TorchDevice) -> None:
-        mine = [
-            (p, (g, i))
-            for g, group in enumerate(groups)
-            for i, p in enumerate(group["params"])
-            if _devices.device_of(p) is device
-        ]
-        self._params: list[Tensor] = [p for p, _ in mine]
         self.device = device
         self._flat = kind.flat
-        self._parameters = Parameters(self._params, [place for _, place in mine], state, kind, device)
+        self._parameters = Parameters(groups, state, kind, device)
+        self._params = self._parameters.params
         self._patterns: Plans[Pattern] = Plans()
         self._pattern: Pattern | None = None  # the one that serves
         self._gradients: tuple[Sequence[Tensor], Sequence[Tensor]] = (), ()  # of the step that is prepared, and as read
@@ -99,7 +93,7 @@ class Stepper:
     def _change(self, present: tuple[int, ...], grads: list[Tensor], options: Sequence[Options]) -> bool:
         """Have another pattern serve; False where all must be derived anew."""
         self.device.refuse_capture()
-        self.settle()
+        self._sync()
         if self._pattern is not None and not self._pattern.sync.holds():
             return False
         last = self._patterns.last(present)
@@ -114,7 +108,7 @@ class Stepper:
     def _serve(self, key: tuple[tuple[int, ...], tuple[torch.dtype, ...], bool], options: Sequence[Options]) -> None:
         """Have the pattern serve of these parameters with gradients of these dtypes, which are flat or not."""
         self.device.refuse_capture()
-        self.settle()
+        self._sync()
         self._pattern = None  # an interrupt must not leave half of one to be used
         pattern = self._patterns.resume(key)
         if pattern is None or not pattern.sync.agrees():
@@ -170,29 +164,31 @@ class Stepper:
                 pattern.masters.wrote()
             if self.device.on_gpu:
                 self._unsettled = any(c.step_count.fetch is not None for c in pattern.plan.scalar_groups)
-            if self._parameters.hidden and not self._unsettled:
-                self._show_stepped()
         self._pending = False
 
     # --- state ---------------------------------------------------------------------------------------------------
 
-    def _show_stepped(self) -> None:
-        """Let ``state`` show parameters that took their first step."""
-        stepped = {id(c.step_count) for c in self.serving.plan.scalar_groups if c.step_count.steps > 0}
-        for i in self._parameters.hidden.intersection(self.serving.present):
-            if id(self._parameters[i].step_count) in stepped:
-                self._parameters.show(i)
-
     def settle(self) -> None:
-        """Let ``state`` show all steps that were taken; waits for a GPU where only that knows."""
+        """Somebody reads the state: let it show all steps that were taken; waits for a GPU where only that knows."""
+        self._sync()
+        hidden, parameters = self._parameters.hidden, self._parameters
+        if hidden:
+            counts = {(count := parameters[i].step_count): count.steps for i in hidden}  # a few, of scalar groups
+            stepped = [i for i in hidden if counts[parameters[i].step_count]]
+            for i in stepped:
+                parameters.show(i)
+            for pattern in self._patterns if stepped else ():
+                pattern.look_at_shown()
+
+    def _sync(self) -> None:
+        """Bring the numbers of ``state`` up to date."""
         if self._pending:
             self._conclude()
         if self._unsettled and self._pattern is not None:
             if self.is_replayable:
-                self.serving.plan.recount()
-            self.serving.sync.settle()
+                self._pattern.plan.recount()
+            self._pattern.sync.settle()
             self._unsettled = self.is_replayable
-            self._show_stepped()
 
     def make_states(self, options: Sequence[Options]) -> None:
         """Make all states of the parameters that may get a gradient, without a step."""
@@ -223,6 +219,7 @@ class Steppers:
         # GPUs first: what a launch may fail of shows before the CPU has written anything.
         ordered = sorted(devices, key=lambda device: not device.on_gpu)
         self.each = [Stepper(groups, state, kind, device) for device in ordered]
+        self.have_stepped = False  # as far as is known without waiting for a GPU
 
     @property
     def only(self) -> Stepper | None:
@@ -244,7 +241,9 @@ class Steppers:
             for stepper in steppers:
                 if not stepper.prepare(options, request.zero_grads):
                     return None
-            return steppers[0].take(request, options) if len(steppers) == 1 else self._take(request, options)
+            info = steppers[0].take(request, options) if len(steppers) == 1 else self._take(request, options)
+            self.have_stepped = self.have_stepped or not request.skip_nonfinite
+            return info
         finally:
             for stepper in steppers:
                 stepper.release()

@@ -83,6 +83,11 @@ def same_layout(a: Tensor, b: Tensor) -> bool:
     return all(n == 1 or s == t for n, s, t in zip(a.shape, a.stride(), b.stride(), strict=True))
 
 
+def layout_of(memory: Tensor) -> tuple[Any, ...]:
+    """How a tensor lies in memory."""
+    return memory.shape, memory.stride(), memory.dtype
+
+
 def address_of(tensor: Tensor) -> int:
     """Where the elements of a tensor, or of this process's part of it, begin."""
     return (tensor if type(tensor) in PLAIN else local(tensor, "a state")).data_ptr()
@@ -135,11 +140,10 @@ def state_address(value: Any, memory: Tensor, where: str) -> int:
 
 
 def parameter_memory(tensor: Tensor, where: str) -> Tensor:
-    """The real tensor that a step writes for a parameter, or an error."""
-    if type(tensor) in PLAIN and tensor.is_cpu and tensor.dtype in STORED and tensor.layout is torch.strided:
-        memory = tensor.detach()
-        if memory.is_contiguous() and not memory.is_neg():  # as nearly all are
-            return memory
+    """The real tensor that a step writes for a parameter, which may be that itself, or an error."""
+    is_usual = type(tensor) in PLAIN and tensor.is_cpu and tensor.dtype in STORED and tensor.layout is torch.strided
+    if is_usual and tensor.is_contiguous() and not tensor.is_neg():
+        return tensor
     held = local(tensor.detach(), where)
     if held.layout is not torch.strided:
         raise TypeError(f"{where} has the layout {held.layout}; needed is a dense (strided) tensor.")

@@ -211,14 +211,15 @@ class TensorOptimizer(Averages):
         if self._checks_for_scaler:
             asked = dataclasses.replace(asked, skip_nonfinite=True)
         options = self._current_options()
-        if not dict.__len__(self.state) and scale is None and found is None and self._asks_for_states(options):
+        steppers = self._steppers()
+        may_ask = scale is None and found is None and not steppers.have_stepped
+        if may_ask and self._asks_for_states(options) and not len(self.state):
             lr = self.defaults["lr"]  # states may begin with it
             groups = zip(options, self.param_groups, strict=True)
             begin = [{**o, "lr": plain(g.get("initial_lr", lr), "lr")} for o, g in groups]
             self._make_states(begin)
             return StepInfo(False, 0.0 if asked.needs_norm else None)
         for _ in range(2):
-            steppers = self._steppers()
             device = None if steppers.only is None else steppers.only.device
             if self._part is not None:
                 self._refuse_part(self._part, asked)
@@ -240,6 +241,7 @@ class TensorOptimizer(Averages):
                     unscale(self._parameters(), scale, info.skipped if verdict is None else verdict)
                 return info
             self.state.watch.drop()  # something moved or was changed: once more, from what is there now
+            steppers = self._steppers()
         raise AssertionError("what was just derived cannot be stale")
 
     def _steppers(self) -> Steppers:
