@@ -22,10 +22,13 @@ from ._master import MASTER
 from ._shards import Shards
 from ._state import NOTHING, STEP, Arena, ParameterState, Slot, State, number
 from ._tensors import (
+    PLAIN,
     STORED,
     address_of,
     check_apart,
     gradient_memory,
+    is_like,
+    is_usual,
     layout_of,
     local,
     local_gradient,
@@ -55,19 +58,39 @@ class Kind(NamedTuple):
 class TensorParameter(Parameter):
     """A parameter that has had a gradient, with the tensors of its state."""
 
-    choice: RuleChoice = field(kw_only=True)
-    slot: Slot = field(kw_only=True)
-    fresh: bool = field(kw_only=True)  # whether ``state`` shows nothing yet, or what was made without a step
-    pointer: int = field(kw_only=True)  # where the parameter itself is
-    names: tuple[str, ...] = field(kw_only=True)  # of what ``state`` shows
-    tensors: Mapping[str, Tensor] = field(kw_only=True)  # as far as somebody may know them
-    addresses: tuple[int, ...] = field(kw_only=True)  # where these were
-    loose: Mapping[str, Tensor] = field(kw_only=True)  # numbers that the user put there
+    beginning: Beginning = None  # type: ignore[assignment]
+    arena: Arena = None  # type: ignore[assignment]
+    index: int = 0  # in the arena
+    layout: tuple[Any, ...] = ()
+    fresh: bool = False  # whether ``state`` showed nothing, or what was made without a step
+    pointer: int = 0  # where the parameter itself is
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)  # of its state, as far as somebody may know them
+    addresses: tuple[int, ...] = ()  # where these were
+    loose: Mapping[str, Tensor] = field(default_factory=dict)  # numbers that the user put there
 
 
-Beginnings = dict[tuple[int, int, bool], tuple[RuleChoice, dict[str, float], StepCount, tuple[str, ...]]]
-"""By group, number of dimensions, and whether there is a master: what is done to parameters, what their states begin
-with, their first step count, and the names of all that ``state`` shows."""
+class Beginning(NamedTuple):
+    """What holds for new parameters of a group with as many dimensions, which have a master, or have none."""
+
+    choice: RuleChoice
+    values: dict[str, float]  # of all that ``state`` shows
+    numbers: frozenset[str]  # names of those that are numbers
+    step_count: StepCount
+
+
+class Known(NamedTuple):
+    """What there is of a parameter in ``state``."""
+
+    tensors: dict[str, Tensor]
+    loose: dict[str, Tensor]
+    elsewhere: dict[str, int]
+    fresh: bool
+
+
+NEW = Known(NOTHING, NOTHING, NOTHING, True)  # type: ignore[arg-type]
+
+Beginnings = dict[tuple[int, int, bool], Beginning]
+"""By group, number of dimensions, and whether there is a master."""
 
 
 class Parameters:
@@ -108,47 +131,63 @@ class Parameters:
 
     def memories(self, present: Sequence[int]) -> list[Tensor]:
         """The real tensors that a step writes for parameters."""
-        return [parameter_memory(self.params[i], self.name(i)) for i in present]
+        params = self.params
+        return [params[i] if is_usual(params[i]) else parameter_memory(params[i], self.name(i)) for i in present]
 
     # --- gradients -----------------------------------------------------------------------------------------------
 
     def local(self, present: Sequence[int], grads: Sequence[Tensor]) -> list[Tensor]:
         """What this process holds of gradients, placed as their parameters are."""
+        if {*map(type, grads)} <= PLAIN:
+            return list(grads)
         return [local_gradient(g, self.params[i], self.name(i)) for i, g in zip(present, grads, strict=True)]
 
     def brought(self, present: Sequence[int], grads: Sequence[Tensor]) -> list[Tensor]:
         """Gradients of this process as real tensors in their parameters' layouts, copied where they must be."""
         memories = []
         for i, gradient, memory in zip(present, grads, self.memories(present), strict=True):
-            has_master = self.kind.has_master(memory)
-            memories.append(gradient_memory(gradient, memory, has_master, self.kind.name, self.name(i)))
+            if not is_like(gradient, memory):
+                has_master = self.kind.has_master(memory)
+                gradient = gradient_memory(gradient, memory, has_master, self.kind.name, self.name(i))
+            memories.append(gradient)
         return memories
 
     # --- states --------------------------------------------------------------------------------------------------
 
+    def show_stepped(self) -> bool:
+        """Let ``state`` show parameters that took their first step; whether there are some."""
+        records = {i: self._records[i] for i in self.hidden & self._records.keys()} if self.hidden else {}
+        steps = {p.step_count: p.step_count.steps for p in records.values()}  # a few: members of a group have one
+        stepped = [i for i, p in records.items() if steps[p.step_count]]
+        for i in stepped:
+            self.show(i)
+        return bool(stepped)
+
     def show(self, i: int) -> None:
         """Let ``state`` show a parameter."""
-        p, shown = self._records[i], dict.get(self._state, self.params[i], {})
-        if p.names:
-            made = {name: p.tensors[name] if name in p.tensors else self._made(i, p, name) for name in p.names}
+        p, shown, parameter = self._records[i], dict.get(self._state, self.params[i], {}), self.params[i]
+        if p.beginning.values:
+            made = {}
+            for name in p.beginning.values:
+                if name in p.tensors:
+                    made[name] = p.tensors[name]
+                elif name in p.beginning.numbers:
+                    made[name] = p.arena.number(name, p.index)
+                else:
+                    made[name] = p.arena.state(name, p.index, parameter, p.layout)
             if type(shown) is not ParameterState or shown.watch is not self._state.watch:
                 shown = ParameterState(self._state.watch, shown)
             dict.update(shown, made)
-            shown.slot, shown.untouched = p.slot, NOTHING
+            shown.slot, shown.untouched = Slot(p.arena, p.index, p.layout), NOTHING
             p.tensors, p.addresses = made, tuple(map(address_of, made.values()))
-            dict.__setitem__(self._state, self.params[i], shown)
+            dict.__setitem__(self._state, parameter, shown)
         self.hidden.discard(i)
-
-    def _made(self, i: int, p: TensorParameter, name: str) -> Tensor:
-        if name in p.slot.arena.numbers:
-            return p.slot.arena.number(name, p.slot.index)
-        return p.slot.arena.state(name, p.slot.index, self.params[i], p.slot.layout)
 
     def show_made(self, i: int) -> None:
         """Let ``state`` show a parameter that took no step yet."""
         p = self._records[i]
         self.show(i)
-        if p.fresh and p.names and not p.step_count.steps:
+        if p.fresh and p.beginning.values and not p.step_count.steps:
             self._state.of(self.params[i]).remember()
 
     def admit(self, present: Sequence[int], options: Sequence[Options]) -> None:
@@ -183,82 +222,83 @@ class Parameters:
     def _record(
         self, i: int, memory: Tensor, state: Any, slot: Slot, options: Sequence[Options], beginnings: Beginnings
     ) -> TensorParameter:
-        parameter, group, arena, index = self.params[i], self._groups[i], slot.arena, slot.index
+        parameter, group = self.params[i], self._groups[i]
+        arena, index, layout = slot
         has_master = self.kind.has_master(memory)
         alike = group, parameter.dim(), has_master
         if alike not in beginnings:
             beginnings[alike] = self._beginning(group, parameter.dim(), has_master, options[group])
-        chosen, start, step_count, names = beginnings[alike]
-        is_empty = not dict.__len__(state)
-        fresh = is_empty or (type(state) is ParameterState and state.is_untouched)
-        if not fresh:
-            step_count = self._step_count(i, chosen, state, step_count)
+        beginning = beginnings[alike]
+        step_count, pointer, dtype = beginning.step_count, memory.data_ptr(), STORED[memory.dtype].name
+        known = Known({}, {}, {}, True) if has_master else NEW
+        if dict.__len__(state):
+            step_count = step_count if _is_untouched(state) else self._step_count(i, beginning, state)
+            known = self._known(i, memory, state, slot, beginning, step_count)
+        else:
+            for name, value in beginning.values.items():
+                if value or name not in arena.names:
+                    arena.begin(name, index, value, is_number=name in beginning.numbers)
+        address, copy = pointer, None
+        if has_master:
+            if known.fresh or dict.get(state, MASTER) is None:
+                if MASTER not in known.tensors:
+                    known.tensors[MASTER] = arena.state(MASTER, index, parameter, layout)
+                known.tensors[MASTER].copy_(parameter.detach())
+            copy, address, dtype = Copy(dtype, pointer), address_of(known.tensors[MASTER]), COMPUTE[dtype]
+        return TensorParameter(
+            *(self.name(i), parameter, memory.numel(), dtype, group),  # type: ignore[arg-type]
+            *(arena.offsets[index], arena.extents[index], address, arena.arrays, step_count),
+            *(copy, (), None, known.elsewhere, beginning, arena, index, layout, known.fresh, pointer),
+            *(known.tensors, tuple(map(address_of, known.tensors.values())), known.loose),
+        )
+
+    def _known(
+        self, i: int, memory: Tensor, state: Any, slot: Slot, beginning: Beginning, step_count: StepCount
+    ) -> Known:
+        """What there is of a parameter in ``state``; what is missing there begins."""
+        parameter, (arena, index, layout) = self.params[i], slot
         tensors: dict[str, Tensor] = {}
         loose: dict[str, Tensor] = {}
         elsewhere: dict[str, int] = {}
-        numbers = {STEP: float(step_count.steps)} if self.kind.counts else {}
-        for name, known in {**numbers, **(step_count.carry or {})}.items():
-            value = None if is_empty else dict.get(state, name)
-            if not isinstance(value, Tensor) or _was_made(state, slot, name, value):
-                arena.begin(name, index, known, is_number=True)
-                continue
-            tensors[name] = value
-            if address_of(value) != arena.place(name, index):
-                loose[name] = self._checked(i, name, value)
-            if fresh:
-                value.fill_(known)
-        for name, first in start.items():
-            value = None if is_empty else dict.get(state, name)
-            moved = value is not None and _was_made(state, slot, name, value) and value.shape == parameter.shape
-            if value is None or moved:
+        fresh = _is_untouched(state)
+        numbers = {STEP: float(step_count.steps), **(step_count.carry or {})}
+        for name, first in beginning.values.items():
+            value = dict.get(state, name)
+            if name in beginning.numbers:
+                if not isinstance(value, Tensor) or _was_made(state, slot, name, value):
+                    arena.begin(name, index, numbers[name], is_number=True)
+                    continue
+                if address_of(value) != arena.place(name, index):
+                    loose[name] = self._checked(i, name, value)
+                first = numbers[name]
+            elif value is None or (_was_made(state, slot, name, value) and value.shape == parameter.shape):
                 arena.begin(name, index, first, is_number=False)
-                if moved and not fresh:
-                    tensors[name] = arena.state(name, index, parameter, slot.layout).copy_(value)
+                if value is not None and not fresh:
+                    tensors[name] = arena.state(name, index, parameter, layout).copy_(value)
                 continue
-            address = state_address(value, memory, f"{self.kind.name}: state {name!r} of {self.name(i)}")
-            if name not in arena.arrays or (memory.numel() and address != arena.place(name, index)):
-                elsewhere[name] = address
+            else:
+                address = state_address(value, memory, f"{self.kind.name}: state {name!r} of {self.name(i)}")
+                if name not in arena.arrays or (memory.numel() and address != arena.place(name, index)):
+                    elsewhere[name] = address
             tensors[name] = value
             if fresh:  # it began with the options of then
                 real(local(value, "a state")).fill_(first)
-        if has_master and (fresh or dict.get(state, MASTER) is None):
-            if MASTER not in tensors:
-                tensors[MASTER] = arena.state(MASTER, index, parameter, slot.layout)
-            tensors[MASTER].copy_(parameter.detach())
-        if fresh and not is_empty:
+        if fresh:
             state.remember()
-        name, pointer, dtype, copy = self.name(i), memory.data_ptr(), STORED[memory.dtype].name, None
-        address = pointer
-        if has_master:
-            copy, address, dtype = Copy(dtype, pointer), address_of(tensors[MASTER]), COMPUTE[dtype]
-        return TensorParameter(
-            *(name, parameter, memory.numel(), dtype, group),  # type: ignore[arg-type]
-            *(arena.offsets[index], arena.extents[index], address, arena.arrays, step_count),
-            copy=copy,
-            elsewhere=elsewhere or NOTHING,
-            choice=chosen,
-            slot=slot,
-            fresh=fresh,
-            pointer=pointer,
-            names=names,
-            tensors=tensors or NOTHING,
-            addresses=tuple(map(address_of, tensors.values())),
-            loose=loose or NOTHING,
-        )
+        return Known(tensors, loose, elsewhere, fresh)
 
-    def _beginning(
-        self, group: int, dim: int, has_master: bool, options: Options
-    ) -> tuple[RuleChoice, dict[str, float], StepCount, tuple[str, ...]]:
+    def _beginning(self, group: int, dim: int, has_master: bool, options: Options) -> Beginning:
         chosen = choice(self.kind.rules[group], options, dim).by(options)
         rule, averaged = chosen.rule, {EMA_STEP: 0.0} if chosen.averages else {}
         carried = {**(rule.carry(options)._asdict() if rule.carry is not None else {}), **averaged}
-        start = {**chosen.start(options), **({MASTER: 0.0} if has_master else {})}
-        names = (*([STEP] if self.kind.counts else []), *carried, *start)
-        return chosen, start, StepCount(0, carried or None), names
+        numbers = {**({STEP: 0.0} if self.kind.counts else {}), **carried}
+        values = {**numbers, **chosen.start(options), **({MASTER: 0.0} if has_master else {})}
+        return Beginning(chosen, values, frozenset(numbers), StepCount(0, carried or None))
 
-    def _step_count(self, i: int, chosen: RuleChoice, state: dict[str, Any], first: StepCount) -> StepCount:
+    def _step_count(self, i: int, beginning: Beginning, state: dict[str, Any]) -> StepCount:
         """How far the parameter has come, by what its state says."""
-        rule, carried = chosen.rule, dict(first.carry or {})
+        chosen, carried = beginning.choice, dict(beginning.step_count.carry or {})
+        rule = chosen.rule
         carried.pop(EMA_STEP, None)
         present = [name for name in (*rule.state, *carried) if dict.get(state, name) is not None]
         if self.kind.counts:
@@ -306,28 +346,38 @@ class Parameters:
 
     def owned(self, present: Sequence[int]) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
         """Runs of memory that a step of these parameters writes, sorted, and their bytes; refuses overlap."""
-        names, starts, sizes, ends = [], [], [], []  # no rows: they would keep the garbage collector busy
+        owners, names, starts, sizes, ends = [], [], [], [], []  # rows would keep the garbage collector busy
         for p in map(self._records.__getitem__, present):
             size = p.size * ITEMSIZE[p.copy.dtype if p.copy else p.dtype]
-            names.append(p.name)
+            owners.append(p)
+            names.append("")
             starts.append(p.pointer)
             sizes.append(size)
             ends.append(p.pointer + size)
             itemsize = ITEMSIZE[COMPUTE[p.dtype]]
-            for name in (*p.choice.state, MASTER) if p.copy else p.choice.state:
-                start = p.elsewhere.get(name, p.slot.arena.place(name, p.slot.index))
-                names.append(f"state {name!r} of {p.name}")
+            for name in (*p.beginning.choice.state, MASTER) if p.copy else p.beginning.choice.state:
+                start = p.elsewhere[name] if name in p.elsewhere else p.arena.place(name, p.index)
+                owners.append(p)
+                names.append(name)
                 starts.append(start)
                 sizes.append(p.size * itemsize)
                 ends.append(start + (p.size if name in p.elsewhere else p.extent) * itemsize)
         begin, nbytes, end = np.array(starts, np.uint64), np.array(sizes, np.int64), np.array(ends, np.uint64)
-        check_apart(begin, nbytes, names.__getitem__, self.kind.name)
+
+        def called(k: int) -> str:
+            return f"state {names[k]!r} of {owners[k].name}" if names[k] else owners[k].name
+
+        check_apart(begin, nbytes, called, self.kind.name)
         order = np.argsort(begin)
         order = order[nbytes[order] > 0]
         begin, end = begin[order], end[order]
         first = np.r_[True, begin[1:] != end[:-1]][: len(order)]  # neighbours in an arena are one run
         begin, end = begin[first], end[np.r_[first[1:], True][: len(order)]]
         return begin, (end - begin).astype(np.int64)
+
+
+def _is_untouched(state: Any) -> bool:
+    return type(state) is ParameterState and state.is_untouched
 
 
 def _was_made(state: Any, slot: Slot, name: str, value: Any) -> bool:

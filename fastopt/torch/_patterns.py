@@ -151,7 +151,7 @@ class Pattern:
         self._itemsizes = np.array([dtype.itemsize for dtype in dtypes], np.int64)
         self._offsets, self._sizes = np.array([(r.offset, r.size) for r in records], np.int64).reshape(-1, 2).T
         self._extent = self._sizes * self._itemsizes
-        arenas = np.array([id(r.slot.arena) for r in records])
+        arenas = np.array([id(r.arena) for r in records])
         self._members = [np.flatnonzero(arenas == arena) for arena in dict.fromkeys(arenas.tolist())]
         if flat:
             itemsizes = np.array([ITEMSIZE[r.dtype] for r in records])
@@ -163,7 +163,7 @@ class Pattern:
         signs = [-1.0 if o.get("maximize") else 1.0 for o in options]
         stored: Any = [STORED[dtype] for dtype in dtypes]
         memory = parameters.device.memory
-        self.plan = plan_class(memory)(records, stored, [r.choice for r in records], flat, signs, memory)
+        self.plan = plan_class(memory)(records, stored, [r.beginning.choice for r in records], flat, signs, memory)
         if parameters.shards:
             self.plan.combine = self._combine
         self.sync = StateSync(records, parameters.kind.counts)
@@ -215,7 +215,7 @@ class Pattern:
         own = self.stepped if self._plain else [real(local(p.detach(), self._where)) for p in self.stepped]
         return (
             [p.data_ptr() for p in own] != [r.pointer for r in self._records]
-            or [layout_of(p) for p in own] != [r.slot.layout for r in self._records]
+            or [layout_of(p) for p in own] != [r.layout for r in self._records]
             or list(map(address_of, self._shown)) != self._shown_at
             or not self.sync.holds()
         )

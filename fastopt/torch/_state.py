@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
@@ -265,6 +265,11 @@ class Arena:
         self._given: dict[str, bytearray] = {}  # whether somebody has the memory of a parameter
         self._dtype = COMPUTED[memories[0].dtype]
 
+    @property
+    def names(self) -> Collection[str]:
+        """Of all that was begun."""
+        return self._starts.keys()
+
     def begin(self, name: str, index: int, value: float, *, is_number: bool) -> None:
         """Have memory for a state or a number of a parameter, which nobody has; let it begin with a value."""
         if name not in self._starts:
@@ -318,7 +323,8 @@ def number(value: Any) -> float:
 class Counted(Protocol):
     """A parameter whose numbers ``state`` shows."""
 
-    slot: Slot
+    arena: Arena
+    index: int
     step_count: StepCount
     loose: Mapping[str, Tensor]  # numbers that the user put there
 
@@ -334,14 +340,14 @@ class StateSync:
     def __init__(self, parameters: Iterable[Counted], counts: bool) -> None:
         alike: dict[tuple[int, int], list[Counted]] = {}
         for p in parameters:
-            alike.setdefault((id(p.step_count), id(p.slot.arena)), []).append(p)
+            alike.setdefault((id(p.step_count), id(p.arena)), []).append(p)
         self._shown: list[tuple[NDArray[Any], Any, StepCount, str]] = []
         for members in alike.values():
-            step_count, arena = members[0].step_count, members[0].slot.arena
+            step_count, arena = members[0].step_count, members[0].arena
             for name in [STEP] * counts + list(step_count.carry or ()):
                 loose = [p.loose[name] for p in members if name in p.loose]
                 self._shown += [(x.detach().numpy().reshape(-1), slice(None), step_count, name) for x in loose]
-                indices = [p.slot.index for p in members if name not in p.loose]
+                indices = [p.index for p in members if name not in p.loose]
                 where: Any = slice(None) if indices == list(range(arena.size)) else np.array(indices, np.int64)
                 if indices:
                     self._shown.append((arena.numbers[name], where, step_count, name))

@@ -171,14 +171,8 @@ class Stepper:
     def settle(self) -> None:
         """Somebody reads the state: let it show all steps that were taken; waits for a GPU where only that knows."""
         self._sync()
-        hidden, parameters = self._parameters.hidden, self._parameters
-        if hidden:
-            counts = {(count := parameters[i].step_count): count.steps for i in hidden}  # a few, of scalar groups
-            stepped = [i for i in hidden if counts[parameters[i].step_count]]
-            for i in stepped:
-                parameters.show(i)
-            for pattern in self._patterns if stepped else ():
-                pattern.look_at_shown()
+        for pattern in self._patterns if self._parameters.show_stepped() else ():
+            pattern.look_at_shown()
 
     def _sync(self) -> None:
         """Bring the numbers of ``state`` up to date."""

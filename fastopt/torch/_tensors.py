@@ -117,7 +117,7 @@ def state_address(value: Any, memory: Tensor, where: str) -> int:
     if not isinstance(value, Tensor):
         raise TypeError(f"{where} is a {type(value).__name__}; needed is a tensor.")
     dtype = COMPUTED[memory.dtype]
-    if type(value) is Tensor and value.dtype == dtype and _is_like(value, memory):
+    if type(value) is Tensor and is_like(value, memory) and dtype == memory.dtype:
         return value.data_ptr()
     held = local(value.detach(), where)
     plain = held.layout is torch.strided and not held.is_conj() and not held.is_neg()
@@ -139,10 +139,15 @@ def state_address(value: Any, memory: Tensor, where: str) -> int:
     return real_part.data_ptr()
 
 
+def is_usual(tensor: Tensor) -> bool:
+    """Whether a parameter is on the CPU, contiguous, and nothing else needs to be asked, as of nearly all."""
+    usual = type(tensor) in PLAIN and tensor.is_cpu and tensor.dtype in STORED and tensor.layout is torch.strided
+    return usual and tensor.is_contiguous() and not tensor.is_neg()
+
+
 def parameter_memory(tensor: Tensor, where: str) -> Tensor:
     """The real tensor that a step writes for a parameter, which may be that itself, or an error."""
-    is_usual = type(tensor) in PLAIN and tensor.is_cpu and tensor.dtype in STORED and tensor.layout is torch.strided
-    if is_usual and tensor.is_contiguous() and not tensor.is_neg():
+    if is_usual(tensor):
         return tensor
     held = local(tensor.detach(), where)
     if held.layout is not torch.strided:
@@ -164,10 +169,12 @@ def parameter_memory(tensor: Tensor, where: str) -> Tensor:
     return memory
 
 
-def _is_like(tensor: Tensor, memory: Tensor) -> bool:
-    """Whether a tensor lies like a real one, and nothing else needs to be asked, as of nearly all."""
+def is_like(tensor: Tensor, memory: Tensor) -> bool:
+    """Whether a gradient lies like its parameter, and nothing else needs to be asked, as of nearly all."""
     return (
-        tensor.layout is torch.strided
+        type(tensor) in PLAIN
+        and tensor.layout is torch.strided
+        and tensor.dtype == memory.dtype
         and tensor.device == memory.device
         and tensor.shape == memory.shape
         and tensor.stride() == memory.stride()
@@ -180,8 +187,6 @@ def gradient_memory(gradient: Tensor, memory: Tensor, has_master: bool, where: s
 
     A parameter with a float32 master may have a gradient of float32, too.
     """
-    if type(gradient) in PLAIN and gradient.dtype == memory.dtype and _is_like(gradient, memory):
-        return gradient
     if gradient.layout is not torch.strided:
         hint = ", please consider SparseAdam instead" if where == "Adam" else ""
         raise RuntimeError(f"{where} does not support sparse gradients{hint}: that of {name} is one.")
