@@ -4,25 +4,29 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
 
-from ..engine.options import EMA_RANGES, Range, boolean, ranges_of
-from ..engine.step import StepInfo
+from ..engine.options import EMA_RANGES, STEP_OPTIONS, Range, boolean, optional_norm, ranges_of
 from ..kernels.registry import variant
 from ..kernels.rules.rule import Options, Rule
+from ..step_options import StepOption, StepOptions
 from . import _devices
 from ._flat import FlatGroups
 from ._lr import DeviceRates
-from ._options import StepOptions, checked_flag
+from ._options import plain
 from ._state import LIBRARY, Names
 from ._tensors import FLOATING, PLAIN, check_apart, parameter_memory
 
 if TYPE_CHECKING:
     from ._stepper import Steppers
+
+
+def _plain(check: Range) -> Range:
+    return lambda value, where: check(plain(value, where), where)
 
 
 class GroupOptions(StepOptions, torch.optim.Optimizer):
@@ -52,6 +56,8 @@ class GroupOptions(StepOptions, torch.optim.Optimizer):
     defaults: dict[str, Any]
     param_groups: list[dict[str, Any]]
 
+    max_grad_norm = StepOption[float | None]("max_norm", _plain(optional_norm))
+
     def __init__(
         self,
         max_grad_norm: float | None = None,
@@ -63,10 +69,10 @@ class GroupOptions(StepOptions, torch.optim.Optimizer):
         StepOptions.__init__(self, max_grad_norm, skip_nonfinite, zero_grads)
         self._master = boolean(master_weights, f"{type(self).__name__}: master_weights")
         self._flat = FlatGroups() if boolean(flatten, f"{type(self).__name__}: flatten") else None
-        self.last_info = StepInfo()
         self._users: list[object] = []  # who is using this optimizer now
         self._complete = False  # whether the constructor is done, or there was none
         self._derived: Steppers | None = None  # ``state`` knows it, too, but does not keep it alive
+        self._read: list[tuple[list[str], Callable[[Any], Any], Any]] | None = None  # what groups held, if it is fixed
         self._seen: list[dict[str, Any]] = []
         self._options: list[dict[str, Any]] = []
         self._structure: list[Any] = []
@@ -83,21 +89,30 @@ class GroupOptions(StepOptions, torch.optim.Optimizer):
         own = inspect.signature(cls.__init__)
         parameters = [p for p in own.parameters.values() if p.name != "self"]
         cls.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
-        if cls.rule is not None and cls.rule.defaults is not None and "rule" in vars(cls):
-            cls.ranges, cls.names = ranges_of(cls.rule.defaults, cls.rule.ranges), Names.of(cls.rule)
         base = next((b for b in cls.__bases__ if "_plain_step" in vars(b)), None)
-        if base is not None:
-            inherited = inspect.signature(super(StepOptions, cls).__init__).parameters  # of torch's class
-            takes_all = any(p.kind is p.VAR_KEYWORD for p in inherited.values())
-            names = own.parameters.keys() - {"capturable", *EMA_RANGES} if takes_all else inherited.keys()
-            cls._torch_names = frozenset(names - {"self", "params"})
-            shared = inspect.signature(base.__init__).parameters  # type: ignore[misc]
-            flags = {p.name: p.default for p in parameters if p.name not in (*names, *shared, "foreach", "fused")}
-            cls.rule_options = {**cls.rule_options, **flags}
-            cls.option_names = cls._torch_names.union(cls.rule_options, ["initial_lr"])
+        if base is None:
+            return
+        inherited = inspect.signature(super(StepOptions, cls).__init__).parameters  # of torch's class
+        takes_all = any(p.kind is p.VAR_KEYWORD for p in inherited.values())  # which checks nothing
+        names = own.parameters.keys() - {"capturable", *EMA_RANGES} if takes_all else inherited.keys()
+        cls._torch_names = frozenset(names - {"self", "params"})
+        shared = inspect.signature(base.__init__).parameters  # type: ignore[misc]
+        flags = {p.name: p.default for p in parameters if p.name not in (*names, *shared, "foreach", "fused")}
+        cls.rule_options = {**cls.rule_options, **flags}
+        cls.option_names = cls._torch_names.union(cls.rule_options, ["initial_lr"])
+        cls.ranges = {name: EMA_RANGES.get(name, boolean) for name in cls.rule_options.keys() - cls._torch_names}
+        if takes_all and cls.rule is not None:
+            cls.names = Names.of(cls.rule) if cls.rule.defaults is not None else LIBRARY
+            cls.ranges |= ranges_of({p.name: p.default for p in parameters if p.name in names}, cls.rule.ranges)
 
     def _extras(self) -> dict[str, Any]:
-        return {**super()._extras(), "master_weights": self._master, "flatten": self._flat is not None}
+        """What is the whole optimizer's."""
+        step = {name: getattr(self, name) for name in STEP_OPTIONS}
+        return {**step, "master_weights": self._master, "flatten": self._flat is not None}
+
+    def __repr__(self) -> str:
+        head, groups = super().__repr__().split("\n", 1)
+        return "\n".join([head, *(f"{name}: {value}" for name, value in self._extras().items()), groups])
 
     def select_rule(self, options: Options) -> Rule:
         """The update rule for a param group with these options."""
@@ -120,8 +135,6 @@ class GroupOptions(StepOptions, torch.optim.Optimizer):
         where = f"{type(self).__name__}: group {index}: "
         if options.get("differentiable"):
             raise NotImplementedError(f"{where}differentiable=True is not supported.")
-        for name in self.rule_options.keys() - self._torch_names:
-            options[name] = checked_flag(name, options[name], where + name)
         options |= {name: check(options[name], where + name) for name, check in self.ranges.items() if name in options}
         rule = self.select_rule(options)
         for name in {*rule.options, *rule.initial.values()} & {*options, *self.defaults}:

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 from torch import Tensor
-
-from ..engine.options import EMA_RANGES, NORM, STEP_OPTIONS, Range, boolean
-from ..engine.step import Request
 
 FIXED = (bool, int, float, str)
 """Types whose objects never change."""
@@ -26,60 +22,6 @@ OTHER_NAMES = {
     "max_norm": "max_grad_norm",
 }
 """What other libraries call arguments."""
-
-
-class StepOptions:
-    """The options of a step, which are the whole optimizer's, as attributes that are checked when they are set."""
-
-    def __init__(self, max_grad_norm: float | None, skip_nonfinite: bool, zero_grads: bool) -> None:
-        self._asked = Request()
-        self._read: list[tuple[list[str], Callable[[Any], Any], Any]] | None = None  # what groups held, if it is fixed
-        self.max_grad_norm, self.skip_nonfinite, self.zero_grads = max_grad_norm, skip_nonfinite, zero_grads
-
-    @property
-    def max_grad_norm(self) -> float | None:
-        """Largest norm of all gradients; None for no clipping."""
-        return self._asked.max_norm
-
-    @max_grad_norm.setter
-    def max_grad_norm(self, value: float | None) -> None:
-        where = f"{type(self).__name__}: max_grad_norm"
-        self._ask(max_norm=None if value is None else NORM(plain(value, where), where))
-
-    @property
-    def skip_nonfinite(self) -> bool:
-        """Whether a step with a gradient that is not finite is skipped."""
-        return self._asked.skip_nonfinite
-
-    @skip_nonfinite.setter
-    def skip_nonfinite(self, value: bool) -> None:
-        self._ask(skip_nonfinite=boolean(value, f"{type(self).__name__}: skip_nonfinite"))
-
-    @property
-    def zero_grads(self) -> bool:
-        """Whether a step sets gradients to zero."""
-        return self._asked.zero_grads
-
-    @zero_grads.setter
-    def zero_grads(self, value: bool) -> None:
-        self._ask(zero_grads=boolean(value, f"{type(self).__name__}: zero_grads"))
-
-    def _ask(self, **fields: Any) -> None:
-        self._asked = dataclasses.replace(self._asked, **fields)
-        self._read = None  # param groups may hold an option of the optimizer if they say the same
-
-    def _extras(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in STEP_OPTIONS}
-
-    def __repr__(self) -> str:
-        head, groups = super().__repr__().split("\n", 1)
-        return "\n".join([head, *(f"{name}: {value}" for name, value in self._extras().items()), groups])
-
-
-def checked_flag(name: str, value: Any, where: str) -> Any:
-    """An option that torch's class does not have, in its range."""
-    check: Range = EMA_RANGES.get(name, boolean)
-    return check(plain(value, where), where)
 
 
 def check_keywords(cls: type, keywords: Iterable[str]) -> None:

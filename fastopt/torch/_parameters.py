@@ -204,14 +204,15 @@ class Parameters:
                 slot is not None
                 and slot.layout == layout_of(memory)
                 and slot.arena.device is self.device  # parameters may have moved
-                and not slot.arena.misses(slot.index, state)
+                and not slot.arena.misses(slot.row, state)
             ):
                 self._records[i] = self._record(i, memory, state, slot, options, beginnings)
             else:
                 group = 0 if self.kind.flat is None else self._groups[i]  # which was laid out by itself
-                lists = new.setdefault((memory.dtype, group), ([], [], []))
-                for column, value in zip(lists, (i, memory, state), strict=True):
-                    column.append(value)
+                indices, memories, states = new.setdefault((memory.dtype, group), ([], [], []))
+                indices.append(i)
+                memories.append(memory)
+                states.append(state)
         for indices, memories, states in new.values():
             arena = Arena(memories, self.device)
             for index, (i, memory, state) in enumerate(zip(indices, memories, states, strict=True)):
@@ -248,8 +249,17 @@ class Parameters:
         return TensorParameter(
             *(self.name(i), parameter, memory.numel(), dtype, group),  # type: ignore[arg-type]
             *(arena.offsets[index], arena.extents[index], address, arena.arrays, step_count),
-            *(copy, (), None, known.elsewhere, beginning, arena, index, layout, known.fresh, pointer),
-            *(known.tensors, tuple(map(address_of, known.tensors.values())), known.loose),
+            copy=copy,
+            elsewhere=known.elsewhere,
+            beginning=beginning,
+            arena=arena,
+            index=index,
+            layout=layout,
+            fresh=known.fresh,
+            pointer=pointer,
+            tensors=known.tensors,
+            addresses=tuple(map(address_of, known.tensors.values())),
+            loose=known.loose,
         )
 
     def _known(
@@ -385,4 +395,4 @@ def _was_made(state: Any, slot: Slot, name: str, value: Any) -> bool:
     past = state.slot if type(state) is ParameterState else None
     if past is None or (past.layout == slot.layout and past.arena.device is slot.arena.device):
         return False
-    return isinstance(value, Tensor) and address_of(value) == past.arena.place(name, past.index)
+    return isinstance(value, Tensor) and address_of(value) == past.arena.place(name, past.row)

@@ -77,17 +77,6 @@ class Watch:
         self._derived = None
 
 
-def _watched(name: str, tell: Callable[[Watch], None] = Watch.drop) -> Callable[..., Any]:
-    method = getattr(defaultdict, name)
-
-    @functools.wraps(method)
-    def watched(self: Any, *args: Any, **kwargs: Any) -> Any:
-        tell(self.watch)
-        return method(self, *args, **kwargs)
-
-    return watched
-
-
 class _Watched(defaultdict[Any, Any]):
     """A dict that tells its ``Watch`` when it is read, and of every change to its entries.
 
@@ -98,23 +87,40 @@ class _Watched(defaultdict[Any, Any]):
 
     watch: Watch
 
-    __getitem__ = _watched("__getitem__", Watch.settle)
-    __contains__ = _watched("__contains__", Watch.settle)
-    __iter__ = _watched("__iter__", Watch.settle)
-    __len__ = _watched("__len__", Watch.settle)
-    __repr__ = _watched("__repr__", Watch.settle)
-    get = _watched("get", Watch.settle)
-    keys = _watched("keys", Watch.settle)
-    values = _watched("values", Watch.settle)
-    items = _watched("items", Watch.settle)
-    __setitem__ = _watched("__setitem__")
-    __delitem__ = _watched("__delitem__")
-    __ior__ = _watched("__ior__")
-    clear = _watched("clear")
-    pop = _watched("pop")
-    popitem = _watched("popitem")
-    setdefault = _watched("setdefault")
-    update = _watched("update")
+    def copy(self) -> dict[Any, Any]:  # type: ignore[override]
+        return dict(self)
+
+    def __or__(self, other: Any) -> dict[Any, Any]:  # type: ignore[override]
+        return {**self, **other}
+
+    def __ror__(self, other: Any) -> dict[Any, Any]:  # type: ignore[override]
+        return {**other, **self}
+
+    __copy__ = copy  # type: ignore[assignment]
+
+
+READS = (
+    *("__contains__", "__eq__", "__getitem__", "__iter__", "__len__", "__ne__", "__repr__", "__reversed__"),
+    *("get", "items", "keys", "values"),
+)
+CHANGES = ("__delitem__", "__ior__", "__setitem__", "clear", "pop", "popitem", "setdefault", "update")
+
+
+def _watched(name: str, tell: Callable[[Watch], None]) -> Callable[..., Any]:
+    method = getattr(defaultdict, name)
+
+    @functools.wraps(method)
+    def watched(self: Any, *args: Any, **kwargs: Any) -> Any:
+        tell(self.watch)
+        return method(self, *args, **kwargs)
+
+    return watched
+
+
+for _name in READS:
+    setattr(_Watched, _name, _watched(_name, Watch.settle))
+for _name in CHANGES:
+    setattr(_Watched, _name, _watched(_name, Watch.drop))
 
 
 NOTHING: Mapping[str, Any] = MappingProxyType({})
@@ -133,7 +139,8 @@ class ParameterState(_Watched):
 
     def remember(self) -> None:
         """The states are what they were made as, without a step."""
-        self.untouched = {name: (tensor, tensor._version) for name, tensor in dict.items(self)}
+        items: Any = dict.items(self)
+        self.untouched = {name: (tensor, tensor._version) for name, tensor in items}
 
     @property
     def is_untouched(self) -> bool:
@@ -142,9 +149,6 @@ class ParameterState(_Watched):
             dict.get(self, name) is tensor and tensor._version == version
             for name, (tensor, version) in self.untouched.items()
         )
-
-    def __copy__(self) -> dict[str, Any]:  # type: ignore[override]
-        return dict(self)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return dict, (), None, None, iter(self.items())
@@ -212,9 +216,6 @@ class State(_Watched):
         value = self.of(key) if isinstance(key, Tensor) else {}
         dict.__setitem__(self, key, value)
         return value
-
-    def __copy__(self) -> dict[Any, Any]:  # type: ignore[override]
-        return dict(self)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return defaultdict, (dict,), None, None, iter(self.items())
@@ -302,16 +303,16 @@ class Arena:
         start, itemsize = self._starts.get(name, (0, 0))
         return start + itemsize * (index if name in self.numbers else self.offsets[index])
 
-    def misses(self, index: int, state: Mapping[str, Any]) -> bool:
+    def misses(self, index: int, state: dict[str, Any]) -> bool:
         """Whether something is missing in a state that was made here: who took it out may still have it."""
-        return any(given[index] and dict.get(state, name) is None for name, given in self._given.items())  # type: ignore[arg-type]
+        return any(given[index] and dict.get(state, name) is None for name, given in self._given.items())
 
 
 class Slot(NamedTuple):
     """The place of a parameter in an arena, and how the parameter lies in memory."""
 
     arena: Arena
-    index: int
+    row: int
     layout: tuple[Any, ...]
 
 

@@ -44,6 +44,7 @@ class Stepper:
         self._gradients: tuple[Sequence[Tensor], Sequence[Tensor]] = (), ()  # of the step that is prepared, and as read
         self._probe: Probe | None = None  # what keeps them alive in their place
         self._pending = False  # whether a step may have been taken that state and versions do not show yet
+        self._may_skip = False  # whether the last step may have been skipped
         self._unsettled = False  # whether a GPU knows more than the state shows
         self.is_replayable = False  # whether steps may be taken by a CUDA graph
 
@@ -143,6 +144,7 @@ class Stepper:
             pattern.masters.take_over()
         # An interrupt may come anywhere from here on: what it leaves undone is made good when somebody needs it.
         self._pending = True
+        self._may_skip = request.skip_nonfinite
         info = pattern.plan.step(request, options)
         self.is_replayable = self.device.on_gpu and any(o.get("capturable") for o in options)
         # Whether a GPU skipped the step is not asked, because the answer would have to be waited for.
@@ -200,7 +202,7 @@ class Stepper:
 
     def verdict(self) -> Tensor | None:
         """1 if the last step was skipped, else 0, where only a GPU knows; not waited for."""
-        result = self.serving.plan.result
+        result = self.serving.plan.result if self._may_skip else None
         return None if result is None else cast(Gpu, self.device).tensor(result)[1]
 
 
@@ -213,12 +215,8 @@ class Steppers:
         # GPUs first: what a launch may fail of shows before the CPU has written anything.
         ordered = sorted(devices, key=lambda device: not device.on_gpu)
         self.each = [Stepper(groups, state, kind, device) for device in ordered]
+        self.only = self.each[0] if len(self.each) == 1 else None  # the stepper, if all parameters are on one device
         self.have_stepped = False  # as far as is known without waiting for a GPU
-
-    @property
-    def only(self) -> Stepper | None:
-        """The stepper, if all parameters are on one device."""
-        return self.each[0] if len(self.each) == 1 else None
 
     def describes(self, groups: Sequence[Mapping[str, Any]]) -> bool:
         """Whether the groups hold the same parameters."""
@@ -228,19 +226,18 @@ class Steppers:
 
     def step(self, request: Request, options: Sequence[Options]) -> StepInfo | None:
         """Take a step on all devices or on none; None where all must be derived anew. A norm of several waits."""
-        steppers = self.each
-        if len(steppers) > 1:
+        if self.only is None:
             self._check_capture(options)
         try:
-            for stepper in steppers:
+            for stepper in self.each:
                 if not stepper.prepare(options, request.zero_grads):
                     return None
-            info = steppers[0].take(request, options) if len(steppers) == 1 else self._take(request, options)
-            self.have_stepped = self.have_stepped or not request.skip_nonfinite
-            return info
+            info = self._take(request, options) if self.only is None else self.only.take(request, options)
         finally:
-            for stepper in steppers:
+            for stepper in self.each:
                 stepper.release()
+        self.have_stepped = self.have_stepped or not request.skip_nonfinite
+        return info
 
     def _check_capture(self, options: Sequence[Options]) -> None:
         if any(stepper.device.capturing() for stepper in self.each):

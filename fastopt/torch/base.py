@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable
 from operator import is_, itemgetter
 from typing import Any, TypeVar, overload
@@ -14,14 +15,13 @@ from torch.optim.optimizer import Optimizer, _global_optimizer_post_hooks, _glob
 
 from ..engine.exclusive import exclusive
 from ..engine.step import Request, StepInfo
+from ..step_options import StepOptions
 from . import _devices
 from ._ema import Averages
 from ._groups import GroupOptions
 from ._options import (
-    StepOptions,
     check_keywords,
     check_rate,
-    checked_flag,
     is_fixed,
     plain,
     refuse_extras,
@@ -112,13 +112,13 @@ class TensorOptimizer(Averages):
         options = {name: without_numpy(value) for name, value in options.items()}
         check_rate(options.get("lr", 0.0), where)
         for name, check in self.ranges.items():
-            if name in options:
+            if name in options and name in self._torch_names:
                 check(plain(options[name], f"{where}: {name}"), f"{where}: {name}")
         flags = {}
         for name in options.keys() - self._torch_names:
             value = options.pop(name)
             if name in self.rule_options:
-                flags[name] = checked_flag(name, value, f"{where}: {name}")
+                flags[name] = self.ranges[name](plain(value, f"{where}: {name}"), f"{where}: {name}")
             elif name not in ("foreach", "fused"):  # which older versions do not take everywhere
                 raise TypeError(f"{where}.__init__() got an unexpected keyword argument {name!r}.")
         flags = {name: value for name, value in flags.items() if value is not self.rule_options[name]}
@@ -207,7 +207,7 @@ class TensorOptimizer(Averages):
     def _step(self) -> StepInfo:
         scale: Any = getattr(self, "grad_scale", None)  # GradScaler sets both around a step
         found: Any = getattr(self, "found_inf", None)
-        asked = self._asked
+        asked = self._request
         if self._checks_for_scaler:
             asked = dataclasses.replace(asked, skip_nonfinite=True)
         options = self._current_options()
@@ -232,7 +232,7 @@ class TensorOptimizer(Averages):
             if request is None:
                 if self.zero_grads:
                     self.zero_grad(set_to_none=False)
-                return StepInfo(True)
+                return StepInfo(True, math.nan if asked.needs_norm else None)
             info = steppers.step(request, options)
             del alive
             if info is not None:
@@ -399,9 +399,9 @@ class TensorOptimizer(Averages):
                 self.state.watch.drop()
             self._options, self._structure, self._seen = options, structure, current
         self._read = None
-        if all(is_fixed(value) for group in known for value in group.values()):
-            names = [["params", *o, *(extras.keys() & g)] for o, g in zip(known, self.param_groups, strict=True)]
-            takers = zip(self.param_groups, (itemgetter(*n) for n in names), strict=True)
+        repeats = any(extras.keys() & group.keys() for group in self.param_groups)
+        if not repeats and all(is_fixed(value) for group in known for value in group.values()):
+            takers = zip(self.param_groups, (itemgetter("params", *names) for names in known), strict=True)
             self._read = [(list(group), take, take(group)) for group, take in takers]
         return self._options
 

@@ -14,9 +14,6 @@ from ..kernels.registry import RULES
 from ..kernels.rules.rule import Rule
 from .base import TensorOptimizer
 
-NONNEGATIVE = {name: f"{name} value" for name in ("momentum", "weight_decay", "trust_coefficient")}
-NONNEGATIVE |= {"lr": "learning rate", "eps": "epsilon value"}
-
 
 class _WithDefaults(torch.optim.Optimizer):
     """torch's base class, with the defaults as keywords, as its subclasses have them."""
@@ -25,23 +22,7 @@ class _WithDefaults(torch.optim.Optimizer):
         super().__init__(params, defaults)
 
 
-class _Checked(_WithDefaults):
-    """Refuses values in torch's words."""
-
-    def __init__(self, params: ParamsT, **defaults: Any) -> None:
-        for name, value in defaults.items():
-            for index, beta in enumerate(value if name == "betas" else ()):
-                if not 0.0 <= beta < 1.0:
-                    raise ValueError(f"Invalid beta parameter at index {index}: {beta}")
-            wrong = name == "trust_clip" and value is not None and not value > 0.0
-            if wrong or (name in NONNEGATIVE and not value >= 0.0):
-                raise ValueError(f"Invalid {NONNEGATIVE.get(name, f'{name} value')}: {value}")
-        if defaults.get("nesterov") and defaults["momentum"] <= 0:
-            raise ValueError("Nesterov momentum requires a momentum")
-        super().__init__(params, **defaults)
-
-
-class Lion(TensorOptimizer, _Checked):
+class Lion(TensorOptimizer, _WithDefaults):
     """Lion (arXiv:2302.06675) in one pass; formula in ``fastopt.Lion``, further arguments in ``TensorOptimizer``.
 
     Args:
@@ -89,7 +70,7 @@ class Lion(TensorOptimizer, _Checked):
         super().__init__(**arguments(locals()))
 
 
-class LARS(TensorOptimizer, _Checked):
+class LARS(TensorOptimizer, _WithDefaults):
     """LARS (arXiv:1708.03888, in MLPerf's form) with true norms per tensor; formula and arguments in ``fastopt.LARS``,
     further arguments in ``TensorOptimizer``.
 
@@ -142,8 +123,14 @@ class LARS(TensorOptimizer, _Checked):
     ) -> None:
         super().__init__(**arguments(locals()))
 
+    def complete(self, options: dict[str, Any], index: int) -> dict[str, Any]:  # noqa: D102
+        options = super().complete(options, index)
+        if options["nesterov"] and not options["momentum"]:
+            raise ValueError(f"LARS: group {index}: nesterov=True needs momentum > 0, got 0.")
+        return options
 
-class LAMB(TensorOptimizer, _Checked):
+
+class LAMB(TensorOptimizer, _WithDefaults):
     """LAMB (arXiv:1904.00962) with true norms per tensor; formula and arguments in ``fastopt.LAMB``, further arguments
     in ``TensorOptimizer``.
 

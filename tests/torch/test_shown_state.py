@@ -57,6 +57,28 @@ def assert_stepped_in_place(name, move, place=lambda params: None):
     assert_same_bits(p, q)
 
 
+def test_tensors_are_made_when_somebody_reads_the_state():
+    params, opt = make("AdamW")
+    train(params, opt, 3)
+    assert not dict.__len__(opt.state)
+    assert len(opt.state) == len(params)
+    assert opt.state[params[0]]["step"] == 3
+    train(params, opt, 1, first=3)
+    assert opt.state[params[0]]["step"] == 4
+
+
+def test_copies_and_unions_of_a_state_are_plain_dicts():
+    params, opt = make("AdamW")
+    train(params, opt, 1)
+    for state, key in ((opt.state, params[0]), (opt.state[params[0]], "exp_avg")):
+        for other in (state.copy(), state | {1: 2}, {1: 2} | state):
+            assert type(other) is dict
+            assert other[key] is state[key]
+        known = {*front._state.READS, *front._state.CHANGES, "copy", "fromkeys", "__or__", "__ror__"}
+        inherited = {x for x in dir(dict) if x not in dir(object) and x not in known}
+        assert inherited == {"__class_getitem__"}
+
+
 @pytest.mark.parametrize(
     ("value", "error", "text"),
     [

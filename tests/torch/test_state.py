@@ -108,7 +108,7 @@ def test_a_state_of_another_shape_is_refused_and_nothing_changes():
     bad = opt.state_dict()
     bad["state"][0]["exp_avg"] = torch.zeros(4)
     with unchanged(params, opt):
-        with pytest.raises(ValueError, match=r"parameter 0: its exp_avg has shape \(4,\), but the parameter .* \(5, 7\)"):
+        with pytest.raises(ValueError, match=r"exp_avg of parameter 0 has shape \(4,\), but the parameter .* \(5, 7\)"):
             opt.load_state_dict(bad)
         with pytest.raises(ValueError, match="different number of parameter groups"):
             opt.load_state_dict({"state": {}, "param_groups": []})
