@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.dlpack import from_dlpack, to_dlpack  # type: ignore[attr-defined]
 
 from ..arrays import HOST, Device
-from ..engine.cuda.arrays import CudaDevice, device_at
-from ..engine.cuda.runtime import cupy
 
 
 class TorchDevice:
@@ -37,73 +33,34 @@ class TorchDevice:
 
     def view(self, array: Any, begin: int, end: int, layout: tuple[Any, ...]) -> Tensor:
         """A part of a flat array as a tensor of this shape, strides and dtype, with a storage that covers no more."""
-        return _laid_out(torch.from_numpy(array[begin:end]), layout)
+        return laid_out(torch.from_numpy(array[begin:end]), layout)
 
     def capturing(self) -> bool:
         """Whether a step would go into a CUDA graph."""
         return False
 
+    def tensor(self, array: Any) -> Tensor:
+        """An array of what runs kernels here as a tensor on the same memory."""
+        return torch.from_numpy(array)
+
     def refuse_capture(self) -> None:
         """Raise where a step would go into a CUDA graph."""
 
 
-class Gpu(TorchDevice):
-    """A GPU. Steps go to torch's current stream there."""
-
-    on_gpu = True
-
-    def __init__(self, device: torch.device, memory: CudaDevice) -> None:
-        super().__init__(device, memory)
-        self._runtime = memory.runtime
-
-    def require(self) -> None:
-        cupy()
-
-    def array(self, tensor: Tensor) -> Any:
-        return tensor
-
-    def view(self, array: Any, begin: int, end: int, layout: tuple[Any, ...]) -> Tensor:
-        return _laid_out(from_dlpack(to_dlpack(array[begin:end])), layout)
-
-    def capturing(self) -> bool:
-        with self._runtime.selected():
-            return self._runtime.capturing(self._runtime.stream())
-
-    def refuse_capture(self) -> None:
-        with self._runtime.selected():
-            self._runtime.refuse_capture(self._runtime.stream())
-
-    def tensor(self, array: Any) -> Tensor:
-        """An array of CuPy as a tensor on the same memory."""
-        return torch.as_tensor(array, device=self.torch_device)
-
-
-def _laid_out(part: Tensor, layout: tuple[Any, ...]) -> Tensor:
+def laid_out(part: Tensor, layout: tuple[Any, ...]) -> Tensor:
     shape, strides, dtype = layout
     if part.dtype is torch.int16:
         part = part.view(dtype)
     return part if part.shape == shape else part.as_strided(shape, strides, 0)
 
 
-class _TorchCudaDevice(CudaDevice):
-    """The memory of one GPU, for plans whose arrays are torch's."""
-
-    def address(self, array: Any) -> int:
-        return array.data_ptr() if isinstance(array, Tensor) else super().address(array)
-
-
 CPU = TorchDevice(torch.device("cpu"), HOST)
-
-
-@functools.cache
-def gpu(index: int) -> Gpu:
-    """The GPU of this number."""
-    if torch.version.hip is not None:
-        raise NotImplementedError("fastopt.torch: GPUs other than NVIDIA's are not supported.")
-    return Gpu(torch.device("cuda", index), _TorchCudaDevice(device_at(index, "torch").runtime))
 
 
 def device_of(tensor: Tensor) -> TorchDevice:
     """Where a tensor lives. Those of devices that fastopt does not know are refused later, if they have a gradient."""
-    device = tensor.device
-    return gpu(device.index) if device.type == "cuda" else CPU
+    if not tensor.is_cuda:
+        return CPU
+    from ._gpus import gpu
+
+    return gpu(tensor.device.index)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Mapping
+from operator import is_, itemgetter
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -17,8 +18,8 @@ from ..step_options import StepOption, StepOptions
 from . import _devices
 from ._flat import FlatGroups
 from ._lr import DeviceRates
-from ._options import plain
-from ._state import LIBRARY, Names
+from ._options import is_fixed, plain, refuse_extras
+from ._state import LIBRARY, Names, State
 from ._tensors import FLOATING, PLAIN, check_apart, parameter_memory
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ class GroupOptions(StepOptions, torch.optim.Optimizer):
 
     _torch_names: ClassVar[frozenset[str]] = frozenset()  # the arguments of torch's class
 
+    state: Any  # a State, until somebody puts another dict in its place
     defaults: dict[str, Any]
     param_groups: list[dict[str, Any]]
 
@@ -147,6 +149,37 @@ class GroupOptions(StepOptions, torch.optim.Optimizer):
             if any(map(math.isnan, numbers)):
                 raise ValueError(f"{where}{name} must be a number, got {value!r}.")
         return options
+
+    def _current_options(self) -> list[dict[str, Any]]:
+        """Options of every group as numbers."""
+        # Reading every option takes as long as a small step; but the same objects say the same, unless they can change.
+        if self._read is not None and len(self._read) == len(self.param_groups):
+            for group, (keys, take, values) in zip(self.param_groups, self._read, strict=True):
+                if list(group) != keys or not all(map(is_, take(group), values)):
+                    break
+            else:
+                return self._options
+        where = type(self).__name__
+        extras = self._extras()
+        for index, group in enumerate(self.param_groups):
+            refuse_extras(group, extras, f"{where}: group {index}")
+        known = [{name: group[name] for name in group if name in self.option_names} for group in self.param_groups]
+        current = [
+            {name: plain(value, f"{where}: group {index}: {name}") for name, value in group.items()}
+            for index, group in enumerate(self._rates.placed(known))
+        ]
+        if current != self._seen:
+            options = [self.complete(o, i) for i, o in enumerate(current)]
+            structure = [self.structure(o) for o in options]
+            if structure != self._structure and isinstance(self.state, State):
+                self.state.watch.drop()
+            self._options, self._structure, self._seen = options, structure, current
+        self._read = None
+        repeats = any(extras.keys() & group.keys() for group in self.param_groups)
+        if not repeats and all(is_fixed(value) for group in known for value in group.values()):
+            takers = zip(self.param_groups, (itemgetter("params", *names) for names in known), strict=True)
+            self._read = [(list(group), take, take(group)) for group, take in takers]
+        return self._options
 
     def _accept(self, first: int) -> None:
         """Refuse early what a step would refuse in groups from this one on, and flatten them.

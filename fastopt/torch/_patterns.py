@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -11,15 +11,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..arrays import first_hit, first_overlap
-from ..engine.plans import plan_class
 from ..kernels.dtypes import ITEMSIZE
 from ..kernels.layout import structure
 from ..kernels.rules.rule import Options
 from . import _interface
 from ._master import MASTER, MasterWeights
-from ._parameters import Parameters
 from ._state import StateSync
 from ._tensors import PLAIN, STORED, address_of, layout_of, local, real
+
+if TYPE_CHECKING:
+    from ..engine.plan import Plan
+    from ._parameters import Parameters
 
 
 class Probe:
@@ -125,6 +127,7 @@ class Pattern:
         dtypes: Of the gradients.
         flat: Whether neighbours in flat memory may be walked in one run.
         options: Of each group.
+        make: The class of the plan.
     """
 
     def __init__(
@@ -134,6 +137,7 @@ class Pattern:
         dtypes: tuple[torch.dtype, ...],
         flat: bool,
         options: Sequence[Options],
+        make: type[Plan],
     ) -> None:
         self._parameters, self._where = parameters, parameters.kind.name
         self.present, self.dtypes = present, dtypes
@@ -163,7 +167,7 @@ class Pattern:
         signs = [-1.0 if o.get("maximize") else 1.0 for o in options]
         stored: Any = [STORED[dtype] for dtype in dtypes]
         memory = parameters.device.memory
-        self.plan = plan_class(memory)(records, stored, [r.beginning.choice for r in records], flat, signs, memory)
+        self.plan = make(records, stored, [r.beginning.choice for r in records], flat, signs, memory)
         if parameters.shards:
             self.plan.combine = self._combine
         self.sync = StateSync(records, parameters.kind.counts)

@@ -135,7 +135,7 @@ class ParameterState(_Watched):
         super().__init__(None, items)
         self.watch = watch
         self.slot = slot
-        self.untouched = NOTHING  # tensors made without a step, and their versions then
+        self.untouched: Mapping[str, tuple[Any, int]] = NOTHING  # tensors made without a step, and their versions then
 
     def remember(self) -> None:
         """The states are what they were made as, without a step."""
@@ -146,7 +146,7 @@ class ParameterState(_Watched):
     def is_untouched(self) -> bool:
         """Whether the states were made without a step, and nobody wrote them since."""
         return bool(self.untouched) and all(
-            dict.get(self, name) is tensor and tensor._version == version
+            tensor._version == version and dict.get(self, name) is tensor
             for name, (tensor, version) in self.untouched.items()
         )
 

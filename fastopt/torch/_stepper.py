@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..engine.plans import Plans
+from ..engine.plans import Plans, plan_class
 from ..engine.step import Request, StepInfo
 from ..kernels.rules.rule import Options
 from . import _devices
-from ._devices import Gpu, TorchDevice
+from ._devices import TorchDevice
 from ._parameters import Kind, Parameters
 from ._patterns import Pattern, Probe
 from ._state import State
@@ -115,7 +115,7 @@ class Stepper:
         if pattern is None or not pattern.sync.agrees():
             self.device.require()
             self._parameters.admit(key[0], options)
-            pattern = self._patterns.keep(key, Pattern(self._parameters, *key, options))
+            pattern = self._patterns.keep(key, Pattern(self._parameters, *key, options, plan_class(self.device.memory)))
         self._pattern = pattern
 
     def _read(self, grads: list[Tensor], options: Sequence[Options], write: bool) -> None:
@@ -203,7 +203,7 @@ class Stepper:
     def verdict(self) -> Tensor | None:
         """1 if the last step was skipped, else 0, where only a GPU knows; not waited for."""
         result = self.serving.plan.result if self._may_skip else None
-        return None if result is None else cast(Gpu, self.device).tensor(result)[1]
+        return None if result is None else self.device.tensor(result)[1]
 
 
 class Steppers:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterable
-from operator import is_, itemgetter
 from typing import Any, TypeVar, overload
 
 import torch
@@ -17,12 +16,12 @@ from ..engine.exclusive import exclusive
 from ..engine.step import Request, StepInfo
 from ..step_options import StepOptions
 from . import _devices
+from ._checkpoints import Checkpoints
 from ._ema import Averages
 from ._groups import GroupOptions
 from ._options import (
     check_keywords,
     check_rate,
-    is_fixed,
     plain,
     refuse_extras,
     without_numpy,
@@ -36,7 +35,7 @@ from ._stepper import Steppers
 Made = TypeVar("Made", bound="TensorOptimizer")
 
 
-class TensorOptimizer(Averages):
+class TensorOptimizer(Averages, Checkpoints):
     """What all optimizers of ``fastopt.torch`` share; torch's class of the same name supplies the rest.
 
     Parameters and ``.grad`` stay where they are; a step is one pass over memory for all parameters of all groups. What
@@ -371,39 +370,6 @@ class TensorOptimizer(Averages):
         for p in self._parameters():
             if p.grad is not None and not self._flat.has(p):
                 p.grad = None if set_to_none else p.grad.detach().zero_()
-
-    # --- options -------------------------------------------------------------------------------------------------
-
-    def _current_options(self) -> list[dict[str, Any]]:
-        """Options of every group as numbers."""
-        # Reading every option takes as long as a small step; but the same objects say the same, unless they can change.
-        if self._read is not None and len(self._read) == len(self.param_groups):
-            for group, (keys, take, values) in zip(self.param_groups, self._read, strict=True):
-                if list(group) != keys or not all(map(is_, take(group), values)):
-                    break
-            else:
-                return self._options
-        where = type(self).__name__
-        extras = self._extras()
-        for index, group in enumerate(self.param_groups):
-            refuse_extras(group, extras, f"{where}: group {index}")
-        known = [{name: group[name] for name in group if name in self.option_names} for group in self.param_groups]
-        current = [
-            {name: plain(value, f"{where}: group {index}: {name}") for name, value in group.items()}
-            for index, group in enumerate(self._rates.placed(known))
-        ]
-        if current != self._seen:
-            options = [self.complete(o, i) for i, o in enumerate(current)]
-            structure = [self.structure(o) for o in options]
-            if structure != self._structure and isinstance(self.state, State):
-                self.state.watch.drop()
-            self._options, self._structure, self._seen = options, structure, current
-        self._read = None
-        repeats = any(extras.keys() & group.keys() for group in self.param_groups)
-        if not repeats and all(is_fixed(value) for group in known for value in group.values()):
-            takers = zip(self.param_groups, (itemgetter("params", *names) for names in known), strict=True)
-            self._read = [(list(group), take, take(group)) for group, take in takers]
-        return self._options
 
 
 TensorOptimizer.step.hooked = True  # type: ignore[attr-defined]  # torch need not wrap it

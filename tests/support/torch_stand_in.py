@@ -11,7 +11,7 @@ import gpus
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
-from fastopt.torch import _devices
+from fastopt.torch import _devices, _gpus
 
 
 class TorchGpus:
@@ -27,7 +27,7 @@ class TorchGpus:
         import cuda_stand_in
 
         monkeypatch.setattr(_devices, "device_of", self._device_of)
-        monkeypatch.setattr(_devices.Gpu, "tensor", lambda _, array: torch.from_numpy(cuda_stand_in.on_host(array)))
+        monkeypatch.setattr(_gpus.Gpu, "tensor", lambda _, array: torch.from_numpy(cuda_stand_in.on_host(array)))
         if "cuda_simulator" in sys.modules:  # which knows only of the arrays that the stand-in makes
             monkeypatch.setattr(sys.modules["cuda_simulator"], "_is_allowed", lambda address, size: True)
 
@@ -60,8 +60,8 @@ class TorchGpus:
         if index is None:
             return _devices.CPU
         if index not in self._devices:
-            memory = _devices._TorchCudaDevice(self.runtime(index))
-            self._devices[index] = _devices.Gpu(torch.device("cpu"), memory)
+            memory = _gpus._TorchCudaDevice(self.runtime(index))
+            self._devices[index] = _gpus.Gpu(torch.device("cpu"), memory)
         return self._devices[index]
 
 
