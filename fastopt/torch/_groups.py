@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable, Mapping
 from operator import is_, itemgetter
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import torch
 
-from ..engine.options import EMA_RANGES, STEP_OPTIONS, Range, boolean, optional_norm, ranges_of
+from ..engine.options import EMA_RANGES, STEP_OPTIONS, Range, boolean, optional_norm, range_of, ranges_of
 from ..kernels.registry import variant
 from ..kernels.rules.rule import Options, Rule
 from ..step_options import StepOption, StepOptions
@@ -28,6 +27,11 @@ if TYPE_CHECKING:
 
 def _plain(check: Range) -> Range:
     return lambda value, where: check(plain(value, where), where)
+
+
+def _any_number(default: Any) -> Range:
+    """The range of an option that torch's constructor checks, and nobody later."""
+    return range_of(("[-inf, inf]",) * len(default) if isinstance(default, tuple) else "[-inf, inf]", default)
 
 
 class GroupOptions(StepOptions, torch.optim.Optimizer):
@@ -102,7 +106,9 @@ class GroupOptions(StepOptions, torch.optim.Optimizer):
         flags = {p.name: p.default for p in parameters if p.name not in (*names, *shared, "foreach", "fused")}
         cls.rule_options = {**cls.rule_options, **flags}
         cls.option_names = cls._torch_names.union(cls.rule_options, ["initial_lr"])
-        cls.ranges = {name: EMA_RANGES.get(name, boolean) for name in cls.rule_options.keys() - cls._torch_names}
+        numbers = {p.name: p.default for p in inherited.values() if isinstance(p.default, (int, float, tuple))}
+        cls.ranges = {name: _any_number(default) for name, default in numbers.items() if not isinstance(default, bool)}
+        cls.ranges |= {name: EMA_RANGES.get(name, boolean) for name in cls.rule_options.keys() - cls._torch_names}
         if takes_all and cls.rule is not None:
             cls.names = Names.of(cls.rule) if cls.rule.defaults is not None else LIBRARY
             cls.ranges |= ranges_of({p.name: p.default for p in parameters if p.name in names}, cls.rule.ranges)
@@ -138,16 +144,6 @@ class GroupOptions(StepOptions, torch.optim.Optimizer):
         if options.get("differentiable"):
             raise NotImplementedError(f"{where}differentiable=True is not supported.")
         options |= {name: check(options[name], where + name) for name, check in self.ranges.items() if name in options}
-        rule = self.select_rule(options)
-        for name in {*rule.options, *rule.initial.values()} & {*options, *self.defaults}:
-            value, count = options.get(name), rule.options.get(name, 1)
-            if value is None and name in self.defaults and self.defaults[name] is None:
-                continue
-            numbers = value if isinstance(value, tuple) else (value,)
-            if len(numbers) != count or not all(isinstance(x, (int, float)) for x in numbers):
-                raise TypeError(f"{where}{name} must be {'a number' if count == 1 else 'two numbers'}, got {value!r}.")
-            if any(map(math.isnan, numbers)):
-                raise ValueError(f"{where}{name} must be a number, got {value!r}.")
         return options
 
     def _current_options(self) -> list[dict[str, Any]]:

@@ -40,13 +40,9 @@ def check_keywords(cls: type, keywords: Iterable[str]) -> None:
 
 def check_rate(lr: Any, where: str) -> None:
     """Refuse an lr that torch's constructors would compare with 0 in vain."""
-    if callable(lr) and not isinstance(lr, Tensor):
-        raise TypeError(
-            f"{where}: lr must be a number or a tensor of one element, got {lr!r}. For a function of the step use "
-            "torch.optim.lr_scheduler.LambdaLR."
-        )
-    if isinstance(lr, str) or lr is None:
-        raise TypeError(f"{where}: lr must be a number or a tensor of one element, got {lr!r}.")
+    if (callable(lr) and not isinstance(lr, Tensor)) or isinstance(lr, str) or lr is None:
+        hint = " For a function of the step use torch.optim.lr_scheduler.LambdaLR." if callable(lr) else ""
+        raise TypeError(f"{where}: lr must be a number or a tensor of one element, got {lr!r}.{hint}")
 
 
 def refuse_extras(group: Mapping[str, Any], own: Mapping[str, Any], where: str) -> None:
