@@ -234,7 +234,8 @@ def _moved(
     if not isinstance(value, Tensor):
         return value
     if name in names.states and value.shape == parameter.shape:
-        arena.begin(name, index, 0.0, is_number=False)
+        if name not in arena.names:
+            arena.begin(name, index, 0.0, is_number=False)
         made = arena.state(name, index, parameter, layout)
         copies[0].append(made)
         copies[1].append(value)
@@ -273,7 +274,8 @@ class Arena:
 
     def begin(self, name: str, index: int, value: float, *, is_number: bool) -> None:
         """Have memory for a state or a number of a parameter, which nobody has; let it begin with a value."""
-        if name not in self._starts:
+        is_new = name not in self._starts
+        if is_new:
             if is_number:
                 array: Any = np.zeros(self.size, np.float32 if name == STEP else np.float64)
                 self.numbers[name], start = array, array.ctypes.data
@@ -281,9 +283,9 @@ class Arena:
                 array = self.arrays[name] = self.device.array(self.device.zeros(self._total, self._dtype))
                 start = self.device.memory.address(array)
             self._starts[name], self._given[name] = (start, array.itemsize), bytearray(self.size)
-        if value and is_number:
+        if is_number:
             self.numbers[name][index] = value
-        elif value:
+        elif value or not is_new:
             self.arrays[name][self.offsets[index] : self.offsets[index] + self._sizes[index]] = value
 
     def state(self, name: str, index: int, parameter: Tensor, layout: tuple[Any, ...]) -> Tensor:
