@@ -108,7 +108,7 @@ class Parameter:
     copy: Copy | None = None
     shape: tuple[int, ...] = ()
     guard: Any = None  # a weak reference to the array, which makes NumPy refuse to resize it
-    elsewhere: dict[str, int] = field(default_factory=dict)  # addresses of states that lie in no flat array
+    elsewhere: Mapping[str, int] = field(default_factory=dict)  # addresses of states that lie in no flat array
 
     @property
     def views(self) -> dict[str, Array]:

@@ -2,70 +2,44 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
-from ..engine.exclusive import exclusive
-from ..kernels.rules.rule import Options, Rule
-from ._flat import FlatGroups
-from ._state import STEP, Names, State
+from ..engine.exclusive import exclusive, finish
+from ..kernels.epilogues import EMA
+from ..kernels.registry import RULES, family_states
+from ..kernels.rules.rule import Rule
+from ._groups import GroupOptions
+from ._master import MASTER
+from ._options import refuse_extras
+from ._state import LIBRARY, STEP, State, number
 
 
 class _Boxed:
-    """Keeps a tensor from ``torch.optim.Optimizer.load_state_dict``, which would cast it to the parameter's dtype.
+    """Keeps a state from ``torch.optim.Optimizer.load_state_dict``, which would cast it to the parameter's dtype.
 
     For step counts, too, torch would look for each parameter in the lists of all groups.
     """
 
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
+    __slots__ = ("state",)
 
-
-def _boxed(state: Any) -> Any:
-    """The state of one parameter with its tensors in boxes."""
-    if not isinstance(state, dict):
-        return state
-    return {k: _Boxed(v) if isinstance(v, Tensor) else v for k, v in state.items()}
+    def __init__(self, state: Any) -> None:
+        self.state = state
 
 
 def _box(opt: torch.optim.Optimizer, loaded: dict[str, Any]) -> dict[str, Any]:
-    """Check a state dict before it is loaded, and put its tensors in boxes."""
+    """Check a state dict before it is loaded, and put its states in boxes."""
     assert isinstance(opt, Checkpoints)
-    loaded = {**opt.check_loaded(loaded)}
-    opt.check_states(loaded)
-    return {**loaded, "state": {key: _boxed(state) for key, state in loaded["state"].items()}}
+    return {**opt._checked(loaded), "state": {key: _Boxed(state) for key, state in loaded["state"].items()}}
 
 
-def _taken(parameter: Any, state: Any, names: Names) -> Any:
-    """The state of one parameter without boxes: states and numbers as they are, copies of other tensors."""
-    if not isinstance(state, dict):
-        return state
-    taken = {}
-    for name, value in state.items():
-        if isinstance(value, _Boxed):
-            value = value.tensor.detach()
-            is_state = name in names.states and value.shape == parameter.shape
-            if name != STEP and name not in names.numbers and not is_state:
-                value = value.clone() if value.dim() == 0 else value.to(parameter.device, copy=True)
-        elif name not in (STEP, *names.numbers) and isinstance(value, float):  # of an older checkpoint
-            value = torch.tensor(value, dtype=torch.float64)
-        taken[name] = value
-    return taken
-
-
-class Checkpoints(torch.optim.Optimizer):
+class Checkpoints(GroupOptions):
     """``state_dict``, ``load_state_dict``, ``copy.deepcopy`` and ``pickle``."""
-
-    _flat: FlatGroups | None
-    _users: list[object]
-    _complete: bool
-    counts_steps: ClassVar[bool]
-    rule_options: ClassVar[Mapping[str, Any]]
-    names: ClassVar[Names]
 
     @_disable_dynamo
     @exclusive
@@ -130,46 +104,75 @@ class Checkpoints(torch.optim.Optimizer):
         finally:
             handle.remove()
 
-    def check_states(self, loaded: dict[str, Any]) -> None:
-        """Refuse states that lack something, or of other shapes."""
-        where = f"{type(self).__name__}.load_state_dict"
-        for own, group in zip(self.param_groups, loaded["param_groups"], strict=False):
-            numbers = [STEP] * self.counts_steps
-            rule = self.select_rule({**self.rule_options, **self.defaults, **group})
-            numbers += rule.carried
-            for index, p in zip(group["params"], own["params"], strict=False):
-                state = loaded["state"].get(index) or {}
-                steps = state.get(STEP)
-                begun = (
-                    [name for name in rule.state if name not in rule.late] if steps is not None and steps > 0 else []
+    def _checked(self, loaded: Mapping[str, Any]) -> dict[str, Any]:
+        """A state dict that is about to be loaded; refuses one of another class, and states that cannot be right.
+
+        Flags that torch's class does not have stay as they are where the state dict has none.
+        """
+        where, groups = f"{type(self).__name__}.load_state_dict:", list(loaded["param_groups"])
+        for index, (saved, own) in enumerate(zip(groups, self.param_groups, strict=False)):
+            place = f"{where} group {index} of the state dict"
+            refuse_extras(saved, self._extras(), place)
+            kept = {name: own[name] for name in self.rule_options if name in own and name not in saved}
+            group = groups[index] = {**saved, **kept}
+            # Flags are younger than some checkpoints.
+            needed = [n for n, v in self.defaults.items() if v is not None and not isinstance(v, bool)]
+            missing = [name for name in needed if name not in group]
+            if missing:
+                options = ", ".join(sorted(set(group) - {"params", "param_names"}))
+                raise ValueError(
+                    f"{place} lacks {', '.join(missing)}: it is of another class, with the options {options}. Load it "
+                    "into an optimizer of that class."
                 )
-                missing = [name for name in (*numbers, *begun) if name not in state]
-                if state and missing:
-                    raise KeyError(f"{where}: parameter {index} has a state that lacks {missing[0]!r}.")
-                for name, value in state.items():
-                    if isinstance(value, Tensor) and value.dim() and value.shape != p.shape:
-                        raise ValueError(
-                            f"{where}: {name} of parameter {index} has shape {tuple(value.shape)}, but the parameter "
-                            f"has shape {tuple(p.shape)}."
-                        )
+            rule = self.select_rule({**self.rule_options, **self.defaults, **group})
+            for key, p in zip(group["params"], own["params"], strict=False):
+                state = loaded["state"].get(key)
+                if isinstance(state, dict) and state:
+                    self._check_state(state, p, rule, where, key)
+        return {**loaded, "param_groups": groups}
+
+    def _check_state(self, state: dict[str, Any], parameter: Tensor, rule: Rule, where: str, key: Any) -> None:
+        """Refuse a state that lacks something, or that has what only others have."""
+        if not _foreign(rule).isdisjoint(state):
+            raise ValueError(
+                f"{where} parameter {key} has {', '.join(sorted(_foreign(rule) & state.keys()))}, which is of another "
+                "class. Load it into an optimizer of that class."
+            )
+        needed = [STEP] * self.counts_steps + [*rule.carried, *rule.state]
+        if not state.keys() >= {*needed}:
+            begun = STEP in state and number(state[STEP]) > 0
+            optional = {*rule.late, *(() if begun else rule.state)}
+            missing = [name for name in needed if name not in state and name not in optional]
+            if missing:
+                raise KeyError(f"{where} parameter {key} has a state that lacks {missing[0]!r}.")
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.shape != parameter.shape and value.dim():
+                raise ValueError(
+                    f"{where} {name} of parameter {key} has shape {tuple(value.shape)}, but the parameter has shape "
+                    f"{tuple(parameter.shape)}."
+                )
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "state": self.state, "extras": self._extras()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         state, groups = dict(state), state["param_groups"]
-        loaded = "extras" not in state
-        if not loaded:  # unpickled or copied: there was no constructor
+        if "extras" in state:  # unpickled or copied: there was no constructor
             self._made_anew(**state.pop("extras"))
             self._complete = True
             self._flatten_again(groups)
-        self._load_state_dict(state, loaded)
+        self._load_state_dict(state)
 
     @exclusive
-    def _load_state_dict(self, state: dict[str, Any], loaded: bool) -> None:
-        taken = {p: _taken(p, s, self.names) for p, s in state["state"].items()}
-        state["state"] = State.moved(taken, state["param_groups"], self.names, flat=self._flat is not None, copy=loaded)
-        super().__setstate__(state)
+    def _load_state_dict(self, state: dict[str, Any]) -> None:
+        items = {p: x.state if type(x) is _Boxed else x for p, x in state["state"].items()}
+        moved = State.moved(items, state["param_groups"], self.names, flat=self._flat is not None)
+
+        def take_over() -> None:
+            super(Checkpoints, self).__setstate__({**state, "state": {}})  # torch's classes look at each of them
+            self.state = moved
+
+        finish(take_over)
 
     def _flatten_again(self, groups: list[dict[str, Any]]) -> None:
         """Move the parameters of a copy as those of the original were, or let it be an optimizer that is not flat."""
@@ -179,18 +182,11 @@ class Checkpoints(torch.optim.Optimizer):
         except ValueError:  # parameters that came from another process are shared with it
             self._flat = None
 
-    def select_rule(self, options: Options) -> Rule:
-        raise NotImplementedError
 
-    def _extras(self) -> dict[str, Any]:
-        raise NotImplementedError
-
-    def _made_anew(self, *args: Any, **extras: Any) -> None:
-        raise NotImplementedError
-
-    def check_loaded(self, loaded: Mapping[str, Any]) -> Mapping[str, Any]:
-        """A state dict that is about to be loaded, or an error where it is of another class."""
-        raise NotImplementedError
+@functools.cache
+def _foreign(rule: Rule) -> frozenset[str]:
+    """States that only rules of other classes have; none for a rule of the user's own."""
+    return LIBRARY.states - family_states(rule) - {MASTER, EMA} if RULES.get(rule.name) is rule else frozenset()
 
 
 def _whole(tensor: Tensor) -> Tensor:

@@ -36,19 +36,27 @@ class TorchDevice:
         """A flat tensor as plans take it; one of 16 bits as integers."""
         return (tensor.view(torch.int16) if tensor.itemsize == 2 else tensor).numpy()
 
-    def view(self, array: Any, offset: int, memory: Tensor) -> Tensor:
-        """A part of a flat array as a tensor that lies like another, with a storage that covers this part only."""
-        part = array[offset : offset + memory.numel()]
-        if memory.is_contiguous():
-            part = part.reshape(memory.shape)
-        return _laid_out(torch.from_numpy(part), memory)
+    def view(self, array: Any, begin: int, end: int, layout: tuple[Any, ...]) -> Tensor:
+        """A part of a flat array as a tensor of this shape, strides and dtype, with a storage that covers no more."""
+        return laid_out(torch.from_numpy(array[begin:end]), layout)
 
     def capturing(self) -> bool:
         """Whether a step would go into a CUDA graph."""
         return False
 
+    def tensor(self, array: Any) -> Tensor:
+        """An array of what runs kernels here as a tensor on the same memory."""
+        return torch.from_numpy(array)
+
     def refuse_capture(self) -> None:
         """Raise where a step would go into a CUDA graph."""
+
+
+def laid_out(part: Tensor, layout: tuple[Any, ...]) -> Tensor:
+    shape, strides, dtype = layout
+    if part.dtype is torch.int16:
+        part = part.view(dtype)
+    return part if part.shape == shape else part.as_strided(shape, strides, 0)
 
 
 class Gpu(TorchDevice):
@@ -66,8 +74,8 @@ class Gpu(TorchDevice):
     def array(self, tensor: Tensor) -> Any:
         return tensor
 
-    def view(self, array: Any, offset: int, memory: Tensor) -> Tensor:
-        return _laid_out(from_dlpack(to_dlpack(array[offset : offset + memory.numel()])), memory)
+    def view(self, array: Any, begin: int, end: int, layout: tuple[Any, ...]) -> Tensor:
+        return laid_out(from_dlpack(to_dlpack(array[begin:end])), layout)
 
     def capturing(self) -> bool:
         with self._runtime.selected():
@@ -78,14 +86,7 @@ class Gpu(TorchDevice):
             self._runtime.refuse_capture(self._runtime.stream())
 
     def tensor(self, array: Any) -> Tensor:
-        """An array of CuPy as a tensor on the same memory."""
         return torch.as_tensor(array, device=self.torch_device)
-
-
-def _laid_out(part: Tensor, memory: Tensor) -> Tensor:
-    if part.dtype is torch.int16:
-        part = part.view(memory.dtype)
-    return part if part.shape == memory.shape else part.as_strided(memory.shape, memory.stride(), 0)
 
 
 class _TorchCudaDevice(CudaDevice):
@@ -93,9 +94,6 @@ class _TorchCudaDevice(CudaDevice):
 
     def address(self, array: Any) -> int:
         return array.data_ptr() if isinstance(array, Tensor) else super().address(array)
-
-
-CPU = TorchDevice(torch.device("cpu"), HOST)
 
 
 @functools.cache
@@ -106,7 +104,9 @@ def gpu(index: int) -> Gpu:
     return Gpu(torch.device("cuda", index), _TorchCudaDevice(device_at(index, "torch").runtime))
 
 
+CPU = TorchDevice(torch.device("cpu"), HOST)
+
+
 def device_of(tensor: Tensor) -> TorchDevice:
     """Where a tensor lives. Those of devices that fastopt does not know are refused later, if they have a gradient."""
-    device = tensor.device
-    return gpu(device.index) if device.type == "cuda" else CPU
+    return gpu(tensor.device.index) if tensor.is_cuda else CPU

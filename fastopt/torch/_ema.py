@@ -11,15 +11,13 @@ from torch._compile import _disable_dynamo
 
 from ..engine.exclusive import exclusive, finish, swapping
 from ..kernels.epilogues import EMA, EMA_STEP
+from ._groups import GroupOptions
 from ._master import MASTER
 from ._state import number
 
 
-class Averages(torch.optim.Optimizer):
+class Averages(GroupOptions):
     """What can be done with the averages of an optimizer whose param groups have ``ema_decay``."""
-
-    def _current_options(self) -> list[dict[str, Any]]:
-        raise NotImplementedError
 
     def swap_ema(self) -> AbstractContextManager[None]:
         """A block in which the parameters hold their averages, for validation: ``with opt.swap_ema(): ...``

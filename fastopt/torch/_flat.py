@@ -11,7 +11,7 @@ from torch import Tensor
 from ..arrays import Layout
 from . import _devices
 from ._devices import TorchDevice
-from ._tensors import PLAIN, parameter_memory, shaped_like
+from ._tensors import PLAIN, layout_of, parameter_memory, shaped_like
 
 
 class FlatGroup:
@@ -29,7 +29,10 @@ class FlatGroup:
         arrays = [device.array(flat) for flat in (self._values, self._gradients)]
         self.views = []
         for p, memory, offset in zip(params, memories, layout.offsets, strict=True):
-            value, view = (shaped_like(p, device.view(array, offset, memory)) for array in arrays)
+            value, view = (
+                shaped_like(p, device.view(array, offset, offset + memory.numel(), layout_of(memory)))
+                for array in arrays
+            )
             value.copy_(p.detach())
             if p.grad is not None:
                 view.copy_(p.grad)

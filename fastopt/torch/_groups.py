@@ -3,29 +3,30 @@
 from __future__ import annotations
 
 import inspect
-import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from operator import is_, itemgetter
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from ..engine.classes import EMA, constructor, keyword, keywords_of, option_arguments
-from ..engine.options import EMA_RANGES, Range, RuleChoice, boolean, choice, ranges_of
-from ..engine.step import StepInfo
+from ..engine.options import EMA_RANGES, NORM, STEP_OPTIONS, Range, boolean, range_of, ranges_of, step_option
+from ..engine.step import Request, StepInfo
 from ..kernels.registry import RULES, variant
 from ..kernels.rules.rule import Options, Rule
 from . import _devices
 from ._flat import FlatGroups
 from ._lr import DeviceRates
-from ._options import StepOptions, check_loaded_group, check_loaded_state, checked_flag, refuse_extras
-from ._shards import why_not_combined
-from ._state import LIBRARY, Names
+from ._options import is_fixed, plain, refuse_extras
+from ._state import LIBRARY, Names, State
 from ._tensors import FLOATING, PLAIN, check_apart, parameter_memory
 
 if TYPE_CHECKING:
-    from ._stepper import MultiDeviceStepper, Stepper
+    from ._stepper import Steppers
 
 
 SWITCHES = [keyword(name, False) for name in ("maximize", "capturable", "differentiable")]
@@ -33,7 +34,12 @@ SWITCHES += [keyword(name, None, bool | None) for name in ("foreach", "fused")]
 """What torch's classes have, for those that torch does not have."""
 
 
-class GroupOptions(StepOptions):
+def _any_number(default: Any) -> Range:
+    """The range of an option that torch's constructor checks, and nobody later."""
+    return range_of(("[-inf, inf]",) * len(default) if isinstance(default, tuple) else "[-inf, inf]", default)
+
+
+class GroupOptions(torch.optim.Optimizer):
     """Rules and options. Its constructor makes all that a copy of an optimizer must have anew."""
 
     rule: ClassVar[Rule | None] = None
@@ -59,9 +65,15 @@ class GroupOptions(StepOptions):
     """Whether ``state`` has a step count, as in torch."""
 
     _torch_names: ClassVar[frozenset[str]] = frozenset()  # the arguments of torch's class
+    _is_torchs: ClassVar[bool] = True  # whether torch has the class
 
+    state: Any  # a State, until somebody puts another dict in its place
     defaults: dict[str, Any]
     param_groups: list[dict[str, Any]]
+
+    max_grad_norm: float | None = step_option("max_norm", lambda value, where: NORM(plain(value, where), where))
+    skip_nonfinite: bool = step_option("skip_nonfinite", boolean)
+    zero_grads: bool = step_option("zero_grads", boolean)
 
     def __init__(
         self,
@@ -71,17 +83,20 @@ class GroupOptions(StepOptions):
         master_weights: bool = False,
         flatten: bool = False,
     ) -> None:
-        StepOptions.__init__(self, max_grad_norm, skip_nonfinite, zero_grads)
+        self._request = Request()
+        self.max_grad_norm, self.skip_nonfinite, self.zero_grads = max_grad_norm, skip_nonfinite, zero_grads
+        self.last_info = StepInfo()
         self._master = boolean(master_weights, f"{type(self).__name__}: master_weights")
         self._flat = FlatGroups() if boolean(flatten, f"{type(self).__name__}: flatten") else None
-        self.last_info = StepInfo()
         self._users: list[object] = []  # who is using this optimizer now
         self._complete = False  # whether the constructor is done, or there was none
-        self._derived: Stepper | MultiDeviceStepper | None = None  # ``state`` knows it, too, but does not keep it alive
+        self._derived: Steppers | None = None  # ``state`` knows it, too, but does not keep it alive
+        self._read: list[tuple[list[str], Callable[[Any], Any], Any]] | None = None  # what groups held, if it is fixed
         self._seen: list[dict[str, Any]] = []
         self._options: list[dict[str, Any]] = []
         self._structure: list[Any] = []
         self._rates = DeviceRates()
+        self._rules: list[Rule] = []
         self._part: str | None = None  # a parameter of whose whole there are no sums, and why
 
     def _made_anew(self, **extras: Any) -> None:
@@ -90,9 +105,9 @@ class GroupOptions(StepOptions):
 
     def __init_subclass__(cls) -> None:
         """Make the constructor, where the class writes none; find out what is read of a param group."""
-        base: Any = next((b for b in cls.__bases__ if GroupOptions in b.__bases__), None)
+        base: Any = next((b for b in cls.__bases__ if "_plain_step" in vars(b)), None)
         if base is not None:
-            inherited = dict(inspect.signature(super(StepOptions, cls).__init__).parameters)  # of torch's class
+            inherited = dict(inspect.signature(super().__init__).parameters)  # of torch's class
             del inherited["self"]
             is_torchs = not any(p.kind is p.VAR_KEYWORD for p in inherited.values())
             shared = keywords_of(base.__init__)
@@ -103,8 +118,6 @@ class GroupOptions(StepOptions):
                     flags = [p for p in options if p.kind is p.KEYWORD_ONLY]
                     flags += [keyword(name, False) for name in ("capturable", *cls.flags)]
                     cls.__init__ = constructor(cls.__qualname__, [*first, *flags, *EMA, *shared], base.__init__)  # type: ignore[method-assign]
-                if not is_torchs:
-                    cls.ranges = ranges_of(cls.rule.options)
                 if RULES.get(cls.rule.name) is not cls.rule:
                     cls.names = Names.of(cls.rule)
             own = inspect.signature(cls.__init__).parameters
@@ -112,30 +125,34 @@ class GroupOptions(StepOptions):
             cls._torch_names = frozenset(names - {"self", "params"})
             known = {"self", "foreach", "fused", *names, *(p.name for p in shared)}
             cls.rule_options = {**cls.rule_options, **{p.name: p.default for p in own.values() if p.name not in known}}
+            numbers = {p.name: p.default for p in inherited.values() if type(p.default) in (int, float, tuple)}
+            cls.ranges = {name: _any_number(default) for name, default in numbers.items()}
+            cls.ranges |= {name: EMA_RANGES.get(name, boolean) for name in cls.rule_options.keys() - cls._torch_names}
+            if cls.rule is not None and not is_torchs:
+                cls.ranges |= ranges_of(cls.rule.options)
+            cls._is_torchs = is_torchs
             cls.option_names = cls._torch_names.union(cls.rule_options, ["initial_lr"])
         signature = inspect.signature(cls.__init__)
         parameters = [p for p in signature.parameters.values() if p.name != "self"]
         cls.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
 
+    def _ask(self, **fields: Any) -> None:
+        self._request = replace(self._request, **fields)
+
     def _extras(self) -> dict[str, Any]:
-        return {**super()._extras(), "master_weights": self._master, "flatten": self._flat is not None}
+        """What is the whole optimizer's."""
+        step = {name: getattr(self, name) for name in STEP_OPTIONS}
+        return {**step, "master_weights": self._master, "flatten": self._flat is not None}
+
+    def __repr__(self) -> str:
+        head, groups = super().__repr__().split("\n", 1)
+        return "\n".join([head, *(f"{name}: {value}" for name, value in self._extras().items()), groups])
 
     def select_rule(self, options: Options) -> Rule:
         """The update rule for a param group with these options."""
         if self.rule is None:
             raise NotImplementedError(f"{type(self).__name__} must have a rule, or override select_rule.")
         return variant(self.rule, options)
-
-    def choose(self, options: Options, parameter: Tensor) -> RuleChoice:
-        """What is done to one parameter of a group; LARS leaves some out of the trust ratio."""
-        rule = self.select_rule(options)
-        why = why_not_combined(parameter) if rule.ratio is not None else None
-        if why is not None:
-            raise NotImplementedError(
-                f"{type(self).__name__}: a parameter is {why}, so the norm of its whole is not known. Use an optimizer "
-                "whose rule has no norms, or DDP."
-            )
-        return choice(rule, options, parameter.ndim)
 
     def begin_group(self, group: dict[str, Any]) -> None:
         """Note what an option needs to know of the start of a group."""
@@ -152,43 +169,44 @@ class GroupOptions(StepOptions):
         where = f"{type(self).__name__}: group {index}: "
         if options.get("differentiable"):
             raise NotImplementedError(f"{where}differentiable=True is not supported.")
-        for name in self.rule_options.keys() - self._torch_names:
-            options[name] = checked_flag(name, options[name], where + name)
         options |= {name: check(options[name], where + name) for name, check in self.ranges.items() if name in options}
-        if self.ranges and self.rule is not None and self.rule.conflict is not None:
-            conflict = self.rule.conflict(options)
-            if conflict is not None:
-                raise ValueError(f"{where}{conflict}")
-        rule = self.select_rule(options)
-        for name in {*rule.options, *rule.initial.values()} & {*options, *self.defaults}:
-            value, count = options.get(name), rule.counts.get(name, 1)
-            if value is None and name in self.defaults and self.defaults[name] is None:
-                continue
-            numbers = value if isinstance(value, tuple) else (value,)
-            if len(numbers) != count or not all(isinstance(x, (int, float)) for x in numbers):
-                raise TypeError(f"{where}{name} must be {'a number' if count == 1 else 'two numbers'}, got {value!r}.")
-            if any(map(math.isnan, numbers)):
-                raise ValueError(f"{where}{name} must be a number, got {value!r}.")
+        conflict = (
+            None if self._is_torchs or self.rule is None or self.rule.conflict is None else self.rule.conflict(options)
+        )
+        if conflict is not None:
+            raise ValueError(f"{where}{conflict}")
         return options
 
-    def check_loaded(self, loaded: Mapping[str, Any]) -> Mapping[str, Any]:
-        """A state dict that is about to be loaded, or an error where it is of another class.
-
-        Flags that torch's class does not have stay as they are where the state dict has none.
-        """
-        where = f"{type(self).__name__}.load_state_dict: "
-        groups = []
-        for index, (group, now) in enumerate(zip(loaded["param_groups"], self.param_groups, strict=False)):
-            refuse_extras(group, self._extras(), f"{where}group {index} of the state dict")
-            kept = {name: now[name] for name in self.rule_options if name in now and name not in group}
-            groups.append({**group, **kept})
-            check_loaded_group(groups[-1], self.defaults, f"{where}group {index} of the state dict")
-            rule = self.select_rule({**self.rule_options, **self.defaults, **groups[-1]})
-            for key in group["params"]:
-                state = loaded["state"].get(key)
-                if isinstance(state, dict):
-                    check_loaded_state(state, rule, f"{where}the state of parameter {key}")
-        return {**loaded, "param_groups": groups + list(loaded["param_groups"])[len(groups) :]}
+    def _current_options(self) -> list[dict[str, Any]]:
+        """Options of every group as numbers."""
+        # Reading every option takes as long as a small step; but the same objects say the same, unless they can change.
+        if self._read is not None and len(self._read) == len(self.param_groups):
+            for group, (keys, take, values) in zip(self.param_groups, self._read, strict=True):
+                if list(group) != keys or not all(map(is_, take(group), values)):
+                    break
+            else:
+                return self._options
+        where = type(self).__name__
+        extras = self._extras()
+        for index, group in enumerate(self.param_groups):
+            refuse_extras(group, extras, f"{where}: group {index}")
+        known = [{name: group[name] for name in group if name in self.option_names} for group in self.param_groups]
+        current = [
+            {name: plain(value, f"{where}: group {index}: {name}") for name, value in group.items()}
+            for index, group in enumerate(self._rates.placed(known))
+        ]
+        if current != self._seen:
+            options = [self.complete(o, i) for i, o in enumerate(current)]
+            structure = [self.structure(o) for o in options]
+            if structure != self._structure and isinstance(self.state, State):
+                self.state.watch.drop()
+            self._options, self._structure, self._seen = options, structure, current
+        self._read = None
+        repeats = any(extras.keys() & group.keys() for group in self.param_groups)
+        if not repeats and all(is_fixed(value) for group in known for value in group.values()):
+            takers = zip(self.param_groups, (itemgetter("params", *names) for names in known), strict=True)
+            self._read = [(list(group), take, take(group)) for group, take in takers]
+        return self._options
 
     def _accept(self, first: int) -> None:
         """Refuse early what a step would refuse in groups from this one on, and flatten them.
@@ -209,8 +227,8 @@ class GroupOptions(StepOptions):
             if device.on_gpu:
                 device.require()
         memories = [parameter_memory(p, f"{where}: {name}") if new else p for name, p, new in named]
-        starts, nbytes = [m.data_ptr() for m in memories], [m.nbytes for m in memories]
-        check_apart(starts, nbytes, [name for name, *_ in named], where)
+        starts = np.array([m.data_ptr() for m in memories], np.uint64)
+        check_apart(starts, np.array([m.nbytes for m in memories], np.int64), lambda k: named[k][0], where)
         for group in self.param_groups[first:]:
             self.begin_group(group)
             if self._flat is not None:

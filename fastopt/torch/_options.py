@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 from torch import Tensor
-
-from ..engine.options import EMA_RANGES, NORM, STEP_OPTIONS, Range, boolean, step_option
-from ..engine.step import Request
-from ..kernels.registry import RULES, family_states
-from ..kernels.rules.rule import Rule
 
 FIXED = (bool, int, float, str)
 """Types whose objects never change."""
@@ -28,47 +22,6 @@ OTHER_NAMES = {
     "max_norm": "max_grad_norm",
 }
 """What other libraries call arguments."""
-
-
-class StepOptions:
-    """The options of a step, which are the whole optimizer's, as attributes that are checked when they are set."""
-
-    max_grad_norm: float | None = step_option("max_norm", lambda value, where: NORM(plain(value, where), where))
-    skip_nonfinite: bool = step_option("skip_nonfinite", boolean)
-    zero_grads: bool = step_option("zero_grads", boolean)
-
-    def __init__(self, max_grad_norm: float | None, skip_nonfinite: bool, zero_grads: bool) -> None:
-        self._request = Request()
-        self._read: list[tuple[list[str], Callable[[Any], Any], Any]] | None = None  # what groups held, if it is fixed
-        self.max_grad_norm, self.skip_nonfinite, self.zero_grads = max_grad_norm, skip_nonfinite, zero_grads
-
-    def _ask(self, **fields: Any) -> None:
-        self._request = dataclasses.replace(self._request, **fields)
-        self._read = None  # param groups may hold an option of the optimizer if they say the same
-
-    def _extras(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in STEP_OPTIONS}
-
-    def __repr__(self) -> str:
-        head, groups = super().__repr__().split("\n", 1)
-        return "\n".join([head, *(f"{name}: {value}" for name, value in self._extras().items()), groups])
-
-    def _refuse_part(self, part: str) -> None:
-        """Refuse a step that needs sums over the whole of a parameter, which cannot be had of this one."""
-        asked, cure = "fastopt.torch.GradScaler", "use torch.amp.GradScaler"
-        if self.max_grad_norm is not None:
-            asked, cure = "max_grad_norm", "clip with torch.nn.utils.clip_grad_norm_ (FSDP1: the module's method)"
-        elif self.skip_nonfinite:
-            asked, cure = "skip_nonfinite", "use torch.amp.GradScaler, or look at the norm of clip_grad_norm_"
-        raise NotImplementedError(
-            f"{type(self).__name__}: {asked} needs sums over all processes, but {part}. Leave it out, and {cure}."
-        )
-
-
-def checked_flag(name: str, value: Any, where: str) -> Any:
-    """An option that torch's class does not have, in its range."""
-    check: Range = EMA_RANGES.get(name, boolean)
-    return check(plain(value, where), where)
 
 
 def check_keywords(cls: type, keywords: Iterable[str]) -> None:
@@ -87,13 +40,9 @@ def check_keywords(cls: type, keywords: Iterable[str]) -> None:
 
 def check_rate(lr: Any, where: str) -> None:
     """Refuse an lr that torch's constructors would compare with 0 in vain."""
-    if callable(lr) and not isinstance(lr, Tensor):
-        raise TypeError(
-            f"{where}: lr must be a number or a tensor of one element, got {lr!r}. For a function of the step use "
-            "torch.optim.lr_scheduler.LambdaLR."
-        )
-    if isinstance(lr, str) or lr is None:
-        raise TypeError(f"{where}: lr must be a number or a tensor of one element, got {lr!r}.")
+    if (callable(lr) and not isinstance(lr, Tensor)) or isinstance(lr, str) or lr is None:
+        hint = " For a function of the step use torch.optim.lr_scheduler.LambdaLR." if callable(lr) else ""
+        raise TypeError(f"{where}: lr must be a number or a tensor of one element, got {lr!r}.{hint}")
 
 
 def refuse_extras(group: Mapping[str, Any], own: Mapping[str, Any], where: str) -> None:
@@ -135,25 +84,3 @@ def plain(value: Any, where: str) -> Any:
 def is_fixed(value: Any) -> bool:
     """Whether the object cannot say something else later."""
     return value is None or type(value) in FIXED or (type(value) is tuple and all(map(is_fixed, value)))
-
-
-def check_loaded_group(group: Mapping[str, Any], defaults: Mapping[str, Any], where: str) -> None:
-    """Refuse a param group of a checkpoint that lacks hyperparameters; flags are younger than some checkpoints."""
-    missing = [n for n, v in defaults.items() if n not in group and v is not None and not isinstance(v, bool)]
-    if missing:
-        options = ", ".join(sorted(set(group) - {"params", "param_names"}))
-        raise ValueError(
-            f"{where} lacks {', '.join(missing)}: it is of another class, with the options {options}. Load it into an "
-            "optimizer of that class."
-        )
-
-
-def check_loaded_state(names: Iterable[str], rule: Rule, where: str) -> None:
-    """Refuse a state of a checkpoint with arrays that only rules of other classes have."""
-    if RULES.get(rule.name) is not rule:
-        return  # of the user's own
-    foreign = sorted(set(names) & {name for other in RULES.values() for name in other.state} - family_states(rule))
-    if foreign:
-        raise ValueError(
-            f"{where} has {', '.join(foreign)}, which is of another class. Load it into an optimizer of that class."
-        )

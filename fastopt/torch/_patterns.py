@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -11,17 +11,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..engine.device import first_hit, first_overlap
-from ..engine.host import plan_class
 from ..kernels.dtypes import ITEMSIZE
 from ..kernels.layout import structure
 from ..kernels.rules.rule import Options
 from . import _interface
-from ._devices import TorchDevice
-from ._entries import Choose, Entries, Kind
 from ._master import MASTER, MasterWeights
-from ._shards import Shards
 from ._state import StateSync
-from ._tensors import PLAIN, STORED, address_of, gradient_memory, local, local_gradient, parameter_memory
+from ._tensors import PLAIN, STORED, address_of, layout_of, local, real
+
+if TYPE_CHECKING:
+    from ..engine.plan import Plan
+    from ._parameters import Parameters
 
 
 class Probe:
@@ -29,7 +29,8 @@ class Probe:
 
     Args:
         params: All parameters.
-        gradient_dtypes: The dtype of the gradient that each of them has; None where it must have none.
+        present: Indices of those that have a gradient; the others must have none.
+        dtypes: Of the gradients.
         states: The tensors in ``state`` that a step writes, and where their elements are.
         device: Where they and their gradients are.
         owned: Addresses and bytes of what a step writes, sorted and apart: no gradient may lie there.
@@ -38,7 +39,8 @@ class Probe:
     def __init__(
         self,
         params: Sequence[Tensor],
-        gradient_dtypes: Sequence[torch.dtype | None],
+        present: Sequence[int],
+        dtypes: Sequence[torch.dtype],
         states: Sequence[tuple[Tensor, int]],
         device: torch.device,
         owned: tuple[NDArray[np.uint64], NDArray[np.int64]],
@@ -48,28 +50,31 @@ class Probe:
         self._library = library
         self._alive = params, states  # the addresses of these objects hold while they live
         self._table = library.table(device)
-        self._known = np.array(
-            [(id(t), t._cdata, address, t.untyped_storage()._cdata) for t, address in states], structure("known")
-        )
+        self._known = np.array([_known(t, address) for t, address in states], structure("known"))
         self._states = np.array((self._known.ctypes.data, len(states)), structure("states"))
-        self._expected = np.zeros(len(params), structure("expected"))
-        layouts: dict[Any, tuple[NDArray[np.int64], NDArray[np.int64]]] = {}
-        for entry, p, dtype in zip(self._expected, params, gradient_dtypes, strict=True):
-            storage = p.untyped_storage()._cdata
-            entry["parameter"] = id(p), p._cdata, p.data_ptr() if dtype is not None else 0, storage
-            if dtype is None:
-                entry["dim"] = -1
-                continue
-            layout = p.shape, p.stride()
-            if layout not in layouts:
-                layouts[layout] = np.array(p.shape, np.int64), np.array(p.stride(), np.int64)
-            entry["dim"], entry["nbytes"] = p.dim(), p.numel() * dtype.itemsize
-            entry["sizes"], entry["strides"] = (x.ctypes.data for x in layouts[layout])
-            if p.grad is not None:
-                entry["gradient_storage"] = p.grad.untyped_storage()._cdata
-            entry["dtype"], entry["gradient_dtype"] = library.codes[p.dtype], library.codes[dtype]
-        self._layouts = layouts
-        self._count = sum(dtype is not None for dtype in gradient_dtypes)
+        stepped = [params[i] for i in present]
+        expected = self._expected = np.zeros(len(params), structure("expected"))
+        expected["parameter"] = [_known(p, 0) for p in params]
+        expected["dim"] = -1
+        layouts = [(p.shape, p.stride()) for p in stepped]
+        self._layouts = {layout: np.array(layout, np.int64) for layout in layouts}
+        places = {layout: numbers.ctypes.data for layout, numbers in self._layouts.items()}
+        chosen, columns = (
+            list(present),
+            {
+                "dim": [p.dim() for p in stepped],
+                "nbytes": [p.numel() * dtype.itemsize for p, dtype in zip(stepped, dtypes, strict=True)],
+                "sizes": [places[layout] for layout in layouts],
+                "strides": [places[layout] + 8 * len(layout[0]) for layout in layouts],
+                "dtype": [library.codes[p.dtype] for p in stepped],
+                "gradient_dtype": [library.codes[dtype] for dtype in dtypes],
+                "gradient_storage": [0 if p.grad is None else p.grad.untyped_storage()._cdata for p in stepped],
+            },
+        )
+        for name, column in columns.items():
+            expected[name][chosen] = column
+        expected["parameter"]["data"][chosen] = [p.data_ptr() for p in stepped]
+        self._count = len(stepped)
         self.pointers: NDArray[np.uint64] = np.zeros(self._count, np.uint64)
         self._held = np.zeros(self._count, np.uint64)
         self._owned = np.array([owned[0], owned[0] + owned[1].astype(np.uint64)])  # where each begins and ends
@@ -109,35 +114,8 @@ class Probe:
         return bool(self._library.bump_versions(*self._arguments[:3]))
 
 
-class Read(NamedTuple):
-    """Gradients as kernels can read them."""
-
-    memories: Sequence[Tensor]
-    dtypes: tuple[torch.dtype, ...]
-    copied: list[Tensor]  # what the user sees of those that were copied
-
-
-class Parameters(NamedTuple):
-    """The parameters of one device, and what all steps of them need."""
-
-    params: list[Tensor]
-    entries: Entries
-    kind: Kind
-    device: TorchDevice
-    shards: Shards
-
-    def local(self, present: Sequence[int], grads: Sequence[Tensor]) -> list[Tensor]:
-        """What this process holds of gradients, placed as their parameters are."""
-        return [local_gradient(g, self.params[i], self.entries.name(i)) for i, g in zip(present, grads, strict=True)]
-
-    def brought(self, present: Sequence[int], grads: Sequence[Tensor]) -> list[Tensor]:
-        """Gradients of this process as real tensors in their parameters' layouts, copied where they must be."""
-        memories = []
-        for i, gradient in zip(present, grads, strict=True):
-            name = self.entries.name(i)
-            memory = parameter_memory(self.params[i], name)
-            memories.append(gradient_memory(gradient, memory, self.kind.has_master(memory), self.kind.name, name))
-        return memories
+def _known(tensor: Tensor, address: int) -> tuple[int, ...]:
+    return id(tensor), tensor._cdata, address, tensor.untyped_storage()._cdata
 
 
 class Pattern:
@@ -149,7 +127,7 @@ class Pattern:
         dtypes: Of the gradients.
         flat: Whether neighbours in flat memory may be walked in one run.
         options: Of each group.
-        choose: What is done to each parameter.
+        make: The class of the plan.
     """
 
     def __init__(
@@ -159,33 +137,25 @@ class Pattern:
         dtypes: tuple[torch.dtype, ...],
         flat: bool,
         options: Sequence[Options],
-        choose: Choose,
+        make: type[Plan],
     ) -> None:
         self._parameters, self._where = parameters, parameters.kind.name
         self.present, self.dtypes = present, dtypes
-        entries = [parameters.entries[i] for i in present]
-        records = [e.record for e in entries]
-        self.names = [r.name for r in records]
+        records = self._records = [parameters[i] for i in present]
         self.stepped = [parameters.params[i] for i in present]
-        own = [local(p.detach(), name) for p, name in zip(self.stepped, self.names, strict=True)]
-        self._pointers, self._layouts = [p.data_ptr() for p in own], [(p.dtype, p.shape, p.stride()) for p in own]
-        self._plain = all(type(p) in PLAIN for p in self.stepped)
+        self._plain = all(type(p) in PLAIN and not p.is_complex() for p in self.stepped)
+        own = self.stepped if self._plain else parameters.memories(present)
         self._contiguous = [p.is_contiguous() for p in own]
         self._strided = [(k, (p.shape, p.stride())) for k, p in enumerate(own) if not p.is_contiguous()]
-        # The only contiguous tensors that autograd leaves negated: imaginary parts of one element.
-        self._lazy = [k for k, p in enumerate(own) if p.is_complex() or p.numel() == 1]
-        self._scalars = [p for p, raw in zip(self.stepped, own, strict=True) if raw.numel() == 1]
-        self._complex = any(p.is_complex() for p in own)
-        self._seen_dtypes = [p.dtype if p.is_complex() else d for p, d in zip(own, dtypes, strict=True)]
-        self._shown = [t for e in entries for t in (*e.numbers.values(), *e.tensors.values())]
-        self._shown_at = list(map(address_of, self._shown))
-        self._owned = parameters.entries.owned(present)
-        pairs = [(p, local(e.tensors[MASTER], "a master")) for p, e in zip(own, entries, strict=True) if e.record.copy]
+        # The only contiguous real tensors that autograd leaves negated: imaginary parts of one element.
+        self._scalars = [k for k, r in enumerate(records) if r.size == 1]
+        self._owned = parameters.owned(present)
+        pairs = [(p, local(r.tensors[MASTER], "a master")) for p, r in zip(own, records, strict=True) if r.copy]
         self.masters = MasterWeights(pairs) if pairs else None
         self._itemsizes = np.array([dtype.itemsize for dtype in dtypes], np.int64)
-        self._extent = np.array([r.size for r in records], np.int64) * self._itemsizes
         self._offsets, self._sizes = np.array([(r.offset, r.size) for r in records], np.int64).reshape(-1, 2).T
-        arenas = np.array([id(e.slot.arena) for e in entries])
+        self._extent = self._sizes * self._itemsizes
+        arenas = np.array([id(r.arena) for r in records])
         self._members = [np.flatnonzero(arenas == arena) for arena in dict.fromkeys(arenas.tolist())]
         if flat:
             itemsizes = np.array([ITEMSIZE[r.dtype] for r in records])
@@ -194,16 +164,18 @@ class Pattern:
             for record, address in zip(records, () if placed is None else placed.tolist(), strict=False):
                 record.address = address
         self._flat = flat
-        choices = [choose(options[r.group], p) for r, p in zip(records, self.stepped, strict=True)]
         signs = [-1.0 if o.get("maximize") else 1.0 for o in options]
         stored: Any = [STORED[dtype] for dtype in dtypes]
         memory = parameters.device.memory
-        self.plan = plan_class(memory)(records, stored, choices, flat, signs, memory)
+        self.plan = make(records, stored, [r.beginning.choice for r in records], flat, signs, memory)
         if parameters.shards:
             self.plan.combine = self._combine
-        self.sync = StateSync([e.counted for e in entries])
+        self.sync = StateSync(records, parameters.kind.counts)
+        self._served = 0  # steps that the plan has taken without a probe
         self.probe: Probe | None = None
-        self._served = 0  # steps that the plan has taken without it
+        self._shown: list[Tensor] = []  # tensors in ``state``
+        self._shown_at: list[int] = []
+        self.look_at_shown()
         self._starts = b""  # where the plan finds the gradients, as the bytes of an array
 
     # --- whether all is as it was --------------------------------------------------------------------------------
@@ -217,13 +189,19 @@ class Pattern:
         """Serve again, after other patterns did; False where parameters that went together no longer do."""
         return self.plan.resume()
 
+    def look_at_shown(self) -> None:
+        """Tensors were shown, which somebody may move from now on."""
+        self.probe = None
+        self._shown = [t for r in self._records for t in r.tensors.values()]
+        self._shown_at = [address for r in self._records for address in r.addresses]
+
     def hold(self, write: bool) -> bool:
         """Have torch's C interface find the gradients; False where something is not as it was. The probe holds them."""
         return (
             self.probe is not None
             and self.probe.hold()
             and self.sync.holds()
-            and not _is_negated([p.grad for p in self._scalars])
+            and not _is_negated([self.stepped[k].grad for k in self._scalars])
             and self._are_where_they_were(write)
         )
 
@@ -238,10 +216,10 @@ class Pattern:
 
     def is_stale(self) -> bool:
         """Whether some parameter or state is not where it was, or says something else."""
-        params = self.stepped if self._plain else [local(p.detach(), self._where) for p in self.stepped]
+        own = self.stepped if self._plain else [real(local(p.detach(), self._where)) for p in self.stepped]
         return (
-            [p.data_ptr() for p in params] != self._pointers
-            or [(p.dtype, p.shape, p.stride()) for p in params] != self._layouts
+            [p.data_ptr() for p in own] != [r.pointer for r in self._records]
+            or [layout_of(p) for p in own] != [r.layout for r in self._records]
             or list(map(address_of, self._shown)) != self._shown_at
             or not self.sync.holds()
         )
@@ -252,42 +230,34 @@ class Pattern:
         parameters = self._parameters
         if self._served < 2 or self.probe is not None or not Probe.available() or not self._is_simple(grads):
             return
-        dtypes = dict(zip(self.present, self.dtypes, strict=True))
-        wanted = [dtypes.get(i) for i in range(len(parameters.params))]
         shown = list(zip(self._shown, self._shown_at, strict=True))
-        self.probe = Probe(parameters.params, wanted, shown, parameters.device.torch_device, self._owned)
+        device = parameters.device.torch_device
+        self.probe = Probe(parameters.params, self.present, self.dtypes, shown, device, self._owned)
 
     def _is_simple(self, grads: Sequence[Tensor]) -> bool:
         """Whether parameters and gradients are what kernels read and write, with nothing in between."""
-        if not self._plain or self._complex or any(p.is_inference() for p in self._parameters.params):
+        if not self._plain or any(p.is_inference() for p in self._parameters.params):
             return False
         return {*map(type, grads), *map(type, self._shown)} <= PLAIN
 
     # --- gradients -----------------------------------------------------------------------------------------------
 
-    def read(self, grads: Sequence[Tensor]) -> Read:
+    def read(self, grads: Sequence[Tensor]) -> Sequence[Tensor]:
         """The gradients as kernels can read them."""
-        own = placed = grads
-        if not (self._plain and set(map(type, grads)) <= PLAIN):
-            own = [local(g, name) for g, name in zip(grads, self.names, strict=True)]
-            placed = self._parameters.local(self.present, grads)
-        plain = self._are_plain(placed)
-        memories = placed if plain else self._parameters.brought(self.present, placed)
-        copied = []
-        if memories is not own:
-            copied = [g for g, m in zip(own, memories, strict=True) if g.data_ptr() != m.data_ptr()]
-        return Read(memories, self.dtypes if plain else tuple(m.dtype for m in memories), copied)
+        if not self._plain or not {*map(type, grads)} <= PLAIN:
+            grads = self._parameters.local(self.present, grads)
+        return grads if self._are_plain(grads) else self._parameters.brought(self.present, grads)
 
     def _are_plain(self, grads: Sequence[Tensor]) -> bool:
         """Whether nothing about any gradient needs a closer look."""
         # List by list: a comprehension over a thousand tensors takes 80 µs, a function call for each 300.
         try:
             return (
-                [g.dtype for g in grads] == self._seen_dtypes
+                tuple([g.dtype for g in grads]) == self.dtypes
                 and [g.nbytes for g in grads] == self._extent.tolist()
                 and [g.is_contiguous() for g in grads] == self._contiguous
                 and all((grads[k].shape, grads[k].stride()) == layout for k, layout in self._strided)
-                and not _is_negated([grads[k] for k in self._lazy])
+                and not _is_negated([grads[k] for k in self._scalars])
                 and True not in [g._is_zerotensor() for g in grads]
             )
         except RuntimeError:  # sparse tensors have no such things
@@ -298,12 +268,12 @@ class Pattern:
         hit = first_hit(starts, self._extent, *self._owned)
         if hit is not None:
             raise ValueError(
-                f"{self._where}: the gradient of {self.names[hit]} shares memory with a parameter or a state, which "
-                "the step writes. Set .grad to a copy."
+                f"{self._where}: the gradient of {self._records[hit].name} shares memory with a parameter or a state, "
+                "which the step writes. Set .grad to a copy."
             )
         clash = first_overlap(starts, self._extent) if write else None
         if clash is not None:
-            a, b = (self.names[k] for k in clash)
+            a, b = (self._records[k].name for k in clash)
             raise ValueError(
                 f"{self._where}: the gradients of {a} and {b} share memory, so zero_grads=True would zero one before "
                 "it is read. Set one to a copy."

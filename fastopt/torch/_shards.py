@@ -10,6 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ._tensors import PLAIN
+
 
 class Shards:
     """Which parameters are spread over which processes; false where none is.
@@ -46,7 +48,7 @@ class Shards:
 
 def split_axes(tensor: Tensor) -> list[tuple[int, Any]]:
     """The dimensions of its mesh over which a distributed tensor is spread, and how."""
-    mesh: Any = getattr(tensor, "device_mesh", None)
+    mesh: Any = None if type(tensor) in PLAIN else getattr(tensor, "device_mesh", None)
     if mesh is None:
         return []
     placements = enumerate(tensor.placements)  # type: ignore[attr-defined]

@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from ..kernels.rules.rule import Rule
 from . import _devices
 from ._devices import TorchDevice
 from ._master import MASTER
-from ._tensors import COMPUTED, address_of, parameter_memory, shaped_like
+from ._tensors import COMPUTED, PLAIN, layout_of, parameter_memory, shaped_like
 
 STEP = "step"
 
@@ -77,7 +77,36 @@ class Watch:
         self._derived = None
 
 
-def _watched(name: str, tell: Callable[[Watch], None] = Watch.drop) -> Callable[..., Any]:
+class _Watched(defaultdict[Any, Any]):
+    """A dict that tells its ``Watch`` when it is read, and of every change to its entries.
+
+    Saved and copied, it is an ordinary dict.
+    """
+
+    __slots__ = ()
+
+    watch: Watch
+
+    def copy(self) -> dict[Any, Any]:  # type: ignore[override]
+        return dict(self)
+
+    def __or__(self, other: Any) -> dict[Any, Any]:  # type: ignore[override]
+        return {**self, **other}
+
+    def __ror__(self, other: Any) -> dict[Any, Any]:  # type: ignore[override]
+        return {**other, **self}
+
+    __copy__ = copy  # type: ignore[assignment]
+
+
+READS = (
+    *("__contains__", "__eq__", "__getitem__", "__iter__", "__len__", "__ne__", "__repr__", "__reversed__"),
+    *("get", "items", "keys", "values"),
+)
+CHANGES = ("__delitem__", "__ior__", "__setitem__", "clear", "pop", "popitem", "setdefault", "update")
+
+
+def _watched(name: str, tell: Callable[[Watch], None]) -> Callable[..., Any]:
     method = getattr(defaultdict, name)
 
     @functools.wraps(method)
@@ -88,62 +117,38 @@ def _watched(name: str, tell: Callable[[Watch], None] = Watch.drop) -> Callable[
     return watched
 
 
-class _Watched(defaultdict[Any, Any]):
-    """A dict that tells its ``Watch`` when it is read, and of every change to its entries.
+for _name in READS:
+    setattr(_Watched, _name, _watched(_name, Watch.settle))
+for _name in CHANGES:
+    setattr(_Watched, _name, _watched(_name, Watch.drop))
 
-    Saved and copied, it is an ordinary dict.
-    """
 
-    watch: Watch
-
-    __getitem__ = _watched("__getitem__", Watch.settle)
-    __contains__ = _watched("__contains__", Watch.settle)
-    __iter__ = _watched("__iter__", Watch.settle)
-    __len__ = _watched("__len__", Watch.settle)
-    __repr__ = _watched("__repr__", Watch.settle)
-    get = _watched("get", Watch.settle)
-    keys = _watched("keys", Watch.settle)
-    values = _watched("values", Watch.settle)
-    items = _watched("items", Watch.settle)
-    __setitem__ = _watched("__setitem__")
-    __delitem__ = _watched("__delitem__")
-    __ior__ = _watched("__ior__")
-    clear = _watched("clear")
-    pop = _watched("pop")
-    popitem = _watched("popitem")
-    setdefault = _watched("setdefault")
-    update = _watched("update")
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 class ParameterState(_Watched):
     """The state of one parameter."""
 
+    __slots__ = ("slot", "untouched", "watch")
+
     def __init__(self, watch: Watch, items: Mapping[str, Any], slot: Slot | None = None) -> None:
         super().__init__(None, items)
         self.watch = watch
         self.slot = slot
-        self.untouched: dict[str, tuple[Tensor, int]] = {}  # made without a step, and their versions then
-
-    def show(self, slot: Slot, tensors: Mapping[str, Tensor]) -> None:
-        """Take what a step reads and writes."""
-        self.slot = slot
-        for name, tensor in tensors.items():
-            dict.__setitem__(self, name, tensor)
+        self.untouched: Mapping[str, tuple[Any, int]] = NOTHING  # tensors made without a step, and their versions then
 
     def remember(self) -> None:
         """The states are what they were made as, without a step."""
-        self.untouched = {name: (tensor, tensor._version) for name, tensor in dict.items(self)}
+        items: Any = dict.items(self)
+        self.untouched = {name: (tensor, tensor._version) for name, tensor in items}
 
     @property
     def is_untouched(self) -> bool:
         """Whether the states were made without a step, and nobody wrote them since."""
         return bool(self.untouched) and all(
-            dict.get(self, name) is tensor and tensor._version == version
+            tensor._version == version and dict.get(self, name) is tensor
             for name, (tensor, version) in self.untouched.items()
         )
-
-    def __copy__(self) -> dict[str, Any]:  # type: ignore[override]
-        return dict(self)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return dict, (), None, None, iter(self.items())
@@ -152,74 +157,90 @@ class ParameterState(_Watched):
 class State(_Watched):
     """The states of all parameters."""
 
+    __slots__ = ("watch",)
+
     def __init__(self, items: Mapping[Any, Any]) -> None:
-        super().__init__(dict)
+        super().__init__(dict, items)
         self.watch = Watch()
-        for key, value in items.items():
-            dict.__setitem__(self, key, value)
 
     @classmethod
-    def moved(
-        cls, items: Mapping[Any, Any], groups: Iterable[Mapping[str, Any]], names: Names, *, flat: bool, copy: bool
-    ) -> State:
-        """States in memory that is made for parameters together, so that a step can write all numbers at once.
+    def moved(cls, items: Mapping[Any, Any], groups: Iterable[Mapping[str, Any]], names: Names, *, flat: bool) -> State:
+        """Copies of states in memory that is made for parameters together: then a step can write all numbers at once.
 
         Args:
             items: The states.
             groups: The param groups.
-            names: What there may be in ``items``.
-            flat: Whether parameters are neighbours in memory: then their states are moved, too.
-            copy: Whether ``items`` has tensors of others, which are copied; else they stay what they are.
+            names: What there may be in ``items``; tensors of other names are copied one by one.
+            flat: Whether parameters are neighbours in memory, group by group.
         """
         state = cls(items)
-        alike: dict[Any, list[tuple[Tensor, Tensor]]] = {}
+        alike: dict[Any, tuple[list[Tensor], list[Tensor]]] = {}
         for g, group in enumerate(groups):
             for p in group["params"]:
-                if dict.get(state, p) and isinstance(state._raw(p), dict):
+                values = items.get(p)
+                if values and isinstance(values, dict):
                     try:
                         memory = parameter_memory(p, "")
                     except (NotImplementedError, TypeError, ValueError):
                         continue  # such as one on the meta device: a step says so, if it gets that far
-                    alike.setdefault((memory.dtype, g if flat else 0, _devices.device_of(p)), []).append((p, memory))
-        for (*_, device), members in alike.items():
-            arena = Arena([memory for _, memory in members], device)
-            for index, (p, memory) in enumerate(members):
-                slot, values = Slot(arena, index, layout_of(memory)), dict(state._raw(p))
-                for name, value in values.items():
-                    if name == STEP or name in names.numbers:
-                        values[name] = slot.add_number(name, number(value))
-                    elif (
-                        name in names.states and (copy or flat) and isinstance(value, Tensor) and value.shape == p.shape
-                    ):
-                        values[name] = slot.add_state(name, p, memory)
-                        values[name].copy_(value.detach())
-                state.keep(p, ParameterState(state.watch, values, slot))
+                    params, memories = alike.setdefault(
+                        (memory.dtype, g if flat else 0, _devices.device_of(p)), ([], [])
+                    )
+                    params.append(p)
+                    memories.append(memory)
+        layouts: dict[Any, Any] = {}  # one object for equal ones
+        copies: tuple[list[Tensor], list[Tensor]] = [], []  # targets and sources
+        for (*_, device), (params, memories) in alike.items():
+            arena = Arena(memories, device)
+            for index, (p, memory) in enumerate(zip(params, memories, strict=True)):
+                layout = layout_of(memory)
+                slot = Slot(arena, index, layouts.setdefault(layout, layout))
+                moved = {name: _moved(name, x, names, slot, p, copies) for name, x in items[p].items()}
+                dict.__setitem__(state, p, ParameterState(state.watch, moved, slot))
+        with torch.no_grad():
+            if copies[0] and {*map(type, copies[0]), *map(type, copies[1])} <= PLAIN:
+                torch._foreach_copy_(*copies)
+            else:
+                for target, source in zip(*copies, strict=True):
+                    target.copy_(source)
         return state
-
-    def _raw(self, parameter: Tensor) -> Any:
-        return dict.get(self, parameter, {})
 
     def of(self, parameter: Tensor) -> ParameterState:
         """The state of a parameter, watched from now on."""
-        state = self._raw(parameter)
+        state = dict.get(self, parameter, NOTHING)
         if type(state) is not ParameterState or state.watch is not self.watch:
             state = ParameterState(self.watch, state)
         return state
-
-    def keep(self, parameter: Tensor, state: ParameterState) -> None:
-        """Let a state that ``of`` returned be that of the parameter."""
-        dict.__setitem__(self, parameter, state)
 
     def __missing__(self, key: Any) -> Any:
         value = self.of(key) if isinstance(key, Tensor) else {}
         dict.__setitem__(self, key, value)
         return value
 
-    def __copy__(self) -> dict[Any, Any]:  # type: ignore[override]
-        return dict(self)
-
     def __reduce__(self) -> tuple[Any, ...]:
         return defaultdict, (dict,), None, None, iter(self.items())
+
+
+def _moved(
+    name: str, value: Any, names: Names, slot: Slot, parameter: Tensor, copies: tuple[list[Tensor], list[Tensor]]
+) -> Any:
+    """What becomes of a value: memory in the arena, if a step may write it there; what must be copied is listed."""
+    arena, index, layout = slot
+    if name == STEP or name in names.numbers:
+        arena.begin(name, index, number(value), is_number=True)
+        return arena.number(name, index)
+    if isinstance(value, float):  # of an older checkpoint
+        return torch.tensor(value, dtype=torch.float64)
+    if not isinstance(value, Tensor):
+        return value
+    if name in names.states and value.shape == parameter.shape:
+        if name not in arena.names:
+            arena.begin(name, index, 0.0, is_number=False)
+        made = arena.state(name, index, parameter, layout)
+        copies[0].append(made)
+        copies[1].append(value)
+        return made
+    return value.detach().clone() if value.dim() == 0 else value.detach().to(parameter.device, copy=True)
 
 
 class Arena:
@@ -238,59 +259,63 @@ class Arena:
         self.size = len(memories)
         layout = Layout.of({str(i): (m.numel(),) for i, m in enumerate(memories)})
         self.offsets, self._total = layout.offsets, layout.total
+        self._sizes = layout.sizes
         self.extents = np.diff([*layout.offsets, layout.total]).tolist()
         self.arrays: dict[str, Any] = {}
         self.numbers: dict[str, NDArray[Any]] = {}
+        self._starts: dict[str, tuple[int, int]] = {}  # address and itemsize
+        self._given: dict[str, bytearray] = {}  # whether somebody has the memory of a parameter
         self._dtype = COMPUTED[memories[0].dtype]
 
-    def array(self, name: str) -> Any:
-        """The flat array of a state, as plans take it."""
-        if name not in self.arrays:
-            self.arrays[name] = self.device.array(self.device.zeros(self._total, self._dtype))
-        return self.arrays[name]
+    @property
+    def names(self) -> Collection[str]:
+        """Of all that was begun."""
+        return self._starts.keys()
 
-    def number(self, name: str) -> NDArray[Any]:
-        """A number per parameter. Step counts are float32, as in torch; what a rule carries is exact."""
-        if name not in self.numbers:
-            self.numbers[name] = np.zeros(self.size, np.float32 if name == STEP else np.float64)
-        return self.numbers[name]
+    def begin(self, name: str, index: int, value: float, *, is_number: bool) -> None:
+        """Have memory for a state or a number of a parameter, which nobody has; let it begin with a value."""
+        is_new = name not in self._starts
+        if is_new:
+            if is_number:
+                array: Any = np.zeros(self.size, np.float32 if name == STEP else np.float64)
+                self.numbers[name], start = array, array.ctypes.data
+            else:
+                array = self.arrays[name] = self.device.array(self.device.zeros(self._total, self._dtype))
+                start = self.device.memory.address(array)
+            self._starts[name], self._given[name] = (start, array.itemsize), bytearray(self.size)
+        if is_number:
+            self.numbers[name][index] = value
+        elif value or not is_new:
+            self.arrays[name][self.offsets[index] : self.offsets[index] + self._sizes[index]] = value
+
+    def state(self, name: str, index: int, parameter: Tensor, layout: tuple[Any, ...]) -> Tensor:
+        """A tensor of a state of a parameter that lies so."""
+        self._given[name][index] = True
+        offset = self.offsets[index]
+        view = self.device.view(self.arrays[name], offset, offset + self._sizes[index], layout)
+        return shaped_like(parameter, view)
+
+    def number(self, name: str, index: int) -> Tensor:
+        """A tensor of a number. Step counts are float32, as in torch; what a rule carries is exact."""
+        self._given[name][index] = True
+        return torch.from_numpy(self.numbers[name][index : index + 1].reshape(()))
+
+    def place(self, name: str, index: int) -> int:
+        """Where something of a parameter begins; 0 if nothing of this name was made."""
+        start, itemsize = self._starts.get(name, (0, 0))
+        return start + itemsize * (index if name in self.numbers else self.offsets[index])
+
+    def misses(self, index: int, state: dict[str, Any]) -> bool:
+        """Whether something is missing in a state that was made here: who took it out may still have it."""
+        return any(given[index] and dict.get(state, name) is None for name, given in self._given.items())
 
 
-@dataclass(eq=False)
-class Slot:
-    """The place of a parameter in an arena, how the parameter lies in memory, and the tensors that were made there."""
+class Slot(NamedTuple):
+    """The place of a parameter in an arena, and how the parameter lies in memory."""
 
     arena: Arena
-    index: int
+    row: int
     layout: tuple[Any, ...]
-    entries: dict[str, Tensor] = field(default_factory=dict)
-    _addresses: dict[str, int] = field(default_factory=dict)
-
-    def add_number(self, name: str, value: float) -> Tensor:
-        """A number."""
-        numbers = self.arena.number(name)
-        numbers[self.index] = value
-        return self._add(name, torch.from_numpy(numbers[self.index : self.index + 1].reshape(())))
-
-    def add_state(self, name: str, parameter: Tensor, memory: Tensor) -> Tensor:
-        """A state of zeros for the parameter, whose real tensor is ``memory``."""
-        array, offset = self.arena.array(name), self.arena.offsets[self.index]
-        return self._add(name, shaped_like(parameter, self.arena.device.view(array, offset, memory)))
-
-    def _add(self, name: str, entry: Tensor) -> Tensor:
-        self._addresses[name] = address_of(entry)
-        self.entries[name] = entry
-        return entry
-
-    def holds(self, name: str, value: Any) -> bool:
-        """Whether this is the tensor that was made here under this name, with the memory that it was given."""
-        entry = self.entries.get(name)
-        return entry is not None and value is entry and address_of(entry) == self._addresses[name]
-
-
-def layout_of(memory: Tensor) -> tuple[Any, ...]:
-    """How a parameter lies in memory, as far as its states must lie likewise."""
-    return memory.shape, memory.stride(), COMPUTED[memory.dtype]
 
 
 def number(value: Any) -> float:
@@ -298,33 +323,38 @@ def number(value: Any) -> float:
     return float(value.item() if isinstance(value, Tensor) else value)
 
 
+class Counted(Protocol):
+    """A parameter whose numbers ``state`` shows."""
+
+    arena: Arena
+    index: int
+    step_count: StepCount
+    loose: Mapping[str, Tensor]  # numbers that the user put there
+
+
 class StateSync:
     """Shows how far scalar groups have come in the tensors of ``state``, and notices where somebody else wrote these.
 
     Args:
-        numbers: Of each parameter its progress, its slot, and the tensors of its numbers by name.
-        write: Whether to write what the scalar groups know.
+        parameters: Whose numbers they are.
+        counts: Whether ``state`` has step counts.
     """
 
-    def __init__(self, numbers: Sequence[tuple[StepCount, Slot, Mapping[str, Tensor]]], *, write: bool = True) -> None:
-        places: dict[tuple[int, int, str], list[int]] = {}
+    def __init__(self, parameters: Iterable[Counted], counts: bool) -> None:
+        alike: dict[tuple[int, int], list[Counted]] = {}
+        for p in parameters:
+            alike.setdefault((id(p.step_count), id(p.arena)), []).append(p)
         self._shown: list[tuple[NDArray[Any], Any, StepCount, str]] = []
-        for k, (step_count, slot, tensors) in enumerate(numbers):
-            for name, tensor in tensors.items():
-                if slot.holds(name, tensor):
-                    places.setdefault((id(step_count), id(slot.arena), name), []).append(k)
-                else:
-                    self._shown.append((tensor.detach().numpy().reshape(-1), slice(None), step_count, name))
-        for (_, _, name), members in places.items():
-            step_count, slot, _ = numbers[members[0]]
-            indices = [numbers[k][1].index for k in members]
-            where: Any = slice(None) if indices == list(range(slot.arena.size)) else np.array(indices)
-            self._shown.append((slot.arena.numbers[name], where, step_count, name))
-        self._values: list[Any] = []
-        for array, where, step_count, name in self._shown:
-            self._values.append(self._value(array, step_count, name))
-            if write:
-                array[where] = self._values[-1]
+        for members in alike.values():
+            step_count, arena = members[0].step_count, members[0].arena
+            for name in [STEP] * counts + list(step_count.carry or ()):
+                loose = [p.loose[name] for p in members if name in p.loose]
+                self._shown += [(x.detach().numpy().reshape(-1), slice(None), step_count, name) for x in loose]
+                indices = [p.index for p in members if name not in p.loose]
+                where: Any = slice(None) if indices == list(range(arena.size)) else np.array(indices, np.int64)
+                if indices:
+                    self._shown.append((arena.numbers[name], where, step_count, name))
+        self._values = [self._value(array, step_count, name) for array, _, step_count, name in self._shown]
         self._arrays = list({id(array): array for array, *_ in self._shown}.values())
         self._seen = [array.tobytes() for array in self._arrays]
 

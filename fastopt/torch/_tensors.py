@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..engine.device import first_overlap
@@ -82,6 +83,11 @@ def same_layout(a: Tensor, b: Tensor) -> bool:
     return all(n == 1 or s == t for n, s, t in zip(a.shape, a.stride(), b.stride(), strict=True))
 
 
+def layout_of(memory: Tensor) -> tuple[Any, ...]:
+    """How a tensor lies in memory."""
+    return memory.shape, memory.stride(), memory.dtype
+
+
 def address_of(tensor: Tensor) -> int:
     """Where the elements of a tensor, or of this process's part of it, begin."""
     return (tensor if type(tensor) in PLAIN else local(tensor, "a state")).data_ptr()
@@ -90,14 +96,30 @@ def address_of(tensor: Tensor) -> int:
 def shaped_like(parameter: Tensor, part: Tensor) -> Tensor:
     """A real tensor that lies like a parameter's memory, as ``state`` shows it: complex or distributed, as that is."""
     view = torch.view_as_complex(part) if parameter.is_complex() else part
-    return distributed_like(parameter, view) if hasattr(parameter, "device_mesh") else view
+    if type(parameter) in PLAIN or not hasattr(parameter, "device_mesh"):
+        return view
+    placed: Any = parameter
+    return cast(
+        Tensor,
+        type(parameter).from_local(  # type: ignore[attr-defined]
+            view,
+            placed.device_mesh,
+            placed.placements,
+            run_check=False,
+            shape=parameter.shape,
+            stride=parameter.stride(),
+        ),
+    )
 
 
 def state_address(value: Any, memory: Tensor, where: str) -> int:
     """Where a state begins that lies like the real tensor of its parameter, or an error."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{where} is a {type(value).__name__}; needed is a tensor.")
-    held, dtype = local(value.detach(), where), COMPUTED[memory.dtype]
+    dtype = COMPUTED[memory.dtype]
+    if type(value) is Tensor and is_like(value, memory) and dtype == memory.dtype:
+        return value.data_ptr()
+    held = local(value.detach(), where)
     plain = held.layout is torch.strided and not held.is_conj() and not held.is_neg()
     real_part = real(held) if plain else held
     if real_part.shape != memory.shape:
@@ -117,24 +139,16 @@ def state_address(value: Any, memory: Tensor, where: str) -> int:
     return real_part.data_ptr()
 
 
-def distributed_like(parameter: Tensor, part: Tensor) -> Tensor:
-    """A distributed tensor with the placement of a parameter, of which this process holds ``part``."""
-    placed: Any = parameter
-    return cast(
-        Tensor,
-        type(parameter).from_local(  # type: ignore[attr-defined]
-            part,
-            placed.device_mesh,
-            placed.placements,
-            run_check=False,
-            shape=parameter.shape,
-            stride=parameter.stride(),
-        ),
-    )
+def is_usual(tensor: Tensor) -> bool:
+    """Whether a parameter is on the CPU, contiguous, and nothing else needs to be asked, as of nearly all."""
+    usual = type(tensor) in PLAIN and tensor.is_cpu and tensor.dtype in STORED and tensor.layout is torch.strided
+    return usual and tensor.is_contiguous() and not tensor.is_neg()
 
 
 def parameter_memory(tensor: Tensor, where: str) -> Tensor:
-    """The real tensor that a step writes for a parameter, or an error."""
+    """The real tensor that a step writes for a parameter, which may be that itself, or an error."""
+    if is_usual(tensor):
+        return tensor
     held = local(tensor.detach(), where)
     if held.layout is not torch.strided:
         raise TypeError(f"{where} has the layout {held.layout}; needed is a dense (strided) tensor.")
@@ -153,6 +167,19 @@ def parameter_memory(tensor: Tensor, where: str) -> Tensor:
             "Pass a contiguous (or channels_last, or transposed) tensor."
         )
     return memory
+
+
+def is_like(tensor: Tensor, memory: Tensor) -> bool:
+    """Whether a gradient lies like its parameter, and nothing else needs to be asked, as of nearly all."""
+    return (
+        type(tensor) in PLAIN
+        and tensor.layout is torch.strided
+        and tensor.dtype == memory.dtype
+        and tensor.device == memory.device
+        and tensor.shape == memory.shape
+        and tensor.stride() == memory.stride()
+        and not (tensor.is_neg() or tensor._is_zerotensor())
+    )
 
 
 def gradient_memory(gradient: Tensor, memory: Tensor, has_master: bool, where: str, name: str) -> Tensor:
@@ -180,9 +207,9 @@ def gradient_memory(gradient: Tensor, memory: Tensor, has_master: bool, where: s
     return torch.empty_strided(memory.shape, memory.stride(), dtype=held.dtype, device=held.device).copy_(held)
 
 
-def check_apart(starts: Sequence[int], nbytes: Sequence[int], names: Sequence[str], where: str) -> None:
+def check_apart(starts: NDArray[np.uint64], nbytes: NDArray[np.int64], name: Callable[[int], str], where: str) -> None:
     """Refuse memory of parameters and states that is shared: each would be updated twice."""
-    clash = first_overlap(np.array(starts, np.uint64), np.array(nbytes, np.int64))
+    clash = first_overlap(starts, nbytes)
     if clash is not None:
-        a, b = (names[k] for k in clash)
+        a, b = map(name, clash)
         raise ValueError(f"{where}: {a} and {b} share memory; they would be updated twice. Pass one of them.")

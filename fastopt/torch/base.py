@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable
-from operator import is_, itemgetter
 from typing import Any, TypeVar, overload
 
 import torch
@@ -17,27 +17,24 @@ from ..engine.step import Request, StepInfo
 from . import _devices
 from ._checkpoints import Checkpoints
 from ._ema import Averages
-from ._entries import Kind
 from ._groups import GroupOptions
 from ._options import (
-    StepOptions,
     check_keywords,
     check_rate,
-    checked_flag,
-    is_fixed,
     plain,
     refuse_extras,
     without_numpy,
 )
+from ._parameters import Kind
 from ._scale import request_for, unscale
 from ._shards import why_not_combined
 from ._state import State
-from ._stepper import MultiDeviceStepper, Stepper, derive
+from ._stepper import Steppers
 
 Made = TypeVar("Made", bound="TensorOptimizer")
 
 
-class TensorOptimizer(GroupOptions, Averages, Checkpoints):
+class TensorOptimizer(Averages, Checkpoints):
     """What all optimizers of ``fastopt.torch`` share; torch's class of the same name supplies the rest.
 
     Parameters and ``.grad`` stay where they are; a step is one pass over memory for all parameters of all groups. What
@@ -113,24 +110,24 @@ class TensorOptimizer(GroupOptions, Averages, Checkpoints):
         options = {name: without_numpy(value) for name, value in options.items()}
         check_rate(options.get("lr", 0.0), where)
         for name, check in self.ranges.items():
-            if name in options:
+            if name in options and name in self._torch_names:
                 check(plain(options[name], f"{where}: {name}"), f"{where}: {name}")
         flags = {}
         for name in options.keys() - self._torch_names:
             value = options.pop(name)
             if name in self.rule_options:
-                flags[name] = checked_flag(name, value, f"{where}: {name}")
+                flags[name] = self.ranges[name](plain(value, f"{where}: {name}"), f"{where}: {name}")
             elif name not in ("foreach", "fused"):  # which older versions do not take everywhere
                 raise TypeError(f"{where}.__init__() got an unexpected keyword argument {name!r}.")
         flags = {name: value for name, value in flags.items() if value is not self.rule_options[name]}
-        super(StepOptions, self).__init__(params, **options)  # torch's
+        super(GroupOptions, self).__init__(params, **options)  # torch's
         self.defaults.update(flags)
         for group in self.param_groups:
             for name, value in flags.items():
                 group.setdefault(name, value)
         self._accept(0)
         self._complete = True
-        self.state = State.moved(self.state, self.param_groups, self.names, flat=self._flat is not None, copy=False)
+        self.state = State.moved(self.state, self.param_groups, self.names, flat=self._flat is not None)
 
     @_disable_dynamo
     @exclusive
@@ -212,51 +209,70 @@ class TensorOptimizer(GroupOptions, Averages, Checkpoints):
         if self._checks_for_scaler:
             asked = dataclasses.replace(asked, skip_nonfinite=True)
         options = self._current_options()
-        if not dict.__len__(self.state) and scale is None and found is None and self._asks_for_states(options):
+        steppers = self._steppers()
+        may_ask = scale is None and found is None and not steppers.have_stepped
+        if may_ask and self._asks_for_states(options) and not len(self.state):
             lr = self.defaults["lr"]  # states may begin with it
             groups = zip(options, self.param_groups, strict=True)
             begin = [{**o, "lr": plain(g.get("initial_lr", lr), "lr")} for o, g in groups]
             self._make_states(begin)
             return StepInfo(False, 0.0 if asked.needs_norm else None)
         for _ in range(2):
-            stepper = self._stepper()
-            if self._part is not None and asked.needs_norm:
-                self._refuse_part(self._part)
+            device = None if steppers.only is None else steppers.only.device
+            if self._part is not None:
+                self._refuse_part(self._part, asked)
             if self._rates.devices:
-                self._rates.check(stepper.device, type(self).__name__)
+                self._rates.check(device, type(self).__name__)
             request: Request | None = asked
             alive: Tensor | None = None  # what the step reads
             if scale is not None or found is not None:
-                request, alive = request_for(asked, scale, found, stepper.device)
+                request, alive = request_for(asked, scale, found, device)
             if request is None:
                 if self.zero_grads:
                     self.zero_grad(set_to_none=False)
-                return StepInfo(True)
-            info = stepper.step(request, options, self.choose)
+                return StepInfo(True, math.nan if asked.needs_norm else None)
+            info = steppers.step(request, options)
             del alive
             if info is not None:
                 if scale is not None and self._unscales and not self.zero_grads:
-                    verdict = stepper.verdict()
+                    verdict = steppers.verdict()
                     unscale(self._parameters(), scale, info.skipped if verdict is None else verdict)
                 return info
             self.state.watch.drop()  # something moved or was changed: once more, from what is there now
+            steppers = self._steppers()
         raise AssertionError("what was just derived cannot be stale")
 
-    def _stepper(self) -> Stepper | MultiDeviceStepper:
+    def _steppers(self) -> Steppers:
         """What is derived from groups and state, anew where they changed."""
         if type(self.state) is not State:
             self.state = State(self.state)
         watch = self.state.watch
         if watch.derived is None or not watch.derived.describes(self.param_groups):
-            where = type(self).__name__
-            kind = Kind(where, self.counts_steps, self._master, self._flat)
+            self._rules = [self.select_rule(options) for options in self._options]
+            kind = Kind(type(self).__name__, self.counts_steps, self._master, self._flat, self._rules)
             watch.drop()
             refusals = ((name, why_not_combined(p)) for name, p in self._named_parameters())
             self._part = next((f"{name} is {why}" for name, why in refusals if why), None)
             self._derived = None
-            self._derived = watch.derived = derive(self.param_groups, self.state, kind)
+            self._derived = watch.derived = Steppers(self.param_groups, self.state, kind)
         assert self._derived is not None
         return self._derived
+
+    def _refuse_part(self, part: str, asked: Request) -> None:
+        """Refuse a step that needs sums over the whole of a parameter, where they cannot be had."""
+        if any(rule.ratio is not None for rule in self._rules):
+            reason, cure = "its rule", "Use an optimizer whose rule has no norms, or DDP"
+        elif self.max_grad_norm is not None:
+            cure = "Leave it out, and clip with torch.nn.utils.clip_grad_norm_ (FSDP1: the module's method)"
+            reason = "max_grad_norm"
+        elif self.skip_nonfinite:
+            cure = "Leave it out, and use torch.amp.GradScaler, or look at the norm of clip_grad_norm_"
+            reason = "skip_nonfinite"
+        elif asked.needs_norm:
+            reason, cure = "fastopt.torch.GradScaler", "Use torch.amp.GradScaler"
+        else:
+            return
+        raise NotImplementedError(f"{type(self).__name__}: {reason} needs sums over all processes, but {part}. {cure}.")
 
     # --- states without a step -----------------------------------------------------------------------------------
 
@@ -283,7 +299,8 @@ class TensorOptimizer(GroupOptions, Averages, Checkpoints):
             self._make_states(self._current_options())
 
     def _make_states(self, options: list[dict[str, Any]]) -> None:
-        self._stepper().make_states(options, self.choose)
+        for stepper in self._steppers().each:
+            stepper.make_states(options)
         self.state.watch.drop()  # the first step begins from these states, with the options of then
 
     def _asks_for_states(self, options: list[dict[str, Any]]) -> bool:
@@ -306,7 +323,8 @@ class TensorOptimizer(GroupOptions, Averages, Checkpoints):
         Writes that autograd sees (``copy_``, ``model.load_state_dict``) need no call.
         """
         if self._derived is not None:
-            self._derived.refresh()
+            for stepper in self._derived.each:
+                stepper.refresh()
 
     def _named_parameters(self) -> Iterable[tuple[str, Tensor]]:
         for g, group in enumerate(self.param_groups):
@@ -329,13 +347,13 @@ class TensorOptimizer(GroupOptions, Averages, Checkpoints):
         """
         options = self._current_options()
         derived = self.state.watch.derived if isinstance(self.state, State) else None
-        if derived is None or not derived.is_capturable:
+        if derived is None or derived.only is None or not derived.only.is_replayable:
             raise RuntimeError(f"{type(self).__name__}.upload_options: no step was taken yet with capturable=True.")
-        derived.upload_options(options)
+        derived.only.serving.plan.upload_options(options)
 
     def _tell_skipped(self, found: Tensor) -> None:
         """Write 1 where the last step was skipped, else 0; not waited for."""
-        verdict = self._stepper().verdict()
+        verdict = self._steppers().verdict()
         if verdict is None:
             found.fill_(self.last_info.skipped)
         else:
@@ -351,39 +369,6 @@ class TensorOptimizer(GroupOptions, Averages, Checkpoints):
         for p in self._parameters():
             if p.grad is not None and not self._flat.has(p):
                 p.grad = None if set_to_none else p.grad.detach().zero_()
-
-    # --- options -------------------------------------------------------------------------------------------------
-
-    def _current_options(self) -> list[dict[str, Any]]:
-        """Options of every group as numbers."""
-        # Reading every option takes as long as a small step; but the same objects say the same, unless they can change.
-        if self._read is not None and len(self._read) == len(self.param_groups):
-            for group, (keys, take, values) in zip(self.param_groups, self._read, strict=True):
-                if list(group) != keys or not all(map(is_, take(group), values)):
-                    break
-            else:
-                return self._options
-        where = type(self).__name__
-        extras = self._extras()
-        for index, group in enumerate(self.param_groups):
-            refuse_extras(group, extras, f"{where}: group {index}")
-        known = [{name: group[name] for name in group if name in self.option_names} for group in self.param_groups]
-        current = [
-            {name: plain(value, f"{where}: group {index}: {name}") for name, value in group.items()}
-            for index, group in enumerate(self._rates.placed(known))
-        ]
-        if current != self._seen:
-            options = [self.complete(o, i) for i, o in enumerate(current)]
-            structure = [self.structure(o) for o in options]
-            if structure != self._structure and isinstance(self.state, State):
-                self.state.watch.drop()
-            self._options, self._structure, self._seen = options, structure, current
-        self._read = None
-        if all(is_fixed(value) for group in known for value in group.values()):
-            names = [["params", *o, *(extras.keys() & g)] for o, g in zip(known, self.param_groups, strict=True)]
-            takers = zip(self.param_groups, (itemgetter(*n) for n in names), strict=True)
-            self._read = [(list(group), take, take(group)) for group, take in takers]
-        return self._options
 
 
 TensorOptimizer.step.hooked = True  # type: ignore[attr-defined]  # torch need not wrap it

@@ -5,7 +5,6 @@ refuses is refused here, too: an access that is not aligned to its size, or not 
 of. NUMBA_ENABLE_CUDASIM=1 must be set before Numba is imported (conftest.py does it).
 """
 
-import bisect
 import contextlib
 import ctypes
 import functools
@@ -14,12 +13,12 @@ import math
 import sys
 import threading
 import types
-import weakref
 from dataclasses import dataclass, field
 
 import greenlet
 import numpy as np
 import pytest
+from allowed import BadAccess, allow, is_allowed
 from blocks import shared_array, take_turns
 from compare import DTYPES
 from fastopt.kernels import layout
@@ -46,40 +45,11 @@ UPDATE_THREADS = 8
 # --- memory ----------------------------------------------------------------------------------------------------------
 
 
-class BadAccess(AssertionError):
-    """A GPU would have stopped the kernel, or read or written what is not the kernel's."""
-
-
-_allowed = []  # first address of each array and one past the last, sorted
-
-
-def allow(array):
-    """Let kernels access an array, as long as this very object lives; the array itself."""
-    start, stop = array.ctypes.data, array.ctypes.data + array.nbytes
-    if array.nbytes:
-        assert array.flags.c_contiguous
-        place = bisect.bisect(_allowed, (start, stop))
-        neighbours = _allowed[max(place - 1, 0) : place + 1]
-        assert all(stop <= other[0] or other[1] <= start for other in neighbours), "a part of it is allowed already"
-        _allowed.insert(place, (start, stop))
-        weakref.finalize(array, _allowed.remove, (start, stop))
-    return array
-
-
-def _is_allowed(address, size):
-    place = bisect.bisect(_allowed, (address, math.inf)) - 1
-    nearest = _allowed[place : place + 1]
-    # The garbage collector may take arrays away meanwhile, in another thread: then every place has changed.
-    return any(
-        start <= address and address + size <= stop for ranges in (nearest, _allowed) for start, stop in [*ranges]
-    )
-
-
 @functools.cache  # of one launch: all its threads read the same tables
 def _at(address, dtype, count=1, *, aligned_to=None):
     """The elements at an address, accessed at once."""
     size = dtype.itemsize * count
-    if not _is_allowed(address, size):
+    if not is_allowed(address, size):
         raise BadAccess(f"{size} bytes at {address:#x} are not inside one array")
     if address % (aligned_to or size):
         raise BadAccess(f"{size} bytes at {address:#x} are not aligned")

@@ -29,7 +29,7 @@ class TorchGpus:
         monkeypatch.setattr(_devices, "device_of", self._device_of)
         monkeypatch.setattr(_devices.Gpu, "tensor", lambda _, array: torch.from_numpy(cuda_stand_in.on_host(array)))
         if "cuda_simulator" in sys.modules:  # which knows only of the arrays that the stand-in makes
-            monkeypatch.setattr(sys.modules["cuda_simulator"], "_is_allowed", lambda address, size: True)
+            monkeypatch.setattr(sys.modules["cuda_simulator"], "is_allowed", lambda address, size: True)
 
     def runtime(self, device=0):
         """The runtime of a GPU, which counts what is asked of it."""

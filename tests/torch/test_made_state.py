@@ -50,6 +50,16 @@ def test_init_state_leaves_states_and_frozen_parameters_alone():
     assert torch.equal(opt.state[params[1]]["momentum_buffer"], 0.9 + 0.5 * gradients([params[1]], 0)[0])
 
 
+@every_class
+def test_init_state_after_steps_changes_nothing(name):
+    (p, a), (q, b) = make(name), make(name)
+    for t in range(4):
+        train(p, a, 1, first=t)
+        train(q, b, 1, first=t)
+        a.init_state()
+    assert_same(p, q, a, b)
+
+
 @pytest.mark.parametrize("how", ["load_state_dict", "by hand"])
 @every_class
 def test_a_state_with_a_hole_is_refused_before_anything_is_written(name, how):

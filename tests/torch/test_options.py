@@ -192,6 +192,18 @@ def test_a_state_dict_of_another_class_is_refused_while_loading(home, source, ta
         opt.load_state_dict(other.state_dict())
 
 
+@pytest.mark.parametrize(
+    ("name", "bad"), [("adapt", "no"), ("decay_1d", 1), ("eps", -1.0), ("trust_coefficient", -1.0), ("nesterov", "x")]
+)
+def test_options_of_classes_that_torch_does_not_have_are_in_their_ranges(name, bad):
+    with pytest.raises((TypeError, ValueError), match=f"LARS: {name} must be"):
+        front.LARS(params_of(), lr=0.1, **{name: bad})
+    opt = front.LARS(w := params_of(), lr=0.1)
+    opt.param_groups[0][name] = bad
+    with unchanged(w), pytest.raises((TypeError, ValueError), match=f"LARS: group 0: {name} must be"):
+        train(w, opt, 1)
+
+
 def test_an_option_of_the_step_that_a_group_repeats_is_compared_again_when_it_changes():
     w = params_of([(2,)])
     opt = front.SGD([{"params": w, "max_grad_norm": 1.0}], lr=1.0, max_grad_norm=1.0)

@@ -57,6 +57,28 @@ def assert_stepped_in_place(name, move, place=lambda params: None):
     assert_same_bits(p, q)
 
 
+def test_tensors_are_made_when_somebody_reads_the_state():
+    params, opt = make("AdamW")
+    train(params, opt, 3)
+    assert not dict.__len__(opt.state)
+    assert len(opt.state) == len(params)
+    assert opt.state[params[0]]["step"] == 3
+    train(params, opt, 1, first=3)
+    assert opt.state[params[0]]["step"] == 4
+
+
+def test_copies_and_unions_of_a_state_are_plain_dicts():
+    params, opt = make("AdamW")
+    train(params, opt, 1)
+    for state, key in ((opt.state, params[0]), (opt.state[params[0]], "exp_avg")):
+        for other in (state.copy(), state | {1: 2}, {1: 2} | state):
+            assert type(other) is dict
+            assert other[key] is state[key]
+        known = {*front._state.READS, *front._state.CHANGES, "copy", "fromkeys", "__or__", "__ror__"}
+        inherited = {x for x in dir(dict) if x not in dir(object) and x not in known}
+        assert inherited == {"__class_getitem__"}
+
+
 @pytest.mark.parametrize(
     ("value", "error", "text"),
     [
@@ -248,7 +270,7 @@ def test_a_copy_of_a_flat_optimizer_is_flat_and_zeroes_its_gradients(how):
     for p, q in zip(first[0].parameters(), second[0].parameters(), strict=True):
         assert torch.equal(p, q)
         assert torch.equal(p.grad, q.grad)
-    assert len(second[1].state.watch.derived.serving.plan.updates.sizes) == 1
+    assert len(second[1].state.watch.derived.only.serving.plan.updates.sizes) == 1
 
 
 # --- changes that come together --------------------------------------------------------------------------------------
