@@ -10,7 +10,7 @@ from typing import Any, cast
 from .arrays import FlatBuffer, Layout
 from .engine.classes import EMA, constructor, keyword, keywords_of, option_arguments
 from .engine.device import Array, Device, is_array
-from .engine.exclusive import exclusive, finish
+from .engine.exclusive import exclusive, finish, makes_many
 from .engine.host import plan_class
 from .engine.options import NORM, SCALE, STEP_OPTIONS, boolean, own_options
 from .engine.plan import Parameter, Plan, Plans
@@ -120,6 +120,7 @@ class Optimizer(States):
             raise TypeError(f'{self._name}.add_param_group: group must be a dict with the key "params", got {group!r}.')
         self._add([group])
 
+    @makes_many
     def _add(self, groups: Sequence[Mapping[str, Any]]) -> None:
         """Check groups, allocate their states, and only then take them in."""
         first, device = len(self.param_groups), cast(Device, getattr(self, "_device", None))
@@ -338,6 +339,7 @@ class Optimizer(States):
         reader.remember()
         return plan
 
+    @makes_many
     def _make_plan(self, gradients: Gradients, present: list[Parameter], options: list[dict[str, Any]]) -> Plan:
         choices = [self.choose(options[p.group], p.array) for p in present]
         signs = [-1.0 if o.get("maximize") else 1.0 for o in options]

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 
 from .engine.device import Array, check_dtype, is_array
-from .engine.exclusive import exclusive, finish, swapping
+from .engine.exclusive import exclusive, finish, makes_many, swapping
 from .engine.options import EMA_RANGES
 from .engine.plan import MAX_STEP, Parameter, StepCount
 from .groups import Groups, GroupSnapshot
@@ -120,6 +120,7 @@ class States(Groups):
         return StateView(shown, self._name)
 
     @exclusive
+    @makes_many
     def state_dict(self) -> dict[str, Any]:
         """A copy of everything that a later ``load_state_dict`` needs to go on with the same bits.
 
@@ -205,6 +206,7 @@ class States(Groups):
         return copies, exported
 
     @exclusive
+    @makes_many
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take over step counts, states and options that ``state_dict`` of the same optimizer returned.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
@@ -94,3 +95,22 @@ def finish(action: Callable[[], None]) -> None:
     except BaseException:
         action()
         raise
+
+
+def makes_many(function: Method) -> Method:
+    """A function that makes objects for each of perhaps 100,000 arrays, all of which stay.
+
+    The garbage collector would look at them again and again, in vain: a third of the time of a first step. It waits.
+    """
+
+    @functools.wraps(function)
+    def without_collector(*args: Any, **kwargs: Any) -> Any:
+        enabled = gc.isenabled()
+        try:
+            gc.disable()
+            return function(*args, **kwargs)
+        finally:
+            if enabled:
+                gc.enable()
+
+    return without_collector  # type: ignore[return-value]

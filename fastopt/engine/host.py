@@ -28,6 +28,7 @@ from ..kernels.layout import (
 from ..kernels.rules.rule import Options, Rule
 from .backend import SERIAL_BELOW, current, get_num_threads
 from .device import Device
+from .exclusive import makes_many
 from .plan import Plan
 from .step import Request, StepInfo
 from .table import Table
@@ -62,6 +63,7 @@ class HostPlan(Plan):
             self._updates = self.layers if self._has_ratio else self._build(self._runs, norms=False)
         return self._updates
 
+    @makes_many
     def _build(self, runs: list[tuple[int, int]], *, norms: bool) -> Table:
         table = Table([size for _, size in runs], self._counts)
         kernels: dict[tuple[Any, ...], tuple[int, tuple[int, int], int, int]] = {}  # by kind of segment

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
-from ..engine.exclusive import exclusive, finish
+from ..engine.exclusive import exclusive, finish, makes_many
 from ..kernels.epilogues import EMA
 from ..kernels.registry import RULES, family_states
 from ..kernels.rules.rule import Rule
@@ -43,6 +43,7 @@ class Checkpoints(GroupOptions):
 
     @_disable_dynamo
     @exclusive
+    @makes_many
     def state_dict(self) -> dict[str, Any]:
         """A dict as torch.optim's class of the same name returns it, and loads it.
 
@@ -82,6 +83,7 @@ class Checkpoints(GroupOptions):
         return exported
 
     @_disable_dynamo
+    @makes_many
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over a state dict of this class or of torch.optim's class of the same name.
 

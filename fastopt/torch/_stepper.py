@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..engine.exclusive import makes_many
 from ..engine.host import plan_class
 from ..engine.plan import Plans
 from ..engine.step import Request, StepInfo
@@ -92,6 +93,7 @@ class Stepper:
         self.release()
         return False
 
+    @makes_many
     def _change(self, present: tuple[int, ...], grads: list[Tensor], options: Sequence[Options]) -> bool:
         """Have another pattern serve; False where all must be derived anew."""
         self.device.refuse_capture()
@@ -107,6 +109,7 @@ class Stepper:
             self._serve((present, tuple([m.dtype for m in memories]), self._flat is not None), options)
         return self.serving.sync.agrees()
 
+    @makes_many
     def _serve(self, key: tuple[tuple[int, ...], tuple[torch.dtype, ...], bool], options: Sequence[Options]) -> None:
         """Have the pattern serve of these parameters with gradients of these dtypes, which are flat or not."""
         self.device.refuse_capture()
@@ -187,6 +190,7 @@ class Stepper:
             self._pattern.sync.settle()
             self._unsettled = self.is_replayable
 
+    @makes_many
     def make_states(self, options: Sequence[Options]) -> None:
         """Make all states of the parameters that may get a gradient, without a step."""
         self.device.require()
@@ -210,6 +214,7 @@ class Stepper:
 class Steppers:
     """The steppers of all devices. Norms over several are those of all gradients: they are combined on the host."""
 
+    @makes_many
     def __init__(self, groups: Sequence[Mapping[str, Any]], state: State, kind: Kind) -> None:
         self._lists = [list(group["params"]) for group in groups]
         devices = dict.fromkeys(_devices.device_of(p) for p in chain(*self._lists)) or {_devices.CPU: None}
