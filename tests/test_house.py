@@ -2,12 +2,19 @@
 
 import ast
 import collections
+import functools
+import importlib
 import io
+import os
 import pathlib
 import re
+import sys
 import tokenize
 
+import numpy as np
 import pytest
+
+import fastopt
 
 ROOT = pathlib.Path(__file__).parents[1]
 FILES = sorted(ROOT.glob("tests/**/*.py"))
@@ -165,3 +172,30 @@ def test_stubs_say_what_constructors_take():
 
     for path, text in stubs.stubs().items():
         assert path.read_text() == text, f"write {path} anew: python tests/support/stubs.py"
+
+
+@pytest.mark.parametrize(
+    ("front", "most"), [("numpy", 6), ("torch", 8), pytest.param("gpu", 9, marks=pytest.mark.full)]
+)
+def test_a_steady_step_passes_through_few_files(front, most, request):
+    shapes = [(64, 64), (64,)]
+    if front == "torch":
+        torch = pytest.importorskip("torch")
+        params = [torch.nn.Parameter(torch.ones(s)) for s in shapes]
+        step = importlib.import_module("fastopt.torch").AdamW(params).step
+        for p in params:
+            p.grad = torch.ones_like(p)
+    else:
+        put = request.getfixturevalue("stand_in").put if front == "gpu" else np.asarray
+        params, grads = ([put(np.ones(s, np.float32)) for s in shapes] for _ in range(2))
+        step = functools.partial(fastopt.AdamW(params).step, grads)
+    for _ in range(20):
+        step()
+    passed = set()
+    try:
+        sys.setprofile(lambda frame, event, arg: event == "call" and passed.add(frame.f_code.co_filename))
+        step()
+    finally:
+        sys.setprofile(None)
+    library = [f for f in passed if f"{os.sep}fastopt{os.sep}" in f or f"{os.sep}kernels{os.sep}" in f]
+    assert 3 < len([f for f in library if "support" not in f]) <= most, library

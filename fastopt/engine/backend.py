@@ -8,7 +8,7 @@ import importlib.util
 import os
 import re
 import warnings
-from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,6 @@ from ..kernels.dtypes import symbol
 from ..kernels.registry import PREBUILT
 from ..kernels.rules.rule import Rule
 from .library import library_path, open_library
-from .table import Table
 
 SERIAL_BELOW = 65_536
 """Elements below which one thread does it all: a second one would save some 20 µs, but where a threaded BLAS has just
@@ -36,27 +35,26 @@ def _compiled(kind: str, *of: Any) -> Any:
     return compiler.compiled(compiler.features_of("native"), kind, *of)
 
 
-class Backend(ABC):
+class Backend:
     """What runs a table, and finds the kernels whose addresses a table is made of.
 
     Attributes:
         isa: The instruction set of its kernels.
         compiles: Why a kernel is compiled on first use.
         default_threads: How many threads a step uses at most, if nobody says it.
+        run: Function ``(address of a table's record, act, flags, threads)``: a team of threads does with the table what
+            ``UPDATE`` and others in kernels/layout.py say.
     """
 
     isa = "numba"
     default_threads: int
+    run: Callable[[int, int, int, int], None]
 
     def __init__(self, compiles: str) -> None:
         self.compiles = compiles
 
-    def require(self) -> None:  # noqa: B027 - only some may find none
+    def require(self) -> None:
         """Refuse to go on where no kernel can be had."""
-
-    @abstractmethod
-    def run(self, table: Table, act: int, flags: int, threads: int) -> None:
-        """Have a team of threads do with a table what ``UPDATE`` and others in kernels/layout.py say."""
 
     def address(self, name: str) -> int | None:
         """Address of a function of the compiled library."""
@@ -94,14 +92,11 @@ class Native(Backend):
             )
         self.isa = isa or best
         self.default_threads = int(library.fastopt_default_threads())
-        self._schedule = self.kernel("schedule")
+        self.run = functools.partial(library.fastopt_run, self.kernel("schedule"))
 
     def address(self, name: str) -> int | None:
         function = getattr(self._library, name, None)
         return None if function is None else ctypes.cast(function, ctypes.c_void_p).value
-
-    def run(self, table: Table, act: int, flags: int, threads: int) -> None:
-        self._library.fastopt_run(self._schedule, table.record_at, act, flags, threads)
 
 
 class Numba(Backend):
@@ -111,14 +106,12 @@ class Numba(Backend):
         super().__init__(compiles)
         # As GNU OpenMP reads it: a number, or a list with one for each level of nesting; anything else is ignored.
         wanted = re.fullmatch(r"\s*([0-9]+)\s*(,\s*[0-9]+\s*)*", os.environ.get("OMP_NUM_THREADS", ""))
+        self.run = lambda *given: team.run(self.kernel("schedule"), *given)
         self.default_threads = (wanted and int(wanted[1])) or len(os.sched_getaffinity(0))
 
     def require(self) -> None:
         if importlib.util.find_spec("numba") is None:
             raise ImportError(f"fastopt: {self.compiles} To have kernels compiled on first use, {NUMBA}")
-
-    def run(self, table: Table, act: int, flags: int, threads: int) -> None:
-        team.run(self.kernel("schedule"), table.record_at, act, flags, threads)
 
 
 ISAS = ("x86-64-v2", "x86-64-v3", "x86-64-v4")

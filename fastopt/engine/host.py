@@ -121,7 +121,7 @@ class HostPlan(Plan):
         return StepInfo(False, norm)
 
     def norm(self) -> float:
-        self.backend.run(self.layers, NORM, GRADIENT, _threads(self.layers))
+        self.backend.run(self.layers.record_at, NORM, GRADIENT, _threads(self.layers))
         total = float(self.layers.total)
         if self.combine is not None:
             squares = self.layers.segments["sums"][:, [GRADIENT]]  # a copy: LARS combines them later
@@ -145,16 +145,16 @@ class HostPlan(Plan):
         known = KNOW_G * request.needs_norm + KNOW_W * (request.keep_weights and self._know_weights)
         self._know_weights = False
         if self._has_ratio and self.combine is None:
-            self.backend.run(table, WAVES, known | KEEP_W * request.keep_weights, _threads(table))
+            self.backend.run(table.record_at, WAVES, known | KEEP_W * request.keep_weights, _threads(table))
             self._know_weights = request.keep_weights
             return
         if self._has_ratio and self.combine is not None:
-            self.backend.run(table, SUM, known, _threads(table))
+            self.backend.run(table.record_at, SUM, known, _threads(table))
             own = table.segments["sums"].copy()
             self.combine(table.segments["sums"])
-            self.backend.run(table, DECIDE, 0, 1)
+            self.backend.run(table.record_at, DECIDE, 0, 1)
             table.segments["sums"] = own  # of parts without elements nobody writes the sums again
-        self.backend.run(table, UPDATE, 0, _threads(table))
+        self.backend.run(table.record_at, UPDATE, 0, _threads(table))
 
     def forget_weights(self) -> None:
         self._know_weights = False

@@ -32,10 +32,6 @@ class Counts:
         self.numbers = array("d", bytes(2 * 8 * self.half))
         self.address = self.numbers.buffer_info()[0]
 
-    def commit(self) -> None:
-        """The step was taken, by something that does not say so itself."""
-        self.numbers[: self.half] = self.numbers[self.half :]
-
 
 NOTHING = Counts()
 

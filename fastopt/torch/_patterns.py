@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,17 +11,78 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..engine.device import first_hit, first_overlap
+from ..engine.plan import StepCount
 from ..kernels.dtypes import ITEMSIZE
 from ..kernels.layout import structure
 from ..kernels.rules.rule import Options
 from . import _interface
 from ._master import MASTER, MasterWeights
-from ._state import StateSync
+from ._state import STEP, Counted
 from ._tensors import PLAIN, STORED, address_of, layout_of, local, real
 
 if TYPE_CHECKING:
     from ..engine.plan import Plan
     from ._parameters import Parameters
+
+
+class StateSync:
+    """Shows how far scalar groups have come in the tensors of ``state``, and notices where somebody else wrote these.
+
+    Args:
+        parameters: Whose numbers they are.
+        counts: Whether ``state`` has step counts.
+    """
+
+    def __init__(self, parameters: Iterable[Counted], counts: bool) -> None:
+        alike: dict[tuple[int, int], list[Counted]] = {}
+        for p in parameters:
+            alike.setdefault((id(p.step_count), id(p.arena)), []).append(p)
+        self._shown: list[tuple[NDArray[Any], Any, StepCount, str]] = []
+        for members in alike.values():
+            step_count, arena = members[0].step_count, members[0].arena
+            for name in [STEP] * counts + list(step_count.carry or ()):
+                loose = [p.loose[name] for p in members if name in p.loose]
+                self._shown += [(x.detach().numpy().reshape(-1), slice(None), step_count, name) for x in loose]
+                indices = [p.index for p in members if name not in p.loose]
+                where: Any = slice(None) if indices == list(range(arena.size)) else np.array(indices, np.int64)
+                if indices:
+                    self._shown.append((arena.numbers[name], where, step_count, name))
+        self._values = [self._value(array, step_count, name) for array, _, step_count, name in self._shown]
+        self._arrays = list({id(array): array for array, *_ in self._shown}.values())
+        self._seen = [array.tobytes() for array in self._arrays]
+
+    @staticmethod
+    def _value(array: NDArray[Any], step_count: StepCount, name: str) -> Any:
+        return array.dtype.type(step_count.steps if name == STEP else (step_count.carry or {})[name])
+
+    def holds(self) -> bool:
+        """Whether the tensors say what was shown last."""
+        return [array.tobytes() for array in self._arrays] == self._seen  # three times as fast as comparing numbers
+
+    def agrees(self) -> bool:
+        """Whether the tensors say what the scalar groups know now, after others wrote both."""
+        for k, (array, where, step_count, name) in enumerate(self._shown):
+            self._values[k] = value = self._value(array, step_count, name)
+            if not (array[where] == value).all():
+                return False
+        self._seen = [array.tobytes() for array in self._arrays]
+        return True
+
+    def show(self) -> None:
+        """Write what the scalar groups know; what only a GPU knows is left to ``settle``."""
+        for k, (array, where, step_count, name) in enumerate(self._shown):
+            if step_count.fetch is None:
+                self._values[k] = array[where] = self._value(array, step_count, name)
+        self._seen = [array.tobytes() for array in self._arrays]
+
+    def settle(self) -> None:
+        """Write what the GPU knows, but where somebody else wrote meanwhile; waits for it."""
+        expected = {id(array): array.copy() for array in self._arrays}
+        for k, (array, where, step_count, name) in enumerate(self._shown):
+            value = self._value(array, step_count, name)
+            array[where] = np.where(array[where] == self._values[k], value, array[where])
+            self._values[k] = expected[id(array)][where] = value
+        self._seen = [array.tobytes() for array in expected.values()]
 
 
 class Probe:

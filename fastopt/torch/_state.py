@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import weakref
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from types import MappingProxyType
@@ -51,30 +50,19 @@ class Watch:
     The optimizer owns it: a reference from here would be a cycle, which only the garbage collector frees.
     """
 
-    __slots__ = ("_derived",)
-
     def __init__(self) -> None:
-        self._derived: weakref.ref[Any] | None = None
-
-    @property
-    def derived(self) -> Any:
-        """What was derived, or None."""
-        return None if self._derived is None else self._derived()
-
-    @derived.setter
-    def derived(self, derived: Any) -> None:
-        self._derived = weakref.ref(derived)
+        self.derived: Callable[[], Any] = type(None)  # a weak reference: a call gives what was derived, or None
 
     def settle(self) -> None:
         """Somebody reads the state: let it show all steps that were taken."""
-        derived = self.derived
+        derived = self.derived()
         if derived is not None:
             derived.settle()
 
     def drop(self) -> None:
         """Forget what was derived, with the state up to date."""
         self.settle()
-        self._derived = None
+        self.derived = type(None)
 
 
 class _Watched(defaultdict[Any, Any]):
@@ -330,63 +318,3 @@ class Counted(Protocol):
     index: int
     step_count: StepCount
     loose: Mapping[str, Tensor]  # numbers that the user put there
-
-
-class StateSync:
-    """Shows how far scalar groups have come in the tensors of ``state``, and notices where somebody else wrote these.
-
-    Args:
-        parameters: Whose numbers they are.
-        counts: Whether ``state`` has step counts.
-    """
-
-    def __init__(self, parameters: Iterable[Counted], counts: bool) -> None:
-        alike: dict[tuple[int, int], list[Counted]] = {}
-        for p in parameters:
-            alike.setdefault((id(p.step_count), id(p.arena)), []).append(p)
-        self._shown: list[tuple[NDArray[Any], Any, StepCount, str]] = []
-        for members in alike.values():
-            step_count, arena = members[0].step_count, members[0].arena
-            for name in [STEP] * counts + list(step_count.carry or ()):
-                loose = [p.loose[name] for p in members if name in p.loose]
-                self._shown += [(x.detach().numpy().reshape(-1), slice(None), step_count, name) for x in loose]
-                indices = [p.index for p in members if name not in p.loose]
-                where: Any = slice(None) if indices == list(range(arena.size)) else np.array(indices, np.int64)
-                if indices:
-                    self._shown.append((arena.numbers[name], where, step_count, name))
-        self._values = [self._value(array, step_count, name) for array, _, step_count, name in self._shown]
-        self._arrays = list({id(array): array for array, *_ in self._shown}.values())
-        self._seen = [array.tobytes() for array in self._arrays]
-
-    @staticmethod
-    def _value(array: NDArray[Any], step_count: StepCount, name: str) -> Any:
-        return array.dtype.type(step_count.steps if name == STEP else (step_count.carry or {})[name])
-
-    def holds(self) -> bool:
-        """Whether the tensors say what was shown last."""
-        return [array.tobytes() for array in self._arrays] == self._seen  # three times as fast as comparing numbers
-
-    def agrees(self) -> bool:
-        """Whether the tensors say what the scalar groups know now, after others wrote both."""
-        for k, (array, where, step_count, name) in enumerate(self._shown):
-            self._values[k] = value = self._value(array, step_count, name)
-            if not (array[where] == value).all():
-                return False
-        self._seen = [array.tobytes() for array in self._arrays]
-        return True
-
-    def show(self) -> None:
-        """Write what the scalar groups know; what only a GPU knows is left to ``settle``."""
-        for k, (array, where, step_count, name) in enumerate(self._shown):
-            if step_count.fetch is None:
-                self._values[k] = array[where] = self._value(array, step_count, name)
-        self._seen = [array.tobytes() for array in self._arrays]
-
-    def settle(self) -> None:
-        """Write what the GPU knows, but where somebody else wrote meanwhile; waits for it."""
-        expected = {id(array): array.copy() for array in self._arrays}
-        for k, (array, where, step_count, name) in enumerate(self._shown):
-            value = self._value(array, step_count, name)
-            array[where] = np.where(array[where] == self._values[k], value, array[where])
-            self._values[k] = expected[id(array)][where] = value
-        self._seen = [array.tobytes() for array in expected.values()]

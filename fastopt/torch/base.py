@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar, overload
 
@@ -247,14 +248,15 @@ class TensorOptimizer(Averages, Checkpoints):
         if type(self.state) is not State:
             self.state = State(self.state)
         watch = self.state.watch
-        if watch.derived is None or not watch.derived.describes(self.param_groups):
+        if watch.derived() is None or not watch.derived().describes(self.param_groups):
             self._rules = [self.select_rule(options) for options in self._options]
             kind = Kind(type(self).__name__, self.counts_steps, self._master, self._flat, self._rules)
             watch.drop()
             refusals = ((name, why_not_combined(p)) for name, p in self._named_parameters())
             self._part = next((f"{name} is {why}" for name, why in refusals if why), None)
             self._derived = None
-            self._derived = watch.derived = Steppers(self.param_groups, self.state, kind)
+            self._derived = Steppers(self.param_groups, self.state, kind)
+            watch.derived = weakref.ref(self._derived)
         assert self._derived is not None
         return self._derived
 
@@ -346,7 +348,7 @@ class TensorOptimizer(Averages, Checkpoints):
             RuntimeError: No step was taken yet with ``capturable=True``, or not with options of this kind.
         """
         options = self._current_options()
-        derived = self.state.watch.derived if isinstance(self.state, State) else None
+        derived = self.state.watch.derived() if isinstance(self.state, State) else None
         if derived is None or derived.only is None or not derived.only.is_replayable:
             raise RuntimeError(f"{type(self).__name__}.upload_options: no step was taken yet with capturable=True.")
         derived.only.serving.plan.upload_options(options)

@@ -71,7 +71,7 @@ def run(case, pair, bits=0):
     with mode_of_this_thread(bits):
         for g in grads:
             opt.step(g)
-        opt._plan.backend.run(opt._plan.layers, NORM, GRADIENT, 2)
+        opt._plan.backend.run(opt._plan.layers.record_at, NORM, GRADIENT, 2)
     return {**snapshot(p, opt), "sum": {"of squares": np.array(opt._plan.layers.total)}}
 
 

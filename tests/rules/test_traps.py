@@ -194,8 +194,8 @@ def test_kernels_past_2_to_the_31(dtype, isa):
     segment["own"] = 1.0, 1.0
     segment["arrays"][:2] = [(a.ctypes.data - lo * a.itemsize) % 2**64 for a in (w, g)]
     table.record["chunks"], table.record["chunk_count"] = table.chunks[-1:].ctypes.data, 1
-    backend.run(table, UPDATE, 0, 1)
-    backend.run(table, NORM, 1, 1)
+    backend.run(table.record_at, UPDATE, 0, 1)
+    backend.run(table.record_at, NORM, 1, 1)
     assert w.tobytes() == near.tobytes()
     assert table.segments["sums"][0, 1] == pytest.approx(np.sum(g.astype(np.float64) ** 2), rel=1e-12)
 

@@ -84,7 +84,7 @@ def test_a_gradient_where_the_step_writes_is_refused_at_every_step(where):
     params = [torch.nn.Parameter(torch.ones(1000)), torch.nn.Parameter(torch.ones(1000))]
     opt = front.AdamW(params, lr=0.1)
     train(params, opt, 5)
-    assert (opt.state.watch.derived.only.serving.probe is not None) == (TORCH >= (2, 9))
+    assert (opt.state.watch.derived().only.serving.probe is not None) == (TORCH >= (2, 9))
     if where == "the last byte":
         memory = torch.ones(1999)
         params[0].data, params[1].grad = memory[:1000], memory[999:]

@@ -24,7 +24,7 @@ def test_the_c_interface_and_python_take_the_same_steps(layout, dtype, monkeypat
             if t == 7:
                 p[1].data = p[1].data.clone()
             opt.step()
-        return p, opt.state.watch.derived.only.serving.probe
+        return p, opt.state.watch.derived().only.serving.probe
 
     p, probe = run()
     assert probe is not None
@@ -39,7 +39,7 @@ def test_the_c_interface_notices_what_changed(change):
     p = [torch.nn.Parameter(torch.ones(1)), torch.nn.Parameter(torch.ones(3))]
     opt = front.SGD(p, lr=0.5)
     train(p, opt, 4)
-    probe = opt.state.watch.derived.only.serving.probe
+    probe = opt.state.watch.derived().only.serving.probe
     set_gradients(p, 9)
     assert probe.hold()
     assert probe.pointers.tolist() == [x.grad.data_ptr() for x in p]
@@ -71,7 +71,7 @@ def test_gradients_live_while_they_are_held_and_no_longer():
     w = params_of([(3,)])
     opt = front.SGD(w, lr=0.5)
     train(w, opt, 4)
-    probe, kept = opt.state.watch.derived.only.serving.probe, w[0].grad
+    probe, kept = opt.state.watch.derived().only.serving.probe, w[0].grad
     count = kept._use_count()
     assert probe.hold()
     assert kept._use_count() == count + 1

@@ -14,9 +14,8 @@ from ...kernels.rules.rule import Options, Rule
 from ..plan import Plan
 from ..step import Request, StepInfo
 from .kernels import kernels_of
-from .numbers import DeviceScalars, DeviceStepCount
 from .runtime import Function, Runtime, address
-from .table import NO_TASKS, CudaTable, Launch, NormTasks, segment_words
+from .table import NO_TASKS, CudaTable, DeviceScalars, DeviceStepCount, Launch, NormTasks, segment_words
 
 _STEPPED = StepInfo()
 
@@ -115,7 +114,8 @@ class CudaPlan(Plan):
             self._numbers.forget()
         # The line where a count and its step can fall apart: an interrupt among these launches leaves the count ahead.
         if not counts_there:
-            self._counts.commit()
+            counts = self._counts.numbers
+            counts[: self._counts.half] = counts[self._counts.half :]
         for update in table.launches:
             scalars = self._numbers.scalars64 if update.wide else self._numbers.scalars32
             ratios = table.ratios64 if update.wide else table.ratios32
