@@ -1,6 +1,7 @@
 """fastopt.torch: GradScaler's protocol, clipping inside the step, and what a skipped step leaves alone."""
 
 import inspect
+import math
 import types
 
 import pytest
@@ -146,6 +147,7 @@ def test_skip_nonfinite_and_the_verdict_of_a_scaler_skip_either_of_them(found, g
     w.grad, opt.found_inf = torch.full((2,), gradient), torch.tensor(found)
     opt.step()
     assert opt.last_info.skipped is (found == 1.0 or gradient == torch.inf)
+    assert math.isfinite(opt.last_info.grad_norm) is not opt.last_info.skipped
     assert w.tolist() == [1.0 if opt.last_info.skipped else 0.5] * 2
 
 
