@@ -63,7 +63,13 @@ def squares_loop(dtype: str, features: Features) -> Callable[..., None]:
             cgutils.raw_memcpy(builder, padded, source, builder.sub(count, first), itemsize)
             return 2 * [builder.load(padded)]
 
-        return sum_of_rows(builder, storage, features.fma, builder.udiv(count, lanes), row, (count, rest))
+        sums = cgutils.alloca_once_value(builder, ir.Constant(WIDE, None))
+        rows = builder.udiv(count, lanes)
+        add_rows(builder, storage, features.fma, sums, rows, row)
+        first = builder.mul(rows, lanes)
+        with builder.if_then(builder.icmp_signed("<", first, count), likely=False):
+            add_rows(builder, storage, features.fma, sums, ir.Constant(I64, 1), lambda _: rest(first))
+        return sum_of_lanes(builder, sums)
 
     def squares(lo: Any, hi: Any, x: Any, total: Any) -> None:
         mode: Any = enter()  # type: ignore[call-arg]
@@ -74,44 +80,38 @@ def squares_loop(dtype: str, features: Features) -> Callable[..., None]:
     return squares
 
 
-def sum_of_rows(
-    builder: Any, storage: Storage, fma: bool, rows: Any, row: Callable[[Any], list[Any]], rest: Any = ()
-) -> Any:
-    """The sum of products of the elements of rows.
+WIDE = ir.VectorType(DOUBLE, LANES)
 
-    It is written with vectors, so that LLVM does not choose the order. The lanes are a variable on the stack, which
-    LLVM keeps in registers.
+
+def add_rows(builder: Any, storage: Storage, fma: bool, lanes: Any, rows: Any, row: Callable[[Any], list[Any]]) -> None:
+    """Add the products of the elements of rows to lanes, a variable in memory that LLVM keeps in registers meanwhile.
+
+    It is written with vectors, so that LLVM does not choose the order.
 
     Args:
         builder: Where the code goes.
         storage: Of the elements.
         fma: Whether the processor has a fused multiply-add.
+        lanes: Where they are.
         rows: How many rows there are.
         row: Loads the two factors of the row that begins at an element.
-        rest: How many elements there are if they may end in less than a row, and what loads that.
     """
-    kind = ir.VectorType(DOUBLE, LANES)
-    lanes = cgutils.alloca_once_value(builder, ir.Constant(kind, None))
 
     def wide(x: Any) -> Any:
         x = storage.decode(builder, x)
-        return x if x.type == kind else builder.fpext(x, kind)
+        return x if x.type == WIDE else builder.fpext(x, WIDE)
 
-    def add(factors: list[Any]) -> None:
-        x, y = (wide(factor) for factor in factors)
+    with cgutils.for_range(builder, rows) as loop:
+        x, y = (wide(factor) for factor in row(builder.mul(loop.index, ir.Constant(I64, LANES))))
         if fma and storage.dtype != "float64":
-            fused = cgutils.get_or_insert_function(builder.module, ir.FunctionType(kind, [kind] * 3), FUSED)
+            fused = cgutils.get_or_insert_function(builder.module, ir.FunctionType(WIDE, [WIDE] * 3), FUSED)
             builder.store(builder.call(fused, [x, y, builder.load(lanes)]), lanes)
         else:
             builder.store(builder.fadd(builder.load(lanes), builder.fmul(x, y)), lanes)
 
-    with cgutils.for_range(builder, rows) as loop:
-        add(row(builder.mul(loop.index, ir.Constant(I64, LANES))))
-    if rest:
-        count, factors = rest
-        first = builder.mul(rows, ir.Constant(I64, LANES))
-        with builder.if_then(builder.icmp_signed("<", first, count), likely=False):
-            add(factors(first))
+
+def sum_of_lanes(builder: Any, lanes: Any) -> Any:
+    """The sum of lanes, which are added pairwise."""
     total, width = builder.load(lanes), LANES // 2
     while width:
         halves = (ir.Constant(ir.VectorType(I32, width), [*range(first, first + width)]) for first in (0, width))

@@ -187,7 +187,7 @@ class Access:
 
         return store
 
-    def ahead(self, arrays: Iterable[int], write: bool = False) -> Any:
+    def ahead(self, arrays: Iterable[int], write: bool = False, level: int = 3) -> Any:
         """Intrinsic ``(pointers, i)``: ask for the cache lines of the block that begins at element i of some arrays."""
 
         @emitted(types.void(self.pointers, types.int64))
@@ -195,6 +195,6 @@ class Access:
             for k in arrays:
                 for offset in range(0, BLOCK, LINE // ITEMSIZE[self.storages[k].dtype]):
                     at = builder.add(i, ir.Constant(I64, offset))
-                    prefetch(builder, self._element(builder, pointers, k, at), level=3, write=write)
+                    prefetch(builder, self._element(builder, pointers, k, at), level=level, write=write)
 
         return ahead
