@@ -92,7 +92,7 @@ def update_on_cpu(rule, pair, segments, multiplier, zero):
         row["update"], row["scalars"] = kernel, h[segment.scalar_group].ctypes.data
         row["arrays"][: len(segment.arrays)] = [a.ctypes.data for a in segment.arrays]
         row["own"], row["zeroed"] = (segment.sign * multiplier, ratio), zero * segment.arrays[GRADIENT].itemsize
-    backend.run(table, UPDATE, 0, 1)
+    backend.run(table.record_at, UPDATE, 0, 1)
 
 
 def update_on_cuda(
