@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -20,24 +21,6 @@ from ._options import refuse_extras
 from ._state import LIBRARY, STEP, State, number
 
 
-class _Boxed:
-    """Keeps a state from ``torch.optim.Optimizer.load_state_dict``, which would cast it to the parameter's dtype.
-
-    For step counts, too, torch would look for each parameter in the lists of all groups.
-    """
-
-    __slots__ = ("state",)
-
-    def __init__(self, state: Any) -> None:
-        self.state = state
-
-
-def _box(opt: torch.optim.Optimizer, loaded: dict[str, Any]) -> dict[str, Any]:
-    """Check a state dict before it is loaded, and put its states in boxes."""
-    assert isinstance(opt, Checkpoints)
-    return {**opt._checked(loaded), "state": {key: _Boxed(state) for key, state in loaded["state"].items()}}
-
-
 class Checkpoints(GroupOptions):
     """``state_dict``, ``load_state_dict``, ``copy.deepcopy`` and ``pickle``."""
 
@@ -53,7 +36,7 @@ class Checkpoints(GroupOptions):
         Raises:
             RuntimeError: Another thread steps this optimizer.
         """
-        return self._copied(super().state_dict(), torch.clone)
+        return self._exported(torch.clone)
 
     @_disable_dynamo
     @exclusive
@@ -69,13 +52,12 @@ class Checkpoints(GroupOptions):
         Raises:
             RuntimeError: Another thread steps this optimizer.
         """
-        return self._copied(super().state_dict(), _whole)
+        return self._exported(_whole)
 
-    def _copied(self, exported: dict[str, Any], copy: Callable[[Tensor], Tensor]) -> dict[str, Any]:
-        if isinstance(self.state, State):
-            self.state.watch.settle()
+    def _exported(self, copy_of: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+        exported = super().state_dict()
         exported["state"] = {
-            key: {k: copy(v) if isinstance(v, Tensor) else v for k, v in state.items()}
+            key: {k: copy_of(v) if isinstance(v, Tensor) else v for k, v in state.items()}
             if isinstance(state, dict)
             else state
             for key, state in exported["state"].items()
@@ -97,26 +79,37 @@ class Checkpoints(GroupOptions):
                 changed.
             RuntimeError: Another thread steps this optimizer.
         """
-        hooks = self._optimizer_load_state_dict_pre_hooks
-        for key in [key for key, hook in hooks.items() if hook is _box]:  # left by an interrupted load
-            del hooks[key]
-        handle = self.register_load_state_dict_pre_hook(_box)  # after those of the user
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            handle.remove()
+        loaded = state_dict.copy()
+        for before in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = before(self, loaded)
+            loaded = loaded if changed is None else changed
+        groups = self._checked_groups(loaded)
+        keys = (key for group in groups for key in group["params"])
+        params = dict(zip(keys, self._parameters(), strict=True))
+        states = {params.get(key, key): state for key, state in loaded["state"].items()}
+        groups = [{**group, "params": own["params"]} for group, own in zip(groups, self.param_groups, strict=True)]
+        self.__setstate__({"state": states, "param_groups": groups})
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
 
-    def _checked(self, loaded: Mapping[str, Any]) -> dict[str, Any]:
-        """A state dict that is about to be loaded; refuses one of another class, and states that cannot be right.
+    def _checked_groups(self, loaded: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Copies of the groups of a state dict; refuses one of another class, and states that cannot be right.
 
-        Flags that torch's class does not have stay as they are where the state dict has none.
+        What a state dict has none of stays as it is: names of parameters, and flags that torch's class does not have.
         """
-        where, groups = f"{type(self).__name__}.load_state_dict:", list(loaded["param_groups"])
-        for index, (saved, own) in enumerate(zip(groups, self.param_groups, strict=False)):
+        where, saved_groups = f"{type(self).__name__}.load_state_dict:", loaded["param_groups"]
+        sizes, own_sizes = ([len(g["params"]) for g in groups] for groups in (saved_groups, self.param_groups))
+        if sizes != own_sizes:
+            raise ValueError(
+                f"{where} the state dict has a different number of parameter groups, or of parameters: {sizes}, not "
+                f"{own_sizes}."
+            )
+        groups = []
+        for index, (saved, own) in enumerate(zip(saved_groups, self.param_groups, strict=True)):
             place = f"{where} group {index} of the state dict"
             refuse_extras(saved, self._extras(), place)
-            kept = {name: own[name] for name in self.rule_options if name in own and name not in saved}
-            group = groups[index] = {**saved, **kept}
+            kept = [name for name in (*self.rule_options, "param_names") if name in own and name not in saved]
+            group = {**copy.deepcopy(saved), **{name: own[name] for name in kept}}
             # Flags are younger than some checkpoints.
             needed = [n for n, v in self.defaults.items() if v is not None and not isinstance(v, bool)]
             missing = [name for name in needed if name not in group]
@@ -127,11 +120,12 @@ class Checkpoints(GroupOptions):
                     "into an optimizer of that class."
                 )
             rule = self.select_rule({**self.rule_options, **self.defaults, **group})
-            for key, p in zip(group["params"], own["params"], strict=False):
+            for key, p in zip(group["params"], own["params"], strict=True):
                 state = loaded["state"].get(key)
                 if isinstance(state, dict) and state:
                     self._check_state(state, p, rule, where, key)
-        return {**loaded, "param_groups": groups}
+            groups.append(group)
+        return groups
 
     def _check_state(self, state: dict[str, Any], parameter: Tensor, rule: Rule, where: str, key: Any) -> None:
         """Refuse a state that lacks something, or that has what only others have."""
@@ -158,17 +152,22 @@ class Checkpoints(GroupOptions):
         return {**super().__getstate__(), "state": self.state, "extras": self._extras()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        state, groups = dict(state), state["param_groups"]
-        if "extras" in state:  # unpickled or copied: there was no constructor
-            self._made_anew(**state.pop("extras"))
+        state = dict(state)
+        if "_users" not in vars(self):  # unpickled or copied: there was no constructor
+            extras = state.pop("extras", {})
+            if extras.get("flatten") and isinstance(state["state"], State):  # a deep copy and a pickle have a dict
+                raise TypeError(
+                    f"{type(self).__name__}: copy.copy of an optimizer with flatten=True would move the parameters of "
+                    "the original once more. Use copy.deepcopy."
+                )
+            GroupOptions.__init__(self, **extras)
             self._complete = True
-            self._flatten_again(groups)
+            self._flatten_again(state["param_groups"])
         self._load_state_dict(state)
 
     @exclusive
     def _load_state_dict(self, state: dict[str, Any]) -> None:
-        items = {p: x.state if type(x) is _Boxed else x for p, x in state["state"].items()}
-        moved = State.moved(items, state["param_groups"], self.names, flat=self._flat is not None)
+        moved = State.moved(state["state"], state["param_groups"], self.names, flat=self._flat is not None)
 
         def take_over() -> None:
             super(Checkpoints, self).__setstate__({**state, "state": {}})  # torch's classes look at each of them

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from operator import is_, itemgetter
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -37,6 +37,13 @@ SWITCHES += [keyword(name, None, bool | None) for name in ("foreach", "fused")]
 def _any_number(default: Any) -> Range:
     """The range of an option that torch's constructor checks, and nobody later."""
     return range_of(("[-inf, inf]",) * len(default) if isinstance(default, tuple) else "[-inf, inf]", default)
+
+
+def _no_gradient(value: Any, where: str) -> bool:
+    """The range of ``differentiable``."""
+    if value:
+        raise NotImplementedError(f"{where}=True is not supported, because kernels have no gradient. Use torch.optim.")
+    return False
 
 
 class GroupOptions(torch.optim.Optimizer):
@@ -99,10 +106,6 @@ class GroupOptions(torch.optim.Optimizer):
         self._rules: list[Rule] = []
         self._part: str | None = None  # a parameter of whose whole there are no sums, and why
 
-    def _made_anew(self, **extras: Any) -> None:
-        """An optimizer was unpickled or copied, without a constructor."""
-        GroupOptions.__init__(self, **extras)
-
     def __init_subclass__(cls) -> None:
         """Make the constructor, where the class writes none; find out what is read of a param group."""
         base: Any = next((b for b in cls.__bases__ if "_plain_step" in vars(b)), None)
@@ -127,6 +130,7 @@ class GroupOptions(torch.optim.Optimizer):
             cls.rule_options = {**cls.rule_options, **{p.name: p.default for p in own.values() if p.name not in known}}
             numbers = {p.name: p.default for p in inherited.values() if type(p.default) in (int, float, tuple)}
             cls.ranges = {name: _any_number(default) for name, default in numbers.items()}
+            cls.ranges["differentiable"] = _no_gradient
             cls.ranges |= {name: EMA_RANGES.get(name, boolean) for name in cls.rule_options.keys() - cls._torch_names}
             if cls.rule is not None and not is_torchs:
                 cls.ranges |= ranges_of(cls.rule.options)
@@ -138,6 +142,15 @@ class GroupOptions(torch.optim.Optimizer):
 
     def _ask(self, **fields: Any) -> None:
         self._request = replace(self._request, **fields)
+
+    def _named_parameters(self) -> Iterable[tuple[int, str, Tensor]]:
+        """Group, name and parameter."""
+        for g, group in enumerate(self.param_groups):
+            for i, p in enumerate(group["params"]):
+                yield g, f"parameter {i} of group {g}", p
+
+    def _parameters(self) -> Iterable[Tensor]:
+        return (p for group in self.param_groups for p in group["params"])
 
     def _extras(self) -> dict[str, Any]:
         """What is the whole optimizer's."""
@@ -167,8 +180,6 @@ class GroupOptions(torch.optim.Optimizer):
         """The options of a group with those that torch does not have; refuses what cannot be computed with."""
         options = {**self.rule_options, **options}
         where = f"{type(self).__name__}: group {index}: "
-        if options.get("differentiable"):
-            raise NotImplementedError(f"{where}differentiable=True is not supported.")
         options |= {name: check(options[name], where + name) for name, check in self.ranges.items() if name in options}
         conflict = (
             None if self._is_torchs or self.rule is None or self.rule.conflict is None else self.rule.conflict(options)
@@ -214,10 +225,11 @@ class GroupOptions(torch.optim.Optimizer):
         Other devices and layouts may still change before the first step.
         """
         where = type(self).__name__
+        for index, group in enumerate(self.param_groups[first:], first):
+            refuse_extras(group, self._extras(), f"{where}: group {index}")
         named = [
-            (f"parameter {i} of group {g}", p, g >= first)
-            for g, group in enumerate(self.param_groups)
-            for i, p in enumerate(group["params"])
+            (name, p, g >= first)
+            for g, name, p in self._named_parameters()
             if type(p) in PLAIN
             and p.device.type in ("cpu", "cuda")
             and p.layout is torch.strided

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, TypeVar, overload
 
 import torch
@@ -23,7 +23,6 @@ from ._options import (
     check_keywords,
     check_rate,
     plain,
-    refuse_extras,
     without_numpy,
 )
 from ._parameters import Kind
@@ -104,28 +103,16 @@ class TensorOptimizer(Averages, Checkpoints):
     ) -> None:
         where = type(self).__name__
         GroupOptions.__init__(self, max_grad_norm, skip_nonfinite, zero_grads, master_weights, flatten)
-        if options.get("differentiable"):
-            raise NotImplementedError(
-                f"{where}: differentiable=True is not supported, because kernels have no gradient. Use torch.optim."
-            )
         options = {name: without_numpy(value) for name, value in options.items()}
-        check_rate(options.get("lr", 0.0), where)
+        check_rate(options.get("lr"), where)
         for name, check in self.ranges.items():
-            if name in options and name in self._torch_names:
+            if name in options:
                 check(plain(options[name], f"{where}: {name}"), f"{where}: {name}")
-        flags = {}
-        for name in options.keys() - self._torch_names:
-            value = options.pop(name)
-            if name in self.rule_options:
-                flags[name] = self.ranges[name](plain(value, f"{where}: {name}"), f"{where}: {name}")
-            elif name not in ("foreach", "fused"):  # which older versions do not take everywhere
-                raise TypeError(f"{where}.__init__() got an unexpected keyword argument {name!r}.")
+        flags = {name: options.pop(name) for name in self.rule_options if name in options}
         flags = {name: value for name, value in flags.items() if value is not self.rule_options[name]}
         super(GroupOptions, self).__init__(params, **options)  # torch's
-        self.defaults.update(flags)
-        for group in self.param_groups:
-            for name, value in flags.items():
-                group.setdefault(name, value)
+        for group in (self.defaults, *self.param_groups):
+            group.update({**flags, **group})
         self._accept(0)
         self._complete = True
         self.state = State.moved(self.state, self.param_groups, self.names, flat=self._flat is not None)
@@ -138,9 +125,6 @@ class TensorOptimizer(Averages, Checkpoints):
         Raises:
             TypeError, ValueError: As for the constructor; the optimizer is then unchanged.
         """
-        where, extras = type(self).__name__, self._extras()
-        if isinstance(param_group, dict):
-            refuse_extras(param_group, extras, f"{where}: group {len(self.param_groups)}")
         super().add_param_group(param_group)
         if self._complete:
             try:
@@ -252,7 +236,7 @@ class TensorOptimizer(Averages, Checkpoints):
             self._rules = [self.select_rule(options) for options in self._options]
             kind = Kind(type(self).__name__, self.counts_steps, self._master, self._flat, self._rules)
             watch.drop()
-            refusals = ((name, why_not_combined(p)) for name, p in self._named_parameters())
+            refusals = ((name, why_not_combined(p)) for _, name, p in self._named_parameters())
             self._part = next((f"{name} is {why}" for name, why in refusals if why), None)
             self._derived = None
             self._derived = Steppers(self.param_groups, self.state, kind)
@@ -327,14 +311,6 @@ class TensorOptimizer(Averages, Checkpoints):
         if self._derived is not None:
             for stepper in self._derived.each:
                 stepper.refresh()
-
-    def _named_parameters(self) -> Iterable[tuple[str, Tensor]]:
-        for g, group in enumerate(self.param_groups):
-            for i, p in enumerate(group["params"]):
-                yield f"parameter {i} of group {g}", p
-
-    def _parameters(self) -> Iterable[Tensor]:
-        return (p for group in self.param_groups for p in group["params"])
 
     @_disable_dynamo
     @exclusive

@@ -1,5 +1,6 @@
 """fastopt.torch: states that are made, missing, read or written while there is no step, or while one is interrupted."""
 
+import copy
 import sys
 
 import pytest
@@ -154,25 +155,27 @@ def test_after_an_interrupt_state_agrees_with_the_parameters(name, first):
     assert lines > 20
 
 
-def test_an_interrupted_load_leaves_no_hook(monkeypatch):
+def test_hooks_may_replace_a_state_dict_and_call_methods_and_a_subclass_may_take_it_over():
+    class Own(front.AdamW):
+        def __setstate__(self, state):
+            super().__setstate__({**state, "own": len(state["state"])})
+
     params, opt = make("AdamW")
     train(params, opt, 2)
-    saved, register = opt.state_dict(), opt.register_load_state_dict_pre_hook
+    other = Own(params, lr=0.5)
+    other.register_load_state_dict_pre_hook(lambda o, d: o.zero_grad() or {**d, "state": {7: "whose", **d["state"]}})
+    other.register_load_state_dict_post_hook(lambda o: setattr(o, "steps", o.state_dict()["state"][0]["step"].item()))
+    other.load_state_dict(saved := opt.state_dict())
+    assert (other.own, other.steps, other.state[7], len(saved["state"])) == (5, 2.0, "whose", 4)
 
-    def interrupted(hook):
-        register(hook)
-        raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch:
-        patch.setattr(opt, "register_load_state_dict_pre_hook", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            opt.load_state_dict(saved)
-    seen = []
-    opt.register_load_state_dict_pre_hook(lambda opt, loaded: seen.append(loaded["state"][0]["step"] + 1))
-    opt.load_state_dict(saved)
-    assert seen == [3.0]  # the user's hook sees tensors
-    assert len(opt._optimizer_load_state_dict_pre_hooks) == 1
-    assert torch.equal(opt.state[params[0]]["exp_avg"], saved["state"][0]["exp_avg"])
+def test_a_shallow_copy_of_what_is_flattened_is_refused_and_an_old_pickle_is_not_taken_for_a_load():
+    params, opt = make("AdamW", flatten=True)
+    with unchanged(params), pytest.raises(TypeError, match=r"AdamW: copy.copy .* Use copy.deepcopy"):
+        copy.copy(opt)
+    old = front.AdamW.__new__(front.AdamW)
+    old.__setstate__({key: value for key, value in opt.__getstate__().items() if key != "extras"})
+    train(params, old, 1)
 
 
 def test_while_one_thread_steps_others_are_refused():
