@@ -56,12 +56,10 @@ class Checkpoints(GroupOptions):
 
     def _exported(self, copy_of: Callable[[Tensor], Tensor]) -> dict[str, Any]:
         exported = super().state_dict()
-        exported["state"] = {
-            key: {k: copy_of(v) if isinstance(v, Tensor) else v for k, v in state.items()}
-            if isinstance(state, dict)
-            else state
-            for key, state in exported["state"].items()
-        }
+        for key, state in exported["state"].items():
+            if isinstance(state, dict):
+                copies = {name: copy_of(x) if isinstance(x, Tensor) else x for name, x in state.items()}
+                exported["state"][key] = copies
         return exported
 
     @_disable_dynamo
@@ -162,7 +160,12 @@ class Checkpoints(GroupOptions):
                 )
             GroupOptions.__init__(self, **extras)
             self._complete = True
-            self._flatten_again(state["param_groups"])
+            if self._flat is not None:
+                try:
+                    for group in state["param_groups"]:
+                        self._flat.add(group["params"], type(self).__name__)
+                except ValueError:  # parameters that came from another process are shared with it
+                    self._flat = None
         self._load_state_dict(state)
 
     @exclusive
@@ -174,14 +177,6 @@ class Checkpoints(GroupOptions):
             self.state = moved
 
         finish(take_over)
-
-    def _flatten_again(self, groups: list[dict[str, Any]]) -> None:
-        """Move the parameters of a copy as those of the original were, or let it be an optimizer that is not flat."""
-        try:
-            for group in groups if self._flat is not None else ():
-                self._flat.add(group["params"], type(self).__name__)  # type: ignore[union-attr]
-        except ValueError:  # parameters that came from another process are shared with it
-            self._flat = None
 
 
 @functools.cache

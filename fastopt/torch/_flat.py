@@ -25,8 +25,8 @@ class FlatGroup:
         memories = [parameter_memory(p, where) for p in params]
         layout = Layout.of({str(i): (m.numel(),) for i, m in enumerate(memories)})
         dtype, device = memories[0].dtype, _devices.device_of(params[0])
-        self._values, self._gradients = (device.zeros(layout.total, dtype) for _ in range(2))
-        arrays = [device.array(flat) for flat in (self._values, self._gradients)]
+        self._values, self.gradients = (device.zeros(layout.total, dtype) for _ in range(2))
+        arrays = [device.array(flat) for flat in (self._values, self.gradients)]
         self.views = []
         for p, memory, offset in zip(params, memories, layout.offsets, strict=True):
             value, view = (
@@ -39,10 +39,6 @@ class FlatGroup:
             p.data = value
             p.grad = view
             self.views.append(view)
-
-    def zero(self) -> None:
-        """Set all gradients to zero."""
-        self._gradients.zero_()
 
 
 class FlatGroups:
@@ -88,7 +84,7 @@ class FlatGroups:
     def zero(self) -> None:
         """Set all gradients to zero and keep them where they are; frozen parameters have none."""
         for group in self._groups:
-            group.zero()
+            group.gradients.zero_()
             for p, view in zip(group.params, group.views, strict=True):
                 if not p.requires_grad:
                     p.grad = None

@@ -39,13 +39,6 @@ def _any_number(default: Any) -> Range:
     return range_of(("[-inf, inf]",) * len(default) if isinstance(default, tuple) else "[-inf, inf]", default)
 
 
-def _no_gradient(value: Any, where: str) -> bool:
-    """The range of ``differentiable``."""
-    if value:
-        raise NotImplementedError(f"{where}=True is not supported, because kernels have no gradient. Use torch.optim.")
-    return False
-
-
 class GroupOptions(torch.optim.Optimizer):
     """Rules and options. Its constructor makes all that a copy of an optimizer must have anew."""
 
@@ -130,7 +123,6 @@ class GroupOptions(torch.optim.Optimizer):
             cls.rule_options = {**cls.rule_options, **{p.name: p.default for p in own.values() if p.name not in known}}
             numbers = {p.name: p.default for p in inherited.values() if type(p.default) in (int, float, tuple)}
             cls.ranges = {name: _any_number(default) for name, default in numbers.items()}
-            cls.ranges["differentiable"] = _no_gradient
             cls.ranges |= {name: EMA_RANGES.get(name, boolean) for name in cls.rule_options.keys() - cls._torch_names}
             if cls.rule is not None and not is_torchs:
                 cls.ranges |= ranges_of(cls.rule.options)
@@ -142,12 +134,6 @@ class GroupOptions(torch.optim.Optimizer):
 
     def _ask(self, **fields: Any) -> None:
         self._request = replace(self._request, **fields)
-
-    def _named_parameters(self) -> Iterable[tuple[int, str, Tensor]]:
-        """Group, name and parameter."""
-        for g, group in enumerate(self.param_groups):
-            for i, p in enumerate(group["params"]):
-                yield g, f"parameter {i} of group {g}", p
 
     def _parameters(self) -> Iterable[Tensor]:
         return (p for group in self.param_groups for p in group["params"])
@@ -180,6 +166,8 @@ class GroupOptions(torch.optim.Optimizer):
         """The options of a group with those that torch does not have; refuses what cannot be computed with."""
         options = {**self.rule_options, **options}
         where = f"{type(self).__name__}: group {index}: "
+        if options.get("differentiable"):
+            raise NotImplementedError(f"{where}differentiable=True is not supported.")
         options |= {name: check(options[name], where + name) for name, check in self.ranges.items() if name in options}
         conflict = (
             None if self._is_torchs or self.rule is None or self.rule.conflict is None else self.rule.conflict(options)
@@ -228,8 +216,9 @@ class GroupOptions(torch.optim.Optimizer):
         for index, group in enumerate(self.param_groups[first:], first):
             refuse_extras(group, self._extras(), f"{where}: group {index}")
         named = [
-            (name, p, g >= first)
-            for g, name, p in self._named_parameters()
+            (f"parameter {i} of group {g}", p, g >= first)
+            for g, group in enumerate(self.param_groups)
+            for i, p in enumerate(group["params"])
             if type(p) in PLAIN
             and p.device.type in ("cpu", "cuda")
             and p.layout is torch.strided

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 from torch import Tensor
-
-from ..engine.options import near_name
 
 FIXED = (bool, int, float, str)
 """Types whose objects never change."""
@@ -32,18 +31,18 @@ def check_keywords(cls: type, keywords: Iterable[str]) -> None:
         return
     for name in keywords:
         if name not in taken:
-            near = OTHER_NAMES.get(name) or near_name(name, taken)
-            hint = f" Did you mean {near!r}?" if near in taken else ""
+            near = [OTHER_NAMES.get(name, name)]
+            if near[0] not in taken:
+                near = difflib.get_close_matches(name, taken, 1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
             raise TypeError(f"{cls.__name__}.__init__() got an unexpected keyword argument {name!r}.{hint}")
 
 
 def check_rate(lr: Any, where: str) -> None:
-    """Refuse a function as lr."""
-    if callable(lr):
-        raise TypeError(
-            f"{where}: lr must be a number or a tensor of one element, got {lr!r}. For a function of the step use "
-            "torch.optim.lr_scheduler.LambdaLR."
-        )
+    """Refuse an lr that torch's constructors would compare with 0 in vain."""
+    if (callable(lr) and not isinstance(lr, Tensor)) or isinstance(lr, str) or lr is None:
+        hint = " For a function of the step use torch.optim.lr_scheduler.LambdaLR." if callable(lr) else ""
+        raise TypeError(f"{where}: lr must be a number or a tensor of one element, got {lr!r}.{hint}")
 
 
 def refuse_extras(group: Mapping[str, Any], own: Mapping[str, Any], where: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -21,9 +21,8 @@ from ._devices import TorchDevice
 from ._flat import FlatGroups
 from ._master import MASTER
 from ._shards import Shards
-from ._state import NOTHING, STEP, Arena, ParameterState, Slot, State, number
+from ._state import NOTHING, STEP, ParameterState, Slot, State, lay_out, number
 from ._tensors import (
-    PLAIN,
     STORED,
     address_of,
     check_apart,
@@ -32,7 +31,6 @@ from ._tensors import (
     is_usual,
     layout_of,
     local,
-    local_gradient,
     parameter_memory,
     real,
     state_address,
@@ -60,14 +58,12 @@ class TensorParameter(Parameter):
     """A parameter that has had a gradient, with the tensors of its state."""
 
     beginning: Beginning = None  # type: ignore[assignment]
-    arena: Arena = None  # type: ignore[assignment]
-    index: int = 0  # in the arena
-    layout: tuple[Any, ...] = ()
-    fresh: bool = False  # whether ``state`` showed nothing, or what was made without a step
+    slot: Slot = None  # type: ignore[assignment]
+    fresh: bool = True  # whether ``state`` showed nothing, or what was made without a step
     pointer: int = 0  # where the parameter itself is
-    tensors: Mapping[str, Tensor] = field(default_factory=dict)  # of its state, as far as somebody may know them
+    tensors: dict[str, Tensor] = field(default_factory=dict)  # of its state, as far as somebody may know them
     addresses: tuple[int, ...] = ()  # where these were
-    loose: Mapping[str, Tensor] = field(default_factory=dict)  # numbers that the user put there
+    loose: dict[str, Tensor] = field(default_factory=dict)  # numbers that the user put there
 
 
 class Beginning(NamedTuple):
@@ -77,21 +73,6 @@ class Beginning(NamedTuple):
     values: dict[str, float]  # of all that ``state`` shows
     numbers: frozenset[str]  # names of those that are numbers
     step_count: StepCount
-
-
-class Known(NamedTuple):
-    """What there is of a parameter in ``state``."""
-
-    tensors: dict[str, Tensor]
-    loose: dict[str, Tensor]
-    elsewhere: dict[str, int]
-    fresh: bool
-
-
-NEW = Known(NOTHING, NOTHING, NOTHING, True)  # type: ignore[arg-type]
-
-Beginnings = dict[tuple[int, int, bool], Beginning]
-"""By group, number of dimensions, and whether there is a master."""
 
 
 class Parameters:
@@ -121,7 +102,6 @@ class Parameters:
         self.shards = Shards(self.params)
         self.hidden: set[int] = set()  # indices of parameters that ``state`` does not show yet
         self._records: dict[int, TensorParameter] = {}
-        self._layouts: dict[Any, Any] = {}  # one object for equal ones
 
     def __getitem__(self, i: int) -> TensorParameter:
         return self._records[i]
@@ -137,19 +117,13 @@ class Parameters:
 
     # --- gradients -----------------------------------------------------------------------------------------------
 
-    def local(self, present: Sequence[int], grads: Sequence[Tensor]) -> list[Tensor]:
-        """What this process holds of gradients, placed as their parameters are."""
-        if {*map(type, grads)} <= PLAIN:
-            return list(grads)
-        return [local_gradient(g, self.params[i], self.name(i)) for i, g in zip(present, grads, strict=True)]
-
-    def brought(self, present: Sequence[int], grads: Sequence[Tensor]) -> list[Tensor]:
+    def read(self, present: Sequence[int], grads: Sequence[Tensor]) -> list[Tensor]:
         """Gradients of this process as real tensors in their parameters' layouts, copied where they must be."""
         memories = []
         for i, gradient, memory in zip(present, grads, self.memories(present), strict=True):
             if not is_like(gradient, memory):
-                has_master = self.kind.has_master(memory)
-                gradient = gradient_memory(gradient, memory, has_master, self.kind.name, self.name(i))
+                has_master, where = self.kind.has_master(memory), (self.kind.name, self.name(i))
+                gradient = gradient_memory(gradient, self.params[i], memory, has_master, *where)
             memories.append(gradient)
         return memories
 
@@ -166,21 +140,13 @@ class Parameters:
 
     def show(self, i: int) -> None:
         """Let ``state`` show a parameter."""
-        p, shown, parameter = self._records[i], dict.get(self._state, self.params[i], {}), self.params[i]
-        if p.beginning.values:
-            made = {}
-            for name in p.beginning.values:
-                if name in p.tensors:
-                    made[name] = p.tensors[name]
-                elif name in p.beginning.numbers:
-                    made[name] = p.arena.number(name, p.index)
-                else:
-                    made[name] = p.arena.state(name, p.index, parameter, p.layout)
-            if type(shown) is not ParameterState or shown.watch is not self._state.watch:
-                shown = ParameterState(self._state.watch, shown)
-            dict.update(shown, made)
-            shown.slot, shown.untouched = Slot(p.arena, p.index, p.layout), NOTHING
-            p.tensors, p.addresses = made, tuple(map(address_of, made.values()))
+        p, parameter, names = self._records[i], self.params[i], self._records[i].beginning.values
+        if names:
+            shown, arena = self._state.of(parameter), p.slot.arena
+            p.tensors = {n: p.tensors[n] if n in p.tensors else arena.tensor(n, p.slot, parameter) for n in names}
+            p.addresses = tuple(map(address_of, p.tensors.values()))
+            dict.update(shown, p.tensors)
+            shown.slot, shown.untouched = p.slot, NOTHING
             dict.__setitem__(self._state, parameter, shown)
         self.hidden.discard(i)
 
@@ -193,110 +159,86 @@ class Parameters:
 
     def admit(self, present: Sequence[int], options: Sequence[Options]) -> None:
         """Find or make the states of parameters."""
-        new: dict[tuple[torch.dtype, int], tuple[list[int], list[Tensor], list[Any]]] = {}
-        beginnings: Beginnings = {}
-        nothing: dict[str, Any] = {}
         present = [i for i in present if i not in self._records]
         self.hidden.update(present)
-        for i, memory in zip(present, self.memories(present), strict=True):
-            state = dict.get(self._state, self.params[i], nothing)
-            slot = state.slot if type(state) is ParameterState else None
-            if (
-                slot is not None
-                and slot.layout == layout_of(memory)
-                and slot.arena.device is self.device  # parameters may have moved
-                and not slot.arena.misses(slot.row, state)
-            ):
-                self._records[i] = self._record(i, memory, state, slot, options, beginnings)
-            else:
-                group = 0 if self.kind.flat is None else self._groups[i]  # which was laid out by itself
-                indices, memories, states = new.setdefault((memory.dtype, group), ([], [], []))
-                indices.append(i)
-                memories.append(memory)
-                states.append(state)
-        for indices, memories, states in new.values():
-            arena = Arena(memories, self.device)
-            for index, (i, memory, state) in enumerate(zip(indices, memories, states, strict=True)):
-                layout = layout_of(memory)
-                slot = Slot(arena, index, self._layouts.setdefault(layout, layout))
-                self._records[i] = self._record(i, memory, state, slot, options, beginnings)
+        memories = self.memories(present)
+        states = [dict.get(self._state, self.params[i], {}) for i in present]
+        slots = [self._slot_of(state, memory) for state, memory in zip(states, memories, strict=True)]
+        groups = [0 if self.kind.flat is None else self._groups[i] for i in present]  # each is laid out by itself
+        lacking = [k for k, slot in enumerate(slots) if slot is None]
+        new = iter(lay_out([(memories[k], groups[k]) for k in lacking]))
+        beginnings: dict[Any, Beginning] = {}
+        for i, memory, state, slot in zip(present, memories, states, slots, strict=True):
+            alike = self._groups[i], self.params[i].dim(), self.kind.has_master(memory)
+            if alike not in beginnings:
+                beginnings[alike] = self._beginning(*alike, options[self._groups[i]])
+            self._records[i] = self._record(i, memory, state, slot or next(new), beginnings[alike])
+
+    def _slot_of(self, state: dict[str, Any], memory: Tensor) -> Slot | None:
+        """Where the state of a parameter is; None where it must have another place, since the parameter was moved."""
+        slot = state.slot if type(state) is ParameterState else None
+        if slot is None or slot.layout != layout_of(memory) or slot.arena.device is not self.device:
+            return None
+        return None if slot.arena.misses(slot.row, state) else slot
 
     def _record(
-        self, i: int, memory: Tensor, state: Any, slot: Slot, options: Sequence[Options], beginnings: Beginnings
+        self, i: int, memory: Tensor, state: dict[str, Any], slot: Slot, beginning: Beginning
     ) -> TensorParameter:
-        parameter, group = self.params[i], self._groups[i]
-        arena, index, layout = slot
-        has_master = self.kind.has_master(memory)
-        alike = group, parameter.dim(), has_master
-        if alike not in beginnings:
-            beginnings[alike] = self._beginning(group, parameter.dim(), has_master, options[group])
-        beginning = beginnings[alike]
-        step_count, pointer, dtype = beginning.step_count, memory.data_ptr(), STORED[memory.dtype].name
-        known = Known({}, {}, {}, True) if has_master else NEW
+        parameter, (arena, row, _), pointer = self.params[i], slot, memory.data_ptr()
+        p = TensorParameter(
+            *(self.name(i), parameter, memory.numel(), STORED[memory.dtype].name, self._groups[i]),  # type: ignore[arg-type]
+            *(arena.offsets[row], arena.extents[row], pointer, arena.arrays, beginning.step_count),
+            beginning=beginning,
+            slot=slot,
+            pointer=pointer,
+        )
         if dict.__len__(state):
-            step_count = step_count if _is_untouched(state) else self._step_count(i, beginning, state)
-            known = self._known(i, memory, state, slot, beginning, step_count)
+            self._adopt(p, memory, state)
         else:
             for name, value in beginning.values.items():
-                if value or name not in arena.names:
-                    arena.begin(name, index, value, is_number=name in beginning.numbers)
-        address, copy = pointer, None
-        if has_master:
-            if known.fresh or dict.get(state, MASTER) is None:
-                if MASTER not in known.tensors:
-                    known.tensors[MASTER] = arena.state(MASTER, index, parameter, layout)
-                known.tensors[MASTER].copy_(parameter.detach())
-            copy, address, dtype = Copy(dtype, pointer), address_of(known.tensors[MASTER]), COMPUTE[dtype]
-        return TensorParameter(
-            *(self.name(i), parameter, memory.numel(), dtype, group),  # type: ignore[arg-type]
-            *(arena.offsets[index], arena.extents[index], address, arena.arrays, step_count),
-            copy=copy,
-            elsewhere=known.elsewhere,
-            beginning=beginning,
-            arena=arena,
-            index=index,
-            layout=layout,
-            fresh=known.fresh,
-            pointer=pointer,
-            tensors=known.tensors,
-            addresses=tuple(map(address_of, known.tensors.values())),
-            loose=known.loose,
-        )
+                if value or name not in arena.starts:
+                    arena.begin(name, row, value, is_number=name in beginning.numbers)
+        if self.kind.has_master(memory):
+            if MASTER not in p.tensors:
+                p.tensors[MASTER] = arena.tensor(MASTER, slot, parameter)
+            if p.fresh or dict.get(state, MASTER) is None:
+                p.tensors[MASTER].copy_(parameter.detach())
+            p.copy, p.address, p.dtype = Copy(p.dtype, pointer), address_of(p.tensors[MASTER]), COMPUTE[p.dtype]
+        p.addresses = tuple(map(address_of, p.tensors.values()))
+        return p
 
-    def _known(
-        self, i: int, memory: Tensor, state: Any, slot: Slot, beginning: Beginning, step_count: StepCount
-    ) -> Known:
-        """What there is of a parameter in ``state``; what is missing there begins."""
-        parameter, (arena, index, layout) = self.params[i], slot
-        tensors: dict[str, Tensor] = {}
-        loose: dict[str, Tensor] = {}
+    def _adopt(self, p: TensorParameter, memory: Tensor, state: dict[str, Any]) -> None:
+        """Go on from what there is of a parameter in ``state``; what is missing there begins."""
+        parameter, (arena, row, _) = cast(Tensor, p.array), p.slot
+        p.fresh = type(state) is ParameterState and state.is_untouched
+        if not p.fresh:
+            p.step_count = self._step_count(p, state)
+        numbers = {STEP: float(p.step_count.steps), **(p.step_count.carry or {})}
         elsewhere: dict[str, int] = {}
-        fresh = _is_untouched(state)
-        numbers = {STEP: float(step_count.steps), **(step_count.carry or {})}
-        for name, first in beginning.values.items():
+        for name, first in p.beginning.values.items():
             value = dict.get(state, name)
-            if name in beginning.numbers:
-                if not isinstance(value, Tensor) or _was_made(state, slot, name, value):
-                    arena.begin(name, index, numbers[name], is_number=True)
-                    continue
-                if address_of(value) != arena.place(name, index):
-                    loose[name] = self._checked(i, name, value)
+            if name in p.beginning.numbers:
                 first = numbers[name]
-            elif value is None or (_was_made(state, slot, name, value) and value.shape == parameter.shape):
-                arena.begin(name, index, first, is_number=False)
-                if value is not None and not fresh:
-                    tensors[name] = arena.state(name, index, parameter, layout).copy_(value)
+                if not isinstance(value, Tensor) or _was_made(state, p.slot, name, value):
+                    arena.begin(name, row, first, is_number=True)
+                    continue
+                if address_of(value) != arena.place(name, row):
+                    p.loose[name] = self._checked(p.name, name, value)
+            elif value is None or (_was_made(state, p.slot, name, value) and value.shape == parameter.shape):
+                arena.begin(name, row, first, is_number=False)
+                if value is not None and not p.fresh:
+                    p.tensors[name] = arena.tensor(name, p.slot, parameter).copy_(value)
                 continue
             else:
-                address = state_address(value, memory, f"{self.kind.name}: state {name!r} of {self.name(i)}")
-                if name not in arena.arrays or (memory.numel() and address != arena.place(name, index)):
+                address = state_address(value, memory, f"{self.kind.name}: state {name!r} of {p.name}")
+                if name not in arena.arrays or (memory.numel() and address != arena.place(name, row)):
                     elsewhere[name] = address
-            tensors[name] = value
-            if fresh:  # it began with the options of then
+            p.tensors[name] = value
+            if p.fresh:  # it began with the options of then
                 real(local(value, "a state")).fill_(first)
-        if fresh:
-            state.remember()
-        return Known(tensors, loose, elsewhere, fresh)
+        p.elsewhere = elsewhere
+        if p.fresh:
+            cast(ParameterState, state).remember()
 
     def _beginning(self, group: int, dim: int, has_master: bool, options: Options) -> Beginning:
         chosen = choice(self.kind.rules[group], options, dim)
@@ -306,78 +248,64 @@ class Parameters:
         values = {**numbers, **chosen.start(options), **({MASTER: 0.0} if has_master else {})}
         return Beginning(chosen, values, frozenset(numbers), StepCount(0, carried or None))
 
-    def _step_count(self, i: int, beginning: Beginning, state: dict[str, Any]) -> StepCount:
+    def _step_count(self, p: TensorParameter, state: dict[str, Any]) -> StepCount:
         """How far the parameter has come, by what its state says."""
-        chosen, carried = beginning.choice, dict(beginning.step_count.carry or {})
-        rule = chosen.rule
+
+        def hole(name: str, why: str) -> KeyError:
+            return KeyError(
+                f"{self.kind.name}: {p.name} {why}, but its state lacks {name!r}. Load a state dict that has it, or "
+                "begin anew: del optimizer.state[parameter]."
+            )
+
+        rule, carried, step = p.beginning.choice.rule, dict(p.beginning.step_count.carry or {}), dict.get(state, STEP)
         carried.pop(EMA_STEP, None)
         present = [name for name in (*rule.state, *carried) if dict.get(state, name) is not None]
-        if self.kind.counts:
-            steps = self._count(i, state, bool(present))
-            missing = {*rule.state, *carried} - {*present, *rule.late} if steps else ()
-            if missing:
-                raise KeyError(self._hole(i, sorted(missing)[0], f"has taken {steps} steps"))
+        if not self.kind.counts:  # only the first step differs from the others, and leaves a state
+            steps = float(bool(present))
+        elif step is None and present:
+            raise hole(STEP, "has states")
+        else:
+            steps = 0.0 if step is None else number(step)
+            if not (0 <= steps < 2**53 and steps == int(steps)):
+                raise ValueError(f"{self.kind.name}: the step count of {p.name} is {steps}; needed is a whole number.")
+            missing = {*rule.state, *carried} - {*present, *rule.late}
+            if steps and missing:
+                raise hole(min(missing), f"has taken {int(steps)} steps")
             carried.update((name, number(dict.get(state, name))) for name in carried if name in present)
-        else:  # only the first step differs from the others, and leaves a state
-            steps = int(bool(present))
         averagings = dict.get(state, EMA_STEP)
-        if chosen.averages:  # an average that is lacking begins as a copy
+        if p.beginning.choice.averages:  # an average that is lacking begins as a copy
             carried[EMA_STEP] = 0.0 if averagings is None or dict.get(state, EMA) is None else number(averagings)
         elif isinstance(averagings, Tensor):  # and so does one that is switched on again
             averagings.zero_()
-        return StepCount(steps, carried or None)
+        return StepCount(int(steps), carried or None)
 
-    def _count(self, i: int, state: dict[str, Any], has_states: bool) -> int:
-        value = dict.get(state, STEP)
-        if value is None:
-            if has_states:
-                raise KeyError(self._hole(i, STEP, "has states"))
-            return 0
-        steps = number(value)
-        if not (0 <= steps < 2**53 and steps == int(steps)):
-            raise ValueError(
-                f"{self.kind.name}: the step count of {self.name(i)} is {steps}; needed is a whole number."
-            )
-        return int(steps)
-
-    def _hole(self, i: int, name: str, why: str) -> str:
-        return (
-            f"{self.kind.name}: {self.name(i)} {why}, but its state lacks {name!r}. Load a state dict that has it, or "
-            "begin anew: del optimizer.state[parameter]."
-        )
-
-    def _checked(self, i: int, name: str, value: Tensor) -> Tensor:
+    def _checked(self, owner: str, name: str, value: Tensor) -> Tensor:
         """A number that the user put into the state."""
         if value.numel() != 1 or value.device.type != "cpu" or value.dtype not in NUMBERS or type(value) is not Tensor:
             raise TypeError(
-                f"{self.kind.name}: state {name!r} of {self.name(i)} is {value.dtype} of shape {tuple(value.shape)} "
+                f"{self.kind.name}: state {name!r} of {owner} is {value.dtype} of shape {tuple(value.shape)} "
                 f"on {value.device}; needed is one float32 on the CPU, where load_state_dict brings it."
             )
         return value
 
     def owned(self, present: Sequence[int]) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
         """Runs of memory that a step of these parameters writes, sorted, and their bytes; refuses overlap."""
-        owners, names, starts, sizes, ends = [], [], [], [], []  # rows would keep the garbage collector busy
+        rows: list[tuple[TensorParameter, str, int, int, int]] = []  # owner, state, beginning, bytes, with padding
         for p in map(self._records.__getitem__, present):
-            size = p.size * ITEMSIZE[p.copy.dtype if p.copy else p.dtype]
-            owners.append(p)
-            names.append("")
-            starts.append(p.pointer)
-            sizes.append(size)
-            ends.append(p.pointer + size)
-            itemsize = ITEMSIZE[COMPUTE[p.dtype]]
+            size, itemsize = p.size * ITEMSIZE[p.copy.dtype if p.copy else p.dtype], ITEMSIZE[COMPUTE[p.dtype]]
+            rows.append((p, "", p.pointer, size, size))
             for name in (*p.beginning.choice.state, MASTER) if p.copy else p.beginning.choice.state:
-                start = p.elsewhere[name] if name in p.elsewhere else p.arena.place(name, p.index)
-                owners.append(p)
-                names.append(name)
-                starts.append(start)
-                sizes.append(p.size * itemsize)
-                ends.append(start + (p.size if name in p.elsewhere else p.extent) * itemsize)
-        begin, nbytes, end = np.array(starts, np.uint64), np.array(sizes, np.int64), np.array(ends, np.uint64)
+                apart = name in p.elsewhere
+                start = p.elsewhere[name] if apart else p.slot.arena.place(name, p.slot.row)
+                rows.append((p, name, start, p.size * itemsize, (p.size if apart else p.extent) * itemsize))
 
         def called(k: int) -> str:
-            return f"state {names[k]!r} of {owners[k].name}" if names[k] else owners[k].name
+            owner, name, *_ = rows[k]
+            return f"state {name!r} of {owner.name}" if name else owner.name
 
+        begin = np.array([start for _, _, start, _, _ in rows], np.uint64)
+        nbytes, extents = (np.array([row[k] for row in rows], np.int64) for k in (3, 4))
+        end = begin + extents.astype(np.uint64)
         check_apart(begin, nbytes, called, self.kind.name)
         order = np.argsort(begin)
         order = order[nbytes[order] > 0]
@@ -385,10 +313,6 @@ class Parameters:
         first = np.r_[True, begin[1:] != end[:-1]][: len(order)]  # neighbours in an arena are one run
         begin, end = begin[first], end[np.r_[first[1:], True][: len(order)]]
         return begin, (end - begin).astype(np.int64)
-
-
-def _is_untouched(state: Any) -> bool:
-    return type(state) is ParameterState and state.is_untouched
 
 
 def _was_made(state: Any, slot: Slot, name: str, value: Any) -> bool:

@@ -17,12 +17,12 @@ from ..kernels.layout import structure
 from ..kernels.rules.rule import Options
 from . import _interface
 from ._master import MASTER, MasterWeights
-from ._state import STEP, Counted
+from ._state import STEP
 from ._tensors import PLAIN, STORED, address_of, layout_of, local, real
 
 if TYPE_CHECKING:
     from ..engine.plan import Plan
-    from ._parameters import Parameters
+    from ._parameters import Parameters, TensorParameter
 
 
 class StateSync:
@@ -33,17 +33,17 @@ class StateSync:
         counts: Whether ``state`` has step counts.
     """
 
-    def __init__(self, parameters: Iterable[Counted], counts: bool) -> None:
-        alike: dict[tuple[int, int], list[Counted]] = {}
+    def __init__(self, parameters: Iterable[TensorParameter], counts: bool) -> None:
+        alike: dict[tuple[int, int], list[TensorParameter]] = {}
         for p in parameters:
-            alike.setdefault((id(p.step_count), id(p.arena)), []).append(p)
+            alike.setdefault((id(p.step_count), id(p.slot.arena)), []).append(p)
         self._shown: list[tuple[NDArray[Any], Any, StepCount, str]] = []
         for members in alike.values():
-            step_count, arena = members[0].step_count, members[0].arena
+            step_count, arena = members[0].step_count, members[0].slot.arena
             for name in [STEP] * counts + list(step_count.carry or ()):
                 loose = [p.loose[name] for p in members if name in p.loose]
                 self._shown += [(x.detach().numpy().reshape(-1), slice(None), step_count, name) for x in loose]
-                indices = [p.index for p in members if name not in p.loose]
+                indices = [p.slot.row for p in members if name not in p.loose]
                 where: Any = slice(None) if indices == list(range(arena.size)) else np.array(indices, np.int64)
                 if indices:
                     self._shown.append((arena.numbers[name], where, step_count, name))
@@ -120,18 +120,16 @@ class Probe:
         layouts = [(p.shape, p.stride()) for p in stepped]
         self._layouts = {layout: np.array(layout, np.int64) for layout in layouts}
         places = {layout: numbers.ctypes.data for layout, numbers in self._layouts.items()}
-        chosen, columns = (
-            list(present),
-            {
-                "dim": [p.dim() for p in stepped],
-                "nbytes": [p.numel() * dtype.itemsize for p, dtype in zip(stepped, dtypes, strict=True)],
-                "sizes": [places[layout] for layout in layouts],
-                "strides": [places[layout] + 8 * len(layout[0]) for layout in layouts],
-                "dtype": [library.codes[p.dtype] for p in stepped],
-                "gradient_dtype": [library.codes[dtype] for dtype in dtypes],
-                "gradient_storage": [0 if p.grad is None else p.grad.untyped_storage()._cdata for p in stepped],
-            },
-        )
+        columns = {
+            "dim": [p.dim() for p in stepped],
+            "nbytes": [p.numel() * dtype.itemsize for p, dtype in zip(stepped, dtypes, strict=True)],
+            "sizes": [places[layout] for layout in layouts],
+            "strides": [places[layout] + 8 * len(layout[0]) for layout in layouts],
+            "dtype": [library.codes[p.dtype] for p in stepped],
+            "gradient_dtype": [library.codes[dtype] for dtype in dtypes],
+            "gradient_storage": [0 if p.grad is None else p.grad.untyped_storage()._cdata for p in stepped],
+        }
+        chosen = list(present)
         for name, column in columns.items():
             expected[name][chosen] = column
         expected["parameter"]["data"][chosen] = [p.data_ptr() for p in stepped]
@@ -142,21 +140,9 @@ class Probe:
         begin, end = (row.ctypes.data for row in self._owned)
         self._runs = np.array((begin, end, len(owned[0])), structure("runs"))
         # Reading an array's address takes as long as asking for a gradient.
-        self._held_at = self._held.ctypes.data
-        self._arguments = (
-            self._table.ctypes.data,
-            self._expected.ctypes.data,
-            len(self._expected),
-            self._states.ctypes.data,
-            self._runs.ctypes.data,
-            self.pointers.ctypes.data,
-            self._held_at,
-        )
-
-    @staticmethod
-    def available() -> bool:
-        """Whether there is such a thing here."""
-        return _interface.library() is not None
+        arrays = self._table, expected, self._states, self._runs, self.pointers, self._held
+        table, tensors, *others = (array.ctypes.data for array in arrays)
+        self._arguments = table, tensors, len(expected), *others
 
     def hold(self) -> bool:
         """Put the addresses of the gradients into ``pointers`` and keep them alive.
@@ -168,7 +154,7 @@ class Probe:
 
     def release(self) -> None:
         """Let the gradients go, if any are kept alive."""
-        self._library.release(self._arguments[0], self._held_at, self._count)
+        self._library.release(self._arguments[0], self._arguments[-1], self._count)
 
     def bump_versions(self) -> bool:
         """Tell autograd that the parameters with a gradient were written; False if one is not the tensor it was."""
@@ -206,8 +192,6 @@ class Pattern:
         self.stepped = [parameters.params[i] for i in present]
         self._plain = all(type(p) in PLAIN and not p.is_complex() for p in self.stepped)
         own = self.stepped if self._plain else parameters.memories(present)
-        self._contiguous = [p.is_contiguous() for p in own]
-        self._strided = [(k, (p.shape, p.stride())) for k, p in enumerate(own) if not p.is_contiguous()]
         # The only contiguous real tensors that autograd leaves negated: imaginary parts of one element.
         self._scalars = [k for k, r in enumerate(records) if r.size == 1]
         self._owned = parameters.owned(present)
@@ -216,7 +200,7 @@ class Pattern:
         self._itemsizes = np.array([dtype.itemsize for dtype in dtypes], np.int64)
         self._offsets, self._sizes = np.array([(r.offset, r.size) for r in records], np.int64).reshape(-1, 2).T
         self._extent = self._sizes * self._itemsizes
-        arenas = np.array([id(r.arena) for r in records])
+        arenas = np.array([id(r.slot.arena) for r in records])
         self._members = [np.flatnonzero(arenas == arena) for arena in dict.fromkeys(arenas.tolist())]
         if flat:
             itemsizes = np.array([ITEMSIZE[r.dtype] for r in records])
@@ -280,7 +264,7 @@ class Pattern:
         own = self.stepped if self._plain else [real(local(p.detach(), self._where)) for p in self.stepped]
         return (
             [p.data_ptr() for p in own] != [r.pointer for r in self._records]
-            or [layout_of(p) for p in own] != [r.layout for r in self._records]
+            or [layout_of(p) for p in own] != [r.slot.layout for r in self._records]
             or list(map(address_of, self._shown)) != self._shown_at
             or not self.sync.holds()
         )
@@ -289,7 +273,7 @@ class Pattern:
         """The pattern seems to last: have torch's C interface look from now on, where it can."""
         self._served += 1
         parameters = self._parameters
-        if self._served < 2 or self.probe is not None or not Probe.available() or not self._is_simple(grads):
+        if self._served < 2 or self.probe is not None or _interface.library() is None or not self._is_simple(grads):
             return
         shown = list(zip(self._shown, self._shown_at, strict=True))
         device = parameters.device.torch_device
@@ -302,27 +286,6 @@ class Pattern:
         return {*map(type, grads), *map(type, self._shown)} <= PLAIN
 
     # --- gradients -----------------------------------------------------------------------------------------------
-
-    def read(self, grads: Sequence[Tensor]) -> Sequence[Tensor]:
-        """The gradients as kernels can read them."""
-        if not self._plain or not {*map(type, grads)} <= PLAIN:
-            grads = self._parameters.local(self.present, grads)
-        return grads if self._are_plain(grads) else self._parameters.brought(self.present, grads)
-
-    def _are_plain(self, grads: Sequence[Tensor]) -> bool:
-        """Whether nothing about any gradient needs a closer look."""
-        # List by list: a comprehension over a thousand tensors takes 80 µs, a function call for each 300.
-        try:
-            return (
-                tuple([g.dtype for g in grads]) == self.dtypes
-                and [g.nbytes for g in grads] == self._extent.tolist()
-                and [g.is_contiguous() for g in grads] == self._contiguous
-                and all((grads[k].shape, grads[k].stride()) == layout for k, layout in self._strided)
-                and not _is_negated([grads[k] for k in self._scalars])
-                and True not in [g._is_zerotensor() for g in grads]
-            )
-        except RuntimeError:  # sparse tensors have no such things
-            return False
 
     def aim(self, starts: NDArray[np.uint64], write: bool) -> bool:
         """Have the plan read gradients at these addresses; False where it walks flat memory and they do not lie so."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,7 +15,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..arrays import Layout
-from ..engine.plan import StepCount
 from ..kernels.epilogues import EMA, EMA_STEP
 from ..kernels.registry import RULES
 from ..kernels.rules.rule import Rule
@@ -162,34 +162,26 @@ class State(_Watched):
             flat: Whether parameters are neighbours in memory, group by group.
         """
         state = cls(items)
-        alike: dict[Any, tuple[list[Tensor], list[Tensor]]] = {}
+        members: list[tuple[Tensor, Tensor, int]] = []
         for g, group in enumerate(groups):
             for p in group["params"]:
                 values = items.get(p)
                 if values and isinstance(values, dict):
                     try:
-                        memory = parameter_memory(p, "")
+                        members.append((p, parameter_memory(p, ""), g if flat else 0))
                     except (NotImplementedError, TypeError, ValueError):
                         continue  # such as one on the meta device: a step says so, if it gets that far
-                    params, memories = alike.setdefault(
-                        (memory.dtype, g if flat else 0, _devices.device_of(p)), ([], [])
-                    )
-                    params.append(p)
-                    memories.append(memory)
-        layouts: dict[Any, Any] = {}  # one object for equal ones
-        copies: tuple[list[Tensor], list[Tensor]] = [], []  # targets and sources
-        for (*_, device), (params, memories) in alike.items():
-            arena = Arena(memories, device)
-            for index, (p, memory) in enumerate(zip(params, memories, strict=True)):
-                layout = layout_of(memory)
-                slot = Slot(arena, index, layouts.setdefault(layout, layout))
-                moved = {name: _moved(name, x, names, slot, p, copies) for name, x in items[p].items()}
-                dict.__setitem__(state, p, ParameterState(state.watch, moved, slot))
+        copies: list[tuple[Tensor, Tensor]] = []  # target and source
+        slots = lay_out([(memory, g) for _, memory, g in members])
+        for (p, *_), slot in zip(members, slots, strict=True):
+            moved = {name: _moved(name, x, names, slot, p, copies) for name, x in items[p].items()}
+            dict.__setitem__(state, p, ParameterState(state.watch, moved, slot))
         with torch.no_grad():
-            if copies[0] and {*map(type, copies[0]), *map(type, copies[1])} <= PLAIN:
-                torch._foreach_copy_(*copies)
+            if copies and {type(x) for pair in copies for x in pair} <= PLAIN:
+                targets, sources = zip(*copies, strict=True)
+                torch._foreach_copy_(targets, sources)
             else:
-                for target, source in zip(*copies, strict=True):
+                for target, source in copies:
                     target.copy_(source)
         return state
 
@@ -209,26 +201,20 @@ class State(_Watched):
         return defaultdict, (dict,), None, None, iter(self.items())
 
 
-def _moved(
-    name: str, value: Any, names: Names, slot: Slot, parameter: Tensor, copies: tuple[list[Tensor], list[Tensor]]
-) -> Any:
+def _moved(name: str, value: Any, names: Names, slot: Slot, p: Tensor, copies: list[tuple[Tensor, Tensor]]) -> Any:
     """What becomes of a value: memory in the arena, if a step may write it there; what must be copied is listed."""
-    arena, index, layout = slot
+    arena, row, _ = slot
     if name == STEP or name in names.numbers:
-        arena.begin(name, index, number(value), is_number=True)
-        return arena.number(name, index)
-    if isinstance(value, float):  # of an older checkpoint
-        return torch.tensor(value, dtype=torch.float64)
+        arena.begin(name, row, number(value), is_number=True)
+        return arena.tensor(name, slot, p)
     if not isinstance(value, Tensor):
         return value
-    if name in names.states and value.shape == parameter.shape:
-        if name not in arena.names:
-            arena.begin(name, index, 0.0, is_number=False)
-        made = arena.state(name, index, parameter, layout)
-        copies[0].append(made)
-        copies[1].append(value)
-        return made
-    return value.detach().clone() if value.dim() == 0 else value.detach().to(parameter.device, copy=True)
+    if name in names.states and value.shape == p.shape:
+        if name not in arena.starts:
+            arena.begin(name, row, 0.0, is_number=False)
+        copies.append((arena.tensor(name, slot, p), value))
+        return copies[-1][0]
+    return value.detach().clone() if value.dim() == 0 else value.detach().to(p.device, copy=True)
 
 
 class Arena:
@@ -251,18 +237,13 @@ class Arena:
         self.extents = np.diff([*layout.offsets, layout.total]).tolist()
         self.arrays: dict[str, Any] = {}
         self.numbers: dict[str, NDArray[Any]] = {}
-        self._starts: dict[str, tuple[int, int]] = {}  # address and itemsize
+        self.starts: dict[str, tuple[int, int]] = {}  # of all that was begun: address and itemsize
         self._given: dict[str, bytearray] = {}  # whether somebody has the memory of a parameter
         self._dtype = COMPUTED[memories[0].dtype]
 
-    @property
-    def names(self) -> Collection[str]:
-        """Of all that was begun."""
-        return self._starts.keys()
-
     def begin(self, name: str, index: int, value: float, *, is_number: bool) -> None:
         """Have memory for a state or a number of a parameter, which nobody has; let it begin with a value."""
-        is_new = name not in self._starts
+        is_new = name not in self.starts
         if is_new:
             if is_number:
                 array: Any = np.zeros(self.size, np.float32 if name == STEP else np.float64)
@@ -270,27 +251,24 @@ class Arena:
             else:
                 array = self.arrays[name] = self.device.array(self.device.zeros(self._total, self._dtype))
                 start = self.device.memory.address(array)
-            self._starts[name], self._given[name] = (start, array.itemsize), bytearray(self.size)
+            self.starts[name], self._given[name] = (start, array.itemsize), bytearray(self.size)
         if is_number:
             self.numbers[name][index] = value
         elif value or not is_new:
             self.arrays[name][self.offsets[index] : self.offsets[index] + self._sizes[index]] = value
 
-    def state(self, name: str, index: int, parameter: Tensor, layout: tuple[Any, ...]) -> Tensor:
-        """A tensor of a state of a parameter that lies so."""
-        self._given[name][index] = True
-        offset = self.offsets[index]
-        view = self.device.view(self.arrays[name], offset, offset + self._sizes[index], layout)
+    def tensor(self, name: str, slot: Slot, parameter: Tensor) -> Tensor:
+        """A tensor of a number, or of a state that lies as its parameter. Step counts are float32, as in torch."""
+        self._given[name][slot.row] = True
+        if name in self.numbers:
+            return torch.from_numpy(self.numbers[name][slot.row : slot.row + 1].reshape(()))
+        offset = self.offsets[slot.row]
+        view = self.device.view(self.arrays[name], offset, offset + self._sizes[slot.row], slot.layout)
         return shaped_like(parameter, view)
-
-    def number(self, name: str, index: int) -> Tensor:
-        """A tensor of a number. Step counts are float32, as in torch; what a rule carries is exact."""
-        self._given[name][index] = True
-        return torch.from_numpy(self.numbers[name][index : index + 1].reshape(()))
 
     def place(self, name: str, index: int) -> int:
         """Where something of a parameter begins; 0 if nothing of this name was made."""
-        start, itemsize = self._starts.get(name, (0, 0))
+        start, itemsize = self.starts.get(name, (0, 0))
         return start + itemsize * (index if name in self.numbers else self.offsets[index])
 
     def misses(self, index: int, state: dict[str, Any]) -> bool:
@@ -311,10 +289,16 @@ def number(value: Any) -> float:
     return float(value.item() if isinstance(value, Tensor) else value)
 
 
-class Counted(Protocol):
-    """A parameter whose numbers ``state`` shows."""
-
-    arena: Arena
-    index: int
-    step_count: StepCount
-    loose: Mapping[str, Tensor]  # numbers that the user put there
+def lay_out(members: Sequence[tuple[Tensor, int]]) -> list[Slot]:
+    """Slots of parameters, given their real tensors and groups: one arena for all of one dtype, group and device."""
+    keys = [(memory.dtype, group, _devices.device_of(memory)) for memory, group in members]
+    alike: dict[Any, list[Tensor]] = {}
+    for key, (memory, _) in zip(keys, members, strict=True):
+        alike.setdefault(key, []).append(memory)
+    arenas = {key: (Arena(memories, key[-1]), itertools.count()) for key, memories in alike.items()}
+    layouts: dict[Any, Any] = {}  # one object for equal ones
+    slots = []
+    for key, (memory, _) in zip(keys, members, strict=True):
+        (arena, rows), layout = arenas[key], layout_of(memory)
+        slots.append(Slot(arena, next(rows), layouts.setdefault(layout, layout)))
+    return slots

@@ -105,7 +105,7 @@ class Stepper:
         if self._pattern is None:
             if any(_devices.device_of(self._params[i]) is not self.device for i in present):
                 return False
-            memories = self._parameters.brought(present, self._parameters.local(present, grads))
+            memories = self._parameters.read(present, grads)
             self._serve((present, tuple([m.dtype for m in memories]), self._flat is not None), options)
         return self.serving.sync.agrees()
 
@@ -124,9 +124,9 @@ class Stepper:
 
     def _read(self, grads: list[Tensor], options: Sequence[Options], write: bool) -> None:
         """Have the plan read the gradients."""
-        memories = self.serving.read(grads)
-        self._gradients = grads, memories
-        present, dtypes = self.serving.present, tuple([m.dtype for m in memories])
+        present = self.serving.present
+        memories = self._parameters.read(present, grads)
+        self._gradients, dtypes = (grads, memories), tuple([m.dtype for m in memories])
         if dtypes != self.serving.dtypes:
             self._serve((present, dtypes, self._flat is not None), options)
         starts = np.array([m.data_ptr() for m in memories], np.uint64)
@@ -274,9 +274,10 @@ class Steppers:
         for stepper in self.each:
             stepper.settle()
 
-    def verdict(self) -> Tensor | None:
-        """1 if the last step was skipped, else 0, where only a GPU knows; not waited for."""
-        return None if self.only is None else self.only.verdict()
+    def skipped(self, info: StepInfo) -> bool | Tensor:
+        """Whether the last step was skipped; where only a GPU knows, 1 or 0 there, which is not waited for."""
+        verdict = None if self.only is None else self.only.verdict()
+        return info.skipped if verdict is None else verdict
 
 
 def _same(a: Sequence[Any], b: Sequence[Any]) -> bool:

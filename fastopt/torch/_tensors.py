@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -51,29 +51,9 @@ def local(tensor: Tensor, where: str) -> Tensor:
         return tensor.as_subclass(Tensor)
 
 
-def local_gradient(gradient: Tensor, parameter: Tensor, where: str) -> Tensor:
-    """As ``local``, of a gradient as its parameter is placed: moved or summed up over processes where it was not."""
-    placements = getattr(parameter, "placements", None)
-    if placements is not None and getattr(gradient, "placements", placements) != placements:
-        gradient = cast(Any, gradient).redistribute(placements=placements)
-    return local(gradient, where)
-
-
 def real(tensor: Tensor) -> Tensor:
     """The tensor itself, or the real and imaginary parts of a complex one."""
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
-
-
-def is_dense(tensor: Tensor) -> bool:
-    """Whether the elements fill a run of memory, in whatever order of dimensions."""
-    if tensor.is_contiguous():
-        return True
-    expected = 1
-    for stride, size in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n != 1):
-        if stride != expected:
-            return tensor.numel() == 0
-        expected *= size
-    return True
 
 
 def same_layout(a: Tensor, b: Tensor) -> bool:
@@ -99,17 +79,9 @@ def shaped_like(parameter: Tensor, part: Tensor) -> Tensor:
     if type(parameter) in PLAIN or not hasattr(parameter, "device_mesh"):
         return view
     placed: Any = parameter
-    return cast(
-        Tensor,
-        type(parameter).from_local(  # type: ignore[attr-defined]
-            view,
-            placed.device_mesh,
-            placed.placements,
-            run_check=False,
-            shape=parameter.shape,
-            stride=parameter.stride(),
-        ),
-    )
+    where = placed.device_mesh, placed.placements
+    made: Tensor = placed.from_local(view, *where, run_check=False, shape=placed.shape, stride=placed.stride())
+    return made
 
 
 def state_address(value: Any, memory: Tensor, where: str) -> int:
@@ -119,24 +91,20 @@ def state_address(value: Any, memory: Tensor, where: str) -> int:
     dtype = COMPUTED[memory.dtype]
     if type(value) is Tensor and is_like(value, memory) and dtype == memory.dtype:
         return value.data_ptr()
-    held = local(value.detach(), where)
-    plain = held.layout is torch.strided and not held.is_conj() and not held.is_neg()
-    real_part = real(held) if plain else held
-    if real_part.shape != memory.shape:
-        raise ValueError(
-            f"{where} has shape {tuple(real_part.shape)}, but the parameter has shape {tuple(memory.shape)}."
-        )
-    if real_part.dtype != dtype or held.device != memory.device:
+    part = _real_part(value, where)
+    if part.shape != memory.shape:
+        raise ValueError(f"{where} has shape {tuple(part.shape)}, but the parameter has shape {tuple(memory.shape)}.")
+    if part.dtype != dtype or part.device != memory.device:
         raise TypeError(
-            f"{where} is {held.dtype} on {held.device}; needed is {dtype} on {memory.device}. Convert it with "
+            f"{where} is {part.dtype} on {part.device}; needed is {dtype} on {memory.device}. Convert it with "
             f".to({str(memory.device)!r}, {dtype})."
         )
-    if not plain or not same_layout(real_part, memory):
+    if not same_layout(part, memory):
         raise ValueError(
             f"{where} does not lie in memory as its parameter does, whose strides are {memory.stride()}. Copy it into "
             "torch.zeros_like of the parameter."
         )
-    return real_part.data_ptr()
+    return part.data_ptr()
 
 
 def is_usual(tensor: Tensor) -> bool:
@@ -149,24 +117,29 @@ def parameter_memory(tensor: Tensor, where: str) -> Tensor:
     """The real tensor that a step writes for a parameter, which may be that itself, or an error."""
     if is_usual(tensor):
         return tensor
-    held = local(tensor.detach(), where)
-    if held.layout is not torch.strided:
-        raise TypeError(f"{where} has the layout {held.layout}; needed is a dense (strided) tensor.")
-    if held.device.type not in ("cpu", "cuda"):
+    memory = _real_part(tensor, where)
+    if memory.device.type not in ("cpu", "cuda"):
         raise NotImplementedError(
-            f"{where} is on {held.device}; fastopt.torch steps tensors on the CPU and on NVIDIA's GPUs."
+            f"{where} is on {memory.device}; fastopt.torch steps tensors on the CPU and on NVIDIA's GPUs."
         )
-    if held.is_conj() or held.is_neg():
-        raise ValueError(f"{where} is a lazily conjugated or negated view; pass a copy made with .clone().")
-    memory = real(held) if held.dtype in FLOATING else held
     if memory.dtype not in STORED:
-        raise TypeError(f"{where} is {held.dtype}; needed is float32, float64, float16, bfloat16 or a complex dtype.")
-    if not is_dense(memory):
+        raise TypeError(f"{where} is {memory.dtype}; needed is float32, float64, float16, bfloat16 or a complex dtype.")
+    if not (memory.is_contiguous() or torch.ops.aten.is_non_overlapping_and_dense(memory)):
         raise ValueError(
-            f"{where} has strides {held.stride()} for shape {tuple(held.shape)}: elements overlap or leave gaps. "
+            f"{where} has strides {tensor.stride()} for shape {tuple(tensor.shape)}: elements overlap or leave gaps. "
             "Pass a contiguous (or channels_last, or transposed) tensor."
         )
     return memory
+
+
+def _real_part(tensor: Tensor, where: str) -> Tensor:
+    """The real tensor in which the elements of this process lie, or an error where they do not lie as they seem to."""
+    part = local(tensor.detach(), where)
+    if part.layout is not torch.strided:
+        raise TypeError(f"{where} has the layout {part.layout}; needed is a dense (strided) tensor.")
+    if part.is_conj() or part.is_neg():
+        raise ValueError(f"{where} is a lazily conjugated or negated view; pass a copy made with .clone().")
+    return real(part) if part.dtype in FLOATING else part
 
 
 def is_like(tensor: Tensor, memory: Tensor) -> bool:
@@ -182,15 +155,24 @@ def is_like(tensor: Tensor, memory: Tensor) -> bool:
     )
 
 
-def gradient_memory(gradient: Tensor, memory: Tensor, has_master: bool, where: str, name: str) -> Tensor:
+def gradient_memory(
+    gradient: Any, parameter: Tensor, memory: Tensor, has_master: bool, where: str, name: str
+) -> Tensor:
     """A gradient as a real tensor in the layout of its parameter's memory: itself, or a copy where it must be.
 
-    A parameter with a float32 master may have a gradient of float32, too.
+    A distributed one is moved or summed up over processes until it is placed as its parameter. A parameter with a
+    float32 master may have a gradient of float32, too.
     """
-    if gradient.layout is not torch.strided:
+    placements = getattr(parameter, "placements", None)
+    if placements is not None and getattr(gradient, "placements", placements) != placements:
+        gradient = gradient.redistribute(placements=placements)
+    held = local(gradient, name)
+    if is_like(held, memory):
+        return held
+    if held.layout is not torch.strided:
         hint = ", please consider SparseAdam instead" if where == "Adam" else ""
         raise RuntimeError(f"{where} does not support sparse gradients{hint}: that of {name} is one.")
-    held = gradient.detach()
+    held = held.detach()
     if held.device != memory.device:
         raise ValueError(f"{where}: {name} is on {memory.device}, but its gradient is on {held.device}.")
     if held._is_zerotensor():  # which has no memory

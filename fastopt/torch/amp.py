@@ -71,7 +71,7 @@ class GradScaler(torch.amp.GradScaler):
             result = super().step(optimizer, *args, **kwargs)
             if optimizer._checks_for_scaler:
                 for found in self._per_optimizer_states[id(optimizer)]["found_inf_per_device"].values():
-                    optimizer._tell_skipped(found)
+                    found.fill_(optimizer._steppers().skipped(optimizer.last_info))
         finally:
             optimizer._checks_for_scaler, optimizer._unscales = False, True
         return result

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar, overload
 
 import torch
@@ -103,8 +103,12 @@ class TensorOptimizer(Averages, Checkpoints):
     ) -> None:
         where = type(self).__name__
         GroupOptions.__init__(self, max_grad_norm, skip_nonfinite, zero_grads, master_weights, flatten)
+        if options.get("differentiable"):
+            raise NotImplementedError(
+                f"{where}: differentiable=True is not supported, because kernels have no gradient. Use torch.optim."
+            )
         options = {name: without_numpy(value) for name, value in options.items()}
-        check_rate(options.get("lr"), where)
+        check_rate(options.get("lr", 0.0), where)
         for name, check in self.ranges.items():
             if name in options:
                 check(plain(options[name], f"{where}: {name}"), f"{where}: {name}")
@@ -220,8 +224,7 @@ class TensorOptimizer(Averages, Checkpoints):
             del alive
             if info is not None:
                 if scale is not None and self._unscales and not self.zero_grads:
-                    verdict = steppers.verdict()
-                    unscale(self._parameters(), scale, info.skipped if verdict is None else verdict)
+                    unscale(self._parameters(), scale, steppers.skipped(info))
                 return info
             self.state.watch.drop()  # something moved or was changed: once more, from what is there now
             steppers = self._steppers()
@@ -236,7 +239,7 @@ class TensorOptimizer(Averages, Checkpoints):
             self._rules = [self.select_rule(options) for options in self._options]
             kind = Kind(type(self).__name__, self.counts_steps, self._master, self._flat, self._rules)
             watch.drop()
-            refusals = ((name, why_not_combined(p)) for _, name, p in self._named_parameters())
+            refusals = ((name, why_not_combined(p)) for name, p in self._named_parameters())
             self._part = next((f"{name} is {why}" for name, why in refusals if why), None)
             self._derived = None
             self._derived = Steppers(self.param_groups, self.state, kind)
@@ -312,6 +315,11 @@ class TensorOptimizer(Averages, Checkpoints):
             for stepper in self._derived.each:
                 stepper.refresh()
 
+    def _named_parameters(self) -> Iterable[tuple[str, Tensor]]:
+        for g, group in enumerate(self.param_groups):
+            for i, p in enumerate(group["params"]):
+                yield f"parameter {i} of group {g}", p
+
     @_disable_dynamo
     @exclusive
     def upload_options(self) -> None:
@@ -324,18 +332,10 @@ class TensorOptimizer(Averages, Checkpoints):
             RuntimeError: No step was taken yet with ``capturable=True``, or not with options of this kind.
         """
         options = self._current_options()
-        derived = self.state.watch.derived() if isinstance(self.state, State) else None
-        if derived is None or derived.only is None or not derived.only.is_replayable:
+        stepper = self._steppers().only
+        if stepper is None or not stepper.is_replayable:
             raise RuntimeError(f"{type(self).__name__}.upload_options: no step was taken yet with capturable=True.")
-        derived.only.serving.plan.upload_options(options)
-
-    def _tell_skipped(self, found: Tensor) -> None:
-        """Write 1 where the last step was skipped, else 0; not waited for."""
-        verdict = self._steppers().verdict()
-        if verdict is None:
-            found.fill_(self.last_info.skipped)
-        else:
-            found.copy_(verdict)
+        stepper.serving.plan.upload_options(options)
 
     @_disable_dynamo
     def zero_grad(self, set_to_none: bool = True) -> None:
