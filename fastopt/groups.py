@@ -31,6 +31,7 @@ from .kernels.rules.rule import Option, Options, Rule
 
 if TYPE_CHECKING:
     from .engine.plan import Parameter, Plan
+    from .inputs import Pattern
 
 
 @dataclass(eq=False)
@@ -80,7 +81,11 @@ class Groups:
         self.param_groups: list[dict[str, Any]] = []
         self._groups: list[GroupSnapshot] = []
         self._parameters: list[Parameter] = []
-        self._plan: Plan | None = None
+        self._pattern: Pattern | None = None  # the gradients of the last step, and their plan
+
+    @property
+    def _plan(self) -> Plan | None:
+        return None if self._pattern is None else self._pattern.plan
 
     def _ask(self, **fields: Any) -> None:
         self._request = replace(self._request, **fields)

@@ -202,6 +202,7 @@ class Pattern:
     ) -> None:
         self._parameters, self._where = parameters, parameters.kind.name
         self.present, self.dtypes = present, dtypes
+        self.key = present, dtypes, flat
         records = self._records = [parameters[i] for i in present]
         self.stepped = [parameters.params[i] for i in present]
         self._plain = all(type(p) in PLAIN and not p.is_complex() for p in self.stepped)
@@ -255,6 +256,13 @@ class Pattern:
         self.probe = None
         self._shown = [t for r in self._records for t in r.tensors.values()]
         self._shown_at = [address for r in self._records for address in r.addresses]
+
+    def knows(self) -> bool:
+        """Whether the gradients are those of this pattern, as far as torch's C interface sees."""
+        if self.probe is None or not self.probe.hold():
+            return False
+        self.probe.release()
+        return True
 
     def hold(self, write: bool) -> bool:
         """Have torch's C interface find the gradients; False where something is not as it was. The probe holds them."""

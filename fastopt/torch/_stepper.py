@@ -70,6 +70,9 @@ class Stepper:
             self._conclude()
         if self._pattern is not None and self._hold(self._pattern, write):
             return True
+        known = self._patterns.find(Pattern.knows)
+        if known is not None and self._leave() and self._resume(known) and self._hold(known, write):
+            return True
         if self._flat is not None:
             self._flat.gather()
         listed: list[Any] = [p.grad for p in self._params]
@@ -93,34 +96,43 @@ class Stepper:
         self.release()
         return False
 
+    def _leave(self) -> bool:
+        """Get ready for another pattern; False where all must be derived anew."""
+        self.device.refuse_capture()
+        self._sync()
+        return self._pattern is None or self._pattern.sync.holds()
+
+    def _resume(self, pattern: Pattern | None) -> bool:
+        """Have a pattern serve again; False where its parameters have gone ways of their own."""
+        self._pattern = None  # an interrupt must not leave half of one to be used
+        if pattern is None or not self._patterns.resume(pattern) or not pattern.sync.agrees():
+            return False
+        self._pattern = pattern
+        return True
+
     @makes_many
     def _change(self, present: tuple[int, ...], grads: list[Tensor], options: Sequence[Options]) -> bool:
         """Have another pattern serve; False where all must be derived anew."""
-        self.device.refuse_capture()
-        self._sync()
-        if self._pattern is not None and not self._pattern.sync.holds():
+        if not self._leave():
             return False
-        last = self._patterns.last(present)
-        self._pattern = None if last is None else self._patterns.resume(last)
-        if self._pattern is None:
+        if not self._resume(self._patterns.find(lambda pattern: pattern.present == present)):
             if any(_devices.device_of(self._params[i]) is not self.device for i in present):
                 return False
             memories = self._parameters.brought(present, self._parameters.local(present, grads))
             self._serve((present, tuple([m.dtype for m in memories]), self._flat is not None), options)
-        return self.serving.sync.agrees()
+            return self.serving.sync.agrees()
+        return True
 
     @makes_many
     def _serve(self, key: tuple[tuple[int, ...], tuple[torch.dtype, ...], bool], options: Sequence[Options]) -> None:
         """Have the pattern serve of these parameters with gradients of these dtypes, which are flat or not."""
         self.device.refuse_capture()
         self._sync()
-        self._pattern = None  # an interrupt must not leave half of one to be used
-        pattern = self._patterns.resume(key)
-        if pattern is None or not pattern.sync.agrees():
+        if not self._resume(self._patterns.find(lambda pattern: pattern.key == key)):
             self.device.require()
             self._parameters.admit(key[0], options)
-            pattern = self._patterns.keep(key, Pattern(self._parameters, *key, options, plan_class(self.device.memory)))
-        self._pattern = pattern
+            made = Pattern(self._parameters, *key, options, plan_class(self.device.memory))
+            self._pattern = self._patterns.keep(made)
 
     def _read(self, grads: list[Tensor], options: Sequence[Options], write: bool) -> None:
         """Have the plan read the gradients."""
