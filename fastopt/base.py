@@ -23,6 +23,11 @@ Params = FlatBuffer | Mapping[str, Array] | Iterable[Array] | Iterable[Mapping[s
 Grads = FlatBuffer | Mapping[str, Array | None] | Sequence[Array | None]
 
 
+def _copied(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options as they are, whatever becomes of a list or an array among them."""
+    return {name: copy.deepcopy(value) for name, value in options.items()}
+
+
 def _begin(opt: Optimizer, params: Params, **arguments: Any) -> None:
     step_options = {name: arguments.pop(name) for name in STEP_OPTIONS}
     Optimizer.__init__(opt, params, arguments, **step_options)
@@ -143,7 +148,7 @@ class Optimizer(States):
             members, total = collected.records(index), collected.layout.total
             foreign = group.keys() - options.keys() - {"params"}
             known = GroupSnapshot(
-                *(index, MappingProxyType(arrays), dtypes, copy.deepcopy(options), checked, members),
+                *(index, MappingProxyType(arrays), dtypes, _copied(options), checked, members),
                 *(collected.written(members), total, foreign),
             )
             parameters += members
@@ -152,11 +157,11 @@ class Optimizer(States):
             shown.append({**group, "params": known.arrays, **options})
         memory = self._memory.extended(parameters[len(self._parameters) :], (), device)
         device.load_kernels()
+        states: dict[int, Array] = {}
         for known in added:
-            states = self._allocate(known, known.options, device)
-            for p, name, state in states:
-                p.states[name] = state
-            memory = memory.extended((), {id(state): state for *_, state in states}.values(), device)
+            for p, name, state in self._allocate(known, known.options, device):
+                p.states[name] = states[id(state)] = state
+        memory = memory.extended((), states.values(), device)
 
         def take_in() -> None:
             self._device, self._parameters = device, parameters
@@ -199,7 +204,7 @@ class Optimizer(States):
                     known.foreign = group.keys() - options.keys() - {"params"}
                 self.complete(options)
                 checked = self._normalise(options, known.dtypes, index, self._device)
-                changed.append((known, copy.deepcopy(options), checked))
+                changed.append((known, _copied(options), checked))
         for known, seen, checked in changed:  # nothing is taken over before all groups are checked
             self._take_over(known, checked)
             known.seen, known.options = seen, checked
