@@ -23,6 +23,7 @@ from .step import Request, StepInfo
 from .table import ROW, Counts
 
 MAX_STEP = 2**53  # so far float64 counts
+Combine = Callable[[NDArray[np.float64]], None]
 
 
 class StepCount:
@@ -186,9 +187,11 @@ class Plan(ABC):
     kept = 1
     """How many plans an optimizer keeps, so that patterns of gradients may alternate."""
 
-    combine: Callable[[NDArray[np.float64]], None] | None = None
-    """Changes sums over parameters, one row each, before norms and ratios are formed of them: adds those of other
-    processes. Then all sums are taken before the first update, else wave after wave."""
+    combine: Combine | None = None
+    """Changes sums over parameters, one row each, before a norm is formed of them: adds those of other processes."""
+
+    combine_ratios: Combine | None = None
+    """The same before ratios are formed. Then all sums are taken before the first update, else wave after wave."""
 
     result: Any = None
     """On a GPU: the norm of the last step that needed one, and whether that step is skipped."""

@@ -135,6 +135,12 @@ class Parameters:
         params = self.params
         return [params[i] if is_usual(params[i]) else parameter_memory(params[i], self.name(i)) for i in present]
 
+    def adapts(self, i: int, options: Sequence[Options]) -> bool:
+        """Whether a parameter takes a ratio, with or without gradient."""
+        group = self._groups[i]
+        chosen = choice(self.kind.rules[group], options[group], self.params[i].dim())
+        return chosen.adapts and chosen.rule.ratio is not None
+
     # --- gradients -----------------------------------------------------------------------------------------------
 
     def local(self, present: Sequence[int], grads: Sequence[Tensor]) -> list[Tensor]:

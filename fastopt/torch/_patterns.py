@@ -232,6 +232,8 @@ class Pattern:
         self.plan = make(records, stored, [r.beginning.choice for r in records], flat, signs, memory)
         if parameters.shards:
             self.plan.combine = self._combine
+        if any(parameters.adapts(i, options) for i in parameters.shards.members):
+            self.plan.combine_ratios = self._combine
         self.sync = StateSync(records, parameters.kind.counts)
         self._served = 0  # steps that the plan has taken without a probe
         self.probe: Probe | None = None
