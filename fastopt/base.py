@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from types import EllipsisType, MappingProxyType
 from typing import Any, cast
 
-from .arrays import FlatBuffer, Layout
+from .arrays import FlatBuffer
 from .engine.classes import EMA, constructor, keyword, keywords_of, option_arguments
-from .engine.device import Array, Device, is_array
+from .engine.device import Array, Device, Layout, is_array
 from .engine.exclusive import exclusive, finish, makes_many
 from .engine.host import plan_class
 from .engine.options import NORM, SCALE, STEP_OPTIONS, boolean, own_options
@@ -156,7 +156,7 @@ class Optimizer(States):
             added.append(known)
             shown.append({**group, "params": known.arrays, **options})
         memory = self._memory.extended(parameters[len(self._parameters) :], (), device)
-        device.load_kernels()
+        device.require()
         states: dict[int, Array] = {}
         for known in added:
             for p, name, state in self._allocate(known, known.options, device):

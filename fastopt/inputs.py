@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .arrays import HOST, FlatBuffer, Layout, device_of, named
-from .engine.device import Array, Device, addresses, first_hit, first_overlap, is_array
+from .arrays import FlatBuffer, device_of, named
+from .engine.device import HOST, Array, Device, Layout, addresses, first_hit, first_overlap, is_array
 from .engine.plan import Parameter, Plan, StepCount
 from .kernels.dtypes import ITEMSIZE
 from .watch import Watch

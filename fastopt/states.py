@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
+from .arrays import assign
 from .engine.device import Array, check_dtype, is_array
 from .engine.exclusive import exclusive, finish, makes_many, swapping
 from .engine.options import EMA_RANGES
@@ -249,7 +250,7 @@ class States(Groups):
                 p.states[name] = state
             for p, entry in zip(self._parameters, saved.parameters, strict=True):
                 for name, view in p.views.items():
-                    self._device.assign(view, entry.arrays.get(name, 0))
+                    assign(self._device, view, entry.arrays.get(name, 0))
                 key = entry.step, *entry.carry.items()
                 p.step_count = reached.setdefault(key, StepCount(entry.step, entry.carry or None))
             self._rebuild()

@@ -167,7 +167,7 @@ def _threads(table: Table) -> int:
 
 def plan_class(device: Device) -> type[Plan]:
     """The class of plans for arrays that live in ``device``."""
-    if device.name == "cpu":
+    if not device.on_gpu:
         return HostPlan
     from .cuda.plan import CudaPlan
 

@@ -14,16 +14,17 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from ..engine.classes import EMA, constructor, keyword, keywords_of, option_arguments
+from ..engine.device import check_apart
 from ..engine.options import EMA_RANGES, NORM, STEP_OPTIONS, Range, boolean, range_of, ranges_of, step_option
 from ..engine.step import Request, StepInfo
 from ..kernels.registry import RULES, variant
 from ..kernels.rules.rule import Options, Rule
 from . import _devices
+from ._devices import DeviceRates
 from ._flat import FlatGroups
-from ._lr import DeviceRates
 from ._options import is_fixed, plain, refuse_extras
 from ._state import LIBRARY, Names, State
-from ._tensors import FLOATING, PLAIN, check_apart, parameter_memory
+from ._tensors import FLOATING, PLAIN, parameter_memory
 
 if TYPE_CHECKING:
     from ._stepper import Steppers

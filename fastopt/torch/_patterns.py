@@ -228,7 +228,7 @@ class Pattern:
         self._flat = flat
         signs = [-1.0 if o.get("maximize") else 1.0 for o in options]
         stored: Any = [STORED[dtype] for dtype in dtypes]
-        memory = parameters.device.memory
+        memory = parameters.device
         self.plan = make(records, stored, [r.beginning.choice for r in records], flat, signs, memory)
         if parameters.shards:
             self.plan.combine = self._combine
@@ -302,7 +302,7 @@ class Pattern:
         if self._served < 2 or self.probe is not None or not Probe.available() or not self._is_simple(grads):
             return
         shown = list(zip(self._shown, self._shown_at, strict=True))
-        device = parameters.device.torch_device
+        device = torch.device(parameters.device.name)
         self.probe = Probe(parameters.params, self.present, self.dtypes, shown, device, self._owned)
 
     def _is_simple(self, grads: Sequence[Tensor]) -> bool:

@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..engine.device import HOST, Device
 from ..engine.exclusive import makes_many
 from ..engine.host import plan_class
 from ..engine.plan import Plans
 from ..engine.step import Request, StepInfo
 from ..kernels.rules.rule import Options
 from . import _devices
-from ._devices import TorchDevice
 from ._parameters import Kind, Parameters
 from ._patterns import Pattern, Probe
 from ._state import State
@@ -36,7 +36,7 @@ class Stepper:
         device: The device whose parameters these are; others are left alone.
     """
 
-    def __init__(self, groups: Sequence[Mapping[str, Any]], state: State, kind: Kind, device: TorchDevice) -> None:
+    def __init__(self, groups: Sequence[Mapping[str, Any]], state: State, kind: Kind, device: Device) -> None:
         self.device = device
         self._flat = kind.flat
         self._parameters = Parameters(groups, state, kind, device)
@@ -131,7 +131,7 @@ class Stepper:
         if not self._resume(self._patterns.find(lambda pattern: pattern.key == key)):
             self.device.require()
             self._parameters.admit(key[0], options)
-            made = Pattern(self._parameters, *key, options, plan_class(self.device.memory))
+            made = Pattern(self._parameters, *key, options, plan_class(self.device))
             self._pattern = self._patterns.keep(made)
 
     def _read(self, grads: list[Tensor], options: Sequence[Options], write: bool) -> None:
@@ -220,7 +220,7 @@ class Stepper:
     def verdict(self) -> Tensor | None:
         """1 if the last step was skipped, else 0, where only a GPU knows; not waited for."""
         result = self.serving.plan.result if self._may_skip else None
-        return None if result is None else self.device.tensor(result)[1]
+        return None if result is None else _devices.tensor_of(result, self.device)[1]
 
 
 class Steppers:
@@ -229,7 +229,7 @@ class Steppers:
     @makes_many
     def __init__(self, groups: Sequence[Mapping[str, Any]], state: State, kind: Kind) -> None:
         self._lists = [list(group["params"]) for group in groups]
-        devices = dict.fromkeys(_devices.device_of(p) for p in chain(*self._lists)) or {_devices.CPU: None}
+        devices = dict.fromkeys(_devices.device_of(p) for p in chain(*self._lists)) or {HOST: None}
         # GPUs first: what a launch may fail of shows before the CPU has written anything.
         ordered = sorted(devices, key=lambda device: not device.on_gpu)
         self.each = [Stepper(groups, state, kind, device) for device in ordered]
@@ -261,7 +261,7 @@ class Steppers:
         if any(stepper.device.capturing() for stepper in self.each):
             raise RuntimeError(
                 "fastopt.torch: a CUDA graph can hold only steps of parameters that are all on one GPU, but these are "
-                f"on {', '.join(str(s.device.torch_device) for s in self.each)}. Make an optimizer for each."
+                f"on {', '.join(s.device.name for s in self.each)}. Make an optimizer for each."
             )
         if len({bool(o.get("capturable")) for o in options}) > 1:
             raise ValueError("fastopt.torch: capturable=True must be set for all param groups or for none.")
