@@ -32,7 +32,7 @@ def _compiled(kind: str, *of: Any) -> Any:
     """A kernel, compiled for this processor."""
     from ..kernels.cpu import compile as compiler
 
-    return compiler.compiled(compiler.features_of("native"), kind, *of)
+    return compiler.compiled(compiler.converts_half("native"), kind, *of)
 
 
 class Backend:
@@ -70,15 +70,14 @@ class Backend:
 
     def kernel(self, kind: str, *of: Any) -> int:
         """Address of a kernel, by what ``KERNELS`` in kernels/cpu/compile.py says it is of."""
-        names = [getattr(x, "name", x) for x in of]
         own = any(isinstance(x, Rule) and x not in PREBUILT for x in of)
-        prebuilt = None if own else getattr(self._library, symbol(kind, *names, self.isa), None)
+        prebuilt = None if own else getattr(self._library, symbol(kind, *of, self.isa), None)
         if prebuilt is not None:
             return ctypes.cast(prebuilt, ctypes.c_void_p).value or 0
         try:
             return int(_compiled(kind, *of).address)
         except ImportError as error:
-            named = f"the {kind} kernel for {', '.join(names)}"
+            named = f"the {kind} kernel for {', '.join(getattr(x, 'name', x) for x in of)}"
             raise ImportError(f"fastopt: {self.compiles} To compile {named} now, {NUMBA} ({error})") from error
 
 

@@ -37,8 +37,8 @@ def ratio(sums, h):
     return math.sqrt(sums[0] / (sums[1] + sums[3])) if sums[1] + sums[3] > 0.0 else 1.0
 
 
-def carry(options) -> collections.namedtuple("Carry", "a b c d e"):
-    return None
+def carry(options):
+    return collections.namedtuple("Carry", "a b c d e")(0.0, 0.0, 0.0, 0.0, 0.0)
 
 
 RECORD = "with_terms", step, Scalars, lambda t, options: Scalars(options["lr"], 0.5, 1.0), ("b",)
