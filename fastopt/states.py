@@ -11,7 +11,7 @@ import numpy as np
 
 from .engine.device import Array, check_dtype, is_array
 from .engine.exclusive import exclusive, finish, makes_many, swapping
-from .engine.options import EMA_RANGES
+from .engine.options import EMA_OPTIONS
 from .engine.plan import MAX_STEP, Parameter, StepCount
 from .groups import Groups, GroupSnapshot
 from .kernels.dtypes import COMPUTE
@@ -227,7 +227,7 @@ class States(Groups):
                 options["capturable"] = known.options["capturable"]
             options = {**self.defaults, **options}
             if options.get("ema_decay") is None:  # averages may begin at any time
-                options |= {name: known.options[name] for name in EMA_RANGES if name in known.options}
+                options |= {name: known.options[name] for name in EMA_OPTIONS if name in known.options}
             self.complete(options)
             checked = self._normalise(options, known.dtypes, known.index)
             stored = set()

@@ -1,21 +1,25 @@
-"""Ranges of hyperparameters: each turns a value into what is computed with, or says what is wrong with it."""
+"""Options: their ranges, each of which turns a value into what is computed with or says what is wrong with it; what is
+refused; and what they select."""
 
 from __future__ import annotations
 
 import difflib
-import functools
 import inspect
 import math
 import numbers
 import operator
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
 
 from ..kernels.epilogues import EMA
-from ..kernels.rules.rule import Option, Options, Rule
+from ..kernels.registry import variant
+from ..kernels.rules.rule import BELOW_ONE, SWITCH, Option, Options, Rule
+
+if TYPE_CHECKING:
+    from .step import Request
 
 
 @dataclass(frozen=True)
@@ -27,23 +31,27 @@ class Number:
 
     def __call__(self, value: Any, where: str) -> float:
         """The value as a Python float: scalars are formed in float64 even from a float32 hyperparameter."""
-        if isinstance(value, (np.generic, np.ndarray)) and value.shape == ():
-            value = value.item()
-        if callable(value):
-            name = where.split()[-1]
-            raise TypeError(
-                f"{where} must be a number in {self.text}, got {value!r}. A schedule of fastopt.schedules is asked "
-                f'before each step: opt.param_groups[0]["{name}"] = schedule(step)'
-            )
-        if isinstance(value, bool) or not isinstance(value, numbers.Real):
-            raise TypeError(f"{where} must be a number in {self.text}, got {value!r}.")
-        try:
-            number = float(value)
-        except OverflowError:
-            number = math.inf  # an integer of hundreds of digits
+        number = value if type(value) is float else self._float(value, where)
         if not self.holds(number):
             raise ValueError(f"{where} must be in {self.text}, got {value!r}.")
         return number
+
+    def _float(self, value: Any, where: str) -> float:
+        if isinstance(value, (np.generic, np.ndarray)) and value.shape == ():
+            value = value.item()
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+            hint = ""
+            if callable(value):
+                option = f'opt.param_groups[0]["{where.split()[-1]}"]'
+                hint = (
+                    f" A schedule, such as those of fastopt.schedules, is asked before each step: {option} = "
+                    "schedule(step). For tensors there is torch.optim.lr_scheduler.LambdaLR, too."
+                )
+            raise TypeError(f"{where} must be a number in {self.text}, got {value!r}.{hint}")
+        try:
+            return float(value)
+        except OverflowError:
+            return math.inf  # an integer of hundreds of digits
 
 
 @dataclass(frozen=True)
@@ -106,7 +114,7 @@ NORM = optional(interval("[0, inf]"))
 USUAL: Mapping[str, Range] = dict.fromkeys(("lr", "weight_decay", "eps"), NONNEGATIVE)
 """Options that mean the same in all classes."""
 
-EMA_RANGES: Mapping[str, Callable[[Any, str], Any]] = {"ema_decay": optional(interval("[0, 1)")), "ema_warmup": boolean}
+EMA_OPTIONS: Mapping[str, Option] = {"ema_decay": Option(None, BELOW_ONE, keyword=True), "ema_warmup": SWITCH}
 """Options of every class, in both front ends."""
 
 
@@ -128,7 +136,7 @@ def ranges_of(options: Mapping[str, Option]) -> dict[str, Range]:
 
 
 STEP_OPTIONS = ("max_grad_norm", "skip_nonfinite", "zero_grads")
-OF_THE_OPTIMIZER = (*STEP_OPTIONS, "master_weights", "flatten")
+OF_THE_OPTIMIZER = {*STEP_OPTIONS, "master_weights", "flatten"}
 """What is chosen for all param groups together."""
 
 
@@ -157,6 +165,17 @@ def step_option(field: str, check: Range) -> Any:
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
+OTHER_NAMES = {
+    "beta1": "betas",
+    "beta2": "betas",
+    "clip_grad_norm": "max_grad_norm",
+    "epsilon": "eps",
+    "learning_rate": "lr",
+    "max_norm": "max_grad_norm",
+}
+"""What other libraries call arguments."""
+
+
 def own_options(group: Mapping[str, Any], known: Mapping[str, Any], where: str) -> dict[str, Any]:
     """The options of a param group; the other keys are the user's, whose values are not looked at.
 
@@ -164,12 +183,36 @@ def own_options(group: Mapping[str, Any], known: Mapping[str, Any], where: str) 
     """
     if group.keys() <= known.keys():
         return dict(group)
+    refuse_extras(group, {}, where)
     for name in group:
-        if name in OF_THE_OPTIMIZER:
-            raise ValueError(f"{where}{name} is not an option of a param group but of the optimizer; give it that.")
         if name not in known and name != "params" and near_name(name, known):
             raise ValueError(f"{where}{no_option(name, known)}")
     return {name: value for name, value in group.items() if name in known}
+
+
+def refuse_extras(group: Mapping[str, Any], own: Mapping[str, Any], where: str) -> None:
+    """Refuse a param group with an option that only the whole optimizer has, unless it says the same as its ``own``.
+
+    ``ZeroRedundancyOptimizer`` gives its keywords both to the constructor and to every group.
+    """
+    for name in group.keys() & OF_THE_OPTIMIZER:
+        value, same = group[name], own.get(name, ...)
+        if value is not same and not (isinstance(value, (bool, int, float)) and value == same):
+            raise ValueError(
+                f"{where}{name} is an option of the whole optimizer, not of a param group. Pass it to the "
+                f"constructor, as {name}=..."
+            )
+
+
+def check_keywords(cls: type, keywords: Iterable[str]) -> None:
+    """Refuse a keyword that the constructor of a class does not take, and name those that it does."""
+    taken = inspect.signature(cls.__init__).parameters  # type: ignore[misc]
+    if any(p.kind is p.VAR_KEYWORD for p in taken.values()):
+        return
+    for name in keywords:
+        if name not in taken:
+            options = [option for option in taken if option not in ("self", "params")]
+            raise TypeError(f"{cls.__name__}: {no_option(name, options)}")
 
 
 def near_name(name: Any, known: Collection[str]) -> str | None:
@@ -179,26 +222,10 @@ def near_name(name: Any, known: Collection[str]) -> str | None:
     return next(iter(difflib.get_close_matches(name, known, 1, 0.8)), None)
 
 
-def naming_options(init: Callable[..., None]) -> Callable[..., None]:
-    """A constructor that names its arguments where it is given one that it does not have."""
-    parameters = inspect.signature(init).parameters
-    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        return init
-    options = [name for name in parameters if name not in ("self", "params")]
-
-    @functools.wraps(init)
-    def named(self: Any, *args: Any, **kwargs: Any) -> None:
-        for name in kwargs:
-            if name not in parameters:
-                raise TypeError(f"{type(self).__name__}: {no_option(name, options)}")
-        init(self, *args, **kwargs)
-
-    return named
-
-
 def no_option(name: Any, known: Collection[str]) -> str:
     """The refusal of an option that does not exist."""
-    near = near_name(name, known)
+    other = OTHER_NAMES.get(name)
+    near = other if other in known else near_name(name, known)
     hint = f" Did you mean {near!r}?" if near else ""
     return f"there is no option {name!r}; options are {', '.join(known)}.{hint}"
 
@@ -207,23 +234,18 @@ def check_options(
     options: Mapping[str, Any], defaults: Mapping[str, Any], ranges: Mapping[str, Range], computed: set[str], where: str
 ) -> dict[str, Any]:
     """The options of a param group, each in its range and not lost in the dtypes in which it is ``computed``."""
-    missing = set(defaults) - set(options)
-    if missing:
-        raise ValueError(f"{where}the option {min(missing)!r} is missing.")
-    checked = dict(options)
-    for name, value in options.items():
-        if name not in defaults and name not in ranges:
-            raise ValueError(f"{where}{no_option(name, defaults)}")
-        if name in ranges:
-            checked[name] = ranges[name](value, where + name)
+    for name in sorted(defaults.keys() - options.keys()):
+        raise ValueError(f"{where}the option {name!r} is missing.")
+    for name in options.keys() - defaults.keys() - ranges.keys():
+        raise ValueError(f"{where}{no_option(name, defaults)}")
+    checked = {name: ranges[name](x, where + name) if name in ranges else x for name, x in options.items()}
     if "float32" in computed:
         for name, value in checked.items():
             if isinstance(value, float) and FLOAT32_MAX < abs(value) < math.inf:
                 raise ValueError(f"{where}{name}={value!r} is too large for float32, in which this is computed.")
-    eps = checked.get("eps")
-    for dtype in sorted(computed):
-        if eps and np.dtype(dtype).type(eps) == 0:
-            raise ValueError(f"{where}eps={eps!r} rounds to zero in {dtype}, in which this is computed.")
+        eps = checked.get("eps")
+        if eps and np.float32(eps) == 0:
+            raise ValueError(f"{where}eps={eps!r} rounds to zero in float32, in which this is computed.")
     return checked
 
 
@@ -256,3 +278,55 @@ def choice(rule: Rule, options: Options, dimensions: int) -> RuleChoice:
         decay_1d = adapt is not None
     overrides = (("weight_decay", 0.0),) if low and not decay_1d else ()
     return RuleChoice(rule, not low if adapt is None else adapt, overrides, averages)
+
+
+Made = TypeVar("Made", bound="RuleOptimizer")
+
+
+class RuleOptimizer:
+    """What optimizers of both front ends have: a rule that options select, and options of every step."""
+
+    rule: ClassVar[Rule | None] = None
+    """The rule of the class, which knows ranges and variants; a subclass may override ``select_rule`` instead."""
+
+    flags: ClassVar[tuple[str, ...]] = ()
+    """Options beside those of the rule, keywords that are False by default."""
+
+    ranges: ClassVar[Mapping[str, Range]] = {}
+    """Ranges of options."""
+
+    max_grad_norm: float | None = step_option("max_norm", NORM)
+    skip_nonfinite: bool = step_option("skip_nonfinite", boolean)
+    zero_grads: bool = step_option("zero_grads", boolean)
+
+    _request: Request  # what every step is asked to do
+
+    def __new__(cls: type[Made], *args: Any, **kwargs: Any) -> Made:
+        """Say which keyword is meant, where one is wrong."""
+        check_keywords(cls, kwargs)
+        return super().__new__(cls)
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Have tools see the arguments of the constructor, not those of ``__new__``."""
+        super().__init_subclass__(**kwargs)
+        signature = inspect.signature(cls.__init__)
+        parameters = [p for p in signature.parameters.values() if p.name != "self"]
+        cls.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+
+    def _ask(self, **fields: Any) -> None:
+        self._request = replace(self._request, **fields)
+
+    def _step_options(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in STEP_OPTIONS}
+
+    def select_rule(self, options: Options) -> Rule:
+        """The update rule for a param group with these options."""
+        if self.rule is None:
+            raise NotImplementedError(f"{type(self).__name__} must have a rule, or override select_rule.")
+        return variant(self.rule, options)
+
+    def check(self, options: Options, where: str) -> None:
+        """Refuse options that do not go together; a subclass may say which beside those of its rule."""
+        conflict = None if self.rule is None or self.rule.conflict is None else self.rule.conflict(options)
+        if conflict is not None:
+            raise ValueError(f"{where}{conflict}")

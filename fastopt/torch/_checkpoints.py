@@ -11,12 +11,12 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 
 from ..engine.exclusive import exclusive, finish, makes_many
+from ..engine.options import refuse_extras
 from ..kernels.epilogues import EMA
 from ..kernels.registry import RULES, family_states
 from ..kernels.rules.rule import Rule
 from ._groups import GroupOptions
 from ._master import MASTER
-from ._options import refuse_extras
 from ._state import LIBRARY, STEP, State, number
 
 
@@ -114,7 +114,7 @@ class Checkpoints(GroupOptions):
         where, groups = f"{type(self).__name__}.load_state_dict:", list(loaded["param_groups"])
         for index, (saved, own) in enumerate(zip(groups, self.param_groups, strict=False)):
             place = f"{where} group {index} of the state dict"
-            refuse_extras(saved, self._extras(), place)
+            refuse_extras(saved, self._extras(), f"{place}: ")
             kept = {name: own[name] for name in self.rule_options if name in own and name not in saved}
             group = groups[index] = {**saved, **kept}
             # Flags are younger than some checkpoints.
