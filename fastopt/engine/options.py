@@ -183,7 +183,7 @@ def own_options(group: Mapping[str, Any], known: Mapping[str, Any], where: str) 
     """
     if group.keys() <= known.keys():
         return dict(group)
-    refuse_extras(group, {}, where)
+    refuse_extras(group, {}, where.removesuffix(": "))
     for name in group:
         if name not in known and name != "params" and near_name(name, known):
             raise ValueError(f"{where}{no_option(name, known)}")
@@ -199,7 +199,7 @@ def refuse_extras(group: Mapping[str, Any], own: Mapping[str, Any], where: str) 
         value, same = group[name], own.get(name, ...)
         if value is not same and not (isinstance(value, (bool, int, float)) and value == same):
             raise ValueError(
-                f"{where}{name} is an option of the whole optimizer, not of a param group. Pass it to the "
+                f"{where}: {name} is an option of the whole optimizer, not of a param group. Pass it to the "
                 f"constructor, as {name}=..."
             )
 

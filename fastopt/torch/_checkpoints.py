@@ -114,7 +114,7 @@ class Checkpoints(GroupOptions):
         where, groups = f"{type(self).__name__}.load_state_dict:", list(loaded["param_groups"])
         for index, (saved, own) in enumerate(zip(groups, self.param_groups, strict=False)):
             place = f"{where} group {index} of the state dict"
-            refuse_extras(saved, self._extras(), f"{place}: ")
+            refuse_extras(saved, self._extras(), place)
             kept = {name: own[name] for name in self.rule_options if name in own and name not in saved}
             group = groups[index] = {**saved, **kept}
             # Flags are younger than some checkpoints.

@@ -162,7 +162,7 @@ class GroupOptions(RuleOptimizer, torch.optim.Optimizer):
         where = type(self).__name__
         extras = self._extras()
         for index, group in enumerate(self.param_groups):
-            refuse_extras(group, extras, f"{where}: group {index}: ")
+            refuse_extras(group, extras, f"{where}: group {index}")
         known = [{name: group[name] for name in group if name in self.option_names} for group in self.param_groups]
         current = [
             {name: plain(value, f"{where}: group {index}: {name}") for name, value in group.items()}

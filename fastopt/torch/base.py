@@ -128,7 +128,7 @@ class TensorOptimizer(Averages, Checkpoints):
         """
         where, extras = type(self).__name__, self._extras()
         if isinstance(param_group, dict):
-            refuse_extras(param_group, extras, f"{where}: group {len(self.param_groups)}: ")
+            refuse_extras(param_group, extras, f"{where}: group {len(self.param_groups)}")
         super().add_param_group(param_group)
         if self._complete:
             try:
