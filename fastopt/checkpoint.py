@@ -20,6 +20,7 @@ Any safetensors reader can open such a file; nothing in it is executed on load.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -161,18 +162,13 @@ def load(
 
     try:
         with open(path, "rb") as file:
-            contents = _read_header(path, file)
+            contents = _read_header(path, file, with_states=opt is not None)
             _check_parameters(path, contents, targets)
-            places = dict(contents.params_at)
             if opt is not None:
                 if contents.state_dict is None:
                     raise CheckpointError(f"load: {path} was saved without an optimizer, but opt was given.")
-                places |= contents.states_at
-                for name, (entry, key) in contents.states_at.items():  # without memory, before any is asked for
-                    dtype, shape = contents.layout[name]
-                    entry[key] = np.broadcast_to(np.zeros((), dtype_of(dtype, f"load: {path}")), shape)
                 opt._accepted(contents.state_dict, f"{type(opt).__name__}.load_state_dict")
-            _read_tensors(path, file, contents, places)
+            _read_tensors(path, file, contents)
         finish(take_over)
     except CheckpointError:
         raise
@@ -215,20 +211,22 @@ def _write(file: IO[bytes], metadata: Mapping[str, str], tensors: Mapping[str, A
 
 
 class _Contents(NamedTuple):
-    """What the header of a file says: of each tensor dtype and shape, and where its bytes begin."""
+    """What the header of a file says."""
 
     metadata: dict[str, str]
     layout: dict[str, tuple[str, tuple[int, ...]]]
+    """Of each tensor dtype and shape."""
     starts: dict[str, int]
+    """Where its bytes begin."""
     params: dict[str, Any]
-    """The parameters, and the state dict; None stands for each array until it is read."""
+    """The parameters, None until they are read."""
     state_dict: dict[str, Any] | None
-    params_at: dict[str, tuple[dict[Any, Any], Any]]
-    """Of each tensor of a parameter, and of a state, its place: a dict and a key."""
-    states_at: dict[str, tuple[dict[Any, Any], Any]]
+    """Its arrays take no memory until they are read."""
+    places: dict[str, tuple[dict[Any, Any], Any]]
+    """Of each tensor that is wanted a dict and the key in it."""
 
 
-def _read_header(path: str, file: IO[bytes]) -> _Contents:
+def _read_header(path: str, file: IO[bytes], *, with_states: bool) -> _Contents:
     """The header of a fastopt checkpoint; it is not yet known to be undamaged."""
     safetensors = safetensors_package()
     try:
@@ -259,18 +257,19 @@ def _read_header(path: str, file: IO[bytes]) -> _Contents:
         raise CheckpointError(f"load: {path} is corrupted: its checksum does not match its content.")
     try:  # a right checksum may be over other content
         state_dict, params = _from_json(metadata["optimizer"]), dict.fromkeys(json.loads(metadata["params"]))
-        params_at = {f"param.{name}": (params, name) for name in params}
-        states_at = {}
-        for name in header:
-            if name.startswith("state.") and state_dict is not None:
+        places = {f"param.{name}": (params, name) for name in params}
+        for name, (dtype, shape) in layout.items():
+            if with_states and state_dict is not None and name.startswith("state."):
                 _, index, key = name.split(".", 2)
-                states_at[name] = state_dict["state"][int(index)], key
+                entry = state_dict["state"][int(index)]
+                entry[key] = np.ndarray(shape, _dtype(dtype), bytes(8), strides=(0,) * len(shape))
+                places[name] = entry, key
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"load: {path} is no complete fastopt checkpoint ({error!r}).") from error
-    for name in params_at.keys() - header.keys():
+    for name in places.keys() - header.keys():
         raise CheckpointError(f"load: {path} is no complete fastopt checkpoint (it lacks {name}).")
     starts = {name: data + entry["data_offsets"][0] for name, entry in header.items()}
-    return _Contents(metadata, layout, starts, params, state_dict, params_at, states_at)
+    return _Contents(metadata, layout, starts, params, state_dict, places)
 
 
 def _check_parameters(path: str, contents: _Contents, targets: Mapping[str, Array]) -> None:
@@ -289,21 +288,19 @@ def _check_parameters(path: str, contents: _Contents, targets: Mapping[str, Arra
             raise CheckpointError(f"load: params[{name!r}] is read-only; a writable array is needed.")
 
 
-def _read_tensors(
-    path: str, file: IO[bytes], contents: _Contents, places: Mapping[str, tuple[dict[Any, Any], Any]]
-) -> None:
+def _read_tensors(path: str, file: IO[bytes], contents: _Contents) -> None:
     """Put tensors into their places, with the checksum of the whole file verified."""
     expected = contents.metadata.pop("sha256", None)
     digest = hashlib.sha256(_described(contents.metadata, contents.layout))
     for name, (dtype, shape) in sorted(contents.layout.items()):
         file.seek(contents.starts[name])
-        kind = dtype_of(dtype, f"load: {path}")
-        if name in places:
+        kind = _dtype(dtype)
+        if name in contents.places:
             array = np.empty(shape, kind)
             if file.readinto(_bytes(array)) != array.nbytes:  # type: ignore[attr-defined]
                 break  # it became shorter just now
             digest.update(_bytes(array))
-            target, key = places[name]
+            target, key = contents.places[name]
             target[key] = array
         else:
             left = math.prod(shape) * kind.itemsize
@@ -329,6 +326,11 @@ def _seal(metadata: dict[str, str], tensors: Mapping[str, Array]) -> None:
     for name in sorted(tensors):
         digest.update(_bytes(tensors[name]))
     metadata["sha256"] = digest.hexdigest()
+
+
+@functools.cache
+def _dtype(name: str) -> np.dtype[Any]:
+    return dtype_of(name, "load")
 
 
 def _bytes(array: Array) -> memoryview:

@@ -15,14 +15,13 @@ from .engine.options import (
     Range,
     RuleChoice,
     RuleOptimizer,
-    boolean,
     check_options,
     choice,
     ranges_of,
 )
 from .engine.step import Request, StepInfo
 from .kernels.dtypes import COMPUTE
-from .kernels.rules.rule import Options
+from .kernels.rules.rule import SWITCH, Option, Options
 
 if TYPE_CHECKING:
     from .engine.plan import Parameter, Plan
@@ -47,12 +46,9 @@ class GroupSnapshot:
 class Groups(RuleOptimizer):
     """The param groups of an optimizer, and its options."""
 
-    ranges: ClassVar[Mapping[str, Range]] = {
-        **USUAL,
-        "maximize": boolean,
-        "capturable": boolean,
-        **ranges_of(EMA_OPTIONS),
-    }
+    ranges: ClassVar[Mapping[str, Range]] = ranges_of(
+        {**dict.fromkeys(USUAL, Option(0.0)), "maximize": SWITCH, "capturable": SWITCH, **EMA_OPTIONS}
+    )
 
     _device: Device  # where the first group's arrays live, and all others must
 

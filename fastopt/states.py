@@ -68,9 +68,9 @@ def _parameter(entry: Any, p: Parameter, rule: Rule, options: Options, where: st
             f"{where}: parameter {p.name!r} has the states {sorted(arrays)}, but its rule needs {sorted(rule.state)}."
         )
     for name, array in arrays.items():
-        if array.dtype.name == dtype:
-            check_dtype(array.dtype, f"{where}: {name} {of}")  # its byte order
         if array.shape != p.array.shape or array.dtype != dtype:
+            if array.dtype.name == dtype:
+                check_dtype(array.dtype, f"{where}: {name} {of}")  # its byte order
             raise ValueError(
                 f"{where}: {name} {of} is {array.dtype.name} of shape {array.shape}; needed is {dtype} of shape "
                 f"{p.array.shape}."

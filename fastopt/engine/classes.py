@@ -71,7 +71,7 @@ def class_of(rule: Rule, *bases: type) -> type[Any]:
     if not isinstance(rule, Rule) or not rule.options:
         raise TypeError(f"fastopt.optimizer: rule must be what @fastopt.rule makes of a function, got {rule!r}.")
     made = type(rule.name, bases, {"__module__": rule.step.__module__, "rule": rule})
-    said = {name: o.range or ("[0, inf)" if name in USUAL else None) for name, o in rule.options.items()}
+    said = {name: o.range or USUAL.get(name) for name, o in rule.options.items()}
     shared = [name for name in inspect.signature(made).parameters if name not in rule.options]
     made.__doc__ = "\n".join(
         [

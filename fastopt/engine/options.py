@@ -9,67 +9,73 @@ import math
 import numbers
 import operator
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
 
 from ..kernels.epilogues import EMA
 from ..kernels.registry import variant
-from ..kernels.rules.rule import BELOW_ONE, SWITCH, Option, Options, Rule
+from ..kernels.rules.rule import BELOW_ONE, NONNEGATIVE, SWITCH, Option, Options, Rule
 
 if TYPE_CHECKING:
     from .step import Request
 
 
-@dataclass(frozen=True)
-class Number:
-    """A real number in a range."""
+Range = Callable[[Any, str], Any]
+"""Function ``(value, where) -> value`` that turns an option into what is computed with, or refuses it."""
 
-    text: str
-    holds: Callable[[float], bool]
 
-    def __call__(self, value: Any, where: str) -> float:
-        """The value as a Python float: scalars are formed in float64 even from a float32 hyperparameter."""
-        number = value if type(value) is float else self._float(value, where)
-        if not self.holds(number):
-            raise ValueError(f"{where} must be in {self.text}, got {value!r}.")
+def interval(text: Any) -> Range:
+    """The real numbers of an interval, which is written as "[0, 1)"."""
+    try:
+        low, high = map(float, text[1:-1].split(","))
+        is_above = {"[": operator.ge, "(": operator.gt}[text[0]]
+        is_below = {"]": operator.le, ")": operator.lt}[text[-1]]
+    except (IndexError, KeyError, TypeError, ValueError):
+        raise ValueError(f'a range is an interval such as "[0, 1)", got {text!r}.') from None
+
+    def checked(value: Any, where: str) -> float:
+        number = value if type(value) is float else _float(value, f"{where} must be a number in {text}", where)
+        if not (is_above(number, low) and is_below(number, high)):
+            raise ValueError(f"{where} must be in {text}, got {value!r}.")
         return number
 
-    def _float(self, value: Any, where: str) -> float:
-        if isinstance(value, (np.generic, np.ndarray)) and value.shape == ():
-            value = value.item()
-        if isinstance(value, bool) or not isinstance(value, numbers.Real):
-            hint = ""
-            if callable(value):
-                option = f'opt.param_groups[0]["{where.split()[-1]}"]'
-                hint = (
-                    f" A schedule, such as those of fastopt.schedules, is asked before each step: {option} = "
-                    "schedule(step). For tensors there is torch.optim.lr_scheduler.LambdaLR, too."
-                )
-            raise TypeError(f"{where} must be a number in {self.text}, got {value!r}.{hint}")
-        try:
-            return float(value)
-        except OverflowError:
-            return math.inf  # an integer of hundreds of digits
+    return checked
 
 
-@dataclass(frozen=True)
-class Numbers:
-    """Several numbers, each in its range."""
+def _float(value: Any, needed: str, where: str) -> float:
+    """A number as Python's float: scalars are formed in float64 even from a float32 hyperparameter."""
+    if isinstance(value, (np.generic, np.ndarray)) and value.shape == ():
+        value = value.item()
+    if callable(value):
+        option = f'opt.param_groups[0]["{where.split()[-1]}"]'
+        raise TypeError(
+            f"{needed}, got {value!r}. A schedule, such as those of fastopt.schedules, is asked before each step: "
+            f"{option} = schedule(step). For tensors there is torch.optim.lr_scheduler.LambdaLR, too."
+        )
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{needed}, got {value!r}.")
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf  # an integer of hundreds of digits
 
-    ranges: tuple[Number, ...]
 
-    def __call__(self, value: Any, where: str) -> tuple[float, ...]:
-        """The value as a tuple of floats."""
+def several(ranges: tuple[Range, ...]) -> Range:
+    """Tuples of numbers, each in its range."""
+
+    def checked(value: Any, where: str) -> tuple[float, ...]:
         try:
             values = tuple(value)
         except TypeError:
             values = ()
-        if len(values) != len(self.ranges):
-            count = "two" if len(self.ranges) == 2 else len(self.ranges)
+        if len(values) != len(ranges):
+            count = "two" if len(ranges) == 2 else len(ranges)
             raise TypeError(f"{where} must be {count} numbers, got {value!r}.")
-        return tuple(number(x, f"{where}[{k}]") for k, (number, x) in enumerate(zip(self.ranges, values, strict=True)))
+        return tuple(check(x, f"{where}[{k}]") for k, (check, x) in enumerate(zip(ranges, values, strict=True)))
+
+    return checked
 
 
 def boolean(value: Any, where: str) -> bool:
@@ -79,40 +85,24 @@ def boolean(value: Any, where: str) -> bool:
     raise TypeError(f"{where} must be True or False, got {value!r}.")
 
 
-Range = Callable[[Any, str], Any]
-
-
 def optional(check: Range) -> Range:
     """None, or what is in a range."""
     return lambda value, where: None if value is None else check(value, where)
 
 
-def interval(text: Any) -> Number:
-    """The numbers of an interval, which is written as "[0, 1)"."""
-    try:
-        low, high = map(float, text[1:-1].split(","))
-        is_above = {"[": operator.ge, "(": operator.gt}[text[0]]
-        is_below = {"]": operator.le, ")": operator.lt}[text[-1]]
-    except (IndexError, KeyError, TypeError, ValueError):
-        raise ValueError(f'a range is an interval such as "[0, 1)", got {text!r}.') from None
-    return Number(text, lambda x: is_above(x, low) and is_below(x, high))
-
-
 def range_of(said: Any, default: Any) -> Range:
     """The range of an option by what a record says of it: an interval, a tuple of them, bool, or such a function."""
-    check: Range
     if isinstance(said, tuple):
-        check = Numbers(tuple(map(interval, said)))
+        check = several(tuple(map(interval, said)))
     else:
         check = boolean if said is bool else said if callable(said) else interval(said)
     return optional(check) if default is None else check
 
 
-NONNEGATIVE = interval("[0, inf)")
 SCALE = interval("[1e-37, 1e37]")  # its inverse is a float32
 NORM = optional(interval("[0, inf]"))
-USUAL: Mapping[str, Range] = dict.fromkeys(("lr", "weight_decay", "eps"), NONNEGATIVE)
-"""Options that mean the same in all classes."""
+USUAL = dict.fromkeys(("lr", "weight_decay", "eps"), NONNEGATIVE)
+"""Ranges of options that mean the same in all classes."""
 
 EMA_OPTIONS: Mapping[str, Option] = {"ema_decay": Option(None, BELOW_ONE, keyword=True), "ema_warmup": SWITCH}
 """Options of every class, in both front ends."""
@@ -120,19 +110,16 @@ EMA_OPTIONS: Mapping[str, Option] = {"ema_decay": Option(None, BELOW_ONE, keywor
 
 def ranges_of(options: Mapping[str, Option]) -> dict[str, Range]:
     """The range of each option. A record need not say those of flags, and of numbers that only must be finite."""
-    ranges = {}
-    for name, (default, said, *_) in options.items():
-        if said is not None:
-            ranges[name] = range_of(said, default)
-        elif name in USUAL:
-            ranges[name] = USUAL[name]
-        elif isinstance(default, bool):
-            ranges[name] = boolean
-        elif isinstance(default, numbers.Real):
-            ranges[name] = interval("(-inf, inf)")
-        elif isinstance(default, tuple) and all(isinstance(x, numbers.Real) for x in default):
-            ranges[name] = range_of(("(-inf, inf)",) * len(default), default)
-    return ranges
+    usual = {name: USUAL.get(name, _usual(o.default)) for name, o in options.items()}
+    said = {name: usual[name] if o.range is None else o.range for name, o in options.items()}
+    return {name: range_of(said[name], o.default) for name, o in options.items() if said[name] is not None}
+
+
+def _usual(default: Any) -> Any:
+    if isinstance(default, tuple):
+        parts = tuple(map(_usual, default))
+        return None if {None, bool} & {*parts} else parts
+    return bool if isinstance(default, bool) else "(-inf, inf)" if isinstance(default, numbers.Real) else None
 
 
 STEP_OPTIONS = ("max_grad_norm", "skip_nonfinite", "zero_grads")
@@ -140,26 +127,14 @@ OF_THE_OPTIMIZER = {*STEP_OPTIONS, "master_weights", "flatten"}
 """What is chosen for all param groups together."""
 
 
-class StepOption:
-    """An option of every step: an attribute that is checked when it is set, and that a field of the request holds.
-
-    The optimizer has its request as ``_request``, and changes fields by ``_ask``.
-    """
-
-    def __init__(self, field: str, check: Range) -> None:
-        self._field, self._check = field, check
-
-    def __get__(self, opt: Any, owner: type) -> Any:
-        return self if opt is None else getattr(opt._request, self._field)
-
-    def __set__(self, opt: Any, value: Any) -> None:
-        name = "max_grad_norm" if self._field == "max_norm" else self._field
-        opt._ask(**{self._field: self._check(value, f"{type(opt).__name__}: {name}")})
-
-
 def step_option(field: str, check: Range) -> Any:
-    """A ``StepOption``; to type checkers of the type that is written beside it."""
-    return StepOption(field, check)
+    """An option of every step: an attribute, checked when it is set, that a field of the optimizer's request holds."""
+    name = "max_grad_norm" if field == "max_norm" else field
+
+    def ask(opt: Any, value: Any) -> None:
+        opt._request = replace(opt._request, **{field: check(value, f"{type(opt).__name__}: {name}")})
+
+    return property(lambda opt: getattr(opt._request, field), ask)
 
 
 FLOAT32_MAX = float(np.finfo(np.float32).max)
@@ -312,9 +287,6 @@ class RuleOptimizer:
         signature = inspect.signature(cls.__init__)
         parameters = [p for p in signature.parameters.values() if p.name != "self"]
         cls.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-
-    def _ask(self, **fields: Any) -> None:
-        self._request = replace(self._request, **fields)
 
     def _step_options(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in STEP_OPTIONS}

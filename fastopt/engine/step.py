@@ -39,7 +39,7 @@ class StepInfo:
             ``skip_nonfinite`` asked for it.
     """
 
-    __slots__ = ("_fetch", "_grad_norm", "_skipped")
+    __slots__ = ("_fetch", "_values")
 
     def __init__(
         self,
@@ -47,28 +47,27 @@ class StepInfo:
         grad_norm: float | None = None,
         fetch: Callable[[], tuple[bool, float]] | None = None,
     ) -> None:
-        self._skipped, self._grad_norm, self._fetch = skipped, grad_norm, fetch
+        self._values: tuple[bool, float | None] = skipped, grad_norm
+        self._fetch = fetch
 
-    def _settle(self) -> None:
+    def _settled(self) -> tuple[bool, float | None]:
         if self._fetch is not None:
-            self._skipped, self._grad_norm = self._fetch()
-            self._fetch = None
+            self._values, self._fetch = self._fetch(), None
+        return self._values
 
     @property
     def skipped(self) -> bool:
-        self._settle()
-        return self._skipped
+        return self._settled()[0]
 
     @property
     def grad_norm(self) -> float | None:
-        self._settle()
-        return self._grad_norm
+        return self._settled()[1]
 
     def __iter__(self) -> Iterator[bool | float | None]:
-        return iter((self.skipped, self.grad_norm))
+        return iter(self._settled())
 
     def __eq__(self, other: object) -> bool:
-        return tuple(self) == (tuple(other) if isinstance(other, StepInfo) else other)
+        return self._settled() == (tuple(other) if isinstance(other, StepInfo) else other)
 
     __hash__ = None  # type: ignore[assignment]
 
