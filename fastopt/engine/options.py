@@ -8,7 +8,7 @@ import inspect
 import math
 import numbers
 import operator
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
@@ -179,17 +179,6 @@ def refuse_extras(group: Mapping[str, Any], own: Mapping[str, Any], where: str) 
             )
 
 
-def check_keywords(cls: type, keywords: Iterable[str]) -> None:
-    """Refuse a keyword that the constructor of a class does not take, and name those that it does."""
-    taken = inspect.signature(cls.__init__).parameters  # type: ignore[misc]
-    if any(p.kind is p.VAR_KEYWORD for p in taken.values()):
-        return
-    for name in keywords:
-        if name not in taken:
-            options = [option for option in taken if option not in ("self", "params")]
-            raise TypeError(f"{cls.__name__}: {no_option(name, options)}")
-
-
 def near_name(name: Any, known: Collection[str]) -> str | None:
     """The option of which a name is a misspelling; ``lr_scale`` and ``initial_lr`` are none of ``lr``."""
     if not isinstance(name, str) or any(name.startswith(f"{x}_") or name.endswith(f"_{x}") for x in known):
@@ -270,6 +259,8 @@ class RuleOptimizer:
     ranges: ClassVar[Mapping[str, Range]] = {}
     """Ranges of options."""
 
+    __signature__: ClassVar[inspect.Signature]
+
     max_grad_norm: float | None = step_option("max_norm", NORM)
     skip_nonfinite: bool = step_option("skip_nonfinite", boolean)
     zero_grads: bool = step_option("zero_grads", boolean)
@@ -278,7 +269,11 @@ class RuleOptimizer:
 
     def __new__(cls: type[Made], *args: Any, **kwargs: Any) -> Made:
         """Say which keyword is meant, where one is wrong."""
-        check_keywords(cls, kwargs)
+        taken = cls.__signature__.parameters
+        unknown = [name for name in kwargs if name not in taken]
+        if unknown and not any(p.kind is p.VAR_KEYWORD for p in taken.values()):
+            options = [name for name in taken if name != "params"]
+            raise TypeError(f"{cls.__name__}: {no_option(unknown[0], options)}")
         return super().__new__(cls)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -286,7 +281,7 @@ class RuleOptimizer:
         super().__init_subclass__(**kwargs)
         signature = inspect.signature(cls.__init__)
         parameters = [p for p in signature.parameters.values() if p.name != "self"]
-        cls.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+        cls.__signature__ = signature.replace(parameters=parameters)
 
     def _step_options(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in STEP_OPTIONS}
