@@ -292,7 +292,7 @@ class Optimizer(States):
             scale_at = self._device.scalar(grad_scale, f"{where}: grad_scale")
         if not scale_at and (type(grad_scale) is not float or grad_scale != 1.0):
             multiplier = 1.0 / SCALE(grad_scale, f"{where}: grad_scale")
-        norm = own.max_norm
+        norm = own.max_grad_norm
         if max_norm is not ...:
             norm = NORM(max_norm, f"{where}: max_norm")
         elif max_grad_norm is not ...:

@@ -127,14 +127,13 @@ OF_THE_OPTIMIZER = {*STEP_OPTIONS, "master_weights", "flatten"}
 """What is chosen for all param groups together."""
 
 
-def step_option(field: str, check: Range) -> Any:
+def step_option(name: str, check: Range) -> Any:
     """An option of every step: an attribute, checked when it is set, that a field of the optimizer's request holds."""
-    name = "max_grad_norm" if field == "max_norm" else field
 
     def ask(opt: Any, value: Any) -> None:
-        opt._request = replace(opt._request, **{field: check(value, f"{type(opt).__name__}: {name}")})
+        opt._request = replace(opt._request, **{name: check(value, f"{type(opt).__name__}: {name}")})
 
-    return property(lambda opt: getattr(opt._request, field), ask)
+    return property(lambda opt: getattr(opt._request, name), ask)
 
 
 FLOAT32_MAX = float(np.finfo(np.float32).max)
@@ -261,7 +260,7 @@ class RuleOptimizer:
 
     __signature__: ClassVar[inspect.Signature]
 
-    max_grad_norm: float | None = step_option("max_norm", NORM)
+    max_grad_norm: float | None = step_option("max_grad_norm", NORM)
     skip_nonfinite: bool = step_option("skip_nonfinite", boolean)
     zero_grads: bool = step_option("zero_grads", boolean)
 

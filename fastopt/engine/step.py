@@ -13,20 +13,20 @@ class Request:
 
     multiplier: float = 1.0  # of the gradients, before clipping
     scale_at: int = 0  # address of a loss scale in device memory that takes the multiplier's place
-    max_norm: float | None = None
+    max_grad_norm: float | None = None
     skip_nonfinite: bool = False
     zero_grads: bool = False
     keep_weights: bool = False  # trust the weight norms that the last step left
     needs_norm: bool = field(init=False)  # whether something is asked that depends on the norm of all gradients
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "needs_norm", self.max_norm is not None or self.skip_nonfinite)
+        object.__setattr__(self, "needs_norm", self.max_grad_norm is not None or self.skip_nonfinite)
 
     def clipped(self, norm: float) -> float:
         """The multiplier of the gradients, whose norm after unscaling is this."""
-        if self.max_norm is None or self.max_norm == math.inf:
+        if self.max_grad_norm is None or self.max_grad_norm == math.inf:
             return self.multiplier
-        coefficient = self.max_norm / (norm + 1e-6)
+        coefficient = self.max_grad_norm / (norm + 1e-6)
         return self.multiplier * (1.0 if coefficient > 1.0 else coefficient)  # NaN stays
 
 
@@ -35,8 +35,8 @@ class StepInfo:
 
     Attributes:
         skipped: The gradients were not finite and ``skip_nonfinite`` was asked for: nothing was changed.
-        grad_norm: Euclidean norm of all gradients, unscaled and before clipping; None where neither ``max_norm`` nor
-            ``skip_nonfinite`` asked for it.
+        grad_norm: Euclidean norm of all gradients, unscaled and before clipping; None where neither
+            ``max_grad_norm`` nor ``skip_nonfinite`` asked for it.
     """
 
     __slots__ = ("_fetch", "_values")

@@ -71,7 +71,7 @@ class GroupOptions(RuleOptimizer, torch.optim.Optimizer):
     defaults: dict[str, Any]
     param_groups: list[dict[str, Any]]
 
-    max_grad_norm: float | None = step_option("max_norm", lambda value, where: NORM(plain(value, where), where))
+    max_grad_norm: float | None = step_option("max_grad_norm", lambda value, where: NORM(plain(value, where), where))
 
     def __init__(self, master_weights: bool = False, flatten: bool = False, **step_options: Any) -> None:
         self._request, self.last_info = Request(), StepInfo()
