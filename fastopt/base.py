@@ -8,15 +8,16 @@ from types import EllipsisType, MappingProxyType
 from typing import Any, cast
 
 from .arrays import FlatBuffer
-from .engine.classes import EMA, constructor, keyword, keywords_of, option_arguments
+from .engine.classes import constructor, keywords_of, option_arguments
 from .engine.device import Array, Device, Layout, is_array
 from .engine.exclusive import exclusive, finish, makes_many
 from .engine.host import plan_class
-from .engine.options import NORM, SCALE, STEP_OPTIONS, boolean, own_options
+from .engine.options import EMA_OPTIONS, NORM, SCALE, STEP_OPTIONS, boolean, own_options, ranges_of
 from .engine.plan import Plan, Plans
 from .engine.step import Request, StepInfo
 from .groups import GroupSnapshot
 from .inputs import GradientReader, Gradients, Memory, Pattern, collect, groups_in
+from .kernels.rules.rule import SWITCH
 from .states import States
 
 Params = FlatBuffer | Mapping[str, Array] | Iterable[Array] | Iterable[Mapping[str, Any]]
@@ -101,12 +102,13 @@ class Optimizer(States):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Make the constructor of the rule's record, where the class writes none."""
-        own = vars(cls)
-        if "rule" in own and "__init__" not in own and cls.rule is not None and cls.rule.options:
-            flags = [keyword(name, False) for name in ("maximize", "capturable", *cls.flags)]
-            step_options = keywords_of(Optimizer.__init__)
-            arguments = [*option_arguments(cls.rule, Params), *flags, *EMA, *step_options]
-            cls.__init__ = constructor(cls.__qualname__, arguments, _begin)  # type: ignore[method-assign]
+        if "rule" in vars(cls) and cls.rule is not None and cls.rule.options:
+            switches = dict.fromkeys(("maximize", "capturable", *cls.flags), SWITCH)
+            options = {**cls.rule.options, **switches, **EMA_OPTIONS}
+            cls.ranges = ranges_of(options)
+            if "__init__" not in vars(cls):
+                arguments = [*option_arguments(options, Params), *keywords_of(Optimizer.__init__)]
+                cls.__init__ = constructor(cls.__qualname__, arguments, _begin)  # type: ignore[method-assign]
         super().__init_subclass__(**kwargs)
 
     # --- groups --------------------------------------------------------------------------------------------------
@@ -294,7 +296,7 @@ class Optimizer(States):
             scale_at = self._device.scalar(grad_scale, f"{where}: grad_scale")
         if not scale_at and (type(grad_scale) is not float or grad_scale != 1.0):
             multiplier = 1.0 / SCALE(grad_scale, f"{where}: grad_scale")
-        norm = own.max_norm
+        norm = own.max_grad_norm
         if max_norm is not ...:
             norm = NORM(max_norm, f"{where}: max_norm")
         elif max_grad_norm is not ...:

@@ -276,7 +276,7 @@ class Steppers:
                     cast(Tensor, p.grad).zero_()
                 return StepInfo(True, norm)
             multiplier = request.clipped(norm)
-            request = dataclasses.replace(request, multiplier=multiplier, max_norm=None, skip_nonfinite=False)
+            request = dataclasses.replace(request, multiplier=multiplier, max_grad_norm=None, skip_nonfinite=False)
         for stepper in active:
             stepper.take(request, options)
         return StepInfo(False, norm)

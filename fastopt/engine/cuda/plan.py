@@ -150,7 +150,7 @@ class CudaPlan(Plan):
             *(self._numbers.header, self._numbers.scalars64, self._numbers.scalars32),
             *(table.ratios64, table.ratios32, self._step_count.scalar_groups, self._step_count.options, number),
             *(request.multiplier, request.scale_at),
-            math.inf if request.max_norm is None else request.max_norm,
+            math.inf if request.max_grad_norm is None else request.max_grad_norm,
             *what,
         )
         kernel(max(tasks.chunks, 1), arguments, stream)
