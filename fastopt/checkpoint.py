@@ -20,13 +20,14 @@ Any safetensors reader can open such a file; nothing in it is executed on load.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.metadata
 import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from typing import IO, Any, NamedTuple, Protocol
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 
@@ -49,15 +50,10 @@ class CheckpointError(ValueError):
     """A checkpoint cannot be written, is damaged, or does not fit where it is to be loaded."""
 
 
-class _Stateful(Protocol):
-    def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state_dict: dict[str, Any], /) -> None: ...
-
-
 def save(
     path: str | os.PathLike[str],
     params: FlatBuffer | Mapping[str, Array] | Sequence[Array],
-    opt: _Stateful | None = None,
+    opt: Optimizer | None = None,
 ) -> None:
     """Write parameters, and the optimizer's state and hyperparameters, to one safetensors file.
 
@@ -73,11 +69,12 @@ def save(
         path: File to create or replace.
         params: FlatBuffer, mapping from names to arrays, or sequence of arrays (named "0", "1", ...); float32, float64,
             float16 or bfloat16, of any shape and strides. Only read.
-        opt: Optimizer whose ``state_dict()`` is saved with them; None saves parameters only.
+        opt: Optimizer whose ``state_dict()`` is saved with them, and whose options are then stored as they are computed
+            with; None saves parameters only.
 
     Raises:
         CheckpointError: A parameter or a value of the optimizer's state cannot be stored, or not be loaded again.
-        TypeError: params is or holds something else than arrays.
+        TypeError: params is or holds something else than arrays, or opt is no ``fastopt.Optimizer``.
         ImportError: The package safetensors is missing.
         OSError: The file cannot be written, or what is at ``path`` is no regular file.
         RuntimeError: Another thread is using the optimizer at this moment.
@@ -92,9 +89,16 @@ def save(
     """
     safetensors = safetensors_package()
     _, given = placed(params, "save: params")
+    _check_optimizer(opt, "save")
     target = os.path.realpath(os.fsdecode(path))
     check_replaceable(target)
-    arrays, state_dict = _snapshot(given, opt)
+    if opt is None:
+        arrays, state_dict = {name: _copy(array) for name, array in given.items()}, None
+    else:
+        try:
+            arrays, state_dict = opt._snapshot(given, _copy)
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(f"save: opt could not be loaded again: {error}") from error
     tensors = {f"param.{name}": array for name, array in arrays.items()}
     if state_dict is not None:
         for index, entry in state_dict["state"].items():
@@ -122,7 +126,7 @@ def save(
 def load(
     path: str | os.PathLike[str],
     params: FlatBuffer | Mapping[str, Array] | Sequence[Array],
-    opt: _Stateful | None = None,
+    opt: Optimizer | None = None,
 ) -> None:
     """Read a checkpoint of ``save`` into existing parameters, in place, and into an existing optimizer.
 
@@ -140,52 +144,45 @@ def load(
     Raises:
         CheckpointError: The file is truncated, damaged, or no checkpoint that this version can read; or it holds
             other names, shapes, dtypes, or another optimizer, than asked for; or a parameter is read-only.
-        TypeError: params is or holds something else than arrays.
+        TypeError: params is or holds something else than arrays, or opt is no ``fastopt.Optimizer``.
         ImportError: The package safetensors is missing, or ml_dtypes for a file that holds bfloat16.
         OSError: The file cannot be read, or is no regular file; FileNotFoundError where there is none.
         RuntimeError: Another thread is using the optimizer at this moment.
     """
     devices, targets = placed(params, "load: params")
+    _check_optimizer(opt, "load")
     path = os.fsdecode(path)
     check_regular(os.stat(path), path)
-    with open(path, "rb") as file:
-        contents = _read_header(path, file)
-        _check_parameters(path, contents, targets)
-        if opt is not None:
-            _check_states(path, contents, opt)
-        stored, state_dict = _read_tensors(path, file, contents, with_states=opt is not None)
 
     def take_over() -> None:
-        if opt is not None and state_dict is not None:
-            opt.load_state_dict(state_dict)  # before the parameters, because it may refuse
+        if opt is not None and contents.state_dict is not None:
+            opt.load_state_dict(contents.state_dict)  # before the parameters, because it may refuse
         for name, want in targets.items():
-            devices[name].assign(want, stored[name])
+            devices[name].assign(want, contents.params[name])
 
     try:
+        with open(path, "rb") as file:
+            contents = _read_header(path, file, with_states=opt is not None)
+            _check_parameters(path, contents, targets)
+            if opt is not None:
+                if contents.state_dict is None:
+                    raise CheckpointError(f"load: {path} was saved without an optimizer, but opt was given.")
+                opt._accepted(contents.state_dict, f"{type(opt).__name__}.load_state_dict")
+            _read_tensors(path, file, contents)
         finish(take_over)
+    except CheckpointError:
+        raise
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(f"load: {path} does not fit opt: {error}") from error
 
 
+def _check_optimizer(opt: object, where: str) -> None:
+    if opt is not None and not isinstance(opt, Optimizer):
+        kind = f"{type(opt).__module__}.{type(opt).__qualname__}"
+        raise TypeError(f"{where}: opt is a {kind}; needed is a fastopt.Optimizer. For torch's there is torch.save.")
+
+
 # --- what is saved -----------------------------------------------------------------------------------------------
-
-
-def _snapshot(given: Mapping[str, Array], opt: _Stateful | None) -> tuple[dict[str, Array], dict[str, Any] | None]:
-    """Copies of parameters and of a state dict, in host memory."""
-    if isinstance(opt, Optimizer):
-        try:
-            return opt._snapshot(given, _copy)
-        except (TypeError, ValueError) as error:
-            raise CheckpointError(f"save: opt could not be loaded again: {error}") from error
-    arrays = {name: _copy(array) for name, array in given.items()}
-    if opt is None:
-        return arrays, None
-    state_dict = opt.state_dict()
-    state = {
-        index: {key: _copy(value) if is_array(value) else value for key, value in entry.items()}
-        for index, entry in state_dict["state"].items()
-    }
-    return arrays, {**state_dict, "state": state}
 
 
 def _copy(array: Array) -> Array:
@@ -214,19 +211,22 @@ def _write(file: IO[bytes], metadata: Mapping[str, str], tensors: Mapping[str, A
 
 
 class _Contents(NamedTuple):
-    """What the header of a file says: of each tensor dtype and shape, and where its bytes begin."""
+    """What the header of a file says."""
 
     metadata: dict[str, str]
-    params: list[str]
-    head: dict[str, Any] | None
-    """The state dict without its arrays."""
     layout: dict[str, tuple[str, tuple[int, ...]]]
+    """Of each tensor dtype and shape."""
     starts: dict[str, int]
-    states: dict[str, tuple[int, str]]
-    """Of each tensor of the state its place there."""
+    """Where its bytes begin."""
+    params: dict[str, Any]
+    """The parameters, None until they are read."""
+    state_dict: dict[str, Any] | None
+    """Its arrays take no memory until they are read."""
+    places: dict[str, tuple[dict[Any, Any], Any]]
+    """Of each tensor that is wanted a dict and the key in it."""
 
 
-def _read_header(path: str, file: IO[bytes]) -> _Contents:
+def _read_header(path: str, file: IO[bytes], *, with_states: bool) -> _Contents:
     """The header of a fastopt checkpoint; it is not yet known to be undamaged."""
     safetensors = safetensors_package()
     try:
@@ -256,29 +256,26 @@ def _read_header(path: str, file: IO[bytes]) -> _Contents:
     if version != "1" and metadata.get("header_sha256") != hashlib.sha256(_described(sealed, layout)).hexdigest():
         raise CheckpointError(f"load: {path} is corrupted: its checksum does not match its content.")
     try:  # a right checksum may be over other content
-        head = _from_json(metadata["optimizer"])
-        params = list(json.loads(metadata["params"]))
-        missing = [name for name in params if f"param.{name}" not in header]
-        states = {}
-        for name in header:
-            if name.startswith("state."):
+        state_dict, params = _from_json(metadata["optimizer"]), dict.fromkeys(json.loads(metadata["params"]))
+        places = {f"param.{name}": (params, name) for name in params}
+        for name, (dtype, shape) in layout.items():
+            if with_states and state_dict is not None and name.startswith("state."):
                 _, index, key = name.split(".", 2)
-                states[name] = int(index), key
-                if head is not None:
-                    head["state"][int(index)][key] = None
+                entry = state_dict["state"][int(index)]
+                entry[key] = np.ndarray(shape, _dtype(dtype), bytes(8), strides=(0,) * len(shape))
+                places[name] = entry, key
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"load: {path} is no complete fastopt checkpoint ({error!r}).") from error
-    if missing:
-        raise CheckpointError(f"load: {path} is no complete fastopt checkpoint (it lacks parameter {missing[0]!r}).")
+    for name in places.keys() - header.keys():
+        raise CheckpointError(f"load: {path} is no complete fastopt checkpoint (it lacks {name}).")
     starts = {name: data + entry["data_offsets"][0] for name, entry in header.items()}
-    return _Contents(metadata, params, head, layout, starts, states)
+    return _Contents(metadata, layout, starts, params, state_dict, places)
 
 
 def _check_parameters(path: str, contents: _Contents, targets: Mapping[str, Array]) -> None:
     """Refuse other names, shapes and dtypes than those of the parameters."""
-    stored = set(contents.params)
     for name in [*targets, *contents.params]:
-        if name not in stored:
+        if name not in contents.params:
             raise CheckpointError(f"load: {path} has no parameter {name!r}, which params has.")
         if name not in targets:
             raise CheckpointError(f"load: {path} holds parameter {name!r}, which params does not have.")
@@ -291,40 +288,20 @@ def _check_parameters(path: str, contents: _Contents, targets: Mapping[str, Arra
             raise CheckpointError(f"load: params[{name!r}] is read-only; a writable array is needed.")
 
 
-def _check_states(path: str, contents: _Contents, opt: _Stateful) -> None:
-    """Refuse states that no parameter can have, before memory is asked for them; the rest is load_state_dict's."""
-    if contents.head is None:
-        raise CheckpointError(f"load: {path} was saved without an optimizer, but opt was given.")
-    if not isinstance(opt, Optimizer):
-        return
-    shapes = [array.shape for group in opt.param_groups for array in group["params"].values()]
-    for name, (index, _) in contents.states.items():
-        shape, want = contents.layout[name][1], shapes[index] if 0 <= index < len(shapes) else "no such parameter"
-        if shape != want:
-            raise CheckpointError(f"load: {path} does not fit opt: {name} has shape {shape}, but opt has {want}.")
-
-
-def _read_tensors(
-    path: str, file: IO[bytes], contents: _Contents, with_states: bool
-) -> tuple[dict[str, Array], dict[str, Any] | None]:
-    """Parameters, and the state dict if it is asked for, with the checksum of the whole file verified."""
+def _read_tensors(path: str, file: IO[bytes], contents: _Contents) -> None:
+    """Put tensors into their places, with the checksum of the whole file verified."""
     expected = contents.metadata.pop("sha256", None)
     digest = hashlib.sha256(_described(contents.metadata, contents.layout))
-    wanted = {f"param.{name}": name for name in contents.params}
-    params: dict[str, Array] = {}
     for name, (dtype, shape) in sorted(contents.layout.items()):
         file.seek(contents.starts[name])
-        kind = dtype_of(dtype, f"load: {path}")
-        if name in wanted or (with_states and name in contents.states):
+        kind = _dtype(dtype)
+        if name in contents.places:
             array = np.empty(shape, kind)
             if file.readinto(_bytes(array)) != array.nbytes:  # type: ignore[attr-defined]
                 break  # it became shorter just now
             digest.update(_bytes(array))
-            if name in wanted:
-                params[wanted[name]] = array
-            elif contents.head is not None:
-                index, key = contents.states[name]
-                contents.head["state"][index][key] = array
+            target, key = contents.places[name]
+            target[key] = array
         else:
             left = math.prod(shape) * kind.itemsize
             while left > 0 and (piece := file.read(min(left, _PIECE))):
@@ -332,7 +309,6 @@ def _read_tensors(
                 left -= len(piece)
     if expected != digest.hexdigest():
         raise CheckpointError(f"load: {path} is corrupted: its checksum does not match its content.")
-    return params, contents.head
 
 
 # --- the form of the file ----------------------------------------------------------------------------------------
@@ -352,6 +328,11 @@ def _seal(metadata: dict[str, str], tensors: Mapping[str, Array]) -> None:
     metadata["sha256"] = digest.hexdigest()
 
 
+@functools.cache
+def _dtype(name: str) -> np.dtype[Any]:
+    return dtype_of(name, "load")
+
+
 def _bytes(array: Array) -> memoryview:
     return array.reshape(-1).view(np.uint8).data
 
@@ -359,26 +340,17 @@ def _bytes(array: Array) -> memoryview:
 def _to_json(state_dict: Mapping[str, Any]) -> str:
     """A state dict without its arrays."""
 
-    def plain(value: Any) -> Any:
-        if isinstance(value, np.generic):
-            value = value.item()
+    def tagged(value: Any) -> Any:
         if isinstance(value, float) and not math.isfinite(value):
-            return {"float": repr(float(value))}
-        if isinstance(value, tuple):
-            return {"tuple": [plain(item) for item in value]}
-        if isinstance(value, list):
-            return [plain(item) for item in value]
-        if value is None or isinstance(value, (bool, int, float, str)):
-            return value
+            return {"float": repr(value)}
+        return {"tuple": [*map(tagged, value)]} if isinstance(value, tuple) else value
+
+    def refuse(value: Any) -> None:
         raise CheckpointError(f"save: opt.state_dict() holds {value!r}, which cannot be stored.")
 
-    def entries(mapping: Mapping[Any, Any]) -> dict[str, Any]:
-        return {str(key): plain(value) for key, value in mapping.items() if not is_array(value)}
-
-    head = entries({key: value for key, value in state_dict.items() if key not in ("state", "param_groups")})
-    head["state"] = {str(index): entries(entry) for index, entry in state_dict["state"].items()}
-    head["param_groups"] = [entries(group) for group in state_dict["param_groups"]]
-    return json.dumps(head)
+    states = {i: {k: x for k, x in entry.items() if not is_array(x)} for i, entry in state_dict["state"].items()}
+    groups = [{name: tagged(value) for name, value in group.items()} for group in state_dict["param_groups"]]
+    return json.dumps({**state_dict, "state": states, "param_groups": groups}, default=refuse)
 
 
 def _from_json(text: str) -> dict[str, Any] | None:

@@ -2,35 +2,30 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from .engine.device import Array, Device
 from .engine.options import (
-    EMA_RANGES,
-    NORM,
-    STEP_OPTIONS,
+    EMA_OPTIONS,
     USUAL,
     Range,
     RuleChoice,
-    boolean,
+    RuleOptimizer,
     check_options,
     choice,
-    naming_options,
     ranges_of,
-    step_option,
 )
 from .engine.step import Request, StepInfo
 from .kernels.dtypes import COMPUTE
-from .kernels.registry import variant
-from .kernels.rules.rule import Option, Options, Rule
+from .kernels.rules.rule import SWITCH, Option, Options
 
 if TYPE_CHECKING:
     from .engine.plan import Parameter, Plan
+    from .inputs import Pattern
 
 
 @dataclass(eq=False)
@@ -49,51 +44,32 @@ class GroupSnapshot:
     foreign: Collection[str]  # keys of the user's own
 
 
-class Groups:
+class Groups(RuleOptimizer):
     """The param groups of an optimizer, and its options."""
 
-    rule: ClassVar[Rule | None] = None
-    """The rule of the class, which knows ranges and variants; a subclass may override ``select_rule`` instead."""
-
-    ranges: ClassVar[Mapping[str, Range]] = {**USUAL, "maximize": boolean, "capturable": boolean, **EMA_RANGES}
-    """Range of each option, beside those that the rule knows."""
-
-    flags: ClassVar[tuple[str, ...]] = ()
-    """Options beside those of the rule, keywords that are False by default."""
-
-    max_grad_norm: float | None = step_option("max_norm", NORM)
-    skip_nonfinite: bool = step_option("skip_nonfinite", boolean)
-    zero_grads: bool = step_option("zero_grads", boolean)
+    ranges: ClassVar[Mapping[str, Range]] = ranges_of(
+        {**dict.fromkeys(USUAL, Option(0.0)), "maximize": SWITCH, "capturable": SWITCH, **EMA_OPTIONS}
+    )
 
     _device: Device  # where the first group's arrays live, and all others must
 
     def __init__(self, defaults: Mapping[str, Any], **step_options: Any) -> None:
         self._name = type(self).__name__
+        self._request, self.last_info = Request(), StepInfo()
         self._users: list[object] = []
-        self._request = Request()
         for name, value in step_options.items():
             setattr(self, name, value)
-        self.last_info = StepInfo()
         self.defaults = dict(defaults)
         self._known_options = {**self.defaults, **self.ranges}  # those with a default first
         self._normalise(self.defaults, (), 0)
         self.param_groups: list[dict[str, Any]] = []
         self._groups: list[GroupSnapshot] = []
         self._parameters: list[Parameter] = []
-        self._plan: Plan | None = None
+        self._pattern: Pattern | None = None  # the gradients of the last step, and their plan
 
-    def _ask(self, **fields: Any) -> None:
-        self._request = replace(self._request, **fields)
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Have keywords that the constructor lacks refused with those that it has."""
-        super().__init_subclass__(**kwargs)
-        if "__init__" in vars(cls):
-            cls.__init__ = naming_options(cls.__init__)  # type: ignore[method-assign]
-        if cls.rule is not None and "rule" in vars(cls):
-            arguments = inspect.signature(cls.__init__).parameters.values()
-            own = {p.name: Option(p.default) for p in arguments if p.name not in STEP_OPTIONS}
-            cls.ranges = {**cls.ranges, **ranges_of({**own, **cls.rule.options})}
+    @property
+    def _plan(self) -> Plan | None:
+        return None if self._pattern is None else self._pattern.plan
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "state":
@@ -117,12 +93,6 @@ class Groups:
     def complete(self, group: dict[str, Any]) -> None:
         """Fill in options of a group that follow from its others."""
 
-    def check(self, options: Options, where: str) -> None:
-        """Refuse options that do not go together; a subclass may say which beside those of its rule."""
-        conflict = None if self.rule is None or self.rule.conflict is None else self.rule.conflict(options)
-        if conflict is not None:
-            raise ValueError(f"{where}{conflict}")
-
     def _normalise(
         self, options: Mapping[str, Any], dtypes: Iterable[str], index: int, device: Device | None = None
     ) -> dict[str, Any]:
@@ -133,12 +103,6 @@ class Groups:
         if checked.get("capturable") and device is not None and device.name == "cpu":
             raise ValueError(f"{where}capturable=True is for CUDA graphs, but these parameters are in host memory.")
         return checked
-
-    def select_rule(self, options: Options) -> Rule:
-        """The update rule for a param group with these options."""
-        if self.rule is None:
-            raise NotImplementedError(f"{self._name} must have a rule, or override select_rule.")
-        return variant(self.rule, options)
 
     def choose(self, options: Options, parameter: Array) -> RuleChoice:
         """What is done to one parameter of a group; LARS leaves some out of the trust ratio."""
@@ -183,7 +147,7 @@ class Groups:
         )
 
     def __repr__(self) -> str:
-        step = ", ".join(f"{name}={getattr(self, name)!r}" for name in STEP_OPTIONS)
+        step = ", ".join(f"{name}={value!r}" for name, value in self._step_options().items())
         lines = [f"{self._name} (", f"  {step}"]
         for i, group in enumerate(self.param_groups):
             shown = ", ".join(f"{name}={value!r}" for name, value in self._options_of(group).items())

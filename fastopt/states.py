@@ -9,9 +9,10 @@ from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
+from .arrays import assign
 from .engine.device import Array, check_dtype, is_array
 from .engine.exclusive import exclusive, finish, makes_many, swapping
-from .engine.options import EMA_RANGES
+from .engine.options import EMA_OPTIONS
 from .engine.plan import MAX_STEP, Parameter, StepCount
 from .groups import Groups, GroupSnapshot
 from .kernels.dtypes import COMPUTE
@@ -49,53 +50,41 @@ class SavedParameter(NamedTuple):
     arrays: dict[str, Array]
 
 
-class Saved(NamedTuple):
-    """A state dict whose form was checked: options of each group, and each parameter in order."""
-
-    groups: list[dict[str, Any]]
-    parameters: list[SavedParameter]
-
-
-def _parameter(entry: Mapping[str, Any], name: str, where: str) -> SavedParameter:
-    step, arrays, carry = entry.get("step"), {}, {}
+def _parameter(entry: Any, p: Parameter, rule: Rule, options: Options, where: str) -> SavedParameter:
+    """The state of a parameter, as a state dict has it; refuses names, shapes and dtypes that are wrong."""
+    if not isinstance(entry, Mapping):
+        raise ValueError(f"{where}: there is no state for parameter {p.name!r}.")
+    of, dtype, step = f"of parameter {p.name!r}", COMPUTE[p.dtype], entry.get("step")
     if isinstance(step, bool) or not isinstance(step, (int, np.integer)) or not 0 <= step <= MAX_STEP:
-        raise ValueError(f"{where}: the step of parameter {name!r} must be an integer in [0, 2^53], got {step!r}.")
-    for key, value in entry.items():
-        if is_array(value):
-            arrays[key] = value
-        elif key != "step":
-            if type(value) not in (int, float) or not -1e308 <= value <= 1e308:
-                raise TypeError(f"{where}: {key} of parameter {name!r} must be an array or a number, got {value!r}.")
-            carry[key] = float(value)
-    if EMA not in arrays:
-        carry.pop(EMA_STEP, None)  # the average begins anew
-    return SavedParameter(int(step), carry, arrays)
-
-
-def check_states(saved: SavedParameter, p: Parameter, rule: Rule, options: Options, where: str) -> None:
-    """Refuse states of the wrong names, shapes or dtypes for a parameter."""
-    dtype = COMPUTE[p.dtype]
-    missing = set(rule.state) - set(saved.arrays) - set(rule.late)
-    unknown = set(saved.arrays) - {EMA, *p.states} - family_states(rule)  # of a variant that an option chose before
+        raise ValueError(f"{where}: the step {of} must be an integer in [0, 2^53], got {step!r}.")
+    arrays = {name: value for name, value in entry.items() if is_array(value)}
+    carry = {name: value for name, value in entry.items() if name not in arrays and name != "step"}
+    for name, value in carry.items():
+        if type(value) not in (int, float) or not -1e308 <= value <= 1e308:
+            raise TypeError(f"{where}: {name} {of} must be an array or a number, got {value!r}.")
+    missing = set(rule.state) - set(arrays) - set(rule.late)
+    unknown = set(arrays) - {EMA, *p.states} - family_states(rule)  # of a variant that an option chose before
     if missing or unknown:
         raise ValueError(
-            f"{where}: parameter {p.name!r} has the states {sorted(saved.arrays)}, but its rule needs "
-            f"{sorted(rule.state)}."
+            f"{where}: parameter {p.name!r} has the states {sorted(arrays)}, but its rule needs {sorted(rule.state)}."
         )
-    for name, array in saved.arrays.items():
-        if array.dtype.name == dtype:
-            check_dtype(array.dtype, f"{where}: {name} of parameter {p.name!r}")  # its byte order
+    for name, array in arrays.items():
         if array.shape != p.array.shape or array.dtype != dtype:
+            if array.dtype.name == dtype:
+                check_dtype(array.dtype, f"{where}: {name} {of}")  # its byte order
             raise ValueError(
-                f"{where}: {name} of parameter {p.name!r} is {array.dtype.name} of shape {array.shape}; needed is "
-                f"{dtype} of shape {p.array.shape}."
+                f"{where}: {name} {of} is {array.dtype.name} of shape {array.shape}; needed is {dtype} of shape "
+                f"{p.array.shape}."
             )
+    if EMA not in arrays:
+        carry.pop(EMA_STEP, None)  # the average begins anew
     known = set(rule.carry(options)._fields) if rule.carry else set()
-    if saved.carry.keys() - {EMA_STEP, *known} or (saved.step and known - saved.carry.keys()):
+    if carry.keys() - {EMA_STEP, *known} or (step and known - carry.keys()):
         raise ValueError(
-            f"{where}: parameter {p.name!r} has the carried numbers {sorted(saved.carry)}, but its rule needs "
+            f"{where}: parameter {p.name!r} has the carried numbers {sorted(carry)}, but its rule needs "
             f"{sorted(known)}."
         )
+    return SavedParameter(int(step), {name: float(value) for name, value in carry.items()}, arrays)
 
 
 def _shorten(names: list[str]) -> str:
@@ -142,8 +131,13 @@ class States(Groups):
             exported["param_groups"].append({**copy.deepcopy(self._options_of(group)), **places})
         return exported
 
-    def _imported(self, state_dict: Mapping[str, Any], where: str) -> Saved:
-        """Refuse a state dict of another version, optimizer or list of parameters; its arrays are not copied yet."""
+    def _accepted(
+        self, state_dict: Mapping[str, Any], where: str
+    ) -> list[tuple[GroupSnapshot, dict[str, Any], list[SavedParameter]]]:
+        """Groups with their options and parameters in a state dict, whose arrays are not copied yet.
+
+        Refuses one of another version, optimizer or list of parameters, and what cannot be computed with.
+        """
         parts = {"version", "optimizer", "state", "param_groups"}
         if not isinstance(state_dict, Mapping) or parts - state_dict.keys():
             raise TypeError(f"{where}: needed is what state_dict() returns, got {type(state_dict).__name__}.")
@@ -151,27 +145,38 @@ class States(Groups):
             raise ValueError(f"{where}: version {state_dict['version']!r} is not {VERSION}, which this fastopt reads.")
         if state_dict["optimizer"] != self._name:
             raise ValueError(f"{where}: the state is of {state_dict['optimizer']!r}, not of {self._name!r}.")
-        groups, saved_groups, states = self.param_groups, state_dict["param_groups"], state_dict["state"]
+        saved_groups, states = state_dict["param_groups"], state_dict["state"]
         if not isinstance(saved_groups, Sequence) or not isinstance(states, Mapping):
             raise TypeError(f'{where}: "param_groups" must be a list and "state" a dict.')
-        if len(saved_groups) != len(groups):
-            raise ValueError(f"{where}: the state has {len(saved_groups)} param groups, the optimizer {len(groups)}.")
-        result = Saved([], [])
-        for index, (saved, group) in enumerate(zip(saved_groups, groups, strict=True)):
+        if len(saved_groups) != len(self._groups):
+            raise ValueError(
+                f"{where}: the state has {len(saved_groups)} param groups, the optimizer {len(self._groups)}."
+            )
+        accepted = []
+        for known, saved in zip(self._groups, saved_groups, strict=True):
             if not isinstance(saved, Mapping) or not {"params", "param_names"} <= set(saved):
-                raise TypeError(f'{where}: group {index} of the state must be a dict with "params" and "param_names".')
-            names, own, indices = list(saved["param_names"]), list(group["params"]), list(saved["params"])
+                raise TypeError(
+                    f'{where}: group {known.index} of the state must be a dict with "params" and "param_names".'
+                )
+            options = {**self.defaults, **saved}
+            indices, names, own = list(options.pop("params")), list(options.pop("param_names")), list(known.arrays)
             if names != own or len(indices) != len(own):
                 raise ValueError(
-                    f"{where}: parameters of group {index} are {_shorten(names)} in the state, {_shorten(own)} here."
+                    f"{where}: parameters of group {known.index} are {_shorten(names)} in the state, {_shorten(own)} "
+                    "here."
                 )
-            options = {k: v for k, v in saved.items() if k not in ("params", "param_names")}
-            result.groups.append(copy.deepcopy(options))
-            for name, key in zip(names, indices, strict=True):
-                if not isinstance(states.get(key), Mapping):
-                    raise ValueError(f"{where}: there is no state for parameter {name!r}.")
-                result.parameters.append(_parameter(states[key], name, where))
-        return result
+            if "capturable" in known.options:  # it is about this machine, not about what was saved
+                options["capturable"] = known.options["capturable"]
+            if options.get("ema_decay") is None:  # averages may begin at any time
+                options |= {name: known.options[name] for name in EMA_OPTIONS if name in known.options}
+            self.complete(options)
+            options = self._normalise(options, known.dtypes, known.index)
+            parameters = [
+                _parameter(states.get(key), p, self.choose(options, p.array).rule, options, where)
+                for key, p in zip(indices, known.members, strict=True)
+            ]
+            accepted.append((known, options, parameters))
+        return accepted
 
     def full_state_dict(self) -> dict[str, Any]:
         """The states as plain arrays, for other programs: "state" and "param_groups" of ``state_dict``.
@@ -202,7 +207,8 @@ class States(Groups):
         self._current_options()
         copies = {name: copy_of(array) for name, array in arrays.items()}
         exported = self._exported(copy_of)
-        self._imported(exported, self._name)
+        for group, (_, options, _) in zip(exported["param_groups"], self._accepted(exported, self._name), strict=True):
+            group.update(options)
         return copies, exported
 
     @exclusive
@@ -217,41 +223,28 @@ class States(Groups):
             TypeError, ValueError: It belongs to another optimizer, other parameters or another version; nothing was
                 changed.
         """
-        where = f"{self._name}.load_state_dict"
-        saved = self._imported(state_dict, where)
-        entries = iter(saved.parameters)
-        loaded: list[tuple[GroupSnapshot, dict[str, Any], dict[str, Any], dict[str, Any]]] = []
+        accepted = self._accepted(state_dict, f"{self._name}.load_state_dict")
         states: list[tuple[Parameter, str, Array]] = []
-        for known, options in zip(self._groups, saved.groups, strict=True):
-            if "capturable" in known.options:  # it is about this machine, not about what was saved
-                options["capturable"] = known.options["capturable"]
-            options = {**self.defaults, **options}
-            if options.get("ema_decay") is None:  # averages may begin at any time
-                options |= {name: known.options[name] for name in EMA_RANGES if name in known.options}
-            self.complete(options)
-            checked = self._normalise(options, known.dtypes, known.index)
-            stored = set()
-            for p, entry in zip(known.members, entries, strict=False):
-                check_states(entry, p, self.choose(checked, p.array).rule, checked, where)
-                stored |= {(name, COMPUTE[p.dtype]) for name in entry.arrays}
-            loaded.append((known, options, copy.deepcopy(options), checked))
-            states += self._allocate(known, checked, self._device, stored)
+        for known, options, parameters in accepted:
+            pairs = zip(known.members, parameters, strict=True)
+            stored = {(name, COMPUTE[p.dtype]) for p, saved in pairs for name in saved.arrays}
+            states += self._allocate(known, options, self._device, stored)
         reached: dict[tuple[Any, ...], StepCount] = {}
 
         def take_over() -> None:
-            for known, options, seen, checked in loaded:
-                known.seen, known.options = seen, checked
+            for known, options, _ in accepted:
+                known.seen, known.options = dict(options), options
                 group = self.param_groups[known.index]
                 group.update(options)
                 for name in self._options_of(group).keys() - options.keys():
                     del group[name]
             for p, name, state in states:
                 p.states[name] = state
-            for p, entry in zip(self._parameters, saved.parameters, strict=True):
-                for name, view in p.views.items():
-                    self._device.assign(view, entry.arrays.get(name, 0))
-                key = entry.step, *entry.carry.items()
-                p.step_count = reached.setdefault(key, StepCount(entry.step, entry.carry or None))
+            for known, _, parameters in accepted:
+                for p, (step, carry, arrays) in zip(known.members, parameters, strict=True):
+                    for name, view in p.views.items():
+                        assign(self._device, view, arrays.get(name, 0))
+                    p.step_count = reached.setdefault((step, *carry.items()), StepCount(step, carry or None))
             self._rebuild()
 
         finish(take_over)

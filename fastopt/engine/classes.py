@@ -5,21 +5,12 @@ from __future__ import annotations
 import functools
 import inspect
 import linecache
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from inspect import Parameter
 from typing import Any
 
-from ..kernels.rules.rule import Rule
+from ..kernels.rules.rule import Option, Rule
 from .options import USUAL
-
-
-def keyword(name: str, default: Any, of: Any = bool) -> Parameter:
-    """A keyword-only argument."""
-    return Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=of)
-
-
-EMA = keyword("ema_decay", None, float | None), keyword("ema_warmup", False)
-"""Arguments of every class, in both front ends."""
 
 
 def keywords_of(init: Callable[..., None]) -> list[Parameter]:
@@ -27,10 +18,10 @@ def keywords_of(init: Callable[..., None]) -> list[Parameter]:
     return [p for p in inspect.signature(init, eval_str=True).parameters.values() if p.kind is p.KEYWORD_ONLY]
 
 
-def option_arguments(rule: Rule, params: Any, lr: Any = float) -> list[Parameter]:
-    """Parameters and options as arguments of a class of a rule; the types of two depend on the front end."""
+def option_arguments(options: Mapping[str, Option], params: Any, lr: Any = float) -> list[Parameter]:
+    """Parameters and options as arguments of a class; the types of two depend on the front end."""
     arguments = [Parameter("params", Parameter.POSITIONAL_OR_KEYWORD, annotation=params)]
-    for name, (default, said, is_keyword, noted) in rule.options.items():
+    for name, (default, said, is_keyword, noted) in options.items():
         kind = Parameter.KEYWORD_ONLY if is_keyword else Parameter.POSITIONAL_OR_KEYWORD
         annotation: Any = lr if name == "lr" else _type_of(default, said)
         given = Parameter.empty if default is ... else default
@@ -80,7 +71,7 @@ def class_of(rule: Rule, *bases: type) -> type[Any]:
     if not isinstance(rule, Rule) or not rule.options:
         raise TypeError(f"fastopt.optimizer: rule must be what @fastopt.rule makes of a function, got {rule!r}.")
     made = type(rule.name, bases, {"__module__": rule.step.__module__, "rule": rule})
-    said = {name: o.range or ("[0, inf)" if name in USUAL else None) for name, o in rule.options.items()}
+    said = {name: o.range or USUAL.get(name) for name, o in rule.options.items()}
     shared = [name for name in inspect.signature(made).parameters if name not in rule.options]
     made.__doc__ = "\n".join(
         [

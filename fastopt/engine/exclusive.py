@@ -23,7 +23,8 @@ def exclusive(method: Method) -> Method:
     It is no lock, because a lock can stay locked: Python raises KeyboardInterrupt after any call, also after the lock
     was taken and before a block is entered that gives it back. ``with lock`` has such a place in Python 3.14, and every
     context manager that is written in Python has several. Here both ends are one call into C, the first of them inside
-    the block: what is interrupted before that did nothing, and what is interrupted after it goes through ``remove``.
+    the block: what is interrupted after it goes through ``remove``, and what is interrupted before it, as Python 3.10
+    can be inside the block, did nothing and has nothing to remove.
     """
     name = method.__name__.lstrip("_")
 
@@ -36,7 +37,8 @@ def exclusive(method: Method) -> Method:
                 raise _refusal(self, name)
             return method(self, *args, **kwargs)
         finally:
-            users.remove(me)
+            if me in users:
+                users.remove(me)
 
     return alone  # type: ignore[return-value]
 
@@ -82,7 +84,8 @@ def swapping(
         try:
             finish(put_back)
         finally:
-            users.remove(me)
+            if me in users:
+                users.remove(me)
 
 
 def finish(action: Callable[[], None]) -> None:

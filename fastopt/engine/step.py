@@ -13,20 +13,20 @@ class Request:
 
     multiplier: float = 1.0  # of the gradients, before clipping
     scale_at: int = 0  # address of a loss scale in device memory that takes the multiplier's place
-    max_norm: float | None = None
+    max_grad_norm: float | None = None
     skip_nonfinite: bool = False
     zero_grads: bool = False
     keep_weights: bool = False  # trust the weight norms that the last step left
     needs_norm: bool = field(init=False)  # whether something is asked that depends on the norm of all gradients
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "needs_norm", self.max_norm is not None or self.skip_nonfinite)
+        object.__setattr__(self, "needs_norm", self.max_grad_norm is not None or self.skip_nonfinite)
 
     def clipped(self, norm: float) -> float:
         """The multiplier of the gradients, whose norm after unscaling is this."""
-        if self.max_norm is None or self.max_norm == math.inf:
+        if self.max_grad_norm is None or self.max_grad_norm == math.inf:
             return self.multiplier
-        coefficient = self.max_norm / (norm + 1e-6)
+        coefficient = self.max_grad_norm / (norm + 1e-6)
         return self.multiplier * (1.0 if coefficient > 1.0 else coefficient)  # NaN stays
 
 
@@ -35,11 +35,11 @@ class StepInfo:
 
     Attributes:
         skipped: The gradients were not finite and ``skip_nonfinite`` was asked for: nothing was changed.
-        grad_norm: Euclidean norm of all gradients, unscaled and before clipping; None where neither ``max_norm`` nor
-            ``skip_nonfinite`` asked for it.
+        grad_norm: Euclidean norm of all gradients, unscaled and before clipping; None where neither
+            ``max_grad_norm`` nor ``skip_nonfinite`` asked for it.
     """
 
-    __slots__ = ("_fetch", "_grad_norm", "_skipped")
+    __slots__ = ("_fetch", "_values")
 
     def __init__(
         self,
@@ -47,28 +47,27 @@ class StepInfo:
         grad_norm: float | None = None,
         fetch: Callable[[], tuple[bool, float]] | None = None,
     ) -> None:
-        self._skipped, self._grad_norm, self._fetch = skipped, grad_norm, fetch
+        self._values: tuple[bool, float | None] = skipped, grad_norm
+        self._fetch = fetch
 
-    def _settle(self) -> None:
+    def _settled(self) -> tuple[bool, float | None]:
         if self._fetch is not None:
-            self._skipped, self._grad_norm = self._fetch()
-            self._fetch = None
+            self._values, self._fetch = self._fetch(), None
+        return self._values
 
     @property
     def skipped(self) -> bool:
-        self._settle()
-        return self._skipped
+        return self._settled()[0]
 
     @property
     def grad_norm(self) -> float | None:
-        self._settle()
-        return self._grad_norm
+        return self._settled()[1]
 
     def __iter__(self) -> Iterator[bool | float | None]:
-        return iter((self.skipped, self.grad_norm))
+        return iter(self._settled())
 
     def __eq__(self, other: object) -> bool:
-        return tuple(self) == (tuple(other) if isinstance(other, StepInfo) else other)
+        return self._settled() == (tuple(other) if isinstance(other, StepInfo) else other)
 
     __hash__ = None  # type: ignore[assignment]
 

@@ -12,12 +12,12 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 
 from ..engine.exclusive import exclusive, finish, makes_many
+from ..engine.options import refuse_extras
 from ..kernels.epilogues import EMA
 from ..kernels.registry import RULES, family_states
 from ..kernels.rules.rule import Rule
 from ._groups import GroupOptions
 from ._master import MASTER
-from ._options import refuse_extras
 from ._state import LIBRARY, STEP, State, number
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
 from operator import is_, itemgetter
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -13,24 +12,35 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from ..engine.classes import EMA, constructor, keyword, keywords_of, option_arguments
-from ..engine.options import EMA_RANGES, NORM, STEP_OPTIONS, Range, boolean, range_of, ranges_of, step_option
+from ..engine.classes import constructor, keywords_of, option_arguments
+from ..engine.device import check_apart
+from ..engine.options import (
+    EMA_OPTIONS,
+    NORM,
+    Range,
+    RuleOptimizer,
+    boolean,
+    range_of,
+    ranges_of,
+    refuse_extras,
+    step_option,
+)
 from ..engine.step import Request, StepInfo
-from ..kernels.registry import RULES, variant
-from ..kernels.rules.rule import Options, Rule
+from ..kernels.registry import RULES
+from ..kernels.rules.rule import SWITCH, Option, Options, Rule
 from . import _devices
+from ._devices import DeviceRates
 from ._flat import FlatGroups
-from ._lr import DeviceRates
-from ._options import is_fixed, plain, refuse_extras
+from ._options import is_fixed, plain
 from ._state import LIBRARY, Names, State
-from ._tensors import FLOATING, PLAIN, check_apart, parameter_memory
+from ._tensors import FLOATING, PLAIN, parameter_memory
 
 if TYPE_CHECKING:
     from ._stepper import Steppers
 
 
-SWITCHES = [keyword(name, False) for name in ("maximize", "capturable", "differentiable")]
-SWITCHES += [keyword(name, None, bool | None) for name in ("foreach", "fused")]
+SWITCHES = dict.fromkeys(("maximize", "capturable", "differentiable"), SWITCH)
+SWITCHES |= dict.fromkeys(("foreach", "fused"), Option(None, bool, keyword=True))
 """What torch's classes have, for those that torch does not have."""
 
 
@@ -39,14 +49,8 @@ def _any_number(default: Any) -> Range:
     return range_of(("[-inf, inf]",) * len(default) if isinstance(default, tuple) else "[-inf, inf]", default)
 
 
-class GroupOptions(torch.optim.Optimizer):
+class GroupOptions(RuleOptimizer, torch.optim.Optimizer):
     """Rules and options. Its constructor makes all that a copy of an optimizer must have anew."""
-
-    rule: ClassVar[Rule | None] = None
-    """The rule of the class, which knows variants; a subclass may override ``select_rule`` instead."""
-
-    ranges: ClassVar[Mapping[str, Range]] = {}
-    """Ranges of options that no constructor of torch checks."""
 
     names: ClassVar[Names] = LIBRARY
     """What may be in ``state``."""
@@ -54,9 +58,6 @@ class GroupOptions(torch.optim.Optimizer):
     rule_options: ClassVar[Mapping[str, Any]] = {}
     """Flags of the rules that torch's class does not have; in a param group only where they differ from this. They are
     arguments of the constructor, or stand here."""
-
-    flags: ClassVar[tuple[str, ...]] = ()
-    """Options beside those of torch's class and the rule, keywords that are False by default."""
 
     option_names: ClassVar[frozenset[str]] = frozenset()
     """What is read of a param group; all else there is the user's."""
@@ -71,21 +72,12 @@ class GroupOptions(torch.optim.Optimizer):
     defaults: dict[str, Any]
     param_groups: list[dict[str, Any]]
 
-    max_grad_norm: float | None = step_option("max_norm", lambda value, where: NORM(plain(value, where), where))
-    skip_nonfinite: bool = step_option("skip_nonfinite", boolean)
-    zero_grads: bool = step_option("zero_grads", boolean)
+    max_grad_norm: float | None = step_option("max_grad_norm", lambda value, where: NORM(plain(value, where), where))
 
-    def __init__(
-        self,
-        max_grad_norm: float | None = None,
-        skip_nonfinite: bool = False,
-        zero_grads: bool = False,
-        master_weights: bool = False,
-        flatten: bool = False,
-    ) -> None:
-        self._request = Request()
-        self.max_grad_norm, self.skip_nonfinite, self.zero_grads = max_grad_norm, skip_nonfinite, zero_grads
-        self.last_info = StepInfo()
+    def __init__(self, master_weights: bool = False, flatten: bool = False, **step_options: Any) -> None:
+        self._request, self.last_info = Request(), StepInfo()
+        for name, value in step_options.items():
+            setattr(self, name, value)
         self._master = boolean(master_weights, f"{type(self).__name__}: master_weights")
         self._flat = FlatGroups() if boolean(flatten, f"{type(self).__name__}: flatten") else None
         self._users: list[object] = []  # who is using this optimizer now
@@ -101,57 +93,42 @@ class GroupOptions(torch.optim.Optimizer):
 
     def __init_subclass__(cls) -> None:
         """Make the constructor, where the class writes none; find out what is read of a param group."""
-        base: Any = next((b for b in cls.__bases__ if "_plain_step" in vars(b)), None)
-        if base is not None:
-            inherited = dict(inspect.signature(super().__init__).parameters)  # of torch's class
-            del inherited["self"]
-            is_torchs = not any(p.kind is p.VAR_KEYWORD for p in inherited.values())
-            shared = keywords_of(base.__init__)
-            if cls.rule is not None and cls.rule.options:
-                options = option_arguments(cls.rule, ParamsT, float | Tensor)
-                if "__init__" not in vars(cls):
-                    first = [*inherited.values()] if is_torchs else [*options, *SWITCHES]
-                    flags = [p for p in options if p.kind is p.KEYWORD_ONLY]
-                    flags += [keyword(name, False) for name in ("capturable", *cls.flags)]
-                    cls.__init__ = constructor(cls.__qualname__, [*first, *flags, *EMA, *shared], base.__init__)  # type: ignore[method-assign]
-                if RULES.get(cls.rule.name) is not cls.rule:
-                    cls.names = Names.of(cls.rule)
-            own = inspect.signature(cls.__init__).parameters
-            names = inherited.keys() if is_torchs else own.keys() - {"capturable", *EMA_RANGES}
-            cls._torch_names = frozenset(names - {"self", "params"})
-            known = {"self", "foreach", "fused", *names, *(p.name for p in shared)}
-            cls.rule_options = {**cls.rule_options, **{p.name: p.default for p in own.values() if p.name not in known}}
-            numbers = {p.name: p.default for p in inherited.values() if type(p.default) in (int, float, tuple)}
-            cls.ranges = {name: _any_number(default) for name, default in numbers.items()}
-            cls.ranges |= {name: EMA_RANGES.get(name, boolean) for name in cls.rule_options.keys() - cls._torch_names}
-            if cls.rule is not None and not is_torchs:
-                cls.ranges |= ranges_of(cls.rule.options)
-            cls._is_torchs = is_torchs
+        if "rule" in vars(cls) and cls.rule is not None and cls.rule.options:
+            inherited = [*inspect.signature(super().__init__).parameters.values()][1:]  # of torch's class
+            cls._is_torchs = not any(p.kind is p.VAR_KEYWORD for p in inherited)
+            flags = {"capturable": SWITCH, **dict.fromkeys(cls.flags, SWITCH), **EMA_OPTIONS}
+            if cls._is_torchs:
+                flags = {name: o for name, o in cls.rule.options.items() if o.keyword} | flags
+                cls._torch_names = frozenset(p.name for p in inherited) - {"params"}
+                cls.ranges = {
+                    p.name: _any_number(p.default) for p in inherited if type(p.default) in (int, float, tuple)
+                }
+            else:
+                inherited = option_arguments({**cls.rule.options, **SWITCHES}, ParamsT, float | Tensor)
+                cls._torch_names = frozenset(p.name for p in inherited) - {"params", *flags}
+                cls.ranges = ranges_of(cls.rule.options)
+            added = {name: o.default for name, o in flags.items() if name not in cls._torch_names}
+            cls.rule_options = {**cls.rule_options, **added}
+            cls.ranges |= dict.fromkeys(cls.rule_options, boolean) | ranges_of(EMA_OPTIONS)
             cls.option_names = cls._torch_names.union(cls.rule_options, ["initial_lr"])
-        signature = inspect.signature(cls.__init__)
-        parameters = [p for p in signature.parameters.values() if p.name != "self"]
-        cls.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-
-    def _ask(self, **fields: Any) -> None:
-        self._request = replace(self._request, **fields)
+            if RULES.get(cls.rule.name) is not cls.rule:
+                cls.names = Names.of(cls.rule)
+            if "__init__" not in vars(cls):
+                base: Any = next(b for b in cls.__mro__ if "_plain_step" in vars(b))
+                arguments = [*inherited, *option_arguments(flags, ParamsT), *keywords_of(base.__init__)]
+                cls.__init__ = constructor(cls.__qualname__, arguments, base.__init__)  # type: ignore[method-assign]
+        super().__init_subclass__()
 
     def _parameters(self) -> Iterable[Tensor]:
         return (p for group in self.param_groups for p in group["params"])
 
     def _extras(self) -> dict[str, Any]:
         """What is the whole optimizer's."""
-        step = {name: getattr(self, name) for name in STEP_OPTIONS}
-        return {**step, "master_weights": self._master, "flatten": self._flat is not None}
+        return {**self._step_options(), "master_weights": self._master, "flatten": self._flat is not None}
 
     def __repr__(self) -> str:
         head, groups = super().__repr__().split("\n", 1)
         return "\n".join([head, *(f"{name}: {value}" for name, value in self._extras().items()), groups])
-
-    def select_rule(self, options: Options) -> Rule:
-        """The update rule for a param group with these options."""
-        if self.rule is None:
-            raise NotImplementedError(f"{type(self).__name__} must have a rule, or override select_rule.")
-        return variant(self.rule, options)
 
     def begin_group(self, group: dict[str, Any]) -> None:
         """Note what an option needs to know of the start of a group."""
@@ -169,11 +146,8 @@ class GroupOptions(torch.optim.Optimizer):
         if options.get("differentiable"):
             raise NotImplementedError(f"{where}differentiable=True is not supported.")
         options |= {name: check(options[name], where + name) for name, check in self.ranges.items() if name in options}
-        conflict = (
-            None if self._is_torchs or self.rule is None or self.rule.conflict is None else self.rule.conflict(options)
-        )
-        if conflict is not None:
-            raise ValueError(f"{where}{conflict}")
+        if not self._is_torchs:
+            self.check(options, where)
         return options
 
     def _current_options(self) -> list[dict[str, Any]]:

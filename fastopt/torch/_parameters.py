@@ -11,13 +11,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..engine.device import Device, check_apart
 from ..engine.options import RuleChoice, choice
 from ..engine.plan import Copy, Parameter, StepCount
 from ..kernels.dtypes import COMPUTE, ITEMSIZE
 from ..kernels.epilogues import EMA, EMA_STEP
 from ..kernels.rules.rule import Options, Rule
-from . import _devices
-from ._devices import TorchDevice
+from ._devices import device_of
 from ._flat import FlatGroups
 from ._master import MASTER
 from ._shards import Shards
@@ -25,7 +25,6 @@ from ._state import NOTHING, STEP, ParameterState, Slot, State, lay_out, number
 from ._tensors import (
     STORED,
     address_of,
-    check_apart,
     gradient_memory,
     is_like,
     is_usual,
@@ -88,13 +87,13 @@ class Parameters:
         device: The device whose parameters these are; others are left alone.
     """
 
-    def __init__(self, groups: Sequence[Mapping[str, Any]], state: State, kind: Kind, device: TorchDevice) -> None:
+    def __init__(self, groups: Sequence[Mapping[str, Any]], state: State, kind: Kind, device: Device) -> None:
         self.params: list[Tensor] = []
         self._groups: list[int] = []
         self._places: list[int] = []  # in its group
         for g, group in enumerate(groups):
             for place, p in enumerate(group["params"]):
-                if _devices.device_of(p) is device:
+                if device_of(p) is device:
                     self.params.append(p)
                     self._groups.append(g)
                     self._places.append(place)
@@ -114,6 +113,12 @@ class Parameters:
         """The real tensors that a step writes for parameters."""
         params = self.params
         return [params[i] if is_usual(params[i]) else parameter_memory(params[i], self.name(i)) for i in present]
+
+    def adapts(self, i: int, options: Sequence[Options]) -> bool:
+        """Whether a parameter takes a ratio, with or without gradient."""
+        group = self._groups[i]
+        chosen = choice(self.kind.rules[group], options[group], self.params[i].dim())
+        return chosen.adapts and chosen.rule.ratio is not None
 
     # --- gradients -----------------------------------------------------------------------------------------------
 
@@ -177,7 +182,7 @@ class Parameters:
     def _slot_of(self, state: dict[str, Any], memory: Tensor) -> Slot | None:
         """Where the state of a parameter is; None where it must have another place, since the parameter was moved."""
         slot = state.slot if type(state) is ParameterState else None
-        if slot is None or slot.layout != layout_of(memory) or slot.arena.device is not self.device:
+        if slot is None or slot.layout != layout_of(memory) or slot.arena.device != memory.device:
             return None
         return None if slot.arena.misses(slot.row, state) else slot
 
@@ -318,6 +323,6 @@ class Parameters:
 def _was_made(state: Any, slot: Slot, name: str, value: Any) -> bool:
     """Whether a state was made for the parameter while it lay otherwise, or elsewhere, than now."""
     past = state.slot if type(state) is ParameterState else None
-    if past is None or (past.layout == slot.layout and past.arena.device is slot.arena.device):
+    if past is None or (past.layout == slot.layout and past.arena.device == slot.arena.device):
         return False
     return isinstance(value, Tensor) and address_of(value) == past.arena.place(name, past.row)

@@ -188,6 +188,7 @@ class Pattern:
     ) -> None:
         self._parameters, self._where = parameters, parameters.kind.name
         self.present, self.dtypes = present, dtypes
+        self.key = present, dtypes, flat
         records = self._records = [parameters[i] for i in present]
         self.stepped = [parameters.params[i] for i in present]
         self._plain = all(type(p) in PLAIN and not p.is_complex() for p in self.stepped)
@@ -211,15 +212,16 @@ class Pattern:
         self._flat = flat
         signs = [-1.0 if o.get("maximize") else 1.0 for o in options]
         stored: Any = [STORED[dtype] for dtype in dtypes]
-        memory = parameters.device.memory
+        memory = parameters.device
         self.plan = make(records, stored, [r.beginning.choice for r in records], flat, signs, memory)
         if parameters.shards:
             self.plan.combine = self._combine
+        if any(parameters.adapts(i, options) for i in parameters.shards.members):
+            self.plan.combine_ratios = self._combine
         self.sync = StateSync(records, parameters.kind.counts)
         self._served = 0  # steps that the plan has taken without a probe
         self.probe: Probe | None = None
-        self._shown: list[Tensor] = []  # tensors in ``state``
-        self._shown_at: list[int] = []
+        self._shown: list[tuple[Tensor, int]] = []  # tensors in ``state``, and where they were
         self.look_at_shown()
         self._starts = b""  # where the plan finds the gradients, as the bytes of an array
 
@@ -237,8 +239,14 @@ class Pattern:
     def look_at_shown(self) -> None:
         """Tensors were shown, which somebody may move from now on."""
         self.probe = None
-        self._shown = [t for r in self._records for t in r.tensors.values()]
-        self._shown_at = [address for r in self._records for address in r.addresses]
+        self._shown = [shown for r in self._records for shown in zip(r.tensors.values(), r.addresses, strict=True)]
+
+    def knows(self) -> bool:
+        """Whether the gradients are those of this pattern, as far as torch's C interface sees."""
+        if self.probe is None or not self.probe.hold():
+            return False
+        self.probe.release()
+        return True
 
     def hold(self, write: bool) -> bool:
         """Have torch's C interface find the gradients; False where something is not as it was. The probe holds them."""
@@ -265,7 +273,7 @@ class Pattern:
         return (
             [p.data_ptr() for p in own] != [r.pointer for r in self._records]
             or [layout_of(p) for p in own] != [r.slot.layout for r in self._records]
-            or list(map(address_of, self._shown)) != self._shown_at
+            or any(address_of(t) != address for t, address in self._shown)
             or not self.sync.holds()
         )
 
@@ -275,15 +283,14 @@ class Pattern:
         parameters = self._parameters
         if self._served < 2 or self.probe is not None or _interface.library() is None or not self._is_simple(grads):
             return
-        shown = list(zip(self._shown, self._shown_at, strict=True))
-        device = parameters.device.torch_device
-        self.probe = Probe(parameters.params, self.present, self.dtypes, shown, device, self._owned)
+        device = torch.device(parameters.device.name)
+        self.probe = Probe(parameters.params, self.present, self.dtypes, self._shown, device, self._owned)
 
     def _is_simple(self, grads: Sequence[Tensor]) -> bool:
         """Whether parameters and gradients are what kernels read and write, with nothing in between."""
         if not self._plain or any(p.is_inference() for p in self._parameters.params):
             return False
-        return {*map(type, grads), *map(type, self._shown)} <= PLAIN
+        return {*map(type, grads), *(type(t) for t, _ in self._shown)} <= PLAIN
 
     # --- gradients -----------------------------------------------------------------------------------------------
 

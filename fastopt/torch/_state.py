@@ -14,14 +14,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..arrays import Layout
+from ..engine.device import Layout
 from ..kernels.epilogues import EMA, EMA_STEP
 from ..kernels.registry import RULES
 from ..kernels.rules.rule import Rule
-from . import _devices
-from ._devices import TorchDevice
 from ._master import MASTER
-from ._tensors import COMPUTED, PLAIN, layout_of, parameter_memory, shaped_like
+from ._tensors import COMPUTED, PLAIN, layout_of, parameter_memory, part_of, shaped_like
 
 STEP = "step"
 
@@ -224,12 +222,11 @@ class Arena:
     along. The flat arrays are on the parameters' device. The numbers are on the CPU, where torch has step counts, too.
 
     Args:
-        memories: The real tensors of the parameters, of one compute dtype.
-        device: Where they live.
+        memories: The real tensors of the parameters, of one compute dtype and device.
     """
 
-    def __init__(self, memories: Sequence[Tensor], device: TorchDevice) -> None:
-        self.device = device
+    def __init__(self, memories: Sequence[Tensor]) -> None:
+        self.device = memories[0].device
         self.size = len(memories)
         layout = Layout.of({str(i): (m.numel(),) for i, m in enumerate(memories)})
         self.offsets, self._total = layout.offsets, layout.total
@@ -249,8 +246,8 @@ class Arena:
                 array: Any = np.zeros(self.size, np.float32 if name == STEP else np.float64)
                 self.numbers[name], start = array, array.ctypes.data
             else:
-                array = self.arrays[name] = self.device.array(self.device.zeros(self._total, self._dtype))
-                start = self.device.memory.address(array)
+                array = self.arrays[name] = torch.zeros(self._total, dtype=self._dtype, device=self.device)
+                start = array.data_ptr()
             self.starts[name], self._given[name] = (start, array.itemsize), bytearray(self.size)
         if is_number:
             self.numbers[name][index] = value
@@ -263,7 +260,7 @@ class Arena:
         if name in self.numbers:
             return torch.from_numpy(self.numbers[name][slot.row : slot.row + 1].reshape(()))
         offset = self.offsets[slot.row]
-        view = self.device.view(self.arrays[name], offset, offset + self._sizes[slot.row], slot.layout)
+        view = part_of(self.arrays[name], offset, offset + self._sizes[slot.row], slot.layout)
         return shaped_like(parameter, view)
 
     def place(self, name: str, index: int) -> int:
@@ -291,11 +288,11 @@ def number(value: Any) -> float:
 
 def lay_out(members: Sequence[tuple[Tensor, int]]) -> list[Slot]:
     """Slots of parameters, given their real tensors and groups: one arena for all of one dtype, group and device."""
-    keys = [(memory.dtype, group, _devices.device_of(memory)) for memory, group in members]
+    keys = [(memory.dtype, group, memory.device) for memory, group in members]
     alike: dict[Any, list[Tensor]] = {}
     for key, (memory, _) in zip(keys, members, strict=True):
         alike.setdefault(key, []).append(memory)
-    arenas = {key: (Arena(memories, key[-1]), itertools.count()) for key, memories in alike.items()}
+    arenas = {key: (Arena(memories), itertools.count()) for key, memories in alike.items()}
     layouts: dict[Any, Any] = {}  # one object for equal ones
     slots = []
     for key, (memory, _) in zip(keys, members, strict=True):

@@ -6,7 +6,7 @@ import dataclasses
 import math
 import weakref
 from collections.abc import Callable, Iterable
-from typing import Any, TypeVar, overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -19,19 +19,12 @@ from . import _devices
 from ._checkpoints import Checkpoints
 from ._ema import Averages
 from ._groups import GroupOptions
-from ._options import (
-    check_keywords,
-    check_rate,
-    plain,
-    without_numpy,
-)
+from ._options import plain, without_numpy
 from ._parameters import Kind
 from ._scale import request_for, unscale
 from ._shards import why_not_combined
 from ._state import State
 from ._stepper import Steppers
-
-Made = TypeVar("Made", bound="TensorOptimizer")
 
 
 class TensorOptimizer(Averages, Checkpoints):
@@ -85,11 +78,6 @@ class TensorOptimizer(Averages, Checkpoints):
     _checks_for_scaler = False  # fastopt.torch.GradScaler leaves the check to the step, too
     _unscales = True  # ... and may want the gradients to stay scaled
 
-    def __new__(cls: type[Made], *args: Any, **kwargs: Any) -> Made:
-        """Say which keyword is meant, where one is wrong."""
-        check_keywords(cls, kwargs)
-        return super().__new__(cls)
-
     def __init__(
         self,
         params: Any,
@@ -102,13 +90,13 @@ class TensorOptimizer(Averages, Checkpoints):
         **options: Any,
     ) -> None:
         where = type(self).__name__
-        GroupOptions.__init__(self, max_grad_norm, skip_nonfinite, zero_grads, master_weights, flatten)
+        step_options = {"max_grad_norm": max_grad_norm, "skip_nonfinite": skip_nonfinite, "zero_grads": zero_grads}
+        GroupOptions.__init__(self, master_weights, flatten, **step_options)
         if options.get("differentiable"):
             raise NotImplementedError(
                 f"{where}: differentiable=True is not supported, because kernels have no gradient. Use torch.optim."
             )
         options = {name: without_numpy(value) for name, value in options.items()}
-        check_rate(options.get("lr", 0.0), where)
         for name, check in self.ranges.items():
             if name in options:
                 check(plain(options[name], f"{where}: {name}"), f"{where}: {name}")

@@ -106,7 +106,7 @@ def test_options_misspelt_in_a_group_are_refused():
 @pytest.mark.parametrize("name", ["max_grad_norm", "skip_nonfinite", "zero_grads", "master_weights", "flatten"])
 def test_what_is_chosen_for_all_groups_is_refused_in_one(name):
     opt = trained()
-    words = f"{name} is not an option of a param group but of the optimizer"
+    words = f"{name} is an option of the whole optimizer, not of a param group"
     with refused(ValueError, "AdamW: ", words):
         fastopt.AdamW([{"params": [np.ones(3)], name: 1.0}])
     with refused(ValueError, "AdamW: group 1: ", words, opt=opt):

@@ -47,6 +47,13 @@ def test_a_signal_handler_in_the_middle_of_a_step_is_refused(monkeypatch):
     assert w.tolist() == [-1.0] * 3
 
 
+def test_what_ends_a_call_before_it_began_is_what_is_raised():
+    opt = fastopt.SGD([np.ones(3)])
+    opt._users = type("Users", (list,), {"append": lambda *_: signal.raise_signal(signal.SIGINT)})()
+    with pytest.raises(KeyboardInterrupt):
+        opt.state_dict()
+
+
 def test_weight_norms_are_kept_only_of_a_step_that_came_back(monkeypatch):
     def steps(interrupted):
         w = np.full((40, 40), 2.0, np.float32)

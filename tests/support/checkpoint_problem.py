@@ -1,7 +1,5 @@
 """What tests of checkpoints share."""
 
-from types import SimpleNamespace
-
 import numpy as np
 
 import fastopt
@@ -44,8 +42,3 @@ def contents(params, opt=None):
         return [plain(item) for item in value] if isinstance(value, list) else (type(value).__name__, repr(value))
 
     return plain(dict(params)), opt and plain(opt.state_dict())
-
-
-def optimizer_with(**group):
-    state_dict = {"version": 1, "optimizer": "SGD", "state": {}, "param_groups": [group]}
-    return SimpleNamespace(state_dict=lambda: state_dict)

@@ -155,20 +155,6 @@ def test_after_an_interrupt_state_agrees_with_the_parameters(name, first):
     assert lines > 20
 
 
-def test_hooks_may_replace_a_state_dict_and_call_methods_and_a_subclass_may_take_it_over():
-    class Own(front.AdamW):
-        def __setstate__(self, state):
-            super().__setstate__({**state, "own": len(state["state"])})
-
-    params, opt = make("AdamW")
-    train(params, opt, 2)
-    other = Own(params, lr=0.5)
-    other.register_load_state_dict_pre_hook(lambda o, d: o.zero_grad() or {**d, "state": {7: "whose", **d["state"]}})
-    other.register_load_state_dict_post_hook(lambda o: setattr(o, "steps", o.state_dict()["state"][0]["step"].item()))
-    other.load_state_dict(saved := opt.state_dict())
-    assert (other.own, other.steps, other.state[7], len(saved["state"])) == (5, 2.0, "whose", 4)
-
-
 def test_a_shallow_copy_of_what_is_flattened_is_refused_and_an_old_pickle_is_not_taken_for_a_load():
     params, opt = make("AdamW", flatten=True)
     with unchanged(params), pytest.raises(TypeError, match=r"AdamW: copy.copy .* Use copy.deepcopy"):

@@ -114,15 +114,21 @@ def test_a_state_of_another_shape_is_refused_and_nothing_changes():
             opt.load_state_dict({"state": {}, "param_groups": []})
 
 
-def test_hooks_of_load_and_save_see_tensors():
-    params, opt = make("AdamW")
+def test_hooks_of_load_and_save_see_tensors_and_may_replace_what_is_loaded_and_subclasses_may_add_to_it():
+    class Own(front.AdamW):
+        def __setstate__(self, state):
+            super().__setstate__({**state, "own": len(state["state"])})
+
+    opt = Own(params := make("AdamW")[0])
     train(params, opt, 1)
     seen = []
     opt.register_state_dict_post_hook(lambda o, d: seen.append(d["state"][0]["exp_avg"].shape))
     opt.register_load_state_dict_pre_hook(lambda o, d: seen.append(d["state"][0]["exp_avg"].shape))
+    opt.register_load_state_dict_pre_hook(lambda o, d: o.zero_grad() or {**d, "state": {7: "whose", **d["state"]}})
     opt.register_load_state_dict_post_hook(lambda o: seen.append(o.state[params[0]]["exp_avg"].shape))
     opt.load_state_dict(opt.state_dict())
     assert seen == [(5, 7)] * 3
+    assert (opt.own, opt.state[7]) == (5, "whose")
 
 
 # --- surgery: what users do to the state of torch's optimizers -------------------------------------------------------
