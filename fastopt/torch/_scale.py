@@ -24,20 +24,16 @@ def request_for(asked: Request, scale: Any, found: Any, device: Device | None) -
         found: Greater than 0 where the step must be skipped; None if nobody looked.
         device: Where the parameters are; None if in several places, for which both are waited for.
     """
-    if device is not None and device.on_gpu:
-        return _decided_there(asked, scale, found, device)
-    if found is not None and float(found):
-        return None, None
-    return dataclasses.replace(asked, multiplier=1.0 if scale is None else 1.0 / float(scale)), None
-
-
-def _decided_there(asked: Request, scale: Any, found: Any, device: Device) -> tuple[Request, Tensor]:
-    """Leave it to the GPU. A scale of NaN makes the norm NaN, and a step whose norm is not finite is skipped."""
-    there = _placed(1.0 if scale is None else scale, device)
+    if device is None or not device.on_gpu:
+        if found is not None and float(found):
+            return None, None
+        return dataclasses.replace(asked, multiplier=1.0 if scale is None else 1.0 / float(scale)), None
+    # A scale of NaN makes the norm NaN, and a step whose norm is not finite is skipped: so the GPU decides.
+    divisor = _placed(1.0 if scale is None else scale, device)
     if found is not None:
-        there = torch.where(_placed(found, device) != 0, math.nan, there)
+        divisor = torch.where(_placed(found, device) != 0, math.nan, divisor)
     skip = asked.skip_nonfinite or found is not None
-    return dataclasses.replace(asked, scale_at=there.data_ptr(), skip_nonfinite=skip), there
+    return dataclasses.replace(asked, scale_at=divisor.data_ptr(), skip_nonfinite=skip), divisor
 
 
 def _placed(number: Any, device: Device) -> Tensor:
