@@ -55,12 +55,13 @@ class Checkpoints(GroupOptions):
         return self._exported(_whole)
 
     def _exported(self, copy_of: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+        def copied(state: Any) -> Any:
+            if not isinstance(state, dict):  # what a user put there
+                return state
+            return {name: copy_of(x) if isinstance(x, Tensor) else x for name, x in state.items()}
+
         exported = super().state_dict()
-        for key, state in exported["state"].items():
-            if isinstance(state, dict):
-                copies = {name: copy_of(x) if isinstance(x, Tensor) else x for name, x in state.items()}
-                exported["state"][key] = copies
-        return exported
+        return {**exported, "state": {key: copied(state) for key, state in exported["state"].items()}}
 
     @_disable_dynamo
     @makes_many

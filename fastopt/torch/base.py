@@ -99,7 +99,9 @@ class TensorOptimizer(Averages, Checkpoints):
         options = {name: without_numpy(value) for name, value in options.items()}
         for name, check in self.ranges.items():
             if name in options:
-                check(plain(options[name], f"{where}: {name}"), f"{where}: {name}")
+                value = check(plain(options[name], f"{where}: {name}"), f"{where}: {name}")
+                if name in self.rule_options:  # torch's keep what they were given
+                    options[name] = value
         flags = {name: options.pop(name) for name in self.rule_options if name in options}
         flags = {name: value for name, value in flags.items() if value is not self.rule_options[name]}
         super(GroupOptions, self).__init__(params, **options)  # torch's
