@@ -209,9 +209,7 @@ class Optimizer(States):
         return [known.options for known in self._groups]
 
     def _take_over(self, known: GroupSnapshot, checked: dict[str, Any]) -> None:
-        before, now = known.options, checked
-        changed = any(self.choose(before, p.array) != self.choose(now, p.array) for p in known.members)
-        if changed or known.options.get("maximize") != checked.get("maximize"):
+        if self.structure(known.options) != self.structure(checked):
             for p, name, state in self._allocate(known, checked, self._device):
                 p.states[name] = state
             self._rebuild()

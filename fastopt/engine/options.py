@@ -291,6 +291,12 @@ class RuleOptimizer:
             raise NotImplementedError(f"{type(self).__name__} must have a rule, or override select_rule.")
         return variant(self.rule, options)
 
+    def structure(self, options: Options) -> tuple[Any, ...]:
+        """The part of the options that decides on kernels and states."""
+        rule = self.select_rule(options)
+        layers = (options["adapt"], options.get("decay_1d")) if rule.layerwise else ()
+        return rule, bool(options.get("maximize")), options.get("ema_decay") is not None, *layers
+
     def check(self, options: Options, where: str) -> None:
         """Refuse options that do not go together; a subclass may say which beside those of its rule."""
         conflict = None if self.rule is None or self.rule.conflict is None else self.rule.conflict(options)

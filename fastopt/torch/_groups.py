@@ -26,7 +26,7 @@ from ..engine.options import (
 )
 from ..engine.step import Request, StepInfo
 from ..kernels.registry import RULES
-from ..kernels.rules.rule import SWITCH, Option, Options, Rule
+from ..kernels.rules.rule import SWITCH, Option, Rule
 from . import _devices
 from ._flat import FlatGroups
 from ._lr import DeviceRates
@@ -132,12 +132,6 @@ class GroupOptions(RuleOptimizer, torch.optim.Optimizer):
 
     def begin_group(self, group: dict[str, Any]) -> None:
         """Note what an option needs to know of the start of a group."""
-
-    def structure(self, options: Options) -> tuple[Any, ...]:
-        """The part of the options that decides on kernels and states."""
-        rule = self.select_rule(options)
-        layers = (options["adapt"], options.get("decay_1d")) if rule.layerwise else ()
-        return rule, bool(options.get("maximize")), options["ema_decay"] is not None, *layers
 
     def complete(self, options: dict[str, Any], index: int) -> dict[str, Any]:
         """The options of a group with those that torch does not have; refuses what cannot be computed with."""
