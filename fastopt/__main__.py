@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import ctypes
 import importlib.metadata
 import importlib.util
 import platform
@@ -12,7 +14,9 @@ import time
 
 from .arrays import FlatBuffer
 from .engine import backend
-from .engine.cuda.info import cuda_facts
+from .engine.cuda.device import cupy
+from .engine.cuda.kernels import cache_folder, prebuilt_folder
+from .engine.library import library_path
 from .kernels.dtypes import PAIRS
 from .kernels.registry import RULES
 from .optimizers import SGD
@@ -23,14 +27,11 @@ BANDWIDTH_ELEMENTS = 32 * 2**20
 def facts() -> dict[str, str]:
     """Name and value of each line."""
     chosen = backend.current()
-    numba = _optional("numba", "needed to step" if chosen.isa == "numba" else "needed only for rules of your own")
-    if chosen.isa != "numba":
-        library = importlib.util.find_spec("fastopt._native")
-        kernels = f"{len(RULES)} rules × {len(PAIRS)} dtype pairs, in {library and library.origin}"
-    else:
-        has_numba = importlib.util.find_spec("numba") is not None
-        compiled = "compiled on first use" if has_numba else "none, for Numba is missing to compile them"
-        kernels = f"{compiled}: {chosen.compiles}"
+    why, kernels = "only for rules of your own", f"{len(RULES)} rules × {len(PAIRS)} dtype pairs, in {library_path()}"
+    if chosen.isa == "numba":
+        missing = importlib.util.find_spec("numba") is None
+        compiled = "none, for Numba is missing to compile them" if missing else "compiled on first use"
+        why, kernels = "to step", f"{compiled}: {chosen.compiles}"
     return {
         "fastopt": importlib.metadata.version("fastopt"),
         "Python": f"{platform.python_version()} ({sys.executable})",
@@ -39,12 +40,42 @@ def facts() -> dict[str, str]:
         "instruction set": f"{chosen.isa} (FASTOPT_ISA chooses another)",
         "threads": f"{backend.get_num_threads()} (OMP_NUM_THREADS or fastopt.set_num_threads)",
         "kernels": kernels,
-        "Numba": numba,
-        "ml_dtypes": _optional("ml_dtypes", "needed for bfloat16 arrays"),
-        "safetensors": _optional("safetensors", "needed for fastopt.save and fastopt.load"),
+        "Numba": _package("numba", why),
+        "ml_dtypes": _package("ml_dtypes", "for bfloat16 arrays"),
+        "safetensors": _package("safetensors", "for fastopt.save and fastopt.load"),
         **cuda_facts(),
         "memory bandwidth": bandwidth(),
     }
+
+
+def cuda_facts() -> dict[str, str]:
+    """Those about GPUs: what there is, or what brings it."""
+    driver, folder = _driver_version(), prebuilt_folder()
+    numba = _package("numba-cuda", "for that", f'"numba-cuda[cu{13 if driver >= 13000 else 12}]"')
+    compiled = f"compiled on first use, into {cache_folder()}; numba-cuda: {numba}"
+    return {
+        "CUDA driver": f"CUDA {driver // 1000}.{driver % 1000 // 10}" if driver else "not found; ask nvidia-smi",
+        "GPUs": _gpus(),
+        "CUDA kernels": compiled if folder is None else f"{len([*folder.glob('*.ptx')])} prebuilt, in {folder}",
+    }
+
+
+def _driver_version() -> int:
+    """The CUDA version that the driver supports, such as 12080 for 12.8; 0 without a driver."""
+    version = ctypes.c_int(0)
+    with contextlib.suppress(OSError):
+        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    return version.value
+
+
+def _gpus() -> str:
+    try:
+        runtime = cupy().cuda.runtime
+        each = [runtime.getDeviceProperties(k) for k in range(runtime.getDeviceCount())]
+        names = [f"{x['name'].decode()} (sm_{x['major']}{x['minor']}, {x['totalGlobalMem'] >> 30} GiB)" for x in each]
+        return f"{', '.join(names)}; CuPy {cupy().__version__}"
+    except Exception as error:  # each broken installation fails in its own way, and info must go on
+        return f"not usable: {error}"
 
 
 def bandwidth() -> str:
@@ -66,11 +97,11 @@ def bandwidth() -> str:
     return f"{moved / middle / 1e9:.1f} GB/s (median of 7; best {moved / best / 1e9:.1f}): momentum on 32 Mi float32"
 
 
-def _optional(package: str, why: str) -> str:
+def _package(name: str, why: str, command: str | None = None) -> str:
     try:
-        return importlib.metadata.version(package)
+        return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
-        return f"not installed, {why}: pip install {package}"
+        return f"not installed, needed {why}: pip install {command or name}"
 
 
 def _processor() -> str:

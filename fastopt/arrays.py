@@ -1,20 +1,17 @@
-"""Arrays: where they live, whether a kernel may touch those of NumPy, and ``FlatBuffer``, many in one allocation."""
+"""Arrays: where they live, and ``FlatBuffer``, many in one allocation."""
 
 from __future__ import annotations
 
-import ctypes
 import math
 import operator
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from .engine.device import Array, Device, check_dtype, check_fits, is_array, on_gpu
+from .engine.device import HOST, Array, Device, Layout, check_dtype, is_array, is_gpu_array
 from .kernels.dtypes import COMPUTE
-
-ALIGNMENT = 64
 
 
 def dtype_of(dtype: Any, where: str) -> np.dtype[Any]:
@@ -33,151 +30,45 @@ def dtype_of(dtype: Any, where: str) -> np.dtype[Any]:
     return checked
 
 
-class HostDevice(Device):
-    """The host's memory, and NumPy's arrays in it."""
-
-    name = "cpu"
-
-    def load_kernels(self) -> None:
-        from .engine.backend import current
-
-        current().require()
-
-    def array(self, array: object, where: str) -> Array:
-        if not isinstance(array, np.ndarray) and on_gpu(array):
-            raise ValueError(f"{where} is on a GPU, but the others are in host memory. Keep all of them on one device.")
-        if not isinstance(array, np.ndarray):
-            kind = f"{type(array).__module__}.{type(array).__qualname__}".removeprefix("builtins.")
-            hint = ""
-            if kind.startswith("torch."):
-                hint = " For tensors use the optimizers of fastopt.torch, or pass their .numpy()."
-            elif hasattr(array, "__array__"):
-                hint = " Pass numpy.asarray of it; as a parameter, which is updated in place, numpy.array of it."
-            raise TypeError(f"{where} is a {kind}; needed is a numpy.ndarray.{hint}")
-        if isinstance(array, np.ma.MaskedArray):
-            raise TypeError(f"{where} is a masked array, whose mask an update would ignore; pass its .data.")
-        return array
-
-    def parameter(self, array: object, where: str) -> Array:
-        array = self.array(array, where)
-        check_dtype(array.dtype, where)
-        if not array.flags.c_contiguous:
-            raise ValueError(
-                f"{where} has strides {array.strides} for shape {array.shape}; needed is a C-contiguous array. "
-                "Pass numpy.ascontiguousarray of it and keep that."
-            )
-        if not array.flags.aligned:
-            raise ValueError(f"{where} is not aligned to its dtype; pass a copy and keep that.")
-        if not array.flags.writeable:
-            raise ValueError(f"{where} is read-only, and a step would have to write it; pass a writable copy.")
-        return array
-
-    def gradient(self, array: object, parameter: Array, where: str, write: bool) -> Array:
-        if isinstance(array, np.generic):  # NumPy's arithmetic makes scalars of 0-d arrays
-            if write:
-                raise TypeError(
-                    f"{where} is a NumPy scalar, which zero_grads=True cannot zero; pass numpy.array of it."
-                )
-            array = np.asarray(array)
-        array = self.array(array, where)
-        check_fits(array, parameter, where)
-        check_dtype(array.dtype, where)
-        if write and not (array.flags.writeable and array.flags.c_contiguous and array.flags.aligned):
-            raise ValueError(f"{where} is read-only or strided, and zero_grads=True would have to write it in place.")
-        return array if array.flags.c_contiguous and array.flags.aligned else array.copy(order="C")
-
-    def plain(self, arrays: list[Any], parameters: list[Array]) -> bool:
-        # List by list, because thousands may come every step.
-        return (
-            set(map(type, arrays)) <= {np.ndarray}
-            and [a.dtype for a in arrays] == [p.dtype for p in parameters]
-            and [a.shape for a in arrays] == [p.shape for p in parameters]
-            and all([a.flags.carray for a in arrays])  # noqa: C419 - a generator is slower
-        )
-
-    def address(self, array: Array) -> int:
-        try:
-            # Three times as fast as array.ctypes.data, but only for writable, non-empty arrays of plain dtypes.
-            return ctypes.addressof(ctypes.c_char.from_buffer(array))  # type: ignore[arg-type]
-        except (TypeError, ValueError, BufferError):
-            return array.ctypes.data
-
-    def scalar(self, array: Any, where: str) -> int:
-        return 0
-
-    def zeros(self, size: int, dtype: np.dtype[Any], where: str) -> Array:
-        raw = np.zeros(size * dtype.itemsize + ALIGNMENT, np.uint8)  # pages that nobody has touched yet
-        start = -raw.ctypes.data % ALIGNMENT
-        return raw[start : start + size * dtype.itemsize].view(dtype)
-
-    def copy(self, array: Array) -> Array:
-        return array.copy()
-
-    def assign(self, view: Array, values: Any) -> None:
-        view[...] = to_host(values) if on_gpu(values) else values
-
-
-HOST = HostDevice()
-
-
 def device_of(array: object, where: str) -> Device:
     """Where an array lives."""
-    if isinstance(array, np.ndarray) or not on_gpu(array):
+    if not is_gpu_array(array):
         return HOST
-    from .engine.cuda.arrays import cuda_device
+    from .engine.cuda.device import as_cupy, device_at
 
-    return cuda_device(array, where)
+    source = "torch" if type(array).__module__.partition(".")[0] == "torch" else "cupy"
+    return device_at(int(as_cupy(array, where).device.id), source)
 
 
 def device_named(name: object, where: str) -> Device:
-    """The memory of the device called "cpu", "cuda" or "cuda:1"."""
+    """The memory of the device called "cpu", "cuda" (the current one) or "cuda:1"."""
     if name == "cpu":
         return HOST
-    from .engine.cuda.arrays import cuda_device_named
+    number = re.fullmatch(r"cuda(?::(\d+))?", name) if isinstance(name, str) else None
+    if not number:
+        raise ValueError(f'{where} is {name!r}; needed is "cpu", "cuda", or "cuda:" and a number.')
+    from .engine.cuda import device as cuda
 
-    return cuda_device_named(name, where)
+    try:
+        count, current = cuda.devices()
+    except RuntimeError as error:  # CuPy's, of the driver
+        raise RuntimeError(f"{where} is {name!r}, but {error}. `fastopt info` says what is missing.") from error
+    index = int(number[1] or current)
+    if index >= count:
+        raise ValueError(f"{where} is {name!r}, but the devices are {', '.join(f'cuda:{k}' for k in range(count))}.")
+    return cuda.device_at(index, "cupy")
 
 
 def to_host(array: Any) -> Array:
     """The array itself, or a copy in host memory of one on a GPU."""
-    if isinstance(array, np.ndarray) or not on_gpu(array):
-        return np.asarray(array)
-    from .engine.cuda.arrays import to_host as download
-
-    return download(array)
+    return device_of(array, "array").to_host(array)
 
 
-ALIGN_ELEMENTS = 32
-"""Arrays begin at multiples of this many elements: a 64-byte boundary for 16-bit dtypes and wider ones, and the same
-layout whatever the dtype, so that parameters, gradients and states can be walked side by side."""
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Where each of a list of named arrays lies in a flat buffer, in elements."""
-
-    names: tuple[str, ...]
-    shapes: tuple[tuple[int, ...], ...]
-    sizes: tuple[int, ...]
-    offsets: tuple[int, ...]
-    total: int
-
-    @classmethod
-    def of(cls, shapes: Mapping[str, tuple[int, ...]]) -> Layout:
-        """Arrays of the given shapes, one after another."""
-        sizes = tuple(math.prod(shape) for shape in shapes.values())
-        offsets, end = [], 0
-        for size in sizes:
-            offsets.append(end)
-            end += -(-size // ALIGN_ELEMENTS) * ALIGN_ELEMENTS
-        return cls(tuple(shapes), tuple(shapes.values()), sizes, tuple(offsets), end)
-
-    def views(self, data: Array) -> dict[str, Array]:
-        """The named, shaped views of a flat array."""
-        return {
-            name: data[offset : offset + size].reshape(shape)
-            for name, shape, size, offset in zip(self.names, self.shapes, self.sizes, self.offsets, strict=True)
-        }
+def assign(device: Device, view: Array, values: Any) -> None:
+    """Copy values, of an array in any memory or a number, into an array of a device."""
+    if is_gpu_array(values) and device_of(values, "array").name != device.name:
+        values = to_host(values)
+    device.assign(view, values)
 
 
 MAX_SIZE = 2**59  # elements; eight bytes each of them is all that 64-bit addresses reach
@@ -314,7 +205,7 @@ class FlatBuffer(Mapping[str, Array]):
     def to(self, device: str | Device) -> FlatBuffer:
         """A copy on a device: "cpu", "cuda" or "cuda:1"."""
         buffer = FlatBuffer(self.shapes, self.dtype, device=device)
-        buffer._device.assign(buffer.data, self.data)
+        assign(buffer._device, buffer.data, self.data)
         return buffer
 
     def copy(self) -> FlatBuffer:
@@ -361,10 +252,7 @@ class FlatBuffer(Mapping[str, Array]):
         return self._views[name]
 
     def __setitem__(self, name: str, value: Any) -> None:
-        if self._device is HOST and not on_gpu(value):
-            self._views[name][...] = value
-        else:
-            self._device.assign(self._views[name], value)
+        assign(self._device, self._views[name], value)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._views)

@@ -7,21 +7,26 @@ from collections.abc import Iterable, Mapping, Sequence
 from types import EllipsisType, MappingProxyType
 from typing import Any, cast
 
-from .arrays import FlatBuffer, Layout
+from .arrays import FlatBuffer
 from .engine.classes import constructor, keywords_of, option_arguments
-from .engine.device import Array, Device, is_array
+from .engine.device import Array, Device, Layout, is_array
 from .engine.exclusive import exclusive, finish, makes_many
 from .engine.host import plan_class
 from .engine.options import EMA_OPTIONS, NORM, SCALE, STEP_OPTIONS, boolean, own_options, ranges_of
-from .engine.plan import Parameter, Plan, Plans
+from .engine.plan import Plan, Plans
 from .engine.step import Request, StepInfo
 from .groups import GroupSnapshot
-from .inputs import GradientReader, Gradients, Memory, collect, groups_in
+from .inputs import GradientReader, Gradients, Memory, Pattern, collect, groups_in
 from .kernels.rules.rule import SWITCH
 from .states import States
 
 Params = FlatBuffer | Mapping[str, Array] | Iterable[Array] | Iterable[Mapping[str, Any]]
 Grads = FlatBuffer | Mapping[str, Array | None] | Sequence[Array | None]
+
+
+def _copied(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options as they are, whatever becomes of a list or an array among them."""
+    return {name: copy.deepcopy(value) for name, value in options.items()}
 
 
 def _begin(opt: Optimizer, params: Params, **arguments: Any) -> None:
@@ -90,7 +95,7 @@ class Optimizer(States):
     ) -> None:
         super().__init__(defaults, max_grad_norm=max_grad_norm, skip_nonfinite=skip_nonfinite, zero_grads=zero_grads)
         self._flat_layout: Layout | None = None
-        self._plans: Plans[Plan] = Plans()
+        self._patterns: Plans[Pattern] = Plans()
         self._memory = Memory(self._name)
         self._reader: GradientReader | None = None  # until a step needs one
         self._add(groups_in(params, self._name))
@@ -145,7 +150,7 @@ class Optimizer(States):
             members, total = collected.records(index), collected.layout.total
             foreign = group.keys() - options.keys() - {"params"}
             known = GroupSnapshot(
-                *(index, MappingProxyType(arrays), dtypes, copy.deepcopy(options), checked, members),
+                *(index, MappingProxyType(arrays), dtypes, _copied(options), checked, members),
                 *(collected.written(members), total, foreign),
             )
             parameters += members
@@ -153,12 +158,12 @@ class Optimizer(States):
             added.append(known)
             shown.append({**group, "params": known.arrays, **options})
         memory = self._memory.extended(parameters[len(self._parameters) :], (), device)
-        device.load_kernels()
+        device.require()
+        states: dict[int, Array] = {}
         for known in added:
-            states = self._allocate(known, known.options, device)
-            for p, name, state in states:
-                p.states[name] = state
-            memory = memory.extended((), {id(state): state for *_, state in states}.values(), device)
+            for p, name, state in self._allocate(known, known.options, device):
+                p.states[name] = states[id(state)] = state
+        memory = memory.extended((), states.values(), device)
 
         def take_in() -> None:
             self._device, self._parameters = device, parameters
@@ -173,9 +178,8 @@ class Optimizer(States):
         if memory is None:
             states = {id(state): state for p in self._parameters for state in p.states.values()}
             memory = Memory(self._name).extended(self._parameters, states.values(), self._device)
-        if self._plan is not None:
-            self._plan.recount()  # a CUDA graph may have been replayed
-        self._memory, self._reader, self._plan, self._plans = memory, None, None, Plans()
+        self._leave_pattern()
+        self._memory, self._reader, self._patterns = memory, None, Plans()
 
     # --- options ---------------------------------------------------------------------------------------------------
 
@@ -202,7 +206,7 @@ class Optimizer(States):
                     known.foreign = group.keys() - options.keys() - {"params"}
                 self.complete(options)
                 checked = self._normalise(options, known.dtypes, index, self._device)
-                changed.append((known, copy.deepcopy(options), checked))
+                changed.append((known, _copied(options), checked))
         for known, seen, checked in changed:  # nothing is taken over before all groups are checked
             self._take_over(known, checked)
             known.seen, known.options = seen, checked
@@ -262,11 +266,11 @@ class Optimizer(States):
             or not (max_grad_norm is max_norm is skip_nonfinite is zero_grads is ...)
         ):
             request = self._requested(grad_scale, max_grad_norm, max_norm, skip_nonfinite, zero_grads, keep)
-        # alive: another thread may drop the gradients while they are read
-        reader = self._reader or self._new_reader()
-        gradients, alive = reader.read(grads, request.zero_grads)
-        plan = self._plan_for(gradients, options, reader)
-        info = plan.step(request, options)
+        listed, flat = (self._reader or self._new_reader()).listed(grads)
+        pattern, alive = self._pattern, listed  # alive: another thread may drop the gradients while they are read
+        if pattern is None or not pattern.knows(listed, flat, request.zero_grads):
+            pattern, alive = self._pattern_of(listed, flat, request.zero_grads, options)
+        info = pattern.plan.step(request, options)
         del alive
         vars(self)["last_info"] = info  # an attribute's assignment is looked at, which takes 0.3 µs
         return info
@@ -320,27 +324,40 @@ class Optimizer(States):
         )
         return self._reader
 
-    def _plan_for(self, gradients: Gradients | None, options: list[dict[str, Any]], reader: GradientReader) -> Plan:
-        plan = self._plan
-        if gradients is None and plan is not None:
-            return plan
-        assert gradients is not None
-        present = [self._parameters[i] for i in gradients.present]
-        if plan is None or not plan.serves(gradients.flat, gradients.dtypes, present):
-            if plan is not None:
-                plan.recount()
-            self._plan = None  # parameters may soon count elsewhere
-            pattern = gradients.present, gradients.flat, *gradients.dtypes
-            plan = self._plans.resume(pattern)
-            if plan is None:
-                plan = self._plans.keep(pattern, self._make_plan(gradients, present, options))
-            self._plan = plan
-        plan.point_at(gradients.starts)
-        reader.remember()
-        return plan
+    def _pattern_of(
+        self, listed: list[Any], flat: bool, write: bool, options: list[dict[str, Any]]
+    ) -> tuple[Pattern, list[Any]]:
+        """The pattern of these gradients, whose plan reads them, and what is to be kept alive."""
+        known = self._patterns.find(lambda pattern: pattern.knows(listed, flat, write))
+        if known is not None and self._serve(known):
+            return known, listed
+        reader = self._reader or self._new_reader()
+        gradients = reader.read(listed, flat, write)
+        pattern = self._patterns.find(lambda pattern: pattern.serves(gradients))
+        if pattern is None or not self._serve(pattern):
+            self._leave_pattern()
+            pattern = self._patterns.keep(Pattern(gradients, self._make_plan(gradients, options), reader.written))
+            self._pattern = pattern
+        pattern.aim(gradients, listed, write)
+        return pattern, [*listed, *gradients.arrays]
+
+    def _serve(self, pattern: Pattern) -> bool:
+        """Have a pattern serve that did before; False where its parameters have gone ways of their own."""
+        if pattern is not self._pattern:
+            self._leave_pattern()
+            if not self._patterns.resume(pattern):
+                return False
+            self._pattern = pattern
+        return True
+
+    def _leave_pattern(self) -> None:
+        if self._pattern is not None:
+            self._pattern.plan.recount()  # a CUDA graph may have been replayed
+        self._pattern = None  # parameters may soon count elsewhere
 
     @makes_many
-    def _make_plan(self, gradients: Gradients, present: list[Parameter], options: list[dict[str, Any]]) -> Plan:
+    def _make_plan(self, gradients: Gradients, options: list[dict[str, Any]]) -> Plan:
+        present = [self._parameters[i] for i in gradients.present]
         choices = [self.choose(options[p.group], p.array) for p in present]
         signs = [-1.0 if o.get("maximize") else 1.0 for o in options]
         return plan_class(self._device)(present, gradients.dtypes, choices, gradients.flat, signs, self._device)

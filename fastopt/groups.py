@@ -25,6 +25,7 @@ from .kernels.rules.rule import SWITCH, Option, Options
 
 if TYPE_CHECKING:
     from .engine.plan import Parameter, Plan
+    from .inputs import Pattern
 
 
 @dataclass(eq=False)
@@ -64,7 +65,11 @@ class Groups(RuleOptimizer):
         self.param_groups: list[dict[str, Any]] = []
         self._groups: list[GroupSnapshot] = []
         self._parameters: list[Parameter] = []
-        self._plan: Plan | None = None
+        self._pattern: Pattern | None = None  # the gradients of the last step, and their plan
+
+    @property
+    def _plan(self) -> Plan | None:
+        return None if self._pattern is None else self._pattern.plan
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "state":

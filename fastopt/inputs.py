@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .arrays import HOST, FlatBuffer, Layout, device_of, named
-from .engine.device import Array, Device, addresses, first_hit, first_overlap, is_array
-from .engine.plan import Parameter, StepCount
+from .arrays import FlatBuffer, device_of, named
+from .engine.device import HOST, Array, Device, Layout, addresses, first_hit, first_overlap, is_array
+from .engine.plan import Parameter, Plan, StepCount
 from .kernels.dtypes import ITEMSIZE
 from .watch import Watch
 
@@ -144,19 +144,49 @@ class Gradients(NamedTuple):
     dtypes: list[np.dtype[Any]]
     starts: NDArray[np.uint64]
     flat: bool
+    copied: bool  # whether some are copies, which have to be made again each time
 
 
-class Known(NamedTuple):
-    """Gradients of one step, by which those of the next may be known again. They are not kept alive, which would double
-    their memory."""
+class Pattern:
+    """Which parameters have a gradient, of which dtypes, flat or not: the plan for such gradients.
 
-    watch: Watch  # of the parameters, too
-    flat: weakref.ref[FlatBuffer] | None
-    write: bool  # whether they were checked for being written
+    It knows gradients again that did not move. They are not kept alive, which would double their memory.
+
+    Args:
+        gradients: The first ones.
+        plan: The plan for such gradients.
+        parameters: Arrays that are looked at again together with gradients.
+    """
+
+    def __init__(self, gradients: Gradients, plan: Plan, parameters: Sequence[Array]) -> None:
+        self.plan, self._parameters = plan, parameters
+        self.kept, self.resume = plan.kept, plan.resume
+        self._flat, self._present, self._dtypes = gradients.flat, gradients.present, gradients.dtypes
+        self._starts: NDArray[np.uint64] = np.zeros(0, np.uint64)
+        self._watch: Watch | None = None  # of the gradients, where they seem to stay, and of the parameters
+        self._written = False  # whether the gradients were checked for being written
+
+    def knows(self, listed: list[Any], flat: bool, write: bool) -> bool:
+        """Whether these are the very gradients at which the plan points, which were checked."""
+        watch = self._watch
+        return watch is not None and flat == self._flat and self._written >= write and watch.unchanged(listed)
+
+    def serves(self, gradients: Gradients) -> bool:
+        """Whether the plan is for such gradients."""
+        mine = self._flat, self._dtypes, self._present
+        return mine == (gradients.flat, gradients.dtypes, gradients.present)
+
+    def aim(self, gradients: Gradients, listed: list[Any], write: bool) -> None:
+        """Have the plan read these gradients, which are watched from now on if they lie where the last ones lay."""
+        self._watch = None  # until the plan knows these: if that fails, the next call must not find the old ones
+        self.plan.point_at(gradients.starts)
+        stayed = not gradients.copied and np.array_equal(gradients.starts, self._starts)
+        self._starts, self._written = gradients.starts, write
+        self._watch = Watch(self._parameters, listed) if stayed else None
 
 
 class GradientReader:
-    """Turns what ``step`` is given into ``Gradients``, and knows gradients again that did not move.
+    """Turns what ``step`` is given into ``Gradients``.
 
     It also looks at the parameters again, whether they are as they were when they were checked.
 
@@ -180,7 +210,7 @@ class GradientReader:
         where: str,
     ) -> None:
         self._written = list(written)
-        self._kept = [p.array for p in written]
+        self.written = [p.array for p in written]
         self._names = [p.name for p in parameters]
         self._parameters = [p.array for p in parameters]
         self._layout = layout
@@ -189,40 +219,25 @@ class GradientReader:
         self._step = f"{where}.step"
         self._where = f"{where}.step: grads"
         self._watch: Watch | None = None  # of the parameters
-        self._known: Known | None = None
-        self._last: tuple[list[Any], FlatBuffer | None, bool] | None = None  # gradients that seem to stay
-        self._last_starts: NDArray[np.uint64] = np.zeros(0, np.uint64)
 
-    def read(self, grads: Any, write: bool) -> tuple[Gradients | None, list[Any]]:
-        """Checked gradients, or None where they are the very arrays of the last call; and what keeps them alive."""
-        known = self._known
-        again = known is not None and known.flat is not None and grads is not None and known.flat() is grads
-        flat = again or (isinstance(grads, FlatBuffer) and grads.layout == self._layout)
-        listed = [grads.data] if flat else self._in_order(grads)
-        if (
-            known is not None
-            and again == (known.flat is not None)
-            and known.write >= write
-            and known.watch.unchanged(listed)
-        ):
-            return None, listed
+    def listed(self, grads: Any) -> tuple[list[Any], bool]:
+        """The gradients in the order of the parameters, or a flat buffer's data; and whether it is the latter."""
+        if isinstance(grads, FlatBuffer) and self._is_laid_out(grads.layout):
+            return [grads.data], True
+        return self._in_order(grads), False
+
+    def _is_laid_out(self, layout: Layout) -> bool:
+        if layout is not self._layout:
+            if layout != self._layout:
+                return False
+            self._layout = layout  # to compare that of 10,000 arrays takes a while
+        return True
+
+    def read(self, listed: list[Any], flat: bool, write: bool) -> Gradients:
+        """Check gradients, and parameters again."""
         if self._watch is None or not self._watch.unchanged([]):
             self._watch = self._look_again()
-        self._known = None  # until the plan knows these: if that fails, the next call must not find the old ones
-        checked = self._read_flat(grads, write) if flat else self._read_arrays(listed, write)
-        present = [g for g in listed if g is not None]
-        copied = not all(map(operator.is_, checked.arrays, present))  # a copy has to be made again each time
-        stayed = not copied and np.array_equal(checked.starts, self._last_starts)
-        self._last = (listed, grads if flat else None, write) if stayed else None  # may come again: worth remembering
-        self._last_starts = checked.starts
-        return checked, [*listed, *checked.arrays]
-
-    def remember(self) -> None:
-        """The gradients read last are the plan's."""
-        if self._last is not None:
-            listed, flat, write = self._last
-            self._known = Known(Watch(self._kept, listed), None if flat is None else weakref.ref(flat), write)
-            self._last = None
+        return self._read_flat(listed[0], write) if flat else self._read_arrays(listed, write)
 
     def _look_again(self) -> Watch:
         """Refuse parameters that were changed in place since they were checked."""
@@ -237,7 +252,7 @@ class GradientReader:
                 raise ValueError(
                     f"{self._step}: parameter {p.name!r} was given other memory in place. Make a new optimizer."
                 )
-        return Watch(self._kept)
+        return Watch(self.written)
 
     def _in_order(self, grads: Any) -> list[Any]:
         """The gradients in the order of the parameters."""
@@ -264,26 +279,26 @@ class GradientReader:
             )
         return listed
 
-    def _read_flat(self, grads: FlatBuffer, write: bool) -> Gradients:
+    def _read_flat(self, data: Array, write: bool) -> Gradients:
         assert self._layout is not None
-        arrays = list(grads.values())
-        if arrays:
-            self._device.gradient(arrays[0], self._parameters[0], f"{self._where}{self._place(0)}", write)
-        offsets = np.array(self._layout.offsets, np.uint64)
-        start = np.uint64(self._device.address(grads.data))
-        starts = start + offsets * np.uint64(grads.dtype.itemsize)
-        self._check_memory(np.array([start]), np.array([grads.nbytes]), [0])
-        return Gradients([grads.data], tuple(range(len(arrays))), [grads.dtype] * len(arrays), starts, True)
+        self._device.gradient(data, self.written[0], f"{self._where}{self._place(0)}", write)
+        start, offsets = np.uint64(self._device.address(data)), np.array(self._layout.offsets, np.uint64)
+        self._check_memory(np.array([start]), np.array([data.nbytes]), [0])
+        starts, count = start + offsets * np.uint64(data.itemsize), len(offsets)
+        return Gradients([data], tuple(range(count)), [data.dtype] * count, starts, True, False)
 
     def _read_arrays(self, listed: list[Any], write: bool) -> Gradients:
         present = tuple(i for i, g in enumerate(listed) if g is not None)
         arrays = [listed[i] for i in present]
         parameters = [self._parameters[i] for i in present]
+        copied = False
         if not self._device.plain(arrays, parameters):
+            given = arrays
             arrays = [
                 self._device.gradient(g, p, f"{self._where}{self._place(i)}", write)
-                for g, p, i in zip(arrays, parameters, present, strict=True)
+                for g, p, i in zip(given, parameters, present, strict=True)
             ]
+            copied = not all(map(operator.is_, given, arrays))
         starts, nbytes = addresses(arrays, self._device), _nbytes(arrays)
         self._check_memory(starts, nbytes, present)
         if write:
@@ -294,7 +309,7 @@ class GradientReader:
                     f"{self._where}{a} and {b} share memory, so zero_grads=True would zero one before it is read. "
                     "Pass a copy of one."
                 )
-        return Gradients(arrays, present, [a.dtype for a in arrays], starts, False)
+        return Gradients(arrays, present, [a.dtype for a in arrays], starts, False, copied)
 
     def _place(self, index: int) -> str:
         """A gradient in an error: by its parameter's name, or by its place where it has no other."""

@@ -8,8 +8,9 @@ import functools
 import inspect
 import keyword
 import numbers
+import textwrap
 import types
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -17,8 +18,7 @@ import numpy as np
 from .base import Optimizer
 from .engine.classes import class_of
 from .engine.options import OF_THE_OPTIMIZER, ranges_of
-from .kernels.layout import CARRY, SCALAR_GROUP_WORDS
-from .kernels.rules.rule import Option, Rule
+from .kernels.rules.rule import Option, Rule, tried
 
 OF_STATES = {"step", "params", "param_names", "master_param", "ema", "slow_param"}
 OF_SCALARS = {"ratio", "stretch"}
@@ -58,7 +58,7 @@ def rule(
         name: Name of the rule and of its classes; the function's by default.
         scalars: Function ``(t, options) -> dict`` of further numbers for ``h``, for step t (from 1), formed in float64
             and rounded once. One with the name of an option takes its place. On a GPU, ``capturable`` and
-            ``skip_nonfinite`` have Numba compile it, where every return must be a dict display.
+            ``skip_nonfinite`` have Numba compile it: then it is a ``def`` in a file whose returns are dict displays.
         terms: Function ``(p, g, *state, h) -> (x, ...)`` of p and states before the step. Its h has no ratio.
         products: At most four pairs whose products are summed over each parameter in float64: numbers of terms, "p" and
             "g" for what is stored. A sum with "g" is multiplied by the gradient's multiplier, once for each "g".
@@ -117,40 +117,31 @@ def rule(
         except ValueError as error:
             raise ValueError(f"{where}ranges: {error}") from None
         checked = {n: checks[n](v, where + n) if n in checks else v for n, v in options.items()}
-        first = None if carry is None else _carried(carry, checked, states, where)
-        given, asked = _given(scalars, checked, first, where)
+        given = _given(scalars, carry, checked, {*OF_STATES, *states}, where)
         numeric = [n for n, v in options.items() if isinstance(v, numbers.Real)]
         for n in options.keys() - numeric:
-            if n not in asked or n in starts.values():
+            if scalars is None or n in starts.values():
                 needed = "initial needs one" if n in starts.values() else "scalars must make numbers of it"
                 raise TypeError(f"{where}the option {n} is {options[n]!r}, which is no number: {needed}.")
 
         fields = (*dict.fromkeys((*numeric, *given)), *(["ratio"] if ratio is not None else []))
         if not fields:
             raise ValueError(f"{where}it has no options: give it a number, such as lr.")
+        if terms is not None and not any(isinstance(x, int) for pair in pairs for x in pair):
+            raise ValueError(f"{where}terms are given, but products have no number of one.")
         Scalars: Any = collections.namedtuple(f"{called}_scalars", fields)  # type: ignore[misc]
         values = {**checked, **given, "ratio": 1.0}
-        arguments = ("p", "g", *states, "h")
-        some = np.linspace(0.5, 0.75, 2 + len(states), dtype=np.float32)
-        result = _tried(step, "it", arguments, (*some, Scalars(*(np.float32(values[n]) for n in fields))), where)
+        some = dict.fromkeys(("p", "g", *states), np.float32(0.75))
+        result = tried(step, "it", where, {**some, "h": Scalars(*(np.float32(values[n]) for n in fields))})
         if result is not ... and not (isinstance(result, tuple) and len(result) == 1 + len(states)):
             raise TypeError(f"{where}it must return a tuple ({', '.join(['p', *states])}), got {result!r}.")
-        if terms is not None:
-            h = types.SimpleNamespace(**{n: np.float32(values[n]) for n in fields if n != "ratio"})
-            result = _tried(terms, "terms", arguments, (*some, h), where)
-            if result is not ... and not isinstance(result, tuple):
-                raise TypeError(f"{where}terms must return a tuple of numbers, got {result!r}.")
-            if not any(isinstance(x, int) for pair in pairs for x in pair):
-                raise ValueError(f"{where}terms are given, but products have no number of one.")
         if ratio is not None:
-            wide = Scalars(*(float(values[n]) for n in fields))
-            result = _tried(ratio, "ratio", ("sums", "h"), ((1.0,) * len(pairs), wide), where)
+            h = Scalars(*(float(values[n]) for n in fields))
+            result = tried(ratio, "ratio", where, {"sums": (1.0,) * len(pairs), "h": h})
             if result is not ... and not isinstance(result, numbers.Real):
                 raise TypeError(f"{where}ratio must return a number, got {result!r}.")
         return Rule(
-            *(str(called), step, Scalars, _formed(scalars, Scalars, given, where), states, starts),
-            carry=None if carry is None else _annotated(carry, type(first)),
-            options=declared,
+            *(str(called), step, Scalars, _formed(scalars, Scalars, given, where), states, starts, carry, declared),
             terms=terms,
             products=pairs,
             ratio=ratio,
@@ -177,87 +168,35 @@ def _pairs(products: Any, where: str) -> tuple[Any, ...]:
     return tuple(map(tuple, products))
 
 
-def _tried(function: Any, part: str, names: tuple[str, ...], values: tuple[Any, ...], where: str) -> Any:
-    """What a function returns for these arguments; ... where they may be no numbers that it can compute with."""
-    if not isinstance(function, types.FunctionType):
-        raise TypeError(f"{where}{part} must be a Python function of ({', '.join(names)}), got {function!r}.")
-    signature, compiled = inspect.signature(function), names[0] == "p"
-    try:
-        signature.bind(*values)
-    except TypeError:
-        raise TypeError(f"{where}{part} must take ({', '.join(names)}), but it takes {signature}.") from None
-    literals = [x for x in function.__code__.co_consts if isinstance(x, float)]
-    if compiled and literals:
-        raise TypeError(
-            f"{where}{part} has the literal {literals[0]}, which would promote float32 to float64: make it an option, "
-            "or a number that scalars returns."
-        )
-    try:
-        with np.errstate(all="ignore"):
-            return function(*values)
-    except Exception as error:
-        if isinstance(error, (ArithmeticError, ValueError)) and (compiled or part == "ratio"):
-            return ...
-        raise TypeError(f"{where}{part} cannot be computed: {type(error).__name__}: {error}") from error
-
-
-def _carried(carry: Any, options: Mapping[str, Any], states: tuple[str, ...], where: str) -> Any:
-    """What is carried into the first step."""
-    first = _tried(carry, "carry", ("options",), (options,), where)
-    names = getattr(first, "_fields", ())
-    if not names or len(names) > SCALAR_GROUP_WORDS - CARRY:
-        raise TypeError(
-            f"{where}carry must return a NamedTuple of at most {SCALAR_GROUP_WORDS - CARRY} numbers, got {first!r}."
-        )
-    _check_names(names, "a number carried", where, {*OF_STATES, *states})
-    return first
-
-
-def _given(scalars: Any, options: Mapping[str, Any], first: Any, where: str) -> tuple[Mapping[str, Any], set[str]]:
-    """What ``scalars`` returns in the first step, and the options that it reads."""
-    if scalars is None:
-        if first is not None:
+def _given(scalars: Any, carry: Any, options: Mapping[str, Any], taken: set[str], where: str) -> Mapping[str, Any]:
+    """What ``scalars`` returns in the first step."""
+    arguments: dict[str, Any] = {"t": 1, "options": options}
+    if carry is not None:
+        first = arguments["carry"] = tried(carry, "carry", where, {"options": options})
+        if not getattr(first, "_fields", ()):
+            raise TypeError(f"{where}carry must return a NamedTuple of numbers, got {first!r}.")
+        _check_names(first._fields, "a number carried", where, taken)
+        if scalars is None:
             raise TypeError(f"{where}carry needs scalars, which reads and returns it.")
-        return {}, set()
-    asked = _Asked(options)
-    arguments = (1, asked) if first is None else (1, asked, first)
-    given = _tried(scalars, "scalars", ("t", "options", "carry")[: len(arguments)], arguments, where)
-    if first is not None:
+    if scalars is None:
+        return {}
+    given = tried(scalars, "scalars", where, arguments)
+    if carry is not None:
         if not (isinstance(given, tuple) and len(given) == 2 and isinstance(given[1], type(first))):
             raise TypeError(f"{where}scalars must return (dict, {type(first).__name__}), got {given!r}.")
         given = given[0]
     if not isinstance(given, dict) or not all(isinstance(x, numbers.Real) for x in given.values()):
         raise TypeError(f"{where}scalars must return a dict of numbers, got {given!r}.")
     _check_names(given, "a scalar", where, OF_SCALARS)
-    return given, asked.names
-
-
-class _Asked(collections.UserDict[str, Any]):
-    """Options that remember which of them were read."""
-
-    def __init__(self, options: Mapping[str, Any]) -> None:
-        super().__init__(options)
-        self.names: set[str] = set()
-
-    def __getitem__(self, name: str) -> Any:
-        self.names.add(name)
-        return super().__getitem__(name)
-
-
-def _annotated(carry: Any, Carry: type) -> Any:
-    def start(options: Any) -> Any:
-        return carry(options)
-
-    start.__annotations__["return"] = Carry
-    return start
+    return given
 
 
 def _formed(scalars: Any, Scalars: Any, given: Mapping[str, Any], where: str) -> Any:
     """The function ``(t, options) -> Scalars`` of a rule."""
-    sources = ["1.0" if name == "ratio" else f"options[{name!r}]" for name in Scalars._fields]
     if scalars is None:
-        return eval(f"lambda t, options: Scalars({', '.join(sources)})", {"Scalars": Scalars})
-    compiled = compilable(scalars, Scalars, given)
+        fields = ("1.0" if name == "ratio" else f"options[{name!r}]" for name in Scalars._fields)
+        return eval(f"lambda t, options: Scalars({', '.join(fields)})", {"Scalars": Scalars})
+    compiled = compilable(scalars, Scalars, given, where)
     if compiled is not None:
         return compiled
 
@@ -278,80 +217,49 @@ def _formed(scalars: Any, Scalars: Any, given: Mapping[str, Any], where: str) ->
 # --- scalars in a form that Numba compiles ---------------------------------------------------------------------------
 
 
-def compilable(scalars: Any, Scalars: Any, given: Mapping[str, Any]) -> Any:
+def compilable(scalars: Any, Scalars: Any, given: Mapping[str, Any], where: str) -> Any:
     """``scalars`` with its dicts made into ``Scalars``, whose other fields are options; None where that cannot be.
 
     It is made of the source, where every return is a dict display with the names of ``given``.
     """
     code = scalars.__code__
-    definition = _definition(scalars)
-    if definition is None or len(definition.args.args) < 2 or scalars.__kwdefaults__ or not _ends(definition.body):
+    try:
+        definition: Any = ast.parse(textwrap.dedent(inspect.getsource(scalars))).body[0]
+        seen = _code(definition, code.co_freevars, code.co_filename)
+    except (AttributeError, OSError, StopIteration, SyntaxError, TypeError):  # no source, or that of no def statement
         return None
-    options = definition.args.args[1].arg
+    as_compiled = (seen.co_code, seen.co_names, seen.co_consts) == (code.co_code, code.co_names, code.co_consts)
+    if not as_compiled or code.co_argcount < 2 or scalars.__kwdefaults__:
+        return None
+    options = code.co_varnames[1]
     for node in list(ast.walk(definition)):
         if isinstance(node, ast.Name) and node.id == options and isinstance(node.ctx, ast.Store):
             return None
         if isinstance(node, ast.Return):
-            pair = node.value.elts if isinstance(node.value, ast.Tuple) and len(node.value.elts) == 2 else None
-            entries = _entries(pair[0] if pair else node.value)
+            returned, *carry = node.value.elts if isinstance(node.value, ast.Tuple) else [node.value]
+            if not isinstance(returned, ast.Dict) or not all(isinstance(key, ast.Constant) for key in returned.keys):
+                return None
+            entries: Any = {key.value: value for key, value in zip(returned.keys, returned.values, strict=True)}
             if entries.keys() != given.keys():
                 return None
             texts = {name: "1.0" if name == "ratio" else f"{options}[{name!r}]" for name in Scalars._fields}
             fields = [entries.get(name) or ast.parse(text, mode="eval").body for name, text in texts.items()]
             made = ast.Call(ast.Name(MADE, ast.Load()), fields, [])
-            node.value = ast.Tuple([made, pair[1]], ast.Load()) if pair else made
+            node.value = ast.Tuple([made, *carry], ast.Load()) if carry else made
+    definition.body += ast.parse(f"raise ValueError({where + 'scalars returned None.'!r})").body
     changed = _code(definition, (*code.co_freevars, MADE), code.co_filename)
     cells = dict(zip(code.co_freevars, scalars.__closure__ or (), strict=True)) | {MADE: types.CellType(Scalars)}
     closure = tuple(cells[name] for name in changed.co_freevars)
     return types.FunctionType(changed, scalars.__globals__, scalars.__name__, scalars.__defaults__, closure)
 
 
-def _definition(function: Any) -> Any:
-    """The definition of a function, or of a lambda as one, if its source is there and is what was compiled."""
-    code = function.__code__
-    try:
-        tree = ast.parse("".join(inspect.findsource(function)[0]))
-    except (OSError, SyntaxError, TypeError):
-        return None
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.FunctionDef, ast.Lambda)):
-            for argument in node.args.args:
-                argument.annotation = None
-            definition: Any = ast.parse("def scalars(): pass").body[0]
-            definition.args = node.args
-            definition.body = [ast.Return(node.body)] if isinstance(node, ast.Lambda) else node.body
-            first = min(x.lineno for x in (node, *getattr(node, "decorator_list", ())))
-            if first == code.co_firstlineno:
-                seen = _code(definition, code.co_freevars, code.co_filename)
-                if (seen.co_code, seen.co_names, seen.co_consts) == (code.co_code, code.co_names, code.co_consts):
-                    return definition
-    return None
-
-
-def _ends(body: list[ast.stmt]) -> bool:
-    """Whether statements end with a return whatever happens."""
-    last = body[-1]
-    if isinstance(last, ast.If):
-        return bool(last.orelse) and _ends(last.body) and _ends(last.orelse)
-    return isinstance(last, (ast.Return, ast.Raise))
-
-
-def _entries(node: Any) -> dict[str, ast.expr]:
-    """The entries of a dict display by their names; of other things none."""
-    if isinstance(node, ast.Dict) and all(isinstance(key, ast.Constant) for key in node.keys):
-        return {key.value: value for key, value in zip(node.keys, node.values, strict=True)}  # type: ignore[union-attr]
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "dict" and not node.args:
-        return {str(keyword.arg): keyword.value for keyword in node.keywords}
-    return {}
-
-
-def _code(definition: Any, free: Sequence[str], file: str) -> types.CodeType:
+def _code(definition: Any, free: Iterable[str], file: str) -> types.CodeType:
     """The code of a function with these free variables."""
-    module = ast.parse(f"def around({', '.join(free)}): pass")
-    module.body[0].body = [definition]  # type: ignore[attr-defined]
+    module: Any = ast.parse(f"def around({', '.join(free)}): pass")
+    module.body[0].body = [definition]
     code = compile(ast.fix_missing_locations(module), file, "exec", dont_inherit=True)
-    for _ in range(2):
-        code = next(x for x in code.co_consts if isinstance(x, types.CodeType))
+    for name in ("around", definition.name):
+        code = next(x for x in code.co_consts if isinstance(x, types.CodeType) and x.co_name == name)
     return code
 
 

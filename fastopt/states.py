@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
+from .arrays import assign
 from .engine.device import Array, check_dtype, is_array
 from .engine.exclusive import exclusive, finish, makes_many, swapping
 from .engine.options import EMA_OPTIONS
@@ -242,7 +243,7 @@ class States(Groups):
             for known, _, parameters in accepted:
                 for p, (step, carry, arrays) in zip(known.members, parameters, strict=True):
                     for name, view in p.views.items():
-                        self._device.assign(view, arrays.get(name, 0))
+                        assign(self._device, view, arrays.get(name, 0))
                     p.step_count = reached.setdefault((step, *carry.items()), StepCount(step, carry or None))
             self._rebuild()
 

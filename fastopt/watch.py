@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from .engine.device import Array
-from .engine.library import library_path, open_library
+from .engine.library import locked_library
 from .kernels.layout import structure
 
 HEAD = object.__basicsize__
@@ -76,21 +76,8 @@ GET_ITEM = ctypes.cast(ctypes.pythonapi.PyList_GetItem, ctypes.c_void_p).value
 
 @functools.cache
 def _library() -> Any:
-    """The compiled library, called with Python's lock.
-
-    None where there is none, or arrays are laid out in another way: then Python looks.
-    """
-    path = library_path()
-    if path is None or not _is_laid_out(np.zeros((2, 3), np.float32)):
-        return None
-    try:
-        library = open_library(path, ctypes.PyDLL)
-    except OSError:
-        return None
-    look, unchanged = library.fastopt_look, library.fastopt_unchanged
-    look.restype, look.argtypes = ctypes.c_uint64, [ctypes.c_void_p]
-    unchanged.restype, unchanged.argtypes = ctypes.c_bool, [ctypes.c_void_p, ctypes.py_object]
-    return library
+    """The compiled library; None where there is none, or arrays are laid out in another way: then Python looks."""
+    return locked_library() if _is_laid_out(np.zeros((2, 3), np.float32)) else None
 
 
 def _is_laid_out(array: Array) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 COMPUTE = {"float32": "float32", "float64": "float64", "float16": "float32", "bfloat16": "float32"}
 """Storage dtype to compute dtype; states are stored in the compute dtype of their parameter."""
 
@@ -25,8 +27,12 @@ PAIRS = (
 """(parameter, gradient) storage for which kernels are compiled ahead of time; these are the pairs that make sense."""
 
 
-def symbol(kind: str, *names: str) -> str:
-    """Name of a kernel in the compiled library: its kind, what it is of, its instruction set."""
+def symbol(kind: str, *of: Any) -> str:
+    """Name of a kernel in the compiled library: its kind, what it is of, its instruction set.
+
+    Rules that differ in their scalars alone share their kernels, which are named after the function.
+    """
+    names = (x if isinstance(x, str) else x.step.__name__ for x in of)
     return "_".join(("fastopt", kind, *names)).replace("-", "_")
 
 

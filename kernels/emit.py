@@ -22,7 +22,7 @@ def emitted(signature: Any) -> Callable[[Callable[..., Any]], Any]:
             return context.get_dummy_value() if result is None else result
 
         def definition(typingctx: Any, *types: Any) -> Any:
-            return signature(*types) if inspect.isfunction(signature) else signature, codegen
+            return signature(*types) if inspect.isroutine(signature) else signature, codegen
 
         names = ("typingctx", *list(inspect.signature(emit).parameters)[2:])
         parameters = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in names]

@@ -5,8 +5,8 @@ mode that was set when they were started. So every kernel looks at the mode when
 where it is another (round to nearest, keep subnormals, raise no exceptions), and puts back what it saw.
 
 LLVM moves floating-point operations as if no mode existed. They stay between ``enter`` and ``leave`` because their
-operands are loaded, and their results stored, in between: setting the mode counts as access to all memory. A number
-that comes or goes in a register has to pass through ``settled``.
+operands are loaded, and their results stored, in between: setting the mode counts as access to all memory.
+Kernels take and leave no floating-point number in a register.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ import llvmlite.binding as llvm
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.core.extending import intrinsic
 
-from .storage import DOUBLE, I32, I64
+from .emit import emitted
+from .storage import I32, I64
 
 llvm.initialize_native_asmparser()  # which Numba does not need
 
 X86 = platform.machine() in ("x86_64", "AMD64")
 ARM = platform.machine() in ("aarch64", "arm64")
-WORD = I64 if ARM else I32
+WORD, MODE = (I64, types.uint64) if ARM else (I32, types.uint32)
 DEFAULT, CONTROL = (0, 0xFFFF_FFFF) if ARM else (0x1F80, 0xFFFF_FFC0)  # the low bits of MXCSR are the exceptions so far
 
 
@@ -57,38 +57,17 @@ def _is_other(builder: Any, mode: ir.Value) -> ir.Value:
     return builder.icmp_unsigned("!=", builder.and_(mode, ir.Constant(WORD, CONTROL)), ir.Constant(WORD, DEFAULT))
 
 
-@intrinsic
-def enter(typingctx: Any) -> Any:
+@emitted(MODE())
+def enter(context: Any, builder: Any) -> Any:
     """Set the default environment; the mode that was set before."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        mode = _get(builder)
-        with builder.if_then(_is_other(builder, mode), likely=False):
-            _set(builder, ir.Constant(WORD, DEFAULT))
-        return builder.zext(mode, I64) if mode.type != I64 else mode
-
-    return types.uint64(), codegen
+    mode = _get(builder)
+    with builder.if_then(_is_other(builder, mode), likely=False):
+        _set(builder, ir.Constant(WORD, DEFAULT))
+    return mode
 
 
-@intrinsic
-def leave(typingctx: Any, mode: Any) -> Any:
+@emitted(types.void(MODE))
+def leave(context: Any, builder: Any, mode: Any) -> None:
     """Put back the mode that ``enter`` returned."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        mode = builder.trunc(args[0], WORD) if args[0].type != WORD else args[0]
-        with builder.if_then(_is_other(builder, mode), likely=False):
-            _set(builder, mode)
-        return context.get_dummy_value()
-
-    return types.void(types.uint64), codegen
-
-
-@intrinsic
-def settled(typingctx: Any, number: Any) -> Any:
-    """The float64 ``number``, not to be computed later than here, nor anything from it earlier."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        register = "w" if ARM else "x" if X86 else "r"
-        return _assembly(builder, "", f"={register},0", DOUBLE, args[0])
-
-    return types.float64(types.float64), codegen
+    with builder.if_then(_is_other(builder, mode), likely=False):
+        _set(builder, mode)

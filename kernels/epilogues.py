@@ -19,11 +19,13 @@ class Number(NamedTuple):
     weight: float
 
 
-def _round(copy: Any, p: Any, h: Number) -> tuple[Any]:
+def rounded(copy: Any, p: Any, h: Number) -> tuple[Any]:
+    """The parameter; storing it rounds it."""
     return (p,)
 
 
-def _average(e: Any, p: Any, h: Number) -> tuple[Any]:
+def averaged(e: Any, p: Any, h: Number) -> tuple[Any]:
+    """The average, moved to the parameter by a weight."""
     # As d e + (1 - d) p, float32 would be biased by 2e-3 at d = 0.99999. Infinities, too, are copied where that is due.
     return (e + h.weight * (p - e) if h.weight else p,)
 
@@ -39,10 +41,10 @@ def average_weight(n: float, decay: float, warmup: float) -> float:
     return 1.0 - decay if n > 0.0 and decay > 0.0 else 0.0
 
 
-ROUND = Rule("round", _round, Number, average_weight)
+ROUND = Rule("rounded", rounded, Number, average_weight)
 """The parameter, rounded to a 16-bit copy."""
 
-AVERAGE = Rule("average", _average, Number, average_weight)
+AVERAGE = Rule("averaged", averaged, Number, average_weight)
 """The exponential moving average of the parameter."""
 
 KINDS = (*((ROUND, dtype) for dtype in COPIES), (AVERAGE, "float32"), (AVERAGE, "float64"))

@@ -8,7 +8,7 @@ Rounding is to nearest even; NaN stays NaN (its payload is not kept).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 from llvmlite import ir
 
@@ -19,20 +19,12 @@ I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 FLOAT, DOUBLE, HALF = ir.FloatType(), ir.DoubleType(), ir.HalfType()
 
 
-class Features(NamedTuple):
-    """What a processor can do in one instruction; without it LLVM would call a library function for every element."""
-
-    half: bool  # convert float16
-    fma: bool  # fused multiply-add
-
-
 def prefetch(builder: Any, pointer: ir.Value, *, level: int, write: bool = False) -> None:
     """Ask for the cache line at ``pointer``, to be written or read: level 3 is the first-level cache, 2 the second."""
-    i32, byte_pointer = ir.IntType(32), ir.IntType(8).as_pointer()
-    kind = ir.FunctionType(ir.VoidType(), [byte_pointer, i32, i32, i32])
-    function = builder.module.declare_intrinsic("llvm.prefetch", (byte_pointer,), kind)
-    purpose, data = ir.Constant(i32, int(write)), ir.Constant(i32, 1)
-    builder.call(function, [builder.bitcast(pointer, byte_pointer), purpose, ir.Constant(i32, level), data])
+    address = builder.bitcast(pointer, I8.as_pointer())
+    kind = ir.FunctionType(ir.VoidType(), [address.type, I32, I32, I32])
+    function = builder.module.declare_intrinsic("llvm.prefetch", (address.type,), kind)
+    builder.call(function, [address, *(ir.Constant(I32, x) for x in (int(write), level, 1))])
 
 
 def _like(scalar: ir.Type, value: ir.Value) -> ir.Type:

@@ -151,9 +151,8 @@ def layers(lazily=False):
         yield lowest
 
 
-@pytest.mark.parametrize(("most", "room"), [(7, r"fastopt(?!\.torch)"), (9, "fastopt")], ids=["core", "all"])
-def test_imports_have_few_layers(most, room):
-    assert sum(any(re.match(room, module) for module in layer) for layer in layers()) <= most
+def test_imports_have_few_layers():
+    assert len(list(layers())) <= 7
 
 
 def test_imports_have_no_circle_not_even_a_lazy_one():

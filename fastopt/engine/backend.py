@@ -32,7 +32,7 @@ def _compiled(kind: str, *of: Any) -> Any:
     """A kernel, compiled for this processor."""
     from ..kernels.cpu import compile as compiler
 
-    return compiler.compiled(compiler.features_of("native"), kind, *of)
+    return compiler.compiled(compiler.converts_half("native"), kind, *of)
 
 
 class Backend:
@@ -44,74 +44,41 @@ class Backend:
         default_threads: How many threads a step uses at most, if nobody says it.
         run: Function ``(address of a table's record, act, flags, threads)``: a team of threads does with the table what
             ``UPDATE`` and others in kernels/layout.py say.
+
+    Args:
+        isa: "numba", or an instruction set of the library's kernels.
+        compiles: See above.
+        library: The compiled library, whose threads are OpenMP's; None where Numba compiles all, and they are Python's.
     """
 
-    isa = "numba"
-    default_threads: int
-    run: Callable[[int, int, int, int], None]
-
-    def __init__(self, compiles: str) -> None:
-        self.compiles = compiles
+    def __init__(self, isa: str, compiles: str, library: ctypes.CDLL | None = None) -> None:
+        self.isa, self.compiles, self._library = isa, compiles, library
+        self.run: Callable[[int, int, int, int], None]
+        if library is not None:
+            self.default_threads = int(library.fastopt_default_threads())
+            self.run = functools.partial(library.fastopt_run, self.kernel("schedule"))
+        else:
+            # As GNU OpenMP reads it: a number, or a list with one for each level of nesting; anything else is ignored.
+            wanted = re.fullmatch(r"\s*([0-9]+)\s*(,\s*[0-9]+\s*)*", os.environ.get("OMP_NUM_THREADS", ""))
+            self.default_threads = (wanted and int(wanted[1])) or len(os.sched_getaffinity(0))
+            self.run = lambda *given: team.run(self.kernel("schedule"), *given)
 
     def require(self) -> None:
         """Refuse to go on where no kernel can be had."""
-
-    def address(self, name: str) -> int | None:
-        """Address of a function of the compiled library."""
-        return None
+        if self._library is None and importlib.util.find_spec("numba") is None:
+            raise ImportError(f"fastopt: {self.compiles} To have kernels compiled on first use, {NUMBA}")
 
     def kernel(self, kind: str, *of: Any) -> int:
         """Address of a kernel, by what ``KERNELS`` in kernels/cpu/compile.py says it is of."""
-        names = [getattr(x, "name", x) for x in of]
         own = any(isinstance(x, Rule) and x not in PREBUILT for x in of)
-        prebuilt = None if own else self.address(symbol(kind, *names, self.isa))
+        prebuilt = None if own else getattr(self._library, symbol(kind, *of, self.isa), None)
         if prebuilt is not None:
-            return prebuilt
+            return ctypes.cast(prebuilt, ctypes.c_void_p).value or 0
         try:
             return int(_compiled(kind, *of).address)
         except ImportError as error:
-            named = f"the {kind} kernel for {', '.join(names)}"
+            named = f"the {kind} kernel for {', '.join(getattr(x, 'name', x) for x in of)}"
             raise ImportError(f"fastopt: {self.compiles} To compile {named} now, {NUMBA} ({error})") from error
-
-
-class Native(Backend):
-    """The library that CMake built: kernels of every rule, and OpenMP's threads."""
-
-    def __init__(self, path: str, isa: str | None = None) -> None:
-        super().__init__("the compiled library has only the rules and dtypes of fastopt.")
-        library = open_library(path)
-        library.fastopt_isa.restype = ctypes.c_char_p
-        library.fastopt_run.argtypes = [ctypes.c_void_p] * 2 + [ctypes.c_int64] * 2 + [ctypes.c_int]
-        library.fastopt_run.restype = None
-        self._library = library
-        best = library.fastopt_isa().decode()
-        if isa is not None and isa != best and (isa not in ISAS or best not in ISAS or isa > best):
-            raise ValueError(
-                f"FASTOPT_ISA: {isa!r} cannot run here; this processor runs "
-                f"{', '.join(x for x in ISAS if x <= best) if best in ISAS else best}, or numba."
-            )
-        self.isa = isa or best
-        self.default_threads = int(library.fastopt_default_threads())
-        self.run = functools.partial(library.fastopt_run, self.kernel("schedule"))
-
-    def address(self, name: str) -> int | None:
-        function = getattr(self._library, name, None)
-        return None if function is None else ctypes.cast(function, ctypes.c_void_p).value
-
-
-class Numba(Backend):
-    """Everything compiled on first use; the threads are Python's."""
-
-    def __init__(self, compiles: str) -> None:
-        super().__init__(compiles)
-        # As GNU OpenMP reads it: a number, or a list with one for each level of nesting; anything else is ignored.
-        wanted = re.fullmatch(r"\s*([0-9]+)\s*(,\s*[0-9]+\s*)*", os.environ.get("OMP_NUM_THREADS", ""))
-        self.run = lambda *given: team.run(self.kernel("schedule"), *given)
-        self.default_threads = (wanted and int(wanted[1])) or len(os.sched_getaffinity(0))
-
-    def require(self) -> None:
-        if importlib.util.find_spec("numba") is None:
-            raise ImportError(f"fastopt: {self.compiles} To have kernels compiled on first use, {NUMBA}")
 
 
 ISAS = ("x86-64-v2", "x86-64-v3", "x86-64-v4")
@@ -127,21 +94,28 @@ def load(isa: str | None = None) -> Backend:
     Without the library, or where the system cannot load it, kernels are compiled on first use.
     """
     if isa == "numba":
-        return Numba("FASTOPT_ISA=numba asks for it.")
-    path = library_path()
-    if path is None:
-        if isa is not None:
-            raise ImportError(f"FASTOPT_ISA={isa}: {UNBUILT}")
-        return Numba(UNBUILT)
-    try:
-        return Native(path, isa)
-    except OSError as error:
-        why = f"the compiled library cannot be loaded ({error}). {LIBGOMP}"
-        if isa is not None:
-            raise ImportError(f"FASTOPT_ISA={isa}: {why}") from error
-        if importlib.util.find_spec("numba") is not None:
-            warnings.warn(f"fastopt: {why} Kernels are compiled on first use instead.", stacklevel=2)
-        return Numba(why)
+        return Backend(isa, "FASTOPT_ISA=numba asks for it.")
+    path, why, cause = library_path(), UNBUILT, None
+    if path is not None:
+        try:
+            return _native(open_library(path), isa)
+        except OSError as error:
+            why, cause = f"the compiled library cannot be loaded ({error}). {LIBGOMP}", error
+    if isa is not None:
+        raise ImportError(f"FASTOPT_ISA={isa}: {why}") from cause
+    if cause is not None and importlib.util.find_spec("numba") is not None:
+        warnings.warn(f"fastopt: {why} Kernels are compiled on first use instead.", stacklevel=2)
+    return Backend("numba", why)
+
+
+def _native(library: ctypes.CDLL, isa: str | None) -> Backend:
+    best = library.fastopt_isa().decode()
+    if isa is not None and isa != best and (isa not in ISAS or best not in ISAS or isa > best):
+        raise ValueError(
+            f"FASTOPT_ISA: {isa!r} cannot run here; this processor runs "
+            f"{', '.join(x for x in ISAS if x <= best) if best in ISAS else best}, or numba."
+        )
+    return Backend(isa or best, "the compiled library has only the rules and dtypes of fastopt.", library)
 
 
 @functools.cache

@@ -60,7 +60,8 @@ class HostPlan(Plan):
     def updates(self) -> Table:
         """One segment per run."""
         if self._updates is None:
-            self._updates = self.layers if self._has_ratio else self._build(self._runs, norms=False)
+            norms = self._has_ratio or self.combine_ratios is not None
+            self._updates = self.layers if norms else self._build(self._runs, norms=False)
         return self._updates
 
     @makes_many
@@ -144,14 +145,14 @@ class HostPlan(Plan):
             table.launched_with = multiplier, request.zero_grads
         known = KNOW_G * request.needs_norm + KNOW_W * (request.keep_weights and self._know_weights)
         self._know_weights = False
-        if self._has_ratio and self.combine is None:
+        if self._has_ratio and self.combine_ratios is None:
             self.backend.run(table.record_at, WAVES, known | KEEP_W * request.keep_weights, _threads(table))
             self._know_weights = request.keep_weights
             return
-        if self._has_ratio and self.combine is not None:
+        if self.combine_ratios is not None:  # also where no parameter with a ratio has a gradient: others wait
             self.backend.run(table.record_at, SUM, known, _threads(table))
             own = table.segments["sums"].copy()
-            self.combine(table.segments["sums"])
+            self.combine_ratios(table.segments["sums"])
             self.backend.run(table.record_at, DECIDE, 0, 1)
             table.segments["sums"] = own  # of parts without elements nobody writes the sums again
         self.backend.run(table.record_at, UPDATE, 0, _threads(table))
@@ -166,7 +167,7 @@ def _threads(table: Table) -> int:
 
 def plan_class(device: Device) -> type[Plan]:
     """The class of plans for arrays that live in ``device``."""
-    if device.name == "cpu":
+    if not device.on_gpu:
         return HostPlan
     from .cuda.plan import CudaPlan
 

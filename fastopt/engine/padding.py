@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
-from ..kernels.registry import RULES
+from ..kernels.registry import PREBUILT
 from ..kernels.rules.rule import Options, Rule
 
 STEPS = (1, 10, 1000, 100_000)
@@ -18,24 +19,16 @@ def keeps_zeros(rule: Rule, options: Options) -> bool:
     """Whether a parameter of zeros stays zero while its gradients are zero, with these options."""
     if rule.keeps_zeros is not None:
         return rule.keeps_zeros
-    if RULES.get(rule.name) is rule:
-        read = {name: options[name] for name in (*rule.options, *rule.initial.values()) if name in options}
-        # Schedules change lr in every step; all that matters of it here is whether it is zero.
-        options = {**read, "lr": float(read["lr"] != 0.0)}
-    try:
-        return _known(rule, tuple(options.items()))
-    except TypeError:  # an option of a rule of one's own that has no hash
-        return _try(rule, options)
+    if rule not in PREBUILT:
+        return _try(rule, options.items())
+    read = {name: options[name] for name in (*rule.options, *rule.initial.values()) if name in options}
+    # Schedules change lr in every step; all that matters of it here is whether it is zero.
+    return _known(rule, (*read.items(), ("lr", float(read["lr"] != 0.0))))
 
 
-@functools.lru_cache(256)
-def _known(rule: Rule, options: tuple[tuple[str, Any], ...]) -> bool:
-    return _try(rule, dict(options))
-
-
-def _try(rule: Rule, options: Options) -> bool:
+def _try(rule: Rule, items: Iterable[tuple[str, Any]]) -> bool:
     """Try it in float32, in which more is zero than in float64, with gradients of zero of either sign."""
-    zero = np.float32(0.0)
+    zero, options = np.float32(0.0), dict(items)
     initial = {name: np.float32(options[option]) for name, option in rule.initial.items()}
     try:
         with np.errstate(all="ignore"):
@@ -52,3 +45,6 @@ def _try(rule: Rule, options: Options) -> bool:
     except Exception:  # Python's own floats raise where a kernel makes infinity or NaN; scalars may know fewer steps
         return False
     return True
+
+
+_known = functools.lru_cache(256)(_try)

@@ -23,6 +23,7 @@ from .step import Request, StepInfo
 from .table import ROW, Counts
 
 MAX_STEP = 2**53  # so far float64 counts
+Combine = Callable[[NDArray[np.float64]], None]
 
 
 class StepCount:
@@ -186,9 +187,11 @@ class Plan(ABC):
     kept = 1
     """How many plans an optimizer keeps, so that patterns of gradients may alternate."""
 
-    combine: Callable[[NDArray[np.float64]], None] | None = None
-    """Changes sums over parameters, one row each, before norms and ratios are formed of them: adds those of other
-    processes. Then all sums are taken before the first update, else wave after wave."""
+    combine: Combine | None = None
+    """Changes sums over parameters, one row each, before a norm is formed of them: adds those of other processes."""
+
+    combine_ratios: Combine | None = None
+    """The same before ratios are formed. Then all sums are taken before the first update, else wave after wave."""
 
     result: Any = None
     """On a GPU: the norm of the last step that needed one, and whether that step is skipped."""
@@ -233,10 +236,6 @@ class Plan(ABC):
         """Members of a scalar group share one step count from here on, which is that of each of them."""
         for p, c in zip(self.parameters, self._member, strict=True):
             p.step_count = self.scalar_groups[c].step_count
-
-    def serves(self, flat: bool, dtypes: Sequence[np.dtype[Any]], parameters: Sequence[Parameter]) -> bool:
-        """Whether the plan is for such gradients of these parameters."""
-        return (self.flat, self.dtypes, self.parameters) == (flat, dtypes, parameters)
 
     def resume(self) -> bool:
         """Serve again, after other plans did; False where members of a scalar group have other counts now."""
@@ -366,32 +365,25 @@ S = TypeVar("S", bound=Serves)
 
 
 class Plans(Generic[S]):
-    """One plan for each pattern of gradients, a few in all: the least recently used goes.
-
-    Patterns are tuples that begin with the indices of the parameters that have a gradient.
-    """
+    """A few plans, each for one pattern of gradients: the least recently used goes."""
 
     def __init__(self) -> None:
-        self._by_pattern: dict[tuple[Any, ...], S] = {}
+        self._used: list[S] = []  # the last one last
 
-    def resume(self, pattern: tuple[Any, ...]) -> S | None:
-        """The plan that served a pattern before, if it can again."""
-        plan = self._by_pattern.pop(pattern, None)
-        if plan is None or not plan.resume():
-            return None
-        self._by_pattern[pattern] = plan
+    def find(self, fits: Callable[[S], bool]) -> S | None:
+        """The plan used last of those that fit."""
+        return next((plan for plan in reversed(self._used) if fits(plan)), None)
+
+    def resume(self, plan: S) -> bool:
+        """Have a plan serve again; where it cannot, it goes."""
+        self._used.remove(plan)
+        return plan.resume() and self.keep(plan) is plan
+
+    def keep(self, plan: S) -> S:
+        """Remember the plan that serves now."""
+        self._used.append(plan)
+        del self._used[: -plan.kept]
         return plan
-
-    def keep(self, pattern: tuple[Any, ...], plan: S) -> S:
-        """Remember the plan that serves a pattern now."""
-        self._by_pattern[pattern] = plan
-        for oldest in list(self._by_pattern)[: -plan.kept]:
-            del self._by_pattern[oldest]
-        return plan
-
-    def last(self, present: tuple[int, ...]) -> tuple[Any, ...] | None:
-        """The pattern that was served last of those with these indices."""
-        return next((pattern for pattern in reversed(self._by_pattern) if pattern[0] == present), None)
 
     def __iter__(self) -> Iterator[S]:
-        return iter(self._by_pattern.values())
+        return iter(self._used)

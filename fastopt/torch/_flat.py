@@ -8,10 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..arrays import Layout
-from . import _devices
-from ._devices import TorchDevice
-from ._tensors import PLAIN, layout_of, parameter_memory, shaped_like
+from ..engine.device import Layout
+from ._tensors import PLAIN, layout_of, parameter_memory, part_of, shaped_like
 
 
 class FlatGroup:
@@ -24,14 +22,12 @@ class FlatGroup:
         self.params = list(params)
         memories = [parameter_memory(p, where) for p in params]
         layout = Layout.of({str(i): (m.numel(),) for i, m in enumerate(memories)})
-        dtype, device = memories[0].dtype, _devices.device_of(params[0])
-        self._values, self._gradients = (device.zeros(layout.total, dtype) for _ in range(2))
-        arrays = [device.array(flat) for flat in (self._values, self._gradients)]
+        self._values, self._gradients = (memories[0].new_zeros(layout.total) for _ in range(2))
         self.views = []
         for p, memory, offset in zip(params, memories, layout.offsets, strict=True):
             value, view = (
-                shaped_like(p, device.view(array, offset, offset + memory.numel(), layout_of(memory)))
-                for array in arrays
+                shaped_like(p, part_of(flat, offset, offset + memory.numel(), layout_of(memory)))
+                for flat in (self._values, self._gradients)
             )
             value.copy_(p.detach())
             if p.grad is not None:
@@ -65,9 +61,9 @@ class FlatGroups:
                 f"{where}: flatten=True moves parameters, which cannot be done to a {type(strange[0]).__name__} "
                 "that is distributed or shared between processes."
             )
-        alike: dict[tuple[torch.dtype, TorchDevice], list[Tensor]] = {}
+        alike: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
         for p in params:
-            alike.setdefault((p.dtype, _devices.device_of(p)), []).append(p)
+            alike.setdefault((p.dtype, p.device), []).append(p)
         self._groups += [FlatGroup(members, where) for members in alike.values()]
         self._members.update(map(id, params))
 

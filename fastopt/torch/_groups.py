@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from ..engine.classes import constructor, keywords_of, option_arguments
+from ..engine.device import check_apart
 from ..engine.options import (
     EMA_OPTIONS,
     NORM,
@@ -28,11 +29,11 @@ from ..engine.step import Request, StepInfo
 from ..kernels.registry import RULES
 from ..kernels.rules.rule import SWITCH, Option, Rule
 from . import _devices
+from ._devices import DeviceRates
 from ._flat import FlatGroups
-from ._lr import DeviceRates
 from ._options import is_fixed, plain
 from ._state import LIBRARY, Names, State
-from ._tensors import FLOATING, PLAIN, check_apart, parameter_memory
+from ._tensors import FLOATING, PLAIN, parameter_memory
 
 if TYPE_CHECKING:
     from ._stepper import Steppers

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import functools
 import pathlib
+from collections.abc import Callable
+from ctypes import c_int32, c_uint64, c_void_p
 from typing import Any
 
 import numpy as np
@@ -12,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..engine.library import library_path, open_library
+from ..engine.library import locked_library
 from ..kernels.layout import STRUCTURES, structure
 from ._tensors import STORED
 
@@ -30,47 +32,40 @@ FUNCTIONS = [*STRUCTURES["torch_functions"]][:-3]  # behind them: where tensors 
 class Library:
     """Functions of the compiled library and, for these, of torch."""
 
-    def __init__(self, path: str) -> None:
-        own = open_library(
-            path, ctypes.PyDLL
-        )  # which keeps Python's lock: no other thread may drop a gradient meanwhile
+    def __init__(self, own: ctypes.CDLL) -> None:
         folder = pathlib.Path(torch.__file__).parent / "lib"
         torch_cpu = ctypes.CDLL(str(folder / "libtorch_cpu.so"))  # with what that is linked to
-        functions = {name: getattr(torch_cpu, NAMES.get(name, f"aoti_torch_{name}")) for name in FUNCTIONS}
-        self._functions = {
-            name: ctypes.cast(function, ctypes.c_void_p).value or 0 for name, function in functions.items()
-        }
+        functions = [getattr(torch_cpu, NAMES.get(name, f"aoti_torch_{name}")) for name in FUNCTIONS]
+        self._functions = [ctypes.cast(function, c_void_p).value or 0 for function in functions]
         self.gradients, self.release = own.fastopt_gradients, own.fastopt_release
-        self.gradients.restype, self.release.restype = ctypes.c_bool, None
-        self.gradients.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, *[ctypes.c_void_p] * 4]
-        self.release.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
         self.bump_versions = own.fastopt_bump_versions
-        self.bump_versions.restype = ctypes.c_bool
-        self.bump_versions.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
         self._impl_at = _impl_offset()
-        self.codes = {dtype: self._code(dtype) for dtype in STORED}
+        get_dtype = ctypes.CFUNCTYPE(c_int32, c_void_p, c_void_p)(self._functions[FUNCTIONS.index("get_dtype")])
+        self.codes = {dtype: _code(dtype, get_dtype) for dtype in STORED}
+        _check_gradients(ctypes.CFUNCTYPE(c_void_p, c_void_p)(self._functions[FUNCTIONS.index("grad")]))
 
     def table(self, device: torch.device) -> NDArray[Any]:
         """What the library is told: torch's functions, where tensors must be, and where objects have their impl."""
         where = DEVICE_TYPES[device.type], device.index or 0, self._impl_at
-        return np.array((*self._functions.values(), *where), structure("torch_functions"))
+        return np.array((*self._functions, *where), structure("torch_functions"))
 
-    def _code(self, dtype: torch.dtype) -> int:
-        """The number that torch's C interface has for a dtype."""
-        tensor, code = torch.empty(0, dtype=dtype), ctypes.c_int32()
-        impl = ctypes.c_void_p(tensor._cdata)
-        get_dtype = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p)(self._functions["get_dtype"])
-        if get_dtype(ctypes.addressof(impl), ctypes.addressof(code)):
-            raise OSError("torch's C interface does not answer")
-        return code.value
 
-    def finds_gradients(self) -> bool:
-        """Whether what it takes for a parameter's gradient is that."""
-        parameter = torch.nn.Parameter(torch.zeros(2))
-        parameter.grad = torch.zeros(2)
-        grad = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)(self._functions["grad"])
-        at = grad(parameter._cdata)
-        return at is not None and ctypes.c_uint64.from_address(at).value == parameter.grad._cdata
+def _code(dtype: torch.dtype, get_dtype: Callable[[int, int], int]) -> int:
+    """The number that torch's C interface has for a dtype."""
+    tensor, code = torch.empty(0, dtype=dtype), c_int32()
+    impl = c_void_p(tensor._cdata)
+    if get_dtype(ctypes.addressof(impl), ctypes.addressof(code)):
+        raise OSError("torch's C interface does not answer")
+    return code.value
+
+
+def _check_gradients(grad: Callable[[int], int | None]) -> None:
+    """Refuse where what it takes for a parameter's gradient is not that."""
+    parameter = torch.nn.Parameter(torch.zeros(2))
+    parameter.grad = torch.zeros(2)
+    at = grad(parameter._cdata)
+    if at is None or c_uint64.from_address(at).value != parameter.grad._cdata:
+        raise OSError("torch's C++ interface is not as expected")
 
 
 def _impl_offset() -> int:
@@ -80,31 +75,25 @@ def _impl_offset() -> int:
     step. Where that is, no interface says; it is found by looking for it in tensors of several kinds, and tried.
     """
     tensors = [torch.zeros(2), torch.nn.Parameter(torch.zeros(3)), torch.zeros(4, dtype=torch.float64)[1:]]
-    for offset in range(0, torch.Tensor.__basicsize__, 8):
-        if all(_address_at(t, offset) == t._cdata for t in tensors):
-            break
-    else:
-        raise OSError("torch's Python objects are not as expected")
+    places = range(0, torch.Tensor.__basicsize__, 8)
+    offset = next((x for x in places if all(_address_at(t, x) == t._cdata for t in tensors)), None)
     a, b = torch.zeros(2), torch.zeros(3)
     before = a._cdata, b._cdata
     torch.utils.swap_tensors(a, b)  # type: ignore[no-untyped-call]
-    if (_address_at(b, offset), _address_at(a, offset)) != before or (b._cdata, a._cdata) != before:
+    if offset is None or not before == (_address_at(b, offset), _address_at(a, offset)) == (b._cdata, a._cdata):
         raise OSError("torch's Python objects are not as expected")
     return offset
 
 
 def _address_at(tensor: Tensor, offset: int) -> int:
-    return ctypes.c_uint64.from_address(id(tensor) + offset).value
+    return c_uint64.from_address(id(tensor) + offset).value
 
 
 @functools.cache
 def library() -> Library | None:
     """None where torch lacks a function, or fastopt was built without its library: then Python asks."""
-    path = library_path()
-    if path is None:
-        return None
+    own = locked_library()
     try:
-        known = Library(path)
+        return None if own is None else Library(own)
     except (AttributeError, OSError):
         return None
-    return known if known.finds_gradients() else None

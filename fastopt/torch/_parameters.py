@@ -11,13 +11,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..engine.device import Device, check_apart
 from ..engine.options import RuleChoice, choice
 from ..engine.plan import Copy, Parameter, StepCount
 from ..kernels.dtypes import COMPUTE, ITEMSIZE
 from ..kernels.epilogues import EMA, EMA_STEP
 from ..kernels.rules.rule import Options, Rule
-from . import _devices
-from ._devices import TorchDevice
+from ._devices import device_of
 from ._flat import FlatGroups
 from ._master import MASTER
 from ._shards import Shards
@@ -26,7 +26,6 @@ from ._tensors import (
     PLAIN,
     STORED,
     address_of,
-    check_apart,
     gradient_memory,
     is_like,
     is_usual,
@@ -107,13 +106,13 @@ class Parameters:
         device: The device whose parameters these are; others are left alone.
     """
 
-    def __init__(self, groups: Sequence[Mapping[str, Any]], state: State, kind: Kind, device: TorchDevice) -> None:
+    def __init__(self, groups: Sequence[Mapping[str, Any]], state: State, kind: Kind, device: Device) -> None:
         self.params: list[Tensor] = []
         self._groups: list[int] = []
         self._places: list[int] = []  # in its group
         for g, group in enumerate(groups):
             for place, p in enumerate(group["params"]):
-                if _devices.device_of(p) is device:
+                if device_of(p) is device:
                     self.params.append(p)
                     self._groups.append(g)
                     self._places.append(place)
@@ -134,6 +133,12 @@ class Parameters:
         """The real tensors that a step writes for parameters."""
         params = self.params
         return [params[i] if is_usual(params[i]) else parameter_memory(params[i], self.name(i)) for i in present]
+
+    def adapts(self, i: int, options: Sequence[Options]) -> bool:
+        """Whether a parameter takes a ratio, with or without gradient."""
+        group = self._groups[i]
+        chosen = choice(self.kind.rules[group], options[group], self.params[i].dim())
+        return chosen.adapts and chosen.rule.ratio is not None
 
     # --- gradients -----------------------------------------------------------------------------------------------
 
@@ -204,7 +209,7 @@ class Parameters:
             if (
                 slot is not None
                 and slot.layout == layout_of(memory)
-                and slot.arena.device is self.device  # parameters may have moved
+                and slot.arena.device == memory.device  # parameters may have moved
                 and not slot.arena.misses(slot.row, state)
             ):
                 self._records[i] = self._record(i, memory, state, slot, options, beginnings)
@@ -215,7 +220,7 @@ class Parameters:
                 memories.append(memory)
                 states.append(state)
         for indices, memories, states in new.values():
-            arena = Arena(memories, self.device)
+            arena = Arena(memories)
             for index, (i, memory, state) in enumerate(zip(indices, memories, states, strict=True)):
                 layout = layout_of(memory)
                 slot = Slot(arena, index, self._layouts.setdefault(layout, layout))
@@ -394,6 +399,6 @@ def _is_untouched(state: Any) -> bool:
 def _was_made(state: Any, slot: Slot, name: str, value: Any) -> bool:
     """Whether a state was made for the parameter while it lay otherwise, or elsewhere, than now."""
     past = state.slot if type(state) is ParameterState else None
-    if past is None or (past.layout == slot.layout and past.arena.device is slot.arena.device):
+    if past is None or (past.layout == slot.layout and past.arena.device == slot.arena.device):
         return False
     return isinstance(value, Tensor) and address_of(value) == past.arena.place(name, past.row)

@@ -202,6 +202,7 @@ class Pattern:
     ) -> None:
         self._parameters, self._where = parameters, parameters.kind.name
         self.present, self.dtypes = present, dtypes
+        self.key = present, dtypes, flat
         records = self._records = [parameters[i] for i in present]
         self.stepped = [parameters.params[i] for i in present]
         self._plain = all(type(p) in PLAIN and not p.is_complex() for p in self.stepped)
@@ -227,10 +228,12 @@ class Pattern:
         self._flat = flat
         signs = [-1.0 if o.get("maximize") else 1.0 for o in options]
         stored: Any = [STORED[dtype] for dtype in dtypes]
-        memory = parameters.device.memory
+        memory = parameters.device
         self.plan = make(records, stored, [r.beginning.choice for r in records], flat, signs, memory)
         if parameters.shards:
             self.plan.combine = self._combine
+        if any(parameters.adapts(i, options) for i in parameters.shards.members):
+            self.plan.combine_ratios = self._combine
         self.sync = StateSync(records, parameters.kind.counts)
         self._served = 0  # steps that the plan has taken without a probe
         self.probe: Probe | None = None
@@ -255,6 +258,13 @@ class Pattern:
         self.probe = None
         self._shown = [t for r in self._records for t in r.tensors.values()]
         self._shown_at = [address for r in self._records for address in r.addresses]
+
+    def knows(self) -> bool:
+        """Whether the gradients are those of this pattern, as far as torch's C interface sees."""
+        if self.probe is None or not self.probe.hold():
+            return False
+        self.probe.release()
+        return True
 
     def hold(self, write: bool) -> bool:
         """Have torch's C interface find the gradients; False where something is not as it was. The probe holds them."""
@@ -292,7 +302,7 @@ class Pattern:
         if self._served < 2 or self.probe is not None or not Probe.available() or not self._is_simple(grads):
             return
         shown = list(zip(self._shown, self._shown_at, strict=True))
-        device = parameters.device.torch_device
+        device = torch.device(parameters.device.name)
         self.probe = Probe(parameters.params, self.present, self.dtypes, shown, device, self._owned)
 
     def _is_simple(self, grads: Sequence[Tensor]) -> bool:

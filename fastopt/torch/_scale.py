@@ -10,14 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..engine.device import Device
 from ..engine.step import Request
-from ._devices import TorchDevice
 from ._tensors import local
 
 
-def request_for(
-    asked: Request, scale: Any, found: Any, device: TorchDevice | None
-) -> tuple[Request | None, Tensor | None]:
+def request_for(asked: Request, scale: Any, found: Any, device: Device | None) -> tuple[Request | None, Tensor | None]:
     """The request with a loss scale, or None where the step must be skipped; and a tensor that must outlive the step.
 
     Args:
@@ -33,7 +31,7 @@ def request_for(
     return dataclasses.replace(asked, multiplier=1.0 if scale is None else 1.0 / float(scale)), None
 
 
-def _decided_there(asked: Request, scale: Any, found: Any, device: TorchDevice) -> tuple[Request, Tensor]:
+def _decided_there(asked: Request, scale: Any, found: Any, device: Device) -> tuple[Request, Tensor]:
     """Leave it to the GPU. A scale of NaN makes the norm NaN, and a step whose norm is not finite is skipped."""
     there = _placed(1.0 if scale is None else scale, device)
     if found is not None:
@@ -42,10 +40,10 @@ def _decided_there(asked: Request, scale: Any, found: Any, device: TorchDevice) 
     return dataclasses.replace(asked, scale_at=there.data_ptr(), skip_nonfinite=skip), there
 
 
-def _placed(number: Any, device: TorchDevice) -> Tensor:
+def _placed(number: Any, device: Device) -> Tensor:
     if isinstance(number, Tensor):
-        return number.to(device.torch_device, torch.float32, non_blocking=True)
-    return torch.full((), float(number), dtype=torch.float32, device=device.torch_device)
+        return number.to(device.name, torch.float32, non_blocking=True)
+    return torch.full((), float(number), dtype=torch.float32, device=device.name)
 
 
 def unscale(params: Iterable[Tensor], scale: Any, skipped: bool | Tensor) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,9 @@ class Shards:
 
     Every process adds up for all of them in each step, whichever have a gradient: so the collectives of a step are the
     same ones everywhere.
+
+    Attributes:
+        members: Indices of the parameters that are spread.
     """
 
     def __init__(self, params: Sequence[Tensor]) -> None:
@@ -26,6 +30,7 @@ class Shards:
             axes = tuple(axis for axis, _ in split_axes(p))
             if axes:
                 spread.setdefault((p.device_mesh, axes), []).append(i)  # type: ignore[attr-defined]
+        self.members = list(chain(*spread.values()))
         self._spread = [
             (mesh.device_type, [mesh.get_group(axis) for axis in axes], members)
             for (mesh, axes), members in spread.items()

@@ -6,22 +6,22 @@ import functools
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..arrays import Layout
-from ..engine.plan import StepCount
+from ..engine.device import Layout
 from ..kernels.epilogues import EMA, EMA_STEP
 from ..kernels.registry import RULES
 from ..kernels.rules.rule import Rule
-from . import _devices
-from ._devices import TorchDevice
 from ._master import MASTER
-from ._tensors import COMPUTED, PLAIN, layout_of, parameter_memory, shaped_like
+from ._tensors import COMPUTED, PLAIN, layout_of, parameter_memory, part_of, shaped_like
+
+if TYPE_CHECKING:
+    from ..engine.plan import StepCount
 
 STEP = "step"
 
@@ -171,15 +171,13 @@ class State(_Watched):
                         memory = parameter_memory(p, "")
                     except (NotImplementedError, TypeError, ValueError):
                         continue  # such as one on the meta device: a step says so, if it gets that far
-                    params, memories = alike.setdefault(
-                        (memory.dtype, g if flat else 0, _devices.device_of(p)), ([], [])
-                    )
+                    params, memories = alike.setdefault((memory.dtype, memory.device, g if flat else 0), ([], []))
                     params.append(p)
                     memories.append(memory)
         layouts: dict[Any, Any] = {}  # one object for equal ones
         copies: tuple[list[Tensor], list[Tensor]] = [], []  # targets and sources
-        for (*_, device), (params, memories) in alike.items():
-            arena = Arena(memories, device)
+        for params, memories in alike.values():
+            arena = Arena(memories)
             for index, (p, memory) in enumerate(zip(params, memories, strict=True)):
                 layout = layout_of(memory)
                 slot = Slot(arena, index, layouts.setdefault(layout, layout))
@@ -238,12 +236,11 @@ class Arena:
     along. The flat arrays are on the parameters' device. The numbers are on the CPU, where torch has step counts, too.
 
     Args:
-        memories: The real tensors of the parameters, of one compute dtype.
-        device: Where they live.
+        memories: The real tensors of the parameters, of one compute dtype and device.
     """
 
-    def __init__(self, memories: Sequence[Tensor], device: TorchDevice) -> None:
-        self.device = device
+    def __init__(self, memories: Sequence[Tensor]) -> None:
+        self.device = memories[0].device
         self.size = len(memories)
         layout = Layout.of({str(i): (m.numel(),) for i, m in enumerate(memories)})
         self.offsets, self._total = layout.offsets, layout.total
@@ -268,8 +265,8 @@ class Arena:
                 array: Any = np.zeros(self.size, np.float32 if name == STEP else np.float64)
                 self.numbers[name], start = array, array.ctypes.data
             else:
-                array = self.arrays[name] = self.device.array(self.device.zeros(self._total, self._dtype))
-                start = self.device.memory.address(array)
+                array = self.arrays[name] = torch.zeros(self._total, dtype=self._dtype, device=self.device)
+                start = array.data_ptr()
             self._starts[name], self._given[name] = (start, array.itemsize), bytearray(self.size)
         if is_number:
             self.numbers[name][index] = value
@@ -280,7 +277,7 @@ class Arena:
         """A tensor of a state of a parameter that lies so."""
         self._given[name][index] = True
         offset = self.offsets[index]
-        view = self.device.view(self.arrays[name], offset, offset + self._sizes[index], layout)
+        view = part_of(self.arrays[name], offset, offset + self._sizes[index], layout)
         return shaped_like(parameter, view)
 
     def number(self, name: str, index: int) -> Tensor:

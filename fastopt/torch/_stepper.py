@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..engine.device import HOST, Device
 from ..engine.exclusive import makes_many
 from ..engine.host import plan_class
 from ..engine.plan import Plans
 from ..engine.step import Request, StepInfo
 from ..kernels.rules.rule import Options
 from . import _devices
-from ._devices import TorchDevice
 from ._parameters import Kind, Parameters
 from ._patterns import Pattern, Probe
 from ._state import State
@@ -36,7 +36,7 @@ class Stepper:
         device: The device whose parameters these are; others are left alone.
     """
 
-    def __init__(self, groups: Sequence[Mapping[str, Any]], state: State, kind: Kind, device: TorchDevice) -> None:
+    def __init__(self, groups: Sequence[Mapping[str, Any]], state: State, kind: Kind, device: Device) -> None:
         self.device = device
         self._flat = kind.flat
         self._parameters = Parameters(groups, state, kind, device)
@@ -70,6 +70,9 @@ class Stepper:
             self._conclude()
         if self._pattern is not None and self._hold(self._pattern, write):
             return True
+        known = self._patterns.find(Pattern.knows)
+        if known is not None and self._leave() and self._resume(known) and self._hold(known, write):
+            return True
         if self._flat is not None:
             self._flat.gather()
         listed: list[Any] = [p.grad for p in self._params]
@@ -93,34 +96,43 @@ class Stepper:
         self.release()
         return False
 
+    def _leave(self) -> bool:
+        """Get ready for another pattern; False where all must be derived anew."""
+        self.device.refuse_capture()
+        self._sync()
+        return self._pattern is None or self._pattern.sync.holds()
+
+    def _resume(self, pattern: Pattern | None) -> bool:
+        """Have a pattern serve again; False where its parameters have gone ways of their own."""
+        self._pattern = None  # an interrupt must not leave half of one to be used
+        if pattern is None or not self._patterns.resume(pattern) or not pattern.sync.agrees():
+            return False
+        self._pattern = pattern
+        return True
+
     @makes_many
     def _change(self, present: tuple[int, ...], grads: list[Tensor], options: Sequence[Options]) -> bool:
         """Have another pattern serve; False where all must be derived anew."""
-        self.device.refuse_capture()
-        self._sync()
-        if self._pattern is not None and not self._pattern.sync.holds():
+        if not self._leave():
             return False
-        last = self._patterns.last(present)
-        self._pattern = None if last is None else self._patterns.resume(last)
-        if self._pattern is None:
+        if not self._resume(self._patterns.find(lambda pattern: pattern.present == present)):
             if any(_devices.device_of(self._params[i]) is not self.device for i in present):
                 return False
             memories = self._parameters.brought(present, self._parameters.local(present, grads))
             self._serve((present, tuple([m.dtype for m in memories]), self._flat is not None), options)
-        return self.serving.sync.agrees()
+            return self.serving.sync.agrees()
+        return True
 
     @makes_many
     def _serve(self, key: tuple[tuple[int, ...], tuple[torch.dtype, ...], bool], options: Sequence[Options]) -> None:
         """Have the pattern serve of these parameters with gradients of these dtypes, which are flat or not."""
         self.device.refuse_capture()
         self._sync()
-        self._pattern = None  # an interrupt must not leave half of one to be used
-        pattern = self._patterns.resume(key)
-        if pattern is None or not pattern.sync.agrees():
+        if not self._resume(self._patterns.find(lambda pattern: pattern.key == key)):
             self.device.require()
             self._parameters.admit(key[0], options)
-            pattern = self._patterns.keep(key, Pattern(self._parameters, *key, options, plan_class(self.device.memory)))
-        self._pattern = pattern
+            made = Pattern(self._parameters, *key, options, plan_class(self.device))
+            self._pattern = self._patterns.keep(made)
 
     def _read(self, grads: list[Tensor], options: Sequence[Options], write: bool) -> None:
         """Have the plan read the gradients."""
@@ -208,7 +220,7 @@ class Stepper:
     def verdict(self) -> Tensor | None:
         """1 if the last step was skipped, else 0, where only a GPU knows; not waited for."""
         result = self.serving.plan.result if self._may_skip else None
-        return None if result is None else self.device.tensor(result)[1]
+        return None if result is None else _devices.tensor_of(result, self.device)[1]
 
 
 class Steppers:
@@ -217,7 +229,7 @@ class Steppers:
     @makes_many
     def __init__(self, groups: Sequence[Mapping[str, Any]], state: State, kind: Kind) -> None:
         self._lists = [list(group["params"]) for group in groups]
-        devices = dict.fromkeys(_devices.device_of(p) for p in chain(*self._lists)) or {_devices.CPU: None}
+        devices = dict.fromkeys(_devices.device_of(p) for p in chain(*self._lists)) or {HOST: None}
         # GPUs first: what a launch may fail of shows before the CPU has written anything.
         ordered = sorted(devices, key=lambda device: not device.on_gpu)
         self.each = [Stepper(groups, state, kind, device) for device in ordered]
@@ -249,7 +261,7 @@ class Steppers:
         if any(stepper.device.capturing() for stepper in self.each):
             raise RuntimeError(
                 "fastopt.torch: a CUDA graph can hold only steps of parameters that are all on one GPU, but these are "
-                f"on {', '.join(str(s.device.torch_device) for s in self.each)}. Make an optimizer for each."
+                f"on {', '.join(s.device.name for s in self.each)}. Make an optimizer for each."
             )
         if len({bool(o.get("capturable")) for o in options}) > 1:
             raise ValueError("fastopt.torch: capturable=True must be set for all param groups or for none.")

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack, to_dlpack  # type: ignore[attr-defined]
 
-from ..engine.device import first_overlap
 from ..kernels.dtypes import COMPUTE, ITEMSIZE, PAIRS
 
 
@@ -81,6 +78,13 @@ def same_layout(a: Tensor, b: Tensor) -> bool:
     if a.is_contiguous() and b.is_contiguous():
         return True
     return all(n == 1 or s == t for n, s, t in zip(a.shape, a.stride(), b.stride(), strict=True))
+
+
+def part_of(flat: Tensor, begin: int, end: int, layout: tuple[Any, ...]) -> Tensor:
+    """Elements of a flat tensor as one that lies so, with a storage that covers no more."""
+    shape, strides, _ = layout
+    part = from_dlpack(to_dlpack(flat[begin:end]))
+    return part if part.shape == shape else part.as_strided(shape, strides, 0)
 
 
 def layout_of(memory: Tensor) -> tuple[Any, ...]:
@@ -205,11 +209,3 @@ def gradient_memory(gradient: Tensor, memory: Tensor, has_master: bool, where: s
     if same_layout(held, memory):
         return held
     return torch.empty_strided(memory.shape, memory.stride(), dtype=held.dtype, device=held.device).copy_(held)
-
-
-def check_apart(starts: NDArray[np.uint64], nbytes: NDArray[np.int64], name: Callable[[int], str], where: str) -> None:
-    """Refuse memory of parameters and states that is shared: each would be updated twice."""
-    clash = first_overlap(starts, nbytes)
-    if clash is not None:
-        a, b = map(name, clash)
-        raise ValueError(f"{where}: {a} and {b} share memory; they would be updated twice. Pass one of them.")

@@ -8,6 +8,7 @@ optimises for the processor named by NUMBA_CPU_NAME, takes three times as long.)
 from __future__ import annotations
 
 import argparse
+import inspect
 import os
 import platform
 from collections.abc import Callable, Iterator
@@ -19,45 +20,42 @@ if __name__ == "__main__":
     os.environ.pop("NUMBA_DEBUG_INFO", None)
 
 import llvmlite.binding as llvm
-from numba import cfunc
+from numba import cfunc, types
 
-from .. import reductions
 from ..dtypes import COMPUTE, PAIRS, symbol
 from ..epilogues import KINDS, kinds_of
 from ..registry import RULES
-from ..storage import Features
-from . import loop, schedule, terms
+from . import loop, schedule, sums
 
-KERNELS: dict[str, tuple[Callable[..., Callable[..., None]], Any]] = {
-    "update": (loop.update_loop, loop.SIGNATURE),
-    "terms": (terms.terms_loop, terms.SIGNATURE),
-    "ratio": (loop.ratio_function, loop.RATIO_SIGNATURE),
-    "squares": (reductions.squares_loop, reductions.SIGNATURE),
-    "schedule": (schedule.schedule, schedule.SIGNATURE),
+KERNELS: dict[str, Callable[..., Callable[..., None]]] = {
+    "update": loop.update_loop,
+    "terms": sums.terms_loop,
+    "ratio": loop.ratio_function,
+    "squares": sums.squares_loop,
+    "schedule": schedule.schedule,
 }
-"""What each kind of kernel is made by, from what it is of and the processor's features, and its C signature."""
+"""What each kind of kernel is made by, from what it is of and whether the processor converts float16. All its arguments
+are integers: numbers of elements, and addresses."""
 
 
-def compiled(features: Features, kind: str, *of: Any) -> Any:
+def compiled(half: bool, kind: str, *of: Any) -> Any:
     """A kernel of this processor. Its ``address`` fits the schedule; keep it alive.
 
     Args:
-        features: What the processor can do.
+        half: Whether the processor converts float16.
         kind: One of ``KERNELS``.
         of: Rule and storage dtypes of parameter and gradient; of a ratio the rule, of squares the dtype alone.
     """
-    make, signature = KERNELS[kind]
-    return cfunc(signature, error_model="numpy")(make(*of, features))
+    kernel = KERNELS[kind](*of, half)
+    arguments = [types.int64] * len(inspect.signature(kernel).parameters)
+    return cfunc(types.void(*arguments), error_model="numpy")(kernel)
 
 
-def features_of(isa: str) -> Features:
-    """What every processor with the instruction set can do; "native" is this one."""
-    if isa != "native":
-        return Features(half=isa != "x86-64-v2", fma=isa != "x86-64-v2")
-    if platform.machine() != "x86_64":
-        return Features(half=True, fma=True)
-    found = llvm.get_host_cpu_features()
-    return Features(half=found.get("f16c", False), fma=found.get("fma", False))
+def converts_half(isa: str) -> bool:
+    """Whether every processor with the instruction set converts float16; "native" is this one."""
+    if isa == "native" and platform.machine() == "x86_64":
+        return bool(llvm.get_host_cpu_features().get("f16c", False))
+    return isa != "x86-64-v2"
 
 
 # --- ahead of time -----------------------------------------------------------------------------------------------
@@ -69,14 +67,13 @@ def write_objects(directory: Path, p: str, g: str, isas: list[str]) -> None:
     modules: dict[str, Any] = {}
     translated: dict[tuple[Any, ...], tuple[str, str]] = {}
     for isa in isas:
-        features = features_of(isa)
-        for depends, *kernel in _kernels(p, g):
-            key = (*kernel, features if depends else None)
+        half = converts_half(isa)
+        for kernel in _kernels(p, g):
+            key = (*kernel, half and "float16" in kernel)
             if key not in translated:
-                function = compiled(features, *kernel)
+                function = compiled(half, *kernel)
                 translated[key] = function.inspect_llvm(), function.native_name
-            kind, *of = kernel
-            module = _optimise(*translated[key], symbol(kind, *(getattr(x, "name", x) for x in of), isa), machines[isa])
+            module = _optimise(*translated[key], symbol(*kernel, isa), machines[isa])
             if isa in modules:
                 modules[isa].link_in(module)
             else:
@@ -86,19 +83,18 @@ def write_objects(directory: Path, p: str, g: str, isas: list[str]) -> None:
 
 
 def _kernels(p: str, g: str) -> Iterator[tuple[Any, ...]]:
-    """The kernels of one pair, and before each whether features change its code."""
-    for rule in RULES.values():
-        yield "float16" in (p, g), "update", rule, p, g
+    """The kernels of one pair."""
+    for rule in {rule.step: rule for rule in RULES.values()}.values():
+        yield "update", rule, p, g
         if rule.sources:
-            yield True, "terms", rule, p, g
+            yield "terms", rule, p, g
         if rule.ratio is not None and p == g == "float64":
-            yield False, "ratio", rule
+            yield "ratio", rule
     if p == g:
-        yield True, "squares", p
-        for epilogue, target in (KINDS[k] for k in kinds_of(p)):
-            yield "float16" in (p, target), "update", epilogue, target, p
+        yield "squares", p
+        yield from (("update", *KINDS[k], p) for k in kinds_of(p))
     if p == g == "float64":
-        yield False, "schedule"
+        yield ("schedule",)
 
 
 def _machine(isa: str) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 import numba
 from llvmlite import ir
 from numba import njit, types
+from numba.core import cgutils
 
 from ..dtypes import COMPUTE, ITEMSIZE
 from ..emit import emitted
@@ -15,19 +16,8 @@ from ..environment import enter, leave
 from ..layout import MULTIPLIER, PARAMETER, RATIO
 from ..reductions import scaled
 from ..rules.rule import Rule
-from ..storage import I64, LINE, Features, Storage, prefetch
-
-SIGNATURE = types.void(
-    types.int64,  # first element
-    types.int64,  # one past the last element
-    types.CPointer(types.voidptr),  # parameter, gradient, states
-    types.CPointer(types.float64),  # the rule's scalars
-    types.CPointer(types.float64),  # the segment's own: gradient multiplier, trust ratio
-)
-"""C signature of an update kernel."""
-
-RATIO_SIGNATURE = types.void(*[types.CPointer(types.float64)] * 3)
-"""C signature of a ratio: (sums of a segment, the rule's scalars, the segment's own, where the ratio goes)."""
+from ..storage import DOUBLE, I64, LINE, Storage, prefetch
+from .memory import at, put_real, real
 
 PROMOTED = "a literal such as 2 promotes what it touches, so make it an option or one of the scalars"
 
@@ -48,19 +38,22 @@ OWNED = 128  # elements between the block that is computed and the block whose p
 inlined = njit(error_model="numpy", forceinline=True)
 
 
-def update_loop(rule: Rule, p: str, g: str, features: Features) -> Callable[..., None]:
-    """The loop of ``rule`` over parameters stored as ``p`` and gradients stored as ``g``, to be compiled."""
-    access = Access(rule, p, g, features)
-    compute, pointers_of, load, store = access.compute, access.pointers_of(), access.load(), access.store()
-    ahead, owned = access.ahead(range(len(access.storages))), access.ahead([PARAMETER], write=True)
-    scalars_of, last = scalars_intrinsic(rule, compute), len(rule.Scalars._fields) - 1  # type: ignore[attr-defined]
-    factors, step = inlined(rule.factors), inlined(rule.step)
+def update_loop(rule: Rule, p: str, g: str, half: bool) -> Callable[..., None]:
+    """The loop of ``rule`` over parameters stored as ``p`` and gradients stored as ``g``, to be compiled.
 
-    def loop(lo: Any, hi: Any, buffers: Any, scalars: Any, own: Any) -> None:
-        mode: Any = enter()  # type: ignore[call-arg]
-        h = scalars_of(scalars, factors(own[RATIO] * scalars[last]))
-        pointers = pointers_of(buffers)
-        multiplier = compute(own[MULTIPLIER])
+    Args of the loop: first element; one past the last; addresses of a table of arrays (parameter, gradient, states), of
+    the rule's scalars, and of the segment's own.
+    """
+    access = Access(rule, p, g, half)
+    compute, load, store, pointers_of = access.compute, access.load, access.store, access.pointers_of
+    ahead, owned = access.ahead(range(len(access.storages))), access.ahead([PARAMETER], write=True)
+    scalars_of, last, step = scalars_reader(rule, compute), len(rule.fields) - 1, inlined(rule.step)
+
+    def loop(lo: Any, hi: Any, arrays: Any, scalars: Any, own: Any) -> None:
+        mode = enter()
+        h = scalars_of(scalars, real(own, RATIO) * real(scalars, last))
+        pointers = pointers_of(arrays)
+        multiplier = compute(real(own, MULTIPLIER))
         tail = hi - (hi - lo) % BLOCK
         for start in range(lo, tail, BLOCK):
             ahead(pointers, start + AHEAD)
@@ -74,21 +67,20 @@ def update_loop(rule: Rule, p: str, g: str, features: Features) -> Callable[...,
     return loop
 
 
-def ratio_function(rule: Rule, features: Features) -> Callable[..., None]:
-    """The ratio of ``rule`` in float64, to be compiled."""
+def ratio_function(rule: Rule, half: bool) -> Callable[..., None]:
+    """The ratio of ``rule`` in float64, to be compiled: of a segment's sums, to where its own are."""
     assert rule.ratio is not None
-    scalars_of, formula = scalars_intrinsic(rule, types.float64), inlined(rule.ratio)
-    doubles = types.CPointer(types.float64)
+    scalars_of, formula = scalars_reader(rule, types.float64), inlined(rule.ratio)
+    result = types.UniTuple(types.float64, len(rule.products))
 
-    @emitted(types.UniTuple(types.float64, len(rule.products))(doubles, types.float64))
+    @emitted(result(types.int64, types.float64))
     def sums_of(context: Any, builder: Any, sums: Any, multiplier: Any) -> Any:
-        values = [builder.load(builder.gep(sums, [ir.Constant(I64, k)])) for k in rule.places]
-        values = scaled(context, builder, values, rule.products, multiplier)
-        return context.make_tuple(builder, types.UniTuple(types.float64, len(values)), values)
+        values = [builder.load(at(builder, sums, k, DOUBLE)) for k in rule.places]
+        return context.make_tuple(builder, result, scaled(context, builder, values, rule.products, multiplier))
 
     def ratio(sums: Any, scalars: Any, own: Any) -> None:
-        mode: Any = enter()  # type: ignore[call-arg]
-        own[RATIO] = formula(sums_of(sums, own[MULTIPLIER]), scalars_of(scalars, (1.0, 1.0)))
+        mode = enter()
+        put_real(own, RATIO, formula(sums_of(sums, real(own, MULTIPLIER)), scalars_of(scalars, 1.0)))
         leave(mode)
 
     return ratio
@@ -96,22 +88,22 @@ def ratio_function(rule: Rule, features: Features) -> Callable[..., None]:
 
 def scalars_type(rule: Rule, compute: Any) -> Any:
     """Numba's type of the scalars of a rule."""
-    return types.NamedUniTuple(compute, len(rule.Scalars._fields), rule.Scalars)  # type: ignore[attr-defined]
+    return types.NamedUniTuple(compute, len(rule.fields), rule.Scalars)
 
 
-def scalars_intrinsic(rule: Rule, compute: Any) -> Any:
-    """Intrinsic ``(scalars, (stretch, ratio)) -> h``: each float64 scalar rounded once to the compute dtype."""
-    names = rule.Scalars._fields  # type: ignore[attr-defined]
-    result = scalars_type(rule, compute)
+def scalars_reader(rule: Rule, compute: Any) -> Any:
+    """Intrinsic ``(scalars, ratio) -> h``: each float64 scalar rounded once to the compute dtype."""
+    result, pair = scalars_type(rule, compute), types.UniTuple(types.float64, 2)
 
-    @emitted(result(types.CPointer(types.float64), types.UniTuple(types.float64, 2)))
-    def scalars_of(context: Any, builder: Any, scalars: Any, of_segment: Any) -> Any:
-        doubles = [builder.load(builder.gep(scalars, [ir.Constant(I64, k)])) for k in range(len(names))]
+    @emitted(result(types.int64, types.float64))
+    def scalars_of(context: Any, builder: Any, scalars: Any, ratio: Any) -> Any:
+        doubles = {name: builder.load(at(builder, scalars, k, DOUBLE)) for k, name in enumerate(rule.fields)}
         if rule.ratio is not None:
-            for k, name in enumerate(("stretch", "ratio")):
-                if name in names:
-                    doubles[names.index(name)] = builder.extract_value(of_segment, k)
-        return context.make_tuple(builder, result, [context.cast(builder, x, types.float64, compute) for x in doubles])
+            factors = context.compile_internal(builder, rule.factors, pair(types.float64), [ratio])
+            split = zip(("stretch", "ratio"), cgutils.unpack_tuple(builder, factors), strict=True)
+            doubles |= {name: factor for name, factor in split if name in doubles}
+        rounded = [context.cast(builder, x, types.float64, compute) for x in doubles.values()]
+        return context.make_tuple(builder, result, rounded)
 
     return scalars_of
 
@@ -121,80 +113,66 @@ class Access:
 
     The arrays do not overlap (the API refuses it), and each access says so in its metadata: LLVM then needs no
     run-time checks, of which it would give up on six arrays and leave the loop scalar.
+
+    Attributes:
+        pointers_of: ``(address of a table of arrays) -> pointers``.
+        load: ``(pointers, i, multiplier, h) -> (p, multiplier * g, *state, h)``: the arguments of the rule.
+        store: ``(pointers, i, (p, *state))``: each value rounded once to its storage.
     """
 
-    def __init__(self, rule: Rule, p: str, g: str, features: Features) -> None:
-        self.storages = [Storage(d, features.half) for d in (p, g, *[COMPUTE[p]] * len(rule.state))]
+    def __init__(self, rule: Rule, p: str, g: str, half: bool) -> None:
+        self.storages = [Storage(d, half) for d in (p, g, *[COMPUTE[p]] * len(rule.state))]
         self.compute = getattr(types, COMPUTE[p])
-        self.pointers = types.UniTuple(types.voidptr, len(self.storages))
-        self.written = [0, *range(2, len(self.storages))]  # everything but the gradient
-        self.h = scalars_type(rule, self.compute)
-
-    def _element(self, builder: Any, pointers: Any, k: int, i: Any) -> Any:
-        typed = builder.bitcast(builder.extract_value(pointers, k), self.storages[k].memory.as_pointer())
-        return builder.gep(typed, [i])
-
-    def _mark(self, builder: Any, access: Any, k: int) -> Any:
-        module = builder.module
-        domain = module.add_metadata([ir.MetaDataString(module, "fastopt")])
-        scopes = [
-            module.add_metadata([ir.MetaDataString(module, f"fastopt.array{j}"), domain])
-            for j in range(len(self.storages))
-        ]
-        access.set_metadata("alias.scope", module.add_metadata([scopes[k]]))
-        access.set_metadata("noalias", module.add_metadata([s for j, s in enumerate(scopes) if j != k]))
-        return access
-
-    def pointers_of(self) -> Any:
-        """Intrinsic ``(buffers) -> pointers``."""
-
-        @emitted(self.pointers(types.CPointer(types.voidptr)))
-        def pointers_of(context: Any, builder: Any, buffers: Any) -> Any:
-            places = [builder.gep(buffers, [ir.Constant(I64, k)]) for k in range(len(self.storages))]
-            return context.make_tuple(builder, self.pointers, [builder.load(place) for place in places])
-
-        return pointers_of
-
-    def load(self) -> Any:
-        """Intrinsic ``(pointers, i, multiplier, h) -> (p, multiplier * g, *state, h)``: the arguments of the rule."""
-        result = types.Tuple([self.compute] * len(self.storages) + [self.h])
-
-        @emitted(result(self.pointers, types.int64, self.compute, self.h))
-        def load(context: Any, builder: Any, pointers: Any, i: Any, multiplier: Any, h: Any) -> Any:
-            values = []
-            for k, storage in enumerate(self.storages):
-                element = self._mark(builder, builder.load(self._element(builder, pointers, k, i)), k)
-                values.append(storage.decode(builder, element))
-            values[1] = builder.fmul(values[1], multiplier)
-            return context.make_tuple(builder, result, [*values, h])
-
-        return load
-
-    def store(self) -> Any:
-        """Intrinsic ``(pointers, i, (p, *state))``: each value rounded once to its storage."""
-
-        def signature(pointers: Any, i: Any, values: Any) -> Any:
-            if values != types.UniTuple(self.compute, len(self.written)):
-                expected = f"{len(self.written)} values of {self.compute}"
-                raise numba.TypingError(f"the rule returns {values}, not {expected}: {PROMOTED}")
-            return types.void(pointers, types.int64, values)
-
-        @emitted(signature)
-        def store(context: Any, builder: Any, pointers: Any, i: Any, values: Any) -> None:
-            for position, k in enumerate(self.written):
-                value = self.storages[k].encode(builder, builder.extract_value(values, position))
-                self._mark(builder, builder.store(value, self._element(builder, pointers, k, i)), k)
-
-        return store
+        self._pointers = types.UniTuple(types.int64, len(self.storages))
+        self._written = [0, *range(2, len(self.storages))]  # everything but the gradient
+        h = scalars_type(rule, self.compute)
+        self._arguments = types.Tuple([self.compute] * len(self.storages) + [h])
+        self.pointers_of = emitted(self._pointers(types.int64))(self._pointers_of)
+        self.load = emitted(self._arguments(self._pointers, types.int64, self.compute, h))(self._load)
+        self.store = emitted(self._of_store)(self._store)
 
     def ahead(self, arrays: Iterable[int], write: bool = False, level: int = 3) -> Any:
         """Intrinsic ``(pointers, i)``: ask for the cache lines of the block that begins at element i of some arrays."""
 
-        @emitted(types.void(self.pointers, types.int64))
+        @emitted(types.void(self._pointers, types.int64))
         def ahead(context: Any, builder: Any, pointers: Any, i: Any) -> None:
             for k in arrays:
                 for offset in range(0, BLOCK, LINE // ITEMSIZE[self.storages[k].dtype]):
-                    at = builder.add(i, ir.Constant(I64, offset))
-                    prefetch(builder, self._element(builder, pointers, k, at), level=level, write=write)
+                    element = self._element(builder, pointers, k, builder.add(i, ir.Constant(I64, offset)))
+                    prefetch(builder, element, level=level, write=write)
 
         return ahead
+
+    def _element(self, builder: Any, pointers: Any, k: int, i: Any) -> Any:
+        return at(builder, builder.extract_value(pointers, k), i, self.storages[k].memory)
+
+    def _mark(self, builder: Any, access: Any, k: int) -> Any:
+        module, arrays = builder.module, range(len(self.storages))
+        domain = module.add_metadata([ir.MetaDataString(module, "fastopt")])
+        scopes = [module.add_metadata([ir.MetaDataString(module, f"fastopt.array{j}"), domain]) for j in arrays]
+        access.set_metadata("alias.scope", module.add_metadata([scopes[k]]))
+        access.set_metadata("noalias", module.add_metadata([s for j, s in enumerate(scopes) if j != k]))
+        return access
+
+    def _pointers_of(self, context: Any, builder: Any, arrays: Any) -> Any:
+        words = [builder.load(at(builder, arrays, k, I64)) for k in range(len(self.storages))]
+        return context.make_tuple(builder, self._pointers, words)
+
+    def _load(self, context: Any, builder: Any, pointers: Any, i: Any, multiplier: Any, h: Any) -> Any:
+        values = []
+        for k, storage in enumerate(self.storages):
+            element = self._mark(builder, builder.load(self._element(builder, pointers, k, i)), k)
+            values.append(storage.decode(builder, element))
+        values[1] = builder.fmul(values[1], multiplier)
+        return context.make_tuple(builder, self._arguments, [*values, h])
+
+    def _of_store(self, pointers: Any, i: Any, values: Any) -> Any:
+        if values != types.UniTuple(self.compute, len(self._written)):
+            expected = f"{len(self._written)} values of {self.compute}"
+            raise numba.TypingError(f"the rule returns {values}, not {expected}: {PROMOTED}")
+        return types.void(pointers, types.int64, values)
+
+    def _store(self, context: Any, builder: Any, pointers: Any, i: Any, values: Any) -> None:
+        for position, k in enumerate(self._written):
+            value = self.storages[k].encode(builder, builder.extract_value(values, position))
+            self._mark(builder, builder.store(value, self._element(builder, pointers, k, i)), k)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from numba import njit, types
+from numba import njit
 
 from ..environment import enter, leave
 from ..layout import (
@@ -31,20 +31,9 @@ from ..layout import (
     structure,
 )
 from ..layout import SUMS as PLACES
-from ..storage import Features
 from .memory import call, clear, count_up, put_real, put_word, real, word
 
 EVERY_SUM = (1 << PLACES) - 1
-
-SIGNATURE = types.void(
-    types.int64,  # the table
-    types.int64,  # what is done
-    types.int64,  # flags; for NORM, of which array
-    types.int64,  # which thread this is
-    types.int64,  # of how many
-    types.int64,  # function without arguments that returns when all threads have called it
-)
-"""C signature of a schedule."""
 
 KERNEL, SCALARS, ARRAYS, OWN, ZEROED, EPILOGUES, TERMS, RATIO, SQUARES, SUMS = places("segment")
 SEGMENT_WORDS, EPILOGUE_WORDS = (structure(name).itemsize // WORD for name in ("segment", "epilogue"))
@@ -52,13 +41,13 @@ SEGMENTS, SEGMENT_COUNT, CHUNKS, CHUNK_COUNT, WAVES_AT, WAVE_COUNT, PARTIALS = p
 COUNTS, HALF, NEXT, TOTAL, UNIT, SUMMED = places("table")[7:]
 
 
-def schedule(features: Features) -> Callable[..., None]:
-    """The schedule, to be compiled."""
+def schedule(half: bool) -> Callable[..., None]:
+    """The schedule, to be compiled: ``SCHEDULE`` in team.py is its C signature."""
     return _schedule
 
 
 def _schedule(table: Any, act: Any, flags: Any, me: Any, threads: Any, barrier: Any) -> None:
-    mode: Any = enter()  # type: ignore[call-arg]
+    mode = enter()
     count, segment_count = word(table, CHUNK_COUNT), word(table, SEGMENT_COUNT)
     norm, squares = act == NORM, 1 << flags if act == NORM else ~flags & (KNOW_W | KNOW_G)
     of_terms = squares if norm else EVERY_SUM

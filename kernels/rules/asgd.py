@@ -34,10 +34,6 @@ def asgd_scalars(t: int, o: Options, carry: AsgdCarry) -> tuple[AsgdScalars, Asg
     return scalars, AsgdCarry(lr / (1.0 + o["lambd"] * lr * t) ** o["alpha"], 1.0 / max(1.0, t - o["t0"]))
 
 
-def asgd_carry(o: Options) -> AsgdCarry:
-    return AsgdCarry(o["lr"], 1.0)
-
-
 OPTIONS = {
     "lr": Option(1e-2),
     "lambd": Option(1e-4, NONNEGATIVE),
@@ -47,4 +43,8 @@ OPTIONS = {
 }
 
 
-RULES = (Rule("asgd", asgd, AsgdScalars, asgd_scalars, ("ax",), carry=asgd_carry, options=OPTIONS),)
+def start(o: Options) -> AsgdCarry:
+    return AsgdCarry(o["lr"], 1.0)
+
+
+RULES = (Rule("asgd", asgd, AsgdScalars, asgd_scalars, ("ax",), carry=start, options=OPTIONS),)

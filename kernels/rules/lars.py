@@ -11,6 +11,7 @@ from .rule import NONNEGATIVE, SWITCH, UP_TO_ONE, Option, Options, Rule
 class LarsScalars(NamedTuple):
     mu: float
     outer: float  # 1 where lr lives in the buffer, else lr
+    nesterov: float  # whether the step looks ahead
     weight_decay: float
     trust_coefficient: float
     eps: float
@@ -24,14 +25,7 @@ def lars(p: Any, g: Any, b: Any, h: LarsScalars) -> tuple[Any, Any]:
     g = g + h.weight_decay * p if h.weight_decay else g
     d = h.ratio * (h.stretch * g)
     b = h.mu * b + d if h.mu else d
-    return p - h.outer * b, b
-
-
-def lars_nesterov(p: Any, g: Any, b: Any, h: LarsScalars) -> tuple[Any, Any]:
-    g = g + h.weight_decay * p if h.weight_decay else g
-    d = h.ratio * (h.stretch * g)
-    b = h.mu * b + d
-    return p - h.outer * (d + h.mu * b), b
+    return p - h.outer * (d + h.mu * b if h.nesterov else b), b
 
 
 def trust_ratio(sums: tuple[float, float], h: LarsScalars) -> float:
@@ -43,12 +37,11 @@ def trust_ratio(sums: tuple[float, float], h: LarsScalars) -> float:
 
 
 def lars_scalars(t: int, o: Options) -> LarsScalars:
-    lr = o["lr"]
+    lr, nesterov = o["lr"], 1.0 if o["nesterov"] else 0.0
     inner, outer = (lr, 1.0) if o["lr_in_momentum"] else (1.0, lr)
     cap_scale, cap = (1.0 / (lr or 1.0), 1.0) if o["clip"] else (1.0, math.inf)
-    return LarsScalars(
-        o["momentum"], outer, o["weight_decay"], o["trust_coefficient"], o["eps"], cap_scale, cap, 1.0, inner
-    )
+    formed = o["momentum"], outer, nesterov, o["weight_decay"], o["trust_coefficient"], o["eps"], cap_scale, cap
+    return LarsScalars(*formed, 1.0, inner)
 
 
 OPTIONS = {
@@ -65,24 +58,17 @@ OPTIONS = {
 }
 
 
-def variant(o: Options) -> str:
-    return "lars_nesterov" if o["nesterov"] else "lars"
-
-
 def conflict(o: Options) -> str | None:
     return "nesterov=True needs momentum > 0, got 0." if o["nesterov"] and o["momentum"] == 0.0 else None
 
 
-def _rule(step: Any) -> Rule:
-    return Rule(
-        *(step.__name__, step, LarsScalars, lars_scalars, ("momentum_buffer",)),
+RULES = (
+    Rule(
+        *("lars", lars, LarsScalars, lars_scalars, ("momentum_buffer",)),
         products=(("p", "p"), ("g", "g")),
         ratio=trust_ratio,
         layerwise=True,
         options=OPTIONS,
-        variant=variant,
         conflict=conflict,
-    )
-
-
-RULES = (_rule(lars), _rule(lars_nesterov))
+    ),
+)

@@ -37,24 +37,11 @@ def nadam_scalars(t: int, o: Options, carry: NadamCarry) -> tuple[NadamScalars, 
     mu = beta1 * (1.0 - 0.5 * 0.96 ** (t * psi))
     mu_next = beta1 * (1.0 - 0.5 * 0.96 ** ((t + 1) * psi))
     mu_product = carry.mu_product * mu  # carried, not recomputed: a schedule may move beta1 between steps
+    g_size, m_size = lr * (1.0 - mu) / (1.0 - mu_product), lr * mu_next / (1.0 - mu_product * mu_next)
+    unbias_root = 1.0 / math.sqrt(1.0 - beta2**t)
     coupled, decay = (0.0, 1.0 - lr * weight_decay) if o["decoupled_weight_decay"] else (weight_decay, 1.0)
-    scalars = NadamScalars(
-        lr * (1.0 - mu) / (1.0 - mu_product),
-        lr * mu_next / (1.0 - mu_product * mu_next),
-        beta1,
-        1.0 - beta1,
-        beta2,
-        1.0 - beta2,
-        1.0 / math.sqrt(1.0 - beta2**t),
-        o["eps"],
-        coupled,
-        decay,
-    )
-    return scalars, NadamCarry(mu_product)
-
-
-def nadam_carry(o: Options) -> NadamCarry:
-    return NadamCarry(1.0)
+    sizes, moments = (g_size, m_size), (beta1, 1.0 - beta1, beta2, 1.0 - beta2)
+    return NadamScalars(*sizes, *moments, unbias_root, o["eps"], coupled, decay), NadamCarry(mu_product)
 
 
 OPTIONS = {
@@ -66,7 +53,6 @@ OPTIONS = {
     "decoupled_weight_decay": Option(False),
 }
 
+STATE, CARRY = ("exp_avg", "exp_avg_sq"), NadamCarry(1.0)
 
-RULES = (
-    Rule("nadam", nadam, NadamScalars, nadam_scalars, ("exp_avg", "exp_avg_sq"), carry=nadam_carry, options=OPTIONS),
-)
+RULES = (Rule("nadam", nadam, NadamScalars, nadam_scalars, STATE, carry=lambda o: CARRY, options=OPTIONS),)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
+import inspect
+import math
 import numbers
 import pickle
+import pkgutil
 import sys
-import typing
+import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -108,7 +110,7 @@ class Rule:
     @property
     def Carry(self) -> Any:
         """The NamedTuple in which a parameter carries numbers from step to step, or None."""
-        return typing.get_type_hints(self.carry).get("return") if self.carry else None
+        return type(self.carry({name: o.default for name, o in self.options.items()})) if self.carry else None
 
     @property
     def carried(self) -> tuple[str, ...]:
@@ -131,13 +133,14 @@ class Rule:
         """How many terms there are: what ``terms`` returns for some numbers."""
         if self.terms is None:
             return 0
-        some = map(np.float32, np.linspace(0.5, 0.75, 2 + len(self.state) + len(self.Scalars._fields)))  # type: ignore[attr-defined]
-        numbers = [next(some) for _ in range(2 + len(self.state))]
-        try:
-            with np.errstate(all="ignore"):
-                return len(self.terms(*numbers, self.Scalars._make(some)))  # type: ignore[attr-defined]
-        except (ArithmeticError, ValueError):  # it cannot compute with these
+        some = dict.fromkeys(("p", "g", *self.state), np.float32(0.75))
+        h = types.SimpleNamespace(**{name: np.float32(0.5) for name in self.fields if name != "ratio"})
+        terms = tried(self.terms, "terms", f"Rule {self.name!r}: ", {**some, "h": h})
+        if terms is ...:
             return 1 + max(x for product in self.products for x in product if isinstance(x, int))
+        if not isinstance(terms, tuple):
+            raise TypeError(f"Rule {self.name!r}: terms must return a tuple of numbers, got {terms!r}.")
+        return len(terms)
 
     @property
     def places(self) -> tuple[int, ...]:
@@ -151,7 +154,19 @@ class Rule:
 
         A ratio beyond float32 comes in two factors where ``step`` multiplies by both, 1 and the ratio otherwise.
         """
-        return _split if "stretch" in self.Scalars._fields else _whole  # type: ignore[attr-defined]
+        largest = LARGE if "stretch" in self.fields else math.inf
+
+        def factors(ratio: float) -> tuple[float, float]:
+            if ratio > largest:
+                return STRETCH, ratio / STRETCH
+            return 1.0, ratio
+
+        return factors
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """Names of the scalars."""
+        return self.Scalars._fields  # type: ignore[attr-defined,no-any-return]
 
     def __deepcopy__(self, memo: object) -> Rule:
         return self
@@ -161,20 +176,21 @@ class Rule:
         module = self.step.__module__
         for name, value in getattr(sys.modules.get(module), "__dict__", {}).items():
             if value is self:
-                return _of_module, (module, name)
+                return pkgutil.resolve_name, (f"{module}:{name}",)
         raise pickle.PicklingError(
             f"Rule {self.name!r} cannot be pickled, because no variable of the module {module} is it. Define it at the "
             "top level of a module."
         )
 
     def __post_init__(self) -> None:
-        fields = self.Scalars._fields  # type: ignore[attr-defined]
+        fields = self.fields
         if self.ratio is not None and fields[-1] != "ratio":
             raise TypeError(f"Rule {self.name!r}: the last field of Scalars must be 'ratio', got {fields[-1]!r}.")
         if bool(self.products) != (self.ratio is not None):
             raise TypeError(f"Rule {self.name!r}: products are what ratio gets; give both or neither.")
+        terms = self.term_count
         for source in self.sources:
-            if source not in ("p", "g") and not (isinstance(source, int) and 0 <= source < self.term_count):
+            if source not in ("p", "g") and not (isinstance(source, int) and 0 <= source < terms):
                 raise ValueError(f'Rule {self.name!r}: products are of "p", "g" and numbers of terms, got {source!r}.')
         if EMA in self.state:
             raise ValueError(
@@ -195,15 +211,29 @@ class Rule:
             raise ValueError(f"Rule {self.name!r}: initial names no state array: {sorted(unknown)}.")
 
 
-def _of_module(module: str, name: str) -> Any:
-    return getattr(importlib.import_module(module), name)
+def tried(function: Any, part: str, where: str, arguments: Mapping[str, Any]) -> Any:
+    """What a function of a rule returns for these arguments; ... where they may be no numbers that it can compute with.
 
-
-def _whole(ratio: float) -> tuple[float, float]:
-    return 1.0, ratio
-
-
-def _split(ratio: float) -> tuple[float, float]:
-    if ratio > LARGE:
-        return STRETCH, ratio / STRETCH
-    return 1.0, ratio
+    A function of p is compiled for the compute dtype, one of sums for float64.
+    """
+    taken = ", ".join(arguments)
+    if not isinstance(function, types.FunctionType):
+        raise TypeError(f"{where}{part} must be a Python function of ({taken}), got {function!r}.")
+    signature, of_elements = inspect.signature(function), "p" in arguments
+    try:
+        signature.bind(*arguments.values())
+    except TypeError:
+        raise TypeError(f"{where}{part} must take ({taken}), but it takes {signature}.") from None
+    literals = [x for x in function.__code__.co_consts if isinstance(x, float)]
+    if of_elements and literals:
+        raise TypeError(
+            f"{where}{part} has the literal {literals[0]}, which would promote float32 to float64: make it an option, "
+            "or a number that scalars returns."
+        )
+    try:
+        with np.errstate(all="ignore"):
+            return function(*arguments.values())
+    except Exception as error:
+        if isinstance(error, (ArithmeticError, ValueError)) and (of_elements or "sums" in arguments):
+            return ...
+        raise TypeError(f"{where}{part} cannot be computed: {type(error).__name__}: {error}") from error

@@ -25,29 +25,23 @@ class MomentumScalars(NamedTuple):
     mu: float
     inner: float  # weight of the gradient inside the buffer: 1 - dampening, times lr where lr lives in the buffer
     outer: float  # weight of the buffer in the step: lr, or 1 where lr lives in the buffer
+    nesterov: float  # whether the step looks ahead
     weight_decay: float
 
 
 def momentum(p: Any, g: Any, b: Any, h: MomentumScalars) -> tuple[Any, Any]:
     g = g + h.weight_decay * p if h.weight_decay else g
-    b = h.mu * b + h.inner * g
-    return p - h.outer * b, b
-
-
-def nesterov(p: Any, g: Any, b: Any, h: MomentumScalars) -> tuple[Any, Any]:
-    g = g + h.weight_decay * p if h.weight_decay else g
     d = h.inner * g
     b = h.mu * b + d
-    return p - h.outer * (d + h.mu * b), b
+    return p - h.outer * (d + h.mu * b if h.nesterov else b), b
 
 
 def momentum_scalars(t: int, o: Options) -> MomentumScalars:
     # The first gradient enters undamped, as in torch: the buffer starts as that gradient, not as a fraction of it.
-    inner = 1.0 if t == 1 else 1.0 - o["dampening"]
-    lr = o["lr"]
+    inner, outer = 1.0 if t == 1 else 1.0 - o["dampening"], o["lr"]
     if o["lr_in_momentum"]:
-        return MomentumScalars(o["momentum"], lr * inner, 1.0, o["weight_decay"])
-    return MomentumScalars(o["momentum"], inner, lr, o["weight_decay"])
+        inner, outer = outer * inner, 1.0
+    return MomentumScalars(o["momentum"], inner, outer, 1.0 if o["nesterov"] else 0.0, o["weight_decay"])
 
 
 OPTIONS = {
@@ -61,7 +55,7 @@ OPTIONS = {
 
 
 def variant(o: Options) -> str:
-    return "sgd" if o["momentum"] == 0.0 else "nesterov" if o["nesterov"] else "momentum"
+    return "momentum" if o["momentum"] else "sgd"
 
 
 def conflict(o: Options) -> str | None:
@@ -74,5 +68,4 @@ def conflict(o: Options) -> str | None:
 RULES = (
     Rule("sgd", sgd, SgdScalars, sgd_scalars, options=OPTIONS, variant=variant, conflict=conflict),
     Rule("momentum", momentum, MomentumScalars, momentum_scalars, ("momentum_buffer",), options=OPTIONS),
-    Rule("nesterov", nesterov, MomentumScalars, momentum_scalars, ("momentum_buffer",), options=OPTIONS),
 )

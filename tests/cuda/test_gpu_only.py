@@ -18,7 +18,7 @@ from refusal import refused
 
 import fastopt
 from fastopt.engine.cuda import kernels
-from fastopt.engine.cuda.runtime import Runtime
+from fastopt.engine.cuda.device import CudaDevice
 
 pytestmark = pytest.mark.gpu
 
@@ -237,13 +237,13 @@ def test_prebuilt_kernels_are_there_and_are_what_is_loaded(cupy: Any, monkeypatc
         *map(cuda_prologue_symbol, RULES),
     }
     loaded = []
-    function = Runtime.function
+    function = CudaDevice.function
 
-    def note(self: Runtime, path: str, symbol: str, threads: int) -> Any:
+    def note(self: CudaDevice, path: str, symbol: str, threads: int) -> Any:
         loaded.append(Path(path))
         return function(self, path, symbol, threads)
 
-    monkeypatch.setattr(Runtime, "function", note)
+    monkeypatch.setattr(CudaDevice, "function", note)
     w = cupy.ones(10, F32)
     fastopt.Adam([w]).step([cupy.ones(10, F32)], max_norm=1.0)
     assert {path.stem for path in loaded} == {"fastopt_cuda_adam_float32_float32", "fastopt_cuda_prologue_adam"}

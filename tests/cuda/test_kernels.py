@@ -15,7 +15,7 @@ from refusal import refused
 
 import fastopt
 from fastopt.engine.cuda import kernels
-from fastopt.engine.cuda.runtime import Runtime
+from fastopt.engine.cuda.device import CudaDevice
 
 
 class Scalars(NamedTuple):
@@ -148,8 +148,8 @@ def test_a_driver_that_refuses_the_ptx_is_told_of(monkeypatch):
 
     fake = Mock(RawModule=Mock(side_effect=DriverError("CUDA_ERROR_UNSUPPORTED_PTX_VERSION")))
     fake.cuda.driver.CUDADriverError = DriverError
-    monkeypatch.setattr("fastopt.engine.cuda.runtime.cupy", lambda: fake)
-    runtime = Runtime(0, "cupy")
-    monkeypatch.setattr(runtime, "current", contextlib.nullcontext)
+    monkeypatch.setattr("fastopt.engine.cuda.device.cupy", lambda: fake)
+    device = CudaDevice(0, "cupy")
+    monkeypatch.setattr(device, "current", contextlib.nullcontext)
     with refused(RuntimeError, "cuda:0", "UNSUPPORTED_PTX_VERSION", "compute capability 7.5", "driver for CUDA 11"):
-        runtime.function("adam.ptx", "adam", 256)
+        device.function("adam.ptx", "adam", 256)

@@ -6,7 +6,7 @@ from cuda_problem import FEW, assert_same, moved, problem
 from refusal import refused
 
 import fastopt
-from fastopt.engine.cuda import runtime as cuda_runtime
+from fastopt.engine.cuda import device as cuda
 
 F32 = np.float32
 
@@ -219,10 +219,10 @@ def test_too_little_memory_for_the_state_leaves_nothing_half_built(stand_in):
 
 def test_without_cupy_the_error_names_the_extra(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "cupy", None)
-    cuda_runtime.cupy.cache_clear()
+    cuda.cupy.cache_clear()
     with refused(ImportError, 'pip install cupy-cuda12x "numba-cuda[cu12]"'):
         fastopt.FlatBuffer({"w": (3,)}, device="cuda")
-    cuda_runtime.cupy.cache_clear()
+    cuda.cupy.cache_clear()
 
 
 def test_a_gpu_that_is_not_there_is_refused(stand_in):

@@ -90,7 +90,7 @@ def test_a_build_without_kernels_says_so(monkeypatch):
 )
 def test_omp_num_threads_is_read_as_openmp_reads_it(says, threads, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", says)
-    assert _backend.Numba("").default_threads == (threads or len(os.sched_getaffinity(0)))
+    assert _backend.Backend("numba", "").default_threads == (threads or len(os.sched_getaffinity(0)))
 
 
 def test_without_a_compiler_a_team_is_as_large_as_threads_can_be_started(backend, always_threaded, monkeypatch):

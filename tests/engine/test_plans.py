@@ -64,6 +64,17 @@ def test_alternating_patterns_on_a_gpu_are_planned_once(stand_in, built, options
         assert np.array_equal(stand_in.get(w), array)
 
 
+def test_gradients_that_take_turns_are_planned_once_and_not_read_again(built, monkeypatch):
+    arrays, turns = [np.ones(4), np.ones(4)], [[np.ones(4), None], [None, np.ones(4)], [np.ones(4), np.ones(4)]]
+    opt = fastopt.AdamW(arrays)
+    for n in range(24):
+        opt.step(turns[n % 3])
+        if n == 14:
+            monkeypatch.setattr("fastopt.inputs.GradientReader.read", None)
+    assert len(built) <= 6
+    assert np.array_equal(arrays[0], arrays[1])
+
+
 def test_alternating_patterns_of_tensors_do_not_make_plans_anew(built: list[Plan]) -> None:
     torch = pytest.importorskip("torch")
     import fastopt.torch

@@ -11,8 +11,8 @@ from refusal import refused
 
 import fastopt
 from fastopt import watch
-from fastopt.arrays import HOST
 from fastopt.engine import backend as _backend
+from fastopt.engine.device import HOST
 
 
 @pytest.mark.parametrize("name", ["data", "layout", "weights"])

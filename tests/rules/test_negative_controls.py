@@ -34,11 +34,6 @@ def adamw_without_decay(p, g, m, v, h):
     return p - u, m, v
 
 
-def adamw_with_coupled_decay(p, g, m, v, h):
-    u, m, v = adamw(p, g + h.weight_decay * p, m, v, h)
-    return p - u, m, v
-
-
 def adamw_with_eps_before_the_correction(p, g, m, v, h):
     _, m, v = adamw(p, g, m, v, h)
     return h.decay * p - h.step_size * m / ((math.sqrt(v) + h.eps) * h.unbias_root), m, v
@@ -84,7 +79,7 @@ def difference_in_float32(t, o):
 # What is wrong, the rule, and what replaces its part.
 MISTAKES = {
     "dropped decay": ("adamw", {"step": adamw_without_decay}),
-    "coupled decay": ("adamw", {"step": adamw_with_coupled_decay}),
+    "coupled decay": ("adamw", {"scalars": RULES["adam"].scalars}),
     "eps before the correction": ("adamw", {"step": adamw_with_eps_before_the_correction}),
     "eps inside the root": ("adamw", {"step": adamw_with_eps_inside_the_root}),
     "swapped betas": ("adamw", {"scalars": lambda t, o: ADAMW(t, {**o, "betas": o["betas"][::-1]})}),
@@ -94,8 +89,7 @@ MISTAKES = {
     "1 - beta formed in float32": ("adamw", {"scalars": difference_in_float32}),
     "lr twice in SGD": ("sgd", {"scalars": lambda t, o: SGD(t, o)._replace(lr=o["lr"] ** 2)}),
     "first gradient damped": ("momentum", {"scalars": lambda t, o: MOMENTUM(t + 1, o)}),
-    "Nesterov ignored": ("nesterov", {"step": RULES["momentum"].step}),
-    "Nesterov where there is none": ("momentum", {"step": RULES["nesterov"].step}),
+    "Nesterov where there is none": ("momentum", {"scalars": lambda t, o: MOMENTUM(t, o)._replace(nesterov=1.0)}),
     "maximum not stored": ("amsgradw", {"step": amsgradw_that_forgets_the_maximum}),
     "maximum not taken": ("amsgradw", {"step": amsgradw_without_the_maximum}),
     "Lion steps with the new momentum": ("lion", {"step": lion_with_the_new_momentum}),

@@ -12,8 +12,8 @@ from fastopt.kernels.layout import CHUNK, NORM, UPDATE
 from fastopt.kernels.registry import RULES
 
 import fastopt
-from fastopt.arrays import Layout
 from fastopt.engine import backend as _backend
+from fastopt.engine.device import Layout
 from fastopt.engine.table import Table
 
 F32 = np.float32

@@ -41,10 +41,10 @@ CASES: tuple[Case, ...] = (
     _case("SGD", "sgd"),
     _case("SGD", "sgd", lr=0.05, weight_decay=0.1, maximize=True),
     _case("SGD", "momentum", lr=0.01, momentum=0.9),
+    _case("SGD", "momentum", lr=0.01, momentum=0.9, weight_decay=0.1, nesterov=True),
+    _case("SGD", "momentum", lr=0.01, momentum=0.8, weight_decay=0.1, nesterov=True, lr_in_momentum=True),
     _case("SGD", "momentum", lr=0.01, momentum=0.8, dampening=0.3, weight_decay=0.1),
     _case("SGD", "momentum", lr=0.01, momentum=0.8, dampening=0.3, maximize=True, lr_in_momentum=True),
-    _case("SGD", "nesterov", lr=0.01, momentum=0.9, weight_decay=0.1, nesterov=True),
-    _case("SGD", "nesterov", lr=0.01, momentum=0.8, weight_decay=0.1, nesterov=True, lr_in_momentum=True),
     _case("Adagrad", "adagrad"),
     _case("Adagrad", "adagrad", lr=0.05, lr_decay=0.1, weight_decay=0.1),
     _case("Adagrad", "adagrad", initial_accumulator_value=0.5, eps=0.01, maximize=True),
@@ -86,17 +86,17 @@ CASES: tuple[Case, ...] = (
     _case("Lion", "lion"),
     _case("Lion", "lion", lr=0.01, betas=(0.8, 0.95), weight_decay=0.1, maximize=True),
     _case("LARS", "lars", lr=0.1),
+    _case("LARS", "lars", lr=0.1, weight_decay=0.1, trust_coefficient=0.02, nesterov=True),
+    _case("LARS", "lars", lr=0.01, trust_coefficient=2.0, nesterov=True, lr_in_momentum=False, clip=True),
     _case("LARS", "lars", lr=0.1, momentum=0.8, weight_decay=0.1, trust_coefficient=0.02, eps=0.5, maximize=True),
     _case("LARS", "lars", lr=0.1, weight_decay=0.1, lr_in_momentum=False, adapt=True),
     _case("LARS", "lars", lr=0.01, weight_decay=0.1, adapt=False),
     _case("LARS", "lars", lr=0.1, weight_decay=0.1, trust_coefficient=0.02, clip=True),  # below the limit of 1
     _case("LARS", "lars", lr=0.1, weight_decay=0.1, trust_coefficient=0.02, keep_weight_norms=True),
-    _case("LARS", "lars_nesterov", lr=0.1, weight_decay=0.1, trust_coefficient=0.02, nesterov=True),
     _case("LAMB", "lamb"),
     _case("LAMB", "lamb", lr=0.05, betas=(0.8, 0.9), eps=0.01, weight_decay=0.1, maximize=True),
     _case("LAMB", "lamb", lr=0.02, weight_decay=0.1, adapt=True, decay_1d=False, trust_clip=1.5),
     _case("LAMB", "lamb", lr=0.02, betas=(0.8, 0.95), weight_decay=0.1, decay_1d=True, maximize=True),
-    _case("LARS", "lars_nesterov", lr=0.01, trust_coefficient=2.0, nesterov=True, lr_in_momentum=False, clip=True),
 )
 
 _NOT_IN_TORCH = ("lr_in_momentum", "eps_inside_sqrt", "eps_hat")

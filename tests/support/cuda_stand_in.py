@@ -1,7 +1,7 @@
 """A GPU without one: arrays are CuPy's own, over host memory, and kernels run in Numba's simulator, or, where that is
 off (NUMBA_ENABLE_CUDASIM=0), compiled for the CPU.
 
-Only what needs a driver is stood in for, which is what fastopt/engine/cuda/runtime.py asks of CuPy.
+Only what needs a driver is stood in for, which is what fastopt/engine/cuda/device.py asks of CuPy.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ import cupy
 import numpy as np
 from numba.cuda.core import config
 
-from fastopt.engine.cuda.runtime import Runtime
+from fastopt.engine.cuda.device import CudaDevice
 
 if config.ENABLE_CUDASIM:
     from cuda_simulator import allow, kernel_of, launch
@@ -56,11 +56,11 @@ def on_host(array):
     )
 
 
-class StandIn(Runtime):
-    """The runtime of such a GPU. It counts what a step does: launches by kernel, bytes uploaded, downloads."""
+class StandIn(CudaDevice):
+    """Such a GPU. It counts what a step does: launches by kernel, bytes uploaded, downloads."""
 
-    def __init__(self, device=0, library="cupy"):
-        super().__init__(device, library)
+    def __init__(self, index, source):
+        super().__init__(index, source)
         self.launches: list[str] = []
         self.blocks: list[int] = []
         self.uploads: list[int] = []
@@ -78,24 +78,21 @@ class StandIn(Runtime):
     def stream(self):
         return SimpleNamespace(ptr=2)
 
-    def capturing(self, stream):
+    def capturing(self, stream=None):
         return self.graph is not None
-
-    def zeros(self, size, dtype):
-        if size * dtype.itemsize > self.room:
-            raise MemoryError("out of memory")
-        self.room -= size * dtype.itemsize
-        return on_device(np.zeros(size, dtype), self.device)
 
     def free_memory(self):
         return self.room, 2**40
 
     def empty(self, size, dtype, stream):
-        return on_device(np.full(size, np.nan, dtype), self.device)
+        if size * dtype.itemsize > self.room:
+            raise MemoryError("out of memory")
+        self.room -= size * dtype.itemsize
+        return on_device(np.full(size, np.nan, dtype), self.index)
 
     def upload(self, array):
-        self.refuse_capture(self.stream())
-        return on_device(array, self.device)
+        self.refuse_capture()
+        return on_device(array, self.index)
 
     def download(self, array, stream=None):
         self.downloads += 1
@@ -104,21 +101,22 @@ class StandIn(Runtime):
     def assign(self, view, values):
         on_host(view)[...] = on_host(values) if isinstance(values, cupy.ndarray) else values
 
-    def copy_of(self, array):
-        return on_device(on_host(array), self.device)
+    def copy(self, array):
+        return on_device(on_host(array), self.index)
 
     def pinned(self, nbytes):
         return np.zeros(nbytes, np.uint8)
 
-    def copy(self, address, source, stream):
-        assert self.graph is None, "what is copied from host memory would be frozen into the graph"
+    def send(self, address, source, stream):
+        if self.graph is not None:
+            self.graph.append(lambda: ctypes.memmove(address, source.ctypes.data, source.nbytes))
+            return
         self.uploads.append(source.nbytes)
         ctypes.memmove(address, source.ctypes.data, source.nbytes)
-        return SimpleNamespace(done=True)
 
-    def copy_in_graph(self, address, source, stream):
-        assert self.graph is not None
-        self.graph.append(lambda: ctypes.memmove(address, source.ctypes.data, source.nbytes))
+    def event(self, stream):
+        assert self.graph is None, "what is copied from host memory would be frozen into the graph"
+        return SimpleNamespace(done=True)
 
     def function(self, path, symbol, threads):
         assert Path(path).stem.startswith(symbol)

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from fastopt.engine.cuda import arrays, kernels
+from fastopt.engine.cuda import device as cuda
+from fastopt.engine.cuda import kernels
 
 
 class StandInGpu:
@@ -16,15 +17,15 @@ class StandInGpu:
 
         self._module = cuda_stand_in
         self.devices: dict[int, cuda_stand_in.StandIn] = {}
-        monkeypatch.setattr(arrays, "Runtime", self.device)
-        monkeypatch.setattr(arrays, "devices", lambda: (2, 0))
+        monkeypatch.setattr(cuda, "CudaDevice", self.device)
+        monkeypatch.setattr(cuda, "devices", lambda: (2, 0))
         monkeypatch.setattr(
             kernels, "ptx_file", lambda kind, rule, *dtypes: Path(kernels.SYMBOLS[kind](rule.name, *dtypes))
         )
 
-    def device(self, number=0, library="cupy"):
-        """The runtime of a device, which counts what is asked of it."""
-        return self.devices.setdefault(number, self._module.StandIn(number, library))
+    def device(self, number=0, source="cupy"):
+        """A device, which counts what is asked of it."""
+        return self.devices.setdefault(number, self._module.StandIn(number, source))
 
     def put(self, array, device=0):
         """A copy on the device."""
@@ -80,5 +81,5 @@ class RealGpu:
 
 def forget_devices():
     """Make the next optimizer find its device anew."""
-    arrays.device_at.cache_clear()
+    cuda.device_at.cache_clear()
     kernels.kernels_of.cache_clear()

@@ -11,6 +11,7 @@ import gpus
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
+from fastopt.engine.device import HOST
 from fastopt.torch import _devices
 
 
@@ -22,18 +23,19 @@ class TorchGpus:
     def __init__(self, monkeypatch):
         self._there = WeakIdKeyDictionary()
         self._stand_in = gpus.StandInGpu(monkeypatch)
-        self._devices = {}
         self.capture = self._stand_in.capture
         import cuda_stand_in
 
         monkeypatch.setattr(_devices, "device_of", self._device_of)
-        monkeypatch.setattr(_devices.Gpu, "tensor", lambda _, array: torch.from_numpy(cuda_stand_in.on_host(array)))
+        monkeypatch.setattr(_devices, "tensor_of", lambda array, _: torch.from_numpy(cuda_stand_in.on_host(array)))
         if "cuda_simulator" in sys.modules:  # which knows only of the arrays that the stand-in makes
             monkeypatch.setattr(sys.modules["cuda_simulator"], "is_allowed", lambda address, size: True)
 
     def runtime(self, device=0):
-        """The runtime of a GPU, which counts what is asked of it."""
-        return self._stand_in.device(device, "torch")
+        """A GPU, which counts what is asked of it."""
+        stand_in = self._stand_in.device(device, "torch")
+        stand_in.name = "cpu"  # as tensors say
+        return stand_in
 
     def put(self, tensors, device=0):
         """The same tensors, from now on taken for tensors on a GPU."""
@@ -57,12 +59,7 @@ class TorchGpus:
 
     def _device_of(self, tensor):
         index = self._there.get(tensor)
-        if index is None:
-            return _devices.CPU
-        if index not in self._devices:
-            memory = _devices._TorchCudaDevice(self.runtime(index))
-            self._devices[index] = _devices.Gpu(torch.device("cpu"), memory)
-        return self._devices[index]
+        return HOST if index is None else self.runtime(index)
 
 
 class RealTorchGpus:

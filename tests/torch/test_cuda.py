@@ -133,10 +133,10 @@ def test_a_launch_for_each_pair_of_dtypes(stand_ins):
 
 
 def test_without_cupy_the_error_names_the_extra(stand_ins, monkeypatch):
-    from fastopt.engine.cuda import runtime
+    from fastopt.engine.cuda import device
 
     monkeypatch.setitem(sys.modules, "cupy", None)
-    runtime.cupy.cache_clear()
+    device.cupy.cache_clear()
     missing = pytest.raises(ImportError, match=r'pip install cupy-cuda12x "numba-cuda\[cu12\]"')
     try:
         with missing:
@@ -149,7 +149,7 @@ def test_without_cupy_the_error_names_the_extra(stand_ins, monkeypatch):
             opt.step()
         assert not opt.state
     finally:
-        runtime.cupy.cache_clear()
+        device.cupy.cache_clear()
 
 
 def test_other_devices_are_refused():

@@ -13,7 +13,7 @@ from fastopt.kernels.registry import RULES
 from isas import native_isas, run_epilogue
 
 import fastopt
-from fastopt.arrays import HOST
+from fastopt.engine.device import HOST
 from fastopt.engine.host import HostPlan
 from fastopt.engine.options import RuleChoice
 from fastopt.engine.plan import Copy, Parameter

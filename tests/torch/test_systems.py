@@ -215,6 +215,23 @@ WHOLE_STEPS = """
                 for p, q in zip(whole, parts):
                     torch.testing.assert_close(p, q.full_tensor(), rtol=1e-6, atol=0)
 """
+ON_ONE_RANK = """
+    def run(rank):
+        for name in ("max_grad_norm", "LARS", "LAMB", "a rule"):
+            parts = [place(Shard(0), Replicate()), place(Replicate(), Replicate()), place(Shard(1), Replicate())]
+            opt, grads, sent, calls = step(parts, name), [p.grad for p in parts], dist.all_reduce, []
+            dist.all_reduce = lambda part, group: calls.append(part.numel())
+            for t in range(4):  # on one process, on the other, nowhere, of one array on each
+                before = [p.to_local().clone() for p in parts]
+                for k, p in enumerate(parts):
+                    p.grad = grads[k] if t == rank or (t == 3 and k == 2 * rank) else None
+                opt.step()
+                for p, old in zip(parts, before):
+                    assert torch.equal(p.to_local(), old) == (p.grad is None), (name, t)
+            dist.all_reduce, both = sent, [None, None]
+            dist.all_gather_object(both, calls)
+            assert both[0] == both[1] and len(calls) == 4, both
+"""
 SKIPPED = """
     def run(rank):
         bad = torch.where(WHOLE == 10.0, torch.nan, WHOLE)  # the second process has it
@@ -227,7 +244,7 @@ SKIPPED = """
 
 
 @from_2_9
-@pytest.mark.parametrize("body", [WHOLE_STEPS, SKIPPED], ids=["numbers are those of the whole", "all skip or none"])
+@pytest.mark.parametrize("body", [WHOLE_STEPS, ON_ONE_RANK, SKIPPED], ids=["whole", "nobody waits", "all skip or none"])
 def test_steps_of_shards_are_those_of_the_whole(body):
     assert "done" in python(TWO_PROCESSES + MESH + body + START)
 

@@ -20,7 +20,7 @@ from ...kernels.dtypes import cuda_prologue_symbol, cuda_terms_symbol, cuda_upda
 from ...kernels.layout import THREADS
 from ...kernels.registry import RULES
 from ...kernels.rules.rule import Rule
-from .runtime import Function, Runtime
+from .device import CudaDevice, Function
 
 SYMBOLS: dict[str, Callable[..., str]] = {
     "update": cuda_update_symbol,
@@ -31,16 +31,16 @@ SYMBOLS: dict[str, Callable[..., str]] = {
 
 
 @functools.cache
-def kernels_of(runtime: Runtime) -> Kernels:
+def kernels_of(device: CudaDevice) -> Kernels:
     """The kernels of a device."""
-    return Kernels(runtime)
+    return Kernels(device)
 
 
 class Kernels:
     """The kernels of one device, each loaded once."""
 
-    def __init__(self, runtime: Runtime) -> None:
-        self._runtime = runtime
+    def __init__(self, device: CudaDevice) -> None:
+        self._device = device
         self._loaded: dict[tuple[object, ...], Function] = {}
 
     def update(self, rule: Rule, p: str, g: str) -> Function:
@@ -59,7 +59,7 @@ class Kernels:
         key = (kind, rule, *dtypes)
         if key not in self._loaded:
             path, symbol = ptx_file(kind, rule, *dtypes), SYMBOLS[kind](rule.name, *dtypes)
-            self._loaded[key] = self._runtime.function(str(path), symbol, THREADS)
+            self._loaded[key] = self._device.function(str(path), symbol, THREADS)
         return self._loaded[key]
 
 

@@ -13,8 +13,8 @@ from ...kernels.dtypes import COMPUTE
 from ...kernels.rules.rule import Options, Rule
 from ..plan import Plan
 from ..step import Request, StepInfo
+from .device import CudaDevice, Function
 from .kernels import kernels_of
-from .runtime import Function, Runtime, address
 from .table import NO_TASKS, CudaTable, DeviceScalars, DeviceStepCount, Launch, NormTasks, segment_words
 
 _STEPPED = StepInfo()
@@ -29,14 +29,14 @@ class CudaPlan(Plan):
     """
 
     kept = 8
+    _device: CudaDevice
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self._runtime: Runtime = self._device.runtime  # type: ignore[attr-defined]
-        self._kernels = kernels_of(self._runtime)
+        self._kernels = kernels_of(self._device)
         self._rules: list[Rule] = list(dict.fromkeys(c.choice.rule for c in self.scalar_groups))
-        self._numbers = DeviceScalars(self._runtime, len(self.scalar_groups))
-        self._step_count = DeviceStepCount(self._runtime, self.scalar_groups, self._rules)
+        self._numbers = DeviceScalars(self._device, len(self.scalar_groups))
+        self._step_count = DeviceStepCount(self._device, self.scalar_groups, self._rules)
         self._layers: CudaTable | None = None
         self._merged: CudaTable | None = None
         self._table(norms=self._has_ratio)  # a kernel that cannot be had is an error before anything is written
@@ -71,7 +71,7 @@ class CudaPlan(Plan):
             epilogues=[self._epilogues(k) for k in first],
         )
         sizes = np.array([size for _, size in runs], np.int64)
-        return CudaTable(self._runtime, sizes, words, np.array(first, np.int64), kernels, terms)
+        return CudaTable(self._device, sizes, words, np.array(first, np.int64), kernels, terms)
 
     def resume(self) -> bool:
         self._step_count.leave()  # other plans may have counted meanwhile
@@ -81,13 +81,13 @@ class CudaPlan(Plan):
         self._gradients = gradients
 
     def step(self, request: Request, options: Sequence[Options]) -> StepInfo:
-        with self._runtime.selected():
+        with self._device.selected():
             return self._step(request, options)
 
     def _step(self, request: Request, options: Sequence[Options]) -> StepInfo:
-        stream = self._runtime.stream()
+        stream = self._device.stream()
         capturable = any(o.get("capturable") for o in options)
-        if not capturable and self._runtime.capturing(stream):
+        if not capturable and self._device.capturing(stream):
             raise RuntimeError("fastopt: a step can be captured into a CUDA graph only with capturable=True.")
         if capturable and not all(o.get("capturable") for o in options):
             raise ValueError("fastopt: capturable=True must be set for all param groups or for none.")
@@ -158,23 +158,23 @@ class CudaPlan(Plan):
     def norm(self) -> float:
         if not self.parameters:
             return 0.0
-        with self._runtime.selected():
-            stream, table = self._runtime.stream(), self._table(norms=True)
+        with self._device.selected():
+            stream, table = self._device.stream(), self._table(norms=True)
             table.point_at(self._gradients, stream)
-            result = self._runtime.empty(2, np.dtype(np.float64), stream)
-            kernel, what = self._kernels.prologue(self._rules[0]), (0, 0, 1, address(result))
+            result = self._device.empty(2, np.dtype(np.float64), stream)
+            kernel, what = self._kernels.prologue(self._rules[0]), (0, 0, 1, self._device.address(result))
             self._find_out(table, 0, kernel, table.norm_tasks, Request(), what, stream)
             self._numbers.forget()
-            return float(self._runtime.download(result, stream)[0])
+            return float(self._device.download(result, stream)[0])
 
     def recount(self) -> None:
         if self._step_count.there:
-            with self._runtime.selected():
-                self._step_count.advance(self._runtime.stream())
+            with self._device.selected():
+                self._step_count.advance(self._device.stream())
 
     def upload_options(self, options: Sequence[Options]) -> None:
-        with self._runtime.selected():
-            self._step_count.bring(options, self._runtime.stream())
+        with self._device.selected():
+            self._step_count.bring(options, self._device.stream())
 
     def _prologues(
         self, table: CudaTable, request: Request, *, decides: bool, forms: bool
@@ -195,11 +195,11 @@ class CudaPlan(Plan):
             return StepInfo(False, 0.0), 0
         # A graph writes to one place for ever; otherwise every step has its own, so that it can be read much later.
         if self.result is None or not capturable:
-            self.result = self._runtime.empty(2, np.dtype(np.float64), stream)
-        result, runtime = self.result, self._runtime
+            self.result = self._device.empty(2, np.dtype(np.float64), stream)
+        result, device = self.result, self._device
 
         def fetch() -> tuple[bool, float]:
-            norm, skipped = runtime.download(result, stream).tolist()
+            norm, skipped = device.download(result, stream).tolist()
             return bool(skipped), norm
 
-        return StepInfo(fetch=fetch), address(result)
+        return StepInfo(fetch=fetch), self._device.address(result)

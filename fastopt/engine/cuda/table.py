@@ -45,7 +45,7 @@ from ...kernels.rules.rule import Options, Rule
 from ..options import RuleChoice
 from ..plan import ScalarGroup
 from ..table import chunks_of
-from .runtime import Function, PinnedRing, Runtime, address
+from .device import CudaDevice, Function, PinnedRing
 
 
 class Launch(NamedTuple):
@@ -72,7 +72,7 @@ class CudaTable:
     """Segments, cut into chunks, and what the prologue finds out about them.
 
     Args:
-        runtime: The device.
+        device: The device.
         sizes: Elements of each segment.
         words: What each segment is, (segments, SEGMENT_WORDS), all but its chunks.
         first: The parameter with which each segment begins.
@@ -82,14 +82,14 @@ class CudaTable:
 
     def __init__(
         self,
-        runtime: Runtime,
+        device: CudaDevice,
         sizes: NDArray[np.int64],
         words: NDArray[np.int64],
         first: NDArray[np.int64],
         kernels: list[tuple[Function, bool]],
         terms: list[Function | None],
     ) -> None:
-        self._runtime = runtime
+        self._device = device
         self._first = first
         self.segment_count = len(sizes)
         chunks = chunks_of(sizes)
@@ -100,7 +100,7 @@ class CudaTable:
         self._kept: list[Any] = []  # device arrays by whose addresses kernels are called
         self.segments, self.chunks = self._address(words), self._address(chunks)
         self.gradients = self._address(np.zeros(len(sizes), np.uint64))
-        self._staging = PinnedRing(runtime, self.gradients, WORD * len(sizes))
+        self._staging = PinnedRing(device, self.gradients, WORD * len(sizes))
         # One launch for each kernel: nearly always there is one. Backwards, so that the update begins with what the
         # prologue read last, which is still in the second-level cache.
         self.launches: list[Launch] = []
@@ -118,9 +118,9 @@ class CudaTable:
         self.ratios32 = self._address(np.ones(2 * len(sizes), np.float32))
 
     def _address(self, array: NDArray[Any]) -> int:
-        on_device = self._runtime.upload(np.ascontiguousarray(array))
+        on_device = self._device.upload(np.ascontiguousarray(array))
         self._kept.append(on_device)
-        return address(on_device)
+        return self._device.address(on_device)
 
     def point_at(self, gradients: NDArray[np.uint64], stream: Any) -> bool:
         """Have the gradients taken from these addresses; whether that had to be uploaded."""
@@ -193,17 +193,17 @@ class DeviceScalars:
     The host brings them, unless the prologue forms them.
     """
 
-    def __init__(self, runtime: Runtime, scalar_groups: int) -> None:
+    def __init__(self, device: CudaDevice, scalar_groups: int) -> None:
         self._content = np.zeros(WORD * HEADER_WORDS + (8 + 4) * SCALARS * scalar_groups, np.uint8)
         ends = np.cumsum([WORD * HEADER_WORDS, 8 * SCALARS * scalar_groups])
         header, numbers64, numbers32 = np.split(self._content, ends)
         self._header64, self._header32 = header.view(np.float64), header.view(np.float32)
         self._numbers64 = numbers64.view(np.float64).reshape(scalar_groups, SCALARS)
         self._numbers32 = numbers32.view(np.float32).reshape(scalar_groups, SCALARS)
-        self._device: Any = runtime.upload(self._content)
-        self.header = address(self._device)
+        self._on_device: Any = device.upload(self._content)
+        self.header = device.address(self._on_device)
         self.scalars64, self.scalars32 = (self.header + int(end) for end in ends)
-        self._staging = PinnedRing(runtime, self.header, self._content.nbytes)
+        self._staging = PinnedRing(device, self.header, self._content.nbytes)
 
     def bring(
         self, scalar_groups: Sequence[ScalarGroup], options: Sequence[Options], multiplier: float, stream: Any
@@ -229,18 +229,18 @@ class DeviceStepCount:
     An lr may live on the device itself: the option "lr_at" is then its address and its itemsize.
     """
 
-    def __init__(self, runtime: Runtime, scalar_groups: Sequence[ScalarGroup], rules: Sequence[Rule]) -> None:
-        self._runtime = runtime
+    def __init__(self, device: CudaDevice, scalar_groups: Sequence[ScalarGroup], rules: Sequence[Rule]) -> None:
+        self._device = device
         self._scalar_groups, self._rules = scalar_groups, rules
         self.there = False
         self._words = np.zeros((len(scalar_groups), SCALAR_GROUP_WORDS), np.int64)
         self._words[:, RULE] = [rules.index(scalar_group.choice.rule) for scalar_group in scalar_groups]
         self._options = np.zeros((len(scalar_groups), OPTIONS))
-        self._device: Any = runtime.upload(self._words)
-        self._device_options: Any = runtime.upload(self._options)
-        self.scalar_groups, self.options = address(self._device), address(self._device_options)
-        self._words_staging = PinnedRing(runtime, self.scalar_groups, self._words.nbytes)
-        self._options_staging = PinnedRing(runtime, self.options, self._options.nbytes)
+        self._on_device: Any = device.upload(self._words)
+        self._device_options: Any = device.upload(self._options)
+        self.scalar_groups, self.options = device.address(self._on_device), device.address(self._device_options)
+        self._words_staging = PinnedRing(device, self.scalar_groups, self._words.nbytes)
+        self._options_staging = PinnedRing(device, self.options, self._options.nbytes)
 
     def bring(self, options: Sequence[Options], stream: Any) -> None:
         """Have the device count from here on, by the options as they are now."""
@@ -279,7 +279,7 @@ class DeviceStepCount:
 
     def _take_back(self, stream: Any) -> None:
         """Fetch the counts, to bring them anew."""
-        self._runtime.refuse_capture(stream)
+        self._device.refuse_capture(stream)
         self.advance(stream)
         self.leave()
 
@@ -292,14 +292,14 @@ class DeviceStepCount:
         """A step was put on the stream: who wants to know the counts has to fetch them."""
         for c, scalar_group in enumerate(self._scalar_groups):
             choice = scalar_group.choice
-            scalar_group.step_count.fetch = functools.partial(_fetch, self._runtime, self._device, choice, c, stream)
+            scalar_group.step_count.fetch = functools.partial(_fetch, self._device, self._on_device, choice, c, stream)
 
 
 def _fetch(
-    runtime: Runtime, words: Any, choice: RuleChoice, c: int, stream: Any
+    device: CudaDevice, words: Any, choice: RuleChoice, c: int, stream: Any
 ) -> tuple[int, dict[str, float] | None]:
     """Steps and carried numbers of a scalar group, which it does not know: that would be a cycle, freed late."""
-    row, rule = runtime.download(words, stream)[c], choice.rule
+    row, rule = device.download(words, stream)[c], choice.rule
     steps = int(row[STEPS])
     carry = dict(zip(rule.carried, row[CARRY:].view(np.float64).tolist(), strict=False))
     if choice.averages:
