@@ -3,6 +3,7 @@ refused; and what they select."""
 
 from __future__ import annotations
 
+import copy
 import difflib
 import inspect
 import math
@@ -120,6 +121,20 @@ def _usual(default: Any) -> Any:
         parts = tuple(map(_usual, default))
         return None if {None, bool} & {*parts} else parts
     return bool if isinstance(default, bool) else "(-inf, inf)" if isinstance(default, numbers.Real) else None
+
+
+FIXED = float, bool, int, str, type(None)
+
+
+def is_fixed(value: Any) -> bool:
+    """Whether the object of an option cannot say something else later."""
+    kind = type(value)
+    return kind in FIXED or (kind is tuple and all(map(is_fixed, value)))
+
+
+def as_now(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options as they are, whatever becomes of a list or an array among them."""
+    return {name: value if is_fixed(value) else copy.deepcopy(value) for name, value in options.items()}
 
 
 STEP_OPTIONS = ("max_grad_norm", "skip_nonfinite", "zero_grads")

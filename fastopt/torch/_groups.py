@@ -20,6 +20,7 @@ from ..engine.options import (
     Range,
     RuleOptimizer,
     boolean,
+    is_fixed,
     range_of,
     ranges_of,
     refuse_extras,
@@ -31,7 +32,7 @@ from ..kernels.rules.rule import SWITCH, Option, Rule
 from . import _devices
 from ._devices import DeviceRates
 from ._flat import FlatGroups
-from ._options import is_fixed, plain
+from ._options import plain
 from ._state import LIBRARY, Names, State
 from ._tensors import FLOATING, PLAIN, parameter_memory
 
