@@ -70,14 +70,16 @@ def class_of(rule: Rule, *bases: type) -> type[Any]:
     """The class of a rule of one's own, always the same."""
     if not isinstance(rule, Rule) or not rule.options:
         raise TypeError(f"fastopt.optimizer: rule must be what @fastopt.rule makes of a function, got {rule!r}.")
-    made: Any = type(rule.name, bases, {"__module__": rule.step.__module__, "rule": rule})
+    made = type(rule.name, bases, {"__module__": rule.step.__module__, "rule": rule})
     ranges = {name: o.range or USUAL.get(name) for name, o in rule.options.items()}
     arguments = [
         f"    {name}: By default {o.default!r}" + (f", in {ranges[name]}." if ranges[name] else ".")
         for name, o in rule.options.items()
     ]
-    arguments += [f"    {', '.join(p for p in made.__signature__.parameters if p not in ranges)}: As for all classes."]
+    shared = ", ".join(name for name in inspect.signature(made).parameters if name not in ranges)
     head = inspect.getdoc(rule.step) or f"The rule {rule.name}."
     state = ", ".join(("step", *rule.carried, *rule.state))
-    made.__doc__ = "\n".join([head, "", "Args:", *arguments, "", f"State: {state}."])
+    made.__doc__ = "\n".join(
+        [head, "", "Args:", *arguments, f"    {shared}: As for all classes.", "", f"State: {state}."]
+    )
     return made
