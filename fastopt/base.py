@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Mapping, Sequence
 from types import EllipsisType, MappingProxyType
 from typing import Any, cast
@@ -12,7 +11,7 @@ from .engine.classes import constructor, keywords_of, option_arguments
 from .engine.device import Array, Device, Layout, is_array
 from .engine.exclusive import exclusive, finish, makes_many
 from .engine.host import plan_class
-from .engine.options import EMA_OPTIONS, NORM, SCALE, STEP_OPTIONS, boolean, own_options, ranges_of
+from .engine.options import EMA_OPTIONS, NORM, SCALE, STEP_OPTIONS, as_now, boolean, own_options, ranges_of
 from .engine.plan import Plan, Plans
 from .engine.step import Request, StepInfo
 from .groups import GroupSnapshot
@@ -22,11 +21,6 @@ from .states import States
 
 Params = FlatBuffer | Mapping[str, Array] | Iterable[Array] | Iterable[Mapping[str, Any]]
 Grads = FlatBuffer | Mapping[str, Array | None] | Sequence[Array | None]
-
-
-def _copied(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options as they are, whatever becomes of a list or an array among them."""
-    return {name: copy.deepcopy(value) for name, value in options.items()}
 
 
 def _begin(opt: Optimizer, params: Params, **arguments: Any) -> None:
@@ -150,7 +144,7 @@ class Optimizer(States):
             members, total = collected.records(index), collected.layout.total
             foreign = group.keys() - options.keys() - {"params"}
             known = GroupSnapshot(
-                *(index, MappingProxyType(arrays), dtypes, _copied(options), checked, members),
+                *(index, MappingProxyType(arrays), dtypes, as_now(options), checked, members),
                 *(collected.written(members), total, foreign),
             )
             parameters += members
@@ -206,16 +200,14 @@ class Optimizer(States):
                     known.foreign = group.keys() - options.keys() - {"params"}
                 self.complete(options)
                 checked = self._normalise(options, known.dtypes, index, self._device)
-                changed.append((known, _copied(options), checked))
+                changed.append((known, as_now(options), checked))
         for known, seen, checked in changed:  # nothing is taken over before all groups are checked
             self._take_over(known, checked)
             known.seen, known.options = seen, checked
         return [known.options for known in self._groups]
 
     def _take_over(self, known: GroupSnapshot, checked: dict[str, Any]) -> None:
-        before, now = known.options, checked
-        changed = any(self.choose(before, p.array) != self.choose(now, p.array) for p in known.members)
-        if changed or known.options.get("maximize") != checked.get("maximize"):
+        if self.structure(known.options) != self.structure(checked):
             for p, name, state in self._allocate(known, checked, self._device):
                 p.states[name] = state
             self._rebuild()

@@ -46,12 +46,10 @@ def replacing(target: str) -> Iterator[IO[bytes]]:
 
 def check_replaceable(target: str) -> os.stat_result | None:
     """The status of the file at ``target``, None where there is none; refuses what is no regular file."""
+    os.stat(os.path.dirname(target))  # an error that names the folder, where there is none
     try:
         status = os.lstat(target)
     except FileNotFoundError:
-        folder = os.path.dirname(target)
-        if not os.path.isdir(folder):
-            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), folder) from None
         return None
     check_regular(status, target)
     return status

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, NoReturn
@@ -12,7 +11,7 @@ import numpy as np
 from .arrays import assign
 from .engine.device import Array, check_dtype, is_array
 from .engine.exclusive import exclusive, finish, makes_many, swapping
-from .engine.options import EMA_OPTIONS
+from .engine.options import EMA_OPTIONS, as_now
 from .engine.plan import MAX_STEP, Parameter, StepCount
 from .groups import Groups, GroupSnapshot
 from .kernels.dtypes import COMPUTE
@@ -128,7 +127,7 @@ class States(Groups):
                 entry = {key: copy_of(value) if is_array(value) else value for key, value in shown[name].items()}
                 state[len(state)] = entry
             places = {"params": list(range(first, len(state))), "param_names": list(group["params"])}
-            exported["param_groups"].append({**copy.deepcopy(self._options_of(group)), **places})
+            exported["param_groups"].append({**as_now(self._options_of(group)), **places})
         return exported
 
     def _accepted(

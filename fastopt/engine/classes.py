@@ -71,18 +71,15 @@ def class_of(rule: Rule, *bases: type) -> type[Any]:
     if not isinstance(rule, Rule) or not rule.options:
         raise TypeError(f"fastopt.optimizer: rule must be what @fastopt.rule makes of a function, got {rule!r}.")
     made = type(rule.name, bases, {"__module__": rule.step.__module__, "rule": rule})
-    said = {name: o.range or USUAL.get(name) for name, o in rule.options.items()}
-    shared = [name for name in inspect.signature(made).parameters if name not in rule.options]
+    ranges = {name: o.range or USUAL.get(name) for name, o in rule.options.items()}
+    arguments = [
+        f"    {name}: By default {o.default!r}" + (f", in {ranges[name]}." if ranges[name] else ".")
+        for name, o in rule.options.items()
+    ]
+    shared = ", ".join(name for name in inspect.signature(made).parameters if name not in ranges)
+    head = inspect.getdoc(rule.step) or f"The rule {rule.name}."
+    state = ", ".join(("step", *rule.carried, *rule.state))
     made.__doc__ = "\n".join(
-        [
-            inspect.getdoc(rule.step) or f"The rule {rule.name}.",
-            *("", "Args:"),
-            *(
-                f"    {name}: By default {o.default!r}" + (f", in {said[name]}." if said[name] else ".")
-                for name, o in rule.options.items()
-            ),
-            *(f"    {', '.join(shared)}: As for all classes.", ""),
-            f"State: {', '.join(('step', *rule.carried, *rule.state))}.",
-        ]
+        [head, "", "Args:", *arguments, f"    {shared}: As for all classes.", "", f"State: {state}."]
     )
     return made

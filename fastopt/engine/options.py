@@ -3,6 +3,7 @@ refused; and what they select."""
 
 from __future__ import annotations
 
+import copy
 import difflib
 import inspect
 import math
@@ -120,6 +121,20 @@ def _usual(default: Any) -> Any:
         parts = tuple(map(_usual, default))
         return None if {None, bool} & {*parts} else parts
     return bool if isinstance(default, bool) else "(-inf, inf)" if isinstance(default, numbers.Real) else None
+
+
+FIXED = float, bool, int, str, type(None)
+
+
+def is_fixed(value: Any) -> bool:
+    """Whether the object of an option cannot say something else later."""
+    kind = type(value)
+    return kind in FIXED or (kind is tuple and all(map(is_fixed, value)))
+
+
+def as_now(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options as they are, whatever becomes of a list or an array among them."""
+    return {name: value if is_fixed(value) else copy.deepcopy(value) for name, value in options.items()}
 
 
 STEP_OPTIONS = ("max_grad_norm", "skip_nonfinite", "zero_grads")
@@ -290,6 +305,12 @@ class RuleOptimizer:
         if self.rule is None:
             raise NotImplementedError(f"{type(self).__name__} must have a rule, or override select_rule.")
         return variant(self.rule, options)
+
+    def structure(self, options: Options) -> tuple[Any, ...]:
+        """The part of the options that decides on kernels and states."""
+        rule = self.select_rule(options)
+        layers = (options["adapt"], options.get("decay_1d")) if rule.layerwise else ()
+        return rule, bool(options.get("maximize")), options.get("ema_decay") is not None, *layers
 
     def check(self, options: Options, where: str) -> None:
         """Refuse options that do not go together; a subclass may say which beside those of its rule."""

@@ -20,6 +20,7 @@ from ..engine.options import (
     Range,
     RuleOptimizer,
     boolean,
+    is_fixed,
     range_of,
     ranges_of,
     refuse_extras,
@@ -27,11 +28,11 @@ from ..engine.options import (
 )
 from ..engine.step import Request, StepInfo
 from ..kernels.registry import RULES
-from ..kernels.rules.rule import SWITCH, Option, Options, Rule
+from ..kernels.rules.rule import SWITCH, Option, Rule
 from . import _devices
 from ._devices import DeviceRates
 from ._flat import FlatGroups
-from ._options import is_fixed, plain
+from ._options import plain
 from ._state import LIBRARY, Names, State
 from ._tensors import FLOATING, PLAIN, parameter_memory
 
@@ -132,12 +133,6 @@ class GroupOptions(RuleOptimizer, torch.optim.Optimizer):
 
     def begin_group(self, group: dict[str, Any]) -> None:
         """Note what an option needs to know of the start of a group."""
-
-    def structure(self, options: Options) -> tuple[Any, ...]:
-        """The part of the options that decides on kernels and states."""
-        rule = self.select_rule(options)
-        layers = (options["adapt"], options.get("decay_1d")) if rule.layerwise else ()
-        return rule, bool(options.get("maximize")), options["ema_decay"] is not None, *layers
 
     def complete(self, options: dict[str, Any], index: int) -> dict[str, Any]:
         """The options of a group with those that torch does not have; refuses what cannot be computed with."""

@@ -7,9 +7,6 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-FIXED = (bool, int, float, str)
-"""Types whose objects never change."""
-
 
 def without_numpy(value: Any) -> Any:
     """An argument with NumPy's numbers, which cannot change, as Python's: torch's constructors refuse some of them."""
@@ -31,8 +28,3 @@ def plain(value: Any, where: str) -> Any:
     if isinstance(value, (list, tuple)):
         return tuple(plain(x, where) for x in value)
     return value
-
-
-def is_fixed(value: Any) -> bool:
-    """Whether the object cannot say something else later."""
-    return value is None or type(value) in FIXED or (type(value) is tuple and all(map(is_fixed, value)))

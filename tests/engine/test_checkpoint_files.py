@@ -392,6 +392,5 @@ def test_what_does_not_fit_is_refused(saved, change, make, message):
 
 
 def test_an_optimizer_is_not_made_up(path):
-    params = make_arrays()
-    save(path, params)
+    save(path, params := make_arrays())
     assert_refused("was saved without an optimizer, but opt was given", path, params, fastopt.AdamW(params))

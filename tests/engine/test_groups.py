@@ -260,6 +260,13 @@ def test_two_groups_change_at_once_and_one_is_wrong():
     assert [sorted(entry) for entry in opt.state.values()] == [["momentum_buffer", "step"], ["step"]]
 
 
+def test_a_change_of_a_number_is_not_asked_of_every_parameter(monkeypatch):
+    opt = trained()
+    monkeypatch.setattr(opt, "choose", None)
+    opt.param_groups[0]["lr"] = 0.5
+    opt.step(gradients())
+
+
 def test_options_that_trade_places_are_seen():
     w = np.zeros(1)
     opt = fastopt.SGD([w], lr=1.0, maximize=True)
