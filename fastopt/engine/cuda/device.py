@@ -125,6 +125,7 @@ class CudaDevice(Device):
     # --- their elements ----------------------------------------------------------------------------------------------
 
     def address(self, array: Any) -> int:
+        """Where the data of a contiguous array begin, one of CuPy or of torch."""
         return int(array.data_ptr() if hasattr(array, "data_ptr") else array.data.ptr)
 
     def zeros(self, size: int, dtype: np.dtype[Any], where: str) -> Array:
