@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 import re
@@ -189,9 +190,8 @@ class FlatBuffer(Mapping[str, Array]):
                     f"FlatBuffer.from_arrays: the arrays have several dtypes ({', '.join(dtypes)}). "
                     "Pass dtype= to convert them, or give the arrays to the optimizer as they are."
                 )
-            (dtype,) = dtypes.values()
-            check_dtype(dtype.newbyteorder("="), f"{where}[{next(iter(arrays))!r}]")
-            dtype = dtype.newbyteorder("=")
+            dtype = next(iter(dtypes.values())).newbyteorder("=")
+            check_dtype(dtype, f"{where}[{next(iter(arrays))!r}]")
         place: Any = device if device is not None else next(iter(devices.values()), HOST)
         buffer = cls({name: array.shape for name, array in arrays.items()}, dtype, device=place)
         for name, array in arrays.items():
@@ -269,10 +269,5 @@ class FlatBuffer(Mapping[str, Array]):
         return f"FlatBuffer({len(self)} arrays, {self.size} elements, {self.dtype.name}, {self.device})"
 
     def __reduce__(self) -> Any:
-        return FlatBuffer._restore, (self.shapes, self.dtype.name, to_host(self.data).tobytes(), self.device)
-
-    @staticmethod
-    def _restore(shapes: dict[str, tuple[int, ...]], dtype: str, data: bytes, device: str) -> FlatBuffer:
-        buffer = FlatBuffer(shapes, dtype, device=device)
-        buffer._device.assign(buffer.data, np.frombuffer(data, buffer.dtype))
-        return buffer
+        arrays = self.layout.views(to_host(self.data))
+        return functools.partial(FlatBuffer.from_arrays, device=self.device), (arrays, self.dtype.name)

@@ -114,13 +114,13 @@ class Device:
 
     # --- their elements ----------------------------------------------------------------------------------------------
 
-    def address(self, array: Any) -> int:
-        """Where the data of a contiguous array begin, one of this memory's library or of torch."""
+    def address(self, array: Array) -> int:
+        """Where the data of a contiguous array begin."""
         try:
             # Three times as fast as array.ctypes.data, but only for writable, non-empty arrays of plain dtypes.
-            return ctypes.addressof(ctypes.c_char.from_buffer(array))
+            return ctypes.addressof(ctypes.c_char.from_buffer(array))  # type: ignore[arg-type]
         except (TypeError, ValueError, BufferError):
-            return int(array.ctypes.data if isinstance(array, np.ndarray) else array.data_ptr())
+            return array.ctypes.data
 
     def zeros(self, size: int, dtype: np.dtype[Any], where: str) -> Array:
         """A new array of zeros that is aligned for every access."""

@@ -17,7 +17,7 @@ from ..engine.plan import Copy, Parameter, StepCount
 from ..kernels.dtypes import COMPUTE, ITEMSIZE
 from ..kernels.epilogues import EMA, EMA_STEP
 from ..kernels.rules.rule import Options, Rule
-from ._devices import device_of
+from . import _devices
 from ._flat import FlatGroups
 from ._master import MASTER
 from ._shards import Shards
@@ -93,7 +93,7 @@ class Parameters:
         self._places: list[int] = []  # in its group
         for g, group in enumerate(groups):
             for place, p in enumerate(group["params"]):
-                if device_of(p) is device:
+                if _devices.device_of(p) is device:
                     self.params.append(p)
                     self._groups.append(g)
                     self._places.append(place)

@@ -246,8 +246,10 @@ class Arena:
                 array: Any = np.zeros(self.size, np.float32 if name == STEP else np.float64)
                 self.numbers[name], start = array, array.ctypes.data
             else:
-                array = self.arrays[name] = torch.zeros(self._total, dtype=self._dtype, device=self.device)
-                start = array.data_ptr()
+                flat = torch.zeros(self._total, dtype=self._dtype, device=self.device)
+                # Parts of an array of NumPy are made in half the time.
+                array = self.arrays[name] = flat.numpy() if self.device.type == "cpu" else flat
+                start = flat.data_ptr()
             self.starts[name], self._given[name] = (start, array.itemsize), bytearray(self.size)
         if is_number:
             self.numbers[name][index] = value

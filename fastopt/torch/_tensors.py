@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, from_numpy
 from torch.utils.dlpack import from_dlpack, to_dlpack  # type: ignore[attr-defined]
 
 from ..kernels.dtypes import COMPUTE, ITEMSIZE, PAIRS
@@ -60,10 +60,10 @@ def same_layout(a: Tensor, b: Tensor) -> bool:
     return all(n == 1 or s == t for n, s, t in zip(a.shape, a.stride(), b.stride(), strict=True))
 
 
-def part_of(flat: Tensor, begin: int, end: int, layout: tuple[Any, ...]) -> Tensor:
-    """Elements of a flat tensor as one that lies so, with a storage that covers no more."""
+def part_of(flat: Any, begin: int, end: int, layout: tuple[Any, ...]) -> Tensor:
+    """Elements of a flat tensor, or array of NumPy, as a tensor that lies so, with a storage that covers no more."""
     shape, strides, _ = layout
-    part = from_dlpack(to_dlpack(flat[begin:end]))
+    part: Tensor = from_dlpack(to_dlpack(flat[begin:end])) if isinstance(flat, Tensor) else from_numpy(flat[begin:end])
     return part if part.shape == shape else part.as_strided(shape, strides, 0)
 
 

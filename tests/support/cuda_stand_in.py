@@ -81,6 +81,9 @@ class StandIn(CudaDevice):
     def capturing(self, stream=None):
         return self.graph is not None
 
+    def address(self, array):
+        return array.ctypes.data if isinstance(array, np.ndarray) else super().address(array)
+
     def free_memory(self):
         return self.room, 2**40
 

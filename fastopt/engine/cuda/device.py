@@ -125,6 +125,7 @@ class CudaDevice(Device):
     # --- their elements ----------------------------------------------------------------------------------------------
 
     def address(self, array: Any) -> int:
+        """Where the data of a contiguous array begin, one of CuPy or of torch."""
         return int(array.data_ptr() if hasattr(array, "data_ptr") else array.data.ptr)
 
     def zeros(self, size: int, dtype: np.dtype[Any], where: str) -> Array:
@@ -274,23 +275,23 @@ class PinnedRing:
         self._sent: bytes | None = None
         self._in_graphs = False
 
-    def send(self, content: NDArray[np.uint8], stream: Any, *, to_graphs: bool = False) -> bool:
-        """Put an upload on the stream, unless the device has this content already; whether it was needed.
+    def send(self, content: NDArray[np.uint8], stream: Any, *, to_graphs: bool = False) -> None:
+        """Put an upload on the stream, unless the device has this content already.
 
         With ``to_graphs`` a graph that is being captured uploads this content in each replay; otherwise an upload is
         refused then.
         """
         sent = content.tobytes()
         if not sent:
-            return False
+            return
         if to_graphs and self._spare and self._device.capturing(stream):
             memory = self._spare.pop()
             memory[:] = content
             self._device.send(self._address, memory, stream)
             self._in_graphs = True
-            return True
+            return
         if sent == self._sent and not self._in_graphs:  # replays upload without the host
-            return False
+            return
         self._device.refuse_capture(stream)
         if self._slots is None:
             pinned = self._device.pinned((SLOTS + CAPTURES) * self._nbytes).reshape(-1, self._nbytes)
@@ -303,7 +304,6 @@ class PinnedRing:
         self._device.send(self._address, slot.memory, stream)
         slot.done = self._device.event(stream)
         self._sent = sent
-        return True
 
     def forget(self) -> None:
         """The device changed the content itself."""

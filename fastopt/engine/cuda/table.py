@@ -122,9 +122,9 @@ class CudaTable:
         self._kept.append(on_device)
         return self._device.address(on_device)
 
-    def point_at(self, gradients: NDArray[np.uint64], stream: Any) -> bool:
-        """Have the gradients taken from these addresses; whether that had to be uploaded."""
-        return self._staging.send(gradients[self._first].view(np.uint8), stream, to_graphs=True)
+    def point_at(self, gradients: NDArray[np.uint64], stream: Any) -> None:
+        """Have the gradients taken from these addresses."""
+        self._staging.send(gradients[self._first].view(np.uint8), stream, to_graphs=True)
 
     @functools.cached_property
     def partials(self) -> int:
