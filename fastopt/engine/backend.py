@@ -27,14 +27,6 @@ spun on its core, waiting for it to be scheduled costs milliseconds."""
 NUMBA = 'install Numba: pip install "fastopt[jit]".'
 
 
-@functools.cache
-def _compiled(kind: str, *of: Any) -> Any:
-    """A kernel, compiled for this processor."""
-    from ..kernels.cpu import compile as compiler
-
-    return compiler.compiled(compiler.converts_half("native"), kind, *of)
-
-
 class Backend:
     """What runs a table, and finds the kernels whose addresses a table is made of.
 
@@ -75,7 +67,9 @@ class Backend:
         if prebuilt is not None:
             return ctypes.cast(prebuilt, ctypes.c_void_p).value or 0
         try:
-            return int(_compiled(kind, *of).address)
+            from ..kernels.cpu import compile as compiler
+
+            return int(compiler.compiled(compiler.converts_half("native"), kind, *of).address)
         except ImportError as error:
             named = f"the {kind} kernel for {', '.join(getattr(x, 'name', x) for x in of)}"
             raise ImportError(f"fastopt: {self.compiles} To compile {named} now, {NUMBA} ({error})") from error

@@ -8,6 +8,7 @@ optimises for the processor named by NUMBA_CPU_NAME, takes three times as long.)
 from __future__ import annotations
 
 import argparse
+import functools
 import inspect
 import os
 import platform
@@ -38,8 +39,9 @@ KERNELS: dict[str, Callable[..., Callable[..., None]]] = {
 are integers: numbers of elements, and addresses."""
 
 
+@functools.cache
 def compiled(half: bool, kind: str, *of: Any) -> Any:
-    """A kernel of this processor. Its ``address`` fits the schedule; keep it alive.
+    """A kernel of this processor, whose ``address`` fits the schedule.
 
     Args:
         half: Whether the processor converts float16.
@@ -63,23 +65,16 @@ def converts_half(isa: str) -> bool:
 
 def write_objects(directory: Path, p: str, g: str, isas: list[str]) -> None:
     """Compile every rule for one pair of storage dtypes, and what belongs to that pair, to one object per ISA."""
-    machines = {isa: _machine(isa) for isa in isas}
-    modules: dict[str, Any] = {}
-    translated: dict[tuple[Any, ...], tuple[str, str]] = {}
     for isa in isas:
-        half = converts_half(isa)
-        for kernel in _kernels(p, g):
-            key = (*kernel, half and "float16" in kernel)
-            if key not in translated:
-                function = compiled(half, *kernel)
-                translated[key] = function.inspect_llvm(), function.native_name
-            module = _optimise(*translated[key], symbol(*kernel, isa), machines[isa])
-            if isa in modules:
-                modules[isa].link_in(module)
-            else:
-                modules[isa] = module
-    for isa, module in modules.items():
-        (directory / f"{p}_{g}.{isa}.o").write_bytes(machines[isa].emit_object(module))
+        machine, half = _machine(isa), converts_half(isa)
+        first, *others = (
+            # Without float16 one translation serves all.
+            _optimise(compiled(half or "float16" not in kernel, *kernel), symbol(*kernel, isa), machine)
+            for kernel in _kernels(p, g)
+        )
+        for module in others:
+            first.link_in(module)
+        (directory / f"{p}_{g}.{isa}.o").write_bytes(machine.emit_object(first))
 
 
 def _kernels(p: str, g: str) -> Iterator[tuple[Any, ...]]:
@@ -108,10 +103,11 @@ def _machine(isa: str) -> Any:
     return target.create_target_machine(cpu=cpu, features=features, opt=3, reloc="pic", codemodel="default")
 
 
-def _optimise(text: str, name: str, symbol: str, machine: Any) -> Any:
+def _optimise(function: Any, symbol: str, machine: Any) -> Any:
     """An LLVM module that exports ``symbol`` alone, vectorised for ``machine``."""
     # Numba asks for its functions not to be inlined; the entry is only a wrapper.
-    module = llvm.parse_assembly(text.replace(name, symbol).replace("{ noinline }", "{ alwaysinline }"))
+    text = function.inspect_llvm().replace(function.native_name, symbol)
+    module = llvm.parse_assembly(text.replace("{ noinline }", "{ alwaysinline }"))
     for definition in [*module.functions, *module.global_variables]:
         if not definition.is_declaration and definition.name != symbol:
             definition.linkage = "internal"  # else the objects of two instruction sets clash

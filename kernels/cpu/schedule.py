@@ -11,29 +11,12 @@ from typing import Any
 
 from numba import njit
 
+from .. import layout
 from ..environment import enter, leave
-from ..layout import (
-    BLOCK,
-    DECIDE,
-    GRADIENT,
-    KEEP_W,
-    KNOW_G,
-    KNOW_W,
-    LANES,
-    NORM,
-    PARAMETER,
-    STRIP,
-    SUM,
-    UPDATE,
-    WAVES,
-    WORD,
-    places,
-    structure,
-)
-from ..layout import SUMS as PLACES
+from ..layout import WORD, places, structure
 from .memory import call, clear, count_up, put_real, put_word, real, word
 
-EVERY_SUM = (1 << PLACES) - 1
+EVERY_SUM = (1 << layout.SUMS) - 1
 
 KERNEL, SCALARS, ARRAYS, OWN, ZEROED, EPILOGUES, TERMS, RATIO, SQUARES, SUMS = places("segment")
 SEGMENT_WORDS, EPILOGUE_WORDS = (structure(name).itemsize // WORD for name in ("segment", "epilogue"))
@@ -49,9 +32,9 @@ def schedule(half: bool) -> Callable[..., None]:
 def _schedule(table: Any, act: Any, flags: Any, me: Any, threads: Any, barrier: Any) -> None:
     mode = enter()
     count, segment_count = word(table, CHUNK_COUNT), word(table, SEGMENT_COUNT)
-    norm, squares = act == NORM, 1 << flags if act == NORM else ~flags & (KNOW_W | KNOW_G)
+    norm, squares = act == layout.NORM, 1 << flags if act == layout.NORM else ~flags & (layout.KNOW_W | layout.KNOW_G)
     of_terms = squares if norm else EVERY_SUM
-    if act == WAVES:
+    if act == layout.WAVES:
         # A few segments at a time, whose data fit the cache: their sums are taken, and the update follows before the
         # data are gone. Each thread takes neighbours, the same ones both times: it finds in its own cache what it read
         # before. Backwards, what it read last comes first.
@@ -69,13 +52,13 @@ def _schedule(table: Any, act: Any, flags: Any, me: Any, threads: Any, barrier: 
             for k in range(hi - lo):
                 _update_chunk(table, hi - 1 - k, flags)
             wave, s, c = wave + 3 * WORD, s + segments, c + chunks
-    elif act != DECIDE:
+    elif act != layout.DECIDE:
         # Cores are not equally fast, or not equally free. Several chunks at a time: arrays may be small.
         batch = count // (32 * threads) + 1
         first = count_up(table, NEXT, batch)
         while first < count:
             for i in range(first, min(first + batch, count)):
-                if act == UPDATE:
+                if act == layout.UPDATE:
                     _update_chunk(table, i, 0)
                 else:
                     _sum_chunk(table, i, norm, squares)
@@ -83,16 +66,16 @@ def _schedule(table: Any, act: Any, flags: Any, me: Any, threads: Any, barrier: 
     call(barrier, ())
     if me == 0:
         put_word(table, NEXT, 0)
-        if act in (NORM, SUM):
+        if act in (layout.NORM, layout.SUM):
             _add_chunks(table, 0, count, squares, of_terms)
         if norm:
             sums = word(table, SEGMENTS) + WORD * (SUMS + flags)
             put_real(table, TOTAL, _add_lanes(table, sums, segment_count, SEGMENT_WORDS))
-        if act == DECIDE:
+        if act == layout.DECIDE:
             _decide(table, 0, segment_count)
-        if flags & KEEP_W and act == WAVES:
-            _add_chunks(table, 0, count, KNOW_W, 0)
-        if act in (UPDATE, WAVES):
+        if flags & layout.KEEP_W and act == layout.WAVES:
+            _add_chunks(table, 0, count, layout.KNOW_W, 0)
+        if act in (layout.UPDATE, layout.WAVES):
             # Commit (Counts in fastopt/engine/table.py): what is counted in the second half becomes the first.
             counts, half = word(table, COUNTS), word(table, HALF)
             for k in range(half):
@@ -108,7 +91,7 @@ def _chunk(table: Any, i: Any) -> tuple[Any, Any, Any, Any]:
     """The segment of a chunk, its elements, and where its sums are."""
     chunk = word(table, CHUNKS) + 3 * WORD * i
     segment = word(table, SEGMENTS) + SEGMENT_WORDS * WORD * word(chunk, 0)
-    return segment, word(chunk, 1), word(chunk, 2), word(table, PARTIALS) + PLACES * WORD * i
+    return segment, word(chunk, 1), word(chunk, 2), word(table, PARTIALS) + layout.SUMS * WORD * i
 
 
 @_inlined
@@ -126,11 +109,11 @@ def _update_chunk(table: Any, i: Any, flags: Any) -> None:
     """Epilogues and zeros follow strip by strip, while parameters and gradients are in the first-level cache."""
     segment, lo, end, sums = _chunk(table, i)
     first, nbytes = segment + WORD * EPILOGUES, word(segment, ZEROED)
-    keep = flags & KEEP_W != 0 and word(segment, RATIO) != 0 and word(segment, TERMS) == 0
-    strip = STRIP if word(first, KERNEL) else BLOCK if nbytes else end - lo
+    keep = flags & layout.KEEP_W != 0 and word(segment, RATIO) != 0 and word(segment, TERMS) == 0
+    strip = layout.STRIP if word(first, KERNEL) else layout.BLOCK if nbytes else end - lo
     if keep:
-        strip = BLOCK
-        put_real(sums, PARAMETER, 0.0)
+        strip = layout.BLOCK
+        put_real(sums, layout.PARAMETER, 0.0)
     while lo < end:
         hi = min(lo + strip, end)
         _update(segment, lo, hi, segment + WORD * OWN)
@@ -138,9 +121,9 @@ def _update_chunk(table: Any, i: Any, flags: Any) -> None:
             if word(epilogue, KERNEL):
                 _update(epilogue, lo, hi, table + WORD * UNIT)
         if nbytes:
-            clear(word(segment, ARRAYS + GRADIENT) + nbytes * lo, nbytes * (hi - lo))
+            clear(word(segment, ARRAYS + layout.GRADIENT) + nbytes * lo, nbytes * (hi - lo))
         if keep:
-            _add_squares(segment, PARAMETER, lo, hi, sums)
+            _add_squares(segment, layout.PARAMETER, lo, hi, sums)
         lo = hi
 
 
@@ -154,7 +137,7 @@ def _sum_chunk(table: Any, i: Any, norm: Any, squares: Any) -> None:
                 put_real(sums, which, 0.0)
                 _add_squares(segment, which, lo, hi, sums)
     elif word(segment, RATIO):
-        for k in range(PLACES):
+        for k in range(layout.SUMS):
             put_real(sums, k, 0.0)
         own = segment + WORD * OWN
         call(word(segment, TERMS), (lo, hi, segment + WORD * ARRAYS, word(segment, SCALARS), own, sums))
@@ -184,9 +167,9 @@ def _add_chunks(table: Any, first: Any, last: Any, squares: Any, of_terms: Any) 
         end = first + 1
         while end < last and _chunk(table, end)[0] == segment:
             end += 1
-        for k in range(PLACES):
+        for k in range(layout.SUMS):
             if (of_terms if word(segment, TERMS) else squares) >> k & 1:
-                put_real(segment, SUMS + k, _add_lanes(table, sums + WORD * k, end - first, PLACES))
+                put_real(segment, SUMS + k, _add_lanes(table, sums + WORD * k, end - first, layout.SUMS))
         first = end
 
 
@@ -194,11 +177,11 @@ def _add_chunks(table: Any, first: Any, last: Any, squares: Any, of_terms: Any) 
 def _add_lanes(table: Any, numbers: Any, count: Any, stride: Any) -> float:
     """Lane j adds numbers j, j + 32, ... in order; then the lanes are added pairwise (reductions.py)."""
     lanes = table + WORD * SUMMED
-    for j in range(LANES):
+    for j in range(layout.LANES):
         put_real(lanes, j, 0.0)
     for i in range(count):
-        put_real(lanes, i % LANES, real(lanes, i % LANES) + real(numbers, i * stride))
-    width = LANES // 2
+        put_real(lanes, i % layout.LANES, real(lanes, i % layout.LANES) + real(numbers, i * stride))
+    width = layout.LANES // 2
     while width:
         for j in range(width):
             put_real(lanes, j, real(lanes, j) + real(lanes, j + width))

@@ -22,10 +22,8 @@ def adagrad(p: Any, g: Any, s: Any, h: AdagradScalars) -> tuple[Any, Any]:
 
 
 def adagrad_scalars(t: int, o: Options) -> AdagradScalars:
-    clr = o["lr"] / (1.0 + (t - 1) * o["lr_decay"])
-    if o["eps_inside_sqrt"]:
-        return AdagradScalars(clr, o["weight_decay"], 0.0, o["eps"])
-    return AdagradScalars(clr, o["weight_decay"], o["eps"], 0.0)
+    outside, inside = (0.0, o["eps"]) if o["eps_inside_sqrt"] else (o["eps"], 0.0)
+    return AdagradScalars(o["lr"] / (1.0 + (t - 1) * o["lr_decay"]), o["weight_decay"], outside, inside)
 
 
 OPTIONS = {
@@ -37,15 +35,6 @@ OPTIONS = {
     "eps_inside_sqrt": SWITCH,
 }
 
+START = {"sum": "initial_accumulator_value"}
 
-RULES = (
-    Rule(
-        "adagrad",
-        adagrad,
-        AdagradScalars,
-        adagrad_scalars,
-        ("sum",),
-        initial={"sum": "initial_accumulator_value"},
-        options=OPTIONS,
-    ),
-)
+RULES = (Rule("adagrad", adagrad, AdagradScalars, adagrad_scalars, ("sum",), START, options=OPTIONS),)

@@ -46,7 +46,8 @@ def trust_ratio(sums: tuple[float, float], h: LambScalars) -> float:
 def lamb_scalars(t: int, o: Options) -> LambScalars:
     beta1, beta2 = o["betas"]
     moments = beta1, 1.0 - beta1, beta2, 1.0 - beta2, 1.0 / (1.0 - beta1**t), 1.0 / math.sqrt(1.0 - beta2**t)
-    return LambScalars(*moments, o["eps"], o["weight_decay"], o["trust_clip"] or math.inf, 1.0, o["lr"])
+    trust_clip = o["trust_clip"] or math.inf
+    return LambScalars(*moments, o["eps"], o["weight_decay"], trust_clip, 1.0, o["lr"])
 
 
 OPTIONS = {

@@ -37,11 +37,11 @@ def trust_ratio(sums: tuple[float, float], h: LarsScalars) -> float:
 
 
 def lars_scalars(t: int, o: Options) -> LarsScalars:
-    lr, nesterov = o["lr"], 1.0 if o["nesterov"] else 0.0
+    lr, nesterov = o["lr"], float(o["nesterov"])
     inner, outer = (lr, 1.0) if o["lr_in_momentum"] else (1.0, lr)
     cap_scale, cap = (1.0 / (lr or 1.0), 1.0) if o["clip"] else (1.0, math.inf)
-    formed = o["momentum"], outer, nesterov, o["weight_decay"], o["trust_coefficient"], o["eps"], cap_scale, cap
-    return LarsScalars(*formed, 1.0, inner)
+    formed = o["momentum"], outer, nesterov, o["weight_decay"], o["trust_coefficient"], o["eps"]
+    return LarsScalars(*formed, cap_scale, cap, 1.0, inner)
 
 
 OPTIONS = {

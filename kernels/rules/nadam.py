@@ -40,8 +40,8 @@ def nadam_scalars(t: int, o: Options, carry: NadamCarry) -> tuple[NadamScalars, 
     g_size, m_size = lr * (1.0 - mu) / (1.0 - mu_product), lr * mu_next / (1.0 - mu_product * mu_next)
     unbias_root = 1.0 / math.sqrt(1.0 - beta2**t)
     coupled, decay = (0.0, 1.0 - lr * weight_decay) if o["decoupled_weight_decay"] else (weight_decay, 1.0)
-    sizes, moments = (g_size, m_size), (beta1, 1.0 - beta1, beta2, 1.0 - beta2)
-    return NadamScalars(*sizes, *moments, unbias_root, o["eps"], coupled, decay), NadamCarry(mu_product)
+    moments = g_size, m_size, beta1, 1.0 - beta1, beta2, 1.0 - beta2
+    return NadamScalars(*moments, unbias_root, o["eps"], coupled, decay), NadamCarry(mu_product)
 
 
 OPTIONS = {

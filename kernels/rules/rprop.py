@@ -42,16 +42,10 @@ OPTIONS = {
 
 def conflict(o: Options) -> str | None:
     smallest, largest = o["step_sizes"]
-    if smallest > largest:
-        return f"step_sizes[0] must not exceed step_sizes[1], got {(smallest, largest)}."
-    return None
+    wrong = f"step_sizes[0] must not exceed step_sizes[1], got {(smallest, largest)}."
+    return wrong if smallest > largest else None
 
 
-RULES = (
-    Rule(
-        *("rprop", rprop, RpropScalars, rprop_scalars, ("prev", "step_size")),
-        initial={"step_size": "lr"},
-        options=OPTIONS,
-        conflict=conflict,
-    ),
-)
+STATE, START = ("prev", "step_size"), {"step_size": "lr"}
+
+RULES = (Rule("rprop", rprop, RpropScalars, rprop_scalars, STATE, START, options=OPTIONS, conflict=conflict),)

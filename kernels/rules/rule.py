@@ -183,32 +183,28 @@ class Rule:
         )
 
     def __post_init__(self) -> None:
-        fields = self.fields
+        where, fields, terms = f"Rule {self.name!r}: ", self.fields, self.term_count
         if self.ratio is not None and fields[-1] != "ratio":
-            raise TypeError(f"Rule {self.name!r}: the last field of Scalars must be 'ratio', got {fields[-1]!r}.")
+            raise TypeError(f"{where}the last field of Scalars must be 'ratio', got {fields[-1]!r}.")
         if bool(self.products) != (self.ratio is not None):
-            raise TypeError(f"Rule {self.name!r}: products are what ratio gets; give both or neither.")
-        terms = self.term_count
+            raise TypeError(f"{where}products are what ratio gets; give both or neither.")
         for source in self.sources:
             if source not in ("p", "g") and not (isinstance(source, int) and 0 <= source < terms):
-                raise ValueError(f'Rule {self.name!r}: products are of "p", "g" and numbers of terms, got {source!r}.')
+                raise ValueError(f'{where}products are of "p", "g" and numbers of terms, got {source!r}.')
         if EMA in self.state:
-            raise ValueError(
-                f"Rule {self.name!r}: the state {EMA!r} is the average of the parameters; name it otherwise."
-            )
-        if len(self.state) > MAX_STATES:
-            raise ValueError(f"Rule {self.name!r}: at most {MAX_STATES} state arrays, got {len(self.state)}.")
-        for what, room, taken in (
+            raise ValueError(f"{where}the state {EMA!r} is the average of the parameters; name it otherwise.")
+        unknown = set(self.initial) - set(self.state)
+        if unknown:
+            raise ValueError(f"{where}initial names no state array: {sorted(unknown)}.")
+        for named, room, taken in (
+            ("state arrays", MAX_STATES, len(self.state)),
             ("scalars", WEIGHT, len(fields)),
             ("products", SUMS, len(self.products)),
             ("numbers in its options", DECAY, sum(self.counts.values())),
             ("carried numbers", SCALAR_GROUP_WORDS - CARRY, len(self.carried)),
         ):
             if taken > room:
-                raise ValueError(f"Rule {self.name!r}: at most {room} {what}, got {taken}.")
-        unknown = set(self.initial) - set(self.state)
-        if unknown:
-            raise ValueError(f"Rule {self.name!r}: initial names no state array: {sorted(unknown)}.")
+                raise ValueError(f"{where}at most {room} {named}, got {taken}.")
 
 
 def tried(function: Any, part: str, where: str, arguments: Mapping[str, Any]) -> Any:

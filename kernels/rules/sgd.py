@@ -41,7 +41,7 @@ def momentum_scalars(t: int, o: Options) -> MomentumScalars:
     inner, outer = 1.0 if t == 1 else 1.0 - o["dampening"], o["lr"]
     if o["lr_in_momentum"]:
         inner, outer = outer * inner, 1.0
-    return MomentumScalars(o["momentum"], inner, outer, 1.0 if o["nesterov"] else 0.0, o["weight_decay"])
+    return MomentumScalars(o["momentum"], inner, outer, float(o["nesterov"]), o["weight_decay"])
 
 
 OPTIONS = {
