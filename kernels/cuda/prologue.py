@@ -56,7 +56,8 @@ def prologue(rule: Rule, access: Any) -> Callable[..., None]:
     float32_sum, float64_sum, float16_sum, bfloat16_sum = lane_sums
     float32_code, float64_code, float16_code = (CODES[d] for d in ("float32", "float64", "float16"))
     chunk_sum, sum_of, is_last = sums(access)
-    has_lr, lr_at = "lr" in rule.counts, sum(map(rule.counts.get, itertools.takewhile("lr".__ne__, rule.counts)))
+    before_lr = itertools.takewhile(lambda name: name != "lr", rule.counts)
+    has_lr, lr_at = "lr" in rule.counts, sum(rule.counts[name] for name in before_lr)
 
     def kernel(
         chunks: Any,

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ...kernels.dtypes import CODES
 from ...kernels.epilogues import EMA_STEP, KINDS
