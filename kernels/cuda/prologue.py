@@ -13,33 +13,10 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from .. import layout
 from ..dtypes import CODES, COMPUTE
 from ..epilogues import average_weight
-from ..layout import (
-    ALL_DONE,
-    AVERAGED,
-    BLOCK,
-    CHUNKS,
-    DECAY,
-    DONE,
-    FIRST_CHUNK,
-    G_CODE,
-    LANES,
-    LR,
-    LR_BYTES,
-    MULTIPLIER64,
-    RULE,
-    SCALAR_GROUP_WORDS,
-    SCALARS,
-    SEGMENT_WORDS,
-    SKIP,
-    SQUARES,
-    STEPS,
-    SUMS,
-    WARMUP,
-    WEIGHT,
-    WORD,
-)
+from ..layout import LANES, SUMS, WORD
 from ..rules.rule import Rule
 from .memory import scalars_at, segment_at
 from .sums import sums
@@ -55,7 +32,7 @@ def prologue(rule: Rule, access: Any) -> Callable[..., None]:
     lane_sums = [_lane_sum(access.add_rows(d, ROWS_AT_ONCE), access.add_rows(d, 1)) for d in COMPUTE]
     float32_sum, float64_sum, float16_sum, bfloat16_sum = lane_sums
     float32_code, float64_code, float16_code = (CODES[d] for d in ("float32", "float64", "float16"))
-    chunk_sum, sum_of, is_last = sums(access)
+    lane_of, chunk_sum, sum_of, is_last = sums(access)
     before_lr = itertools.takewhile(lambda name: name != "lr", rule.counts)
     has_lr, lr_at = "lr" in rule.counts, sum(rule.counts[name] for name in before_lr)
 
@@ -85,10 +62,7 @@ def prologue(rule: Rule, access: Any) -> Callable[..., None]:
             chunk = cuda.blockIdx.x
             s = word(chunks, 3 * chunk)
             segment, x = segment_at(segments, s), word(gradients, s)
-            # A group of 32 threads takes a block of reductions.py, a thread one of its lanes.
-            block = word(chunks, 3 * chunk + 1) + thread // LANES * BLOCK
-            i, stop = block + thread % LANES, min(word(chunks, 3 * chunk + 2), block + BLOCK)
-            code = word(segment, G_CODE)
+            (i, stop), code = lane_of(chunks, chunk), word(segment, layout.G_CODE)
             if code == float32_code:
                 total = float32_sum(x, i, stop)
             elif code == float64_code:
@@ -100,17 +74,17 @@ def prologue(rule: Rule, access: Any) -> Callable[..., None]:
             total = chunk_sum(lanes, total)
             if thread == 0:
                 put_real(partials, SUMS * chunk, total)
-            count = word(segment, CHUNKS)
-            if not is_last(last, segment + WORD * DONE, 1, count):
+            count = word(segment, layout.CHUNKS)
+            if not is_last(last, segment + WORD * layout.DONE, 1, count):
                 return
-            total = sum_of(lanes, partials + WORD * SUMS * word(segment, FIRST_CHUNK), SUMS, count)
+            total = sum_of(lanes, partials + WORD * SUMS * word(segment, layout.FIRST_CHUNK), SUMS, count)
             if thread == 0:
-                put_real(segment, SQUARES, total)
-            if not is_last(last, numbers + WORD * ALL_DONE, count, chunk_count):
+                put_real(segment, layout.SQUARES, total)
+            if not is_last(last, numbers + WORD * layout.ALL_DONE, count, chunk_count):
                 return
 
         if decide:
-            total = sum_of(lanes, segments + WORD * SQUARES, SEGMENT_WORDS, segment_count)
+            total = sum_of(lanes, segments + WORD * layout.SQUARES, layout.SEGMENT_WORDS, segment_count)
             if thread == 0:
                 if scale != 0:
                     multiplier = 1.0 / single(scale, 0)
@@ -120,28 +94,29 @@ def prologue(rule: Rule, access: Any) -> Callable[..., None]:
                     coefficient = max_norm / (norm + 1e-6)
                     if not coefficient > 1.0:  # NaN stays
                         multiplier *= coefficient
-                put_real(numbers, MULTIPLIER64, multiplier)
-                put_word(numbers, SKIP, skip)
+                put_real(numbers, layout.MULTIPLIER64, multiplier)
+                put_word(numbers, layout.SKIP, skip)
                 if result != 0:
                     put_real(result, 0, norm)
                     put_real(result, 1, skip)
         cuda.syncthreads()
-        if form == 0 or word(numbers, SKIP):
+        if form == 0 or word(numbers, layout.SKIP):
             return
         for c in range(thread, scalar_group_count, THREADS):
-            scalar_group = scalar_groups + WORD * SCALAR_GROUP_WORDS * c
-            if word(scalar_group, RULE) == number:
-                t = word(scalar_group, STEPS) + 1
-                put_word(scalar_group, STEPS, t)
+            scalar_group = scalar_groups + WORD * layout.SCALAR_GROUP_WORDS * c
+            if word(scalar_group, layout.RULE) == number:
+                t = word(scalar_group, layout.STEPS) + 1
+                put_word(scalar_group, layout.STEPS, t)
                 scalars = scalars_at(numbers, c)
-                options = scalars + WORD * SCALARS
-                lr = word(scalar_group, LR)
+                options = scalars + WORD * layout.SCALARS
+                lr = word(scalar_group, layout.LR)
                 if has_lr and lr != 0:
-                    put_real(options, lr_at, real(lr, 0) if word(scalar_group, LR_BYTES) == 8 else single(lr, 0))
+                    put_real(options, lr_at, real(lr, 0) if word(scalar_group, layout.LR_BYTES) == 8 else single(lr, 0))
                 form_scalars(t, scalar_group, options, scalars)
-                n = word(scalar_group, AVERAGED)
-                put_word(scalar_group, AVERAGED, n + 1)
-                put_real(scalars, WEIGHT, weight_of(float(n), real(options, DECAY), real(options, WARMUP)))
+                n = word(scalar_group, layout.AVERAGED)
+                put_word(scalar_group, layout.AVERAGED, n + 1)
+                weight = weight_of(float(n), real(options, layout.DECAY), real(options, layout.WARMUP))
+                put_real(scalars, layout.WEIGHT, weight)
 
     return kernel
 

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..layout import LANES
+from ..layout import BLOCK, LANES
 from .toolchain import THREADS, cuda, device_function
 
 
-def sums(access: Any) -> tuple[Any, Any, Any]:
-    """Functions ``chunk_sum``, ``sum_of`` and ``is_last``; shared memory is what they are given first."""
-    fresh_real, count_up, put_word = access.fresh_real, access.count_up, access.put_word
+def sums(access: Any) -> tuple[Any, Any, Any, Any]:
+    """Functions ``lane_of``, ``chunk_sum``, ``sum_of`` and ``is_last``; first comes the shared memory that they use."""
+    word, put_word, fresh_real, count_up = access.word, access.put_word, access.fresh_real, access.count_up
+
+    @device_function
+    def lane_of(chunks: Any, chunk: Any) -> Any:
+        """Where a thread's lane of a chunk begins, and where its block of elements ends, which 32 threads share."""
+        block = word(chunks, 3 * chunk + 1) + cuda.threadIdx.x // LANES * BLOCK
+        return block + cuda.threadIdx.x % LANES, min(word(chunks, 3 * chunk + 2), block + BLOCK)
 
     @device_function
     def add_lanes(lanes: Any) -> None:
@@ -25,7 +31,7 @@ def sums(access: Any) -> tuple[Any, Any, Any]:
 
     @device_function
     def chunk_sum(lanes: Any, number: Any) -> Any:
-        """Of a number of each thread, which has one lane of a block of elements; a chunk are as many as the threads."""
+        """Of the sums of all lanes."""
         lanes[cuda.threadIdx.x] = number
         add_lanes(lanes)
         total = 0.0
@@ -61,4 +67,4 @@ def sums(access: Any) -> tuple[Any, Any, Any]:
         cuda.syncthreads()
         return last[0] != 0
 
-    return chunk_sum, sum_of, is_last
+    return lane_of, chunk_sum, sum_of, is_last

@@ -9,21 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from .. import layout
 from ..dtypes import COMPUTE
-from ..layout import (
-    BLOCK,
-    CHUNKS,
-    DONE,
-    FACTORS,
-    FIRST_CHUNK,
-    LANES,
-    MULTIPLIER64,
-    SCALAR_GROUP,
-    SIGN,
-    SKIP,
-    SUMS,
-    WORD,
-)
+from ..layout import LANES, SUMS, WORD
 from ..rules.rule import Rule
 from .memory import scalars_at, segment_at
 from .sums import sums
@@ -38,7 +26,7 @@ def terms_loop(rule: Rule, p: str, g: str, access: Any) -> Callable[..., None]:
     scalars_of, ratio_of = access.scalars_loader(rule, COMPUTE[p]), access.ratio_caller(rule)
     products, last_scalar = len(rule.products), len(rule.Scalars._fields) - 1  # type: ignore[attr-defined]
     zeros = (0.0,) * products
-    factors, (chunk_sum, sum_of, is_last) = device_function(rule.factors), sums(access)
+    factors, (lane_of, chunk_sum, sum_of, is_last) = device_function(rule.factors), sums(access)
 
     def kernel(
         chunks: Any,
@@ -51,37 +39,35 @@ def terms_loop(rule: Rule, p: str, g: str, access: Any) -> Callable[..., None]:
         lanes = cuda.shared.array(THREADS, types.float64)
         last = cuda.shared.array(1, types.int64)
         thread = cuda.threadIdx.x
-        if word(numbers, SKIP):
+        if word(numbers, layout.SKIP):
             return
         chunk = word(mine, cuda.blockIdx.x)
         s = word(chunks, 3 * chunk)
         segment = segment_at(segments, s)
         pointers = pointers_of(segment, word(gradients, s))
-        multiplier, multiplier64 = rounded(numbers, MULTIPLIER64), real(numbers, MULTIPLIER64)
-        if word(segment, SIGN) < 0:
+        multiplier, multiplier64 = rounded(numbers, layout.MULTIPLIER64), real(numbers, layout.MULTIPLIER64)
+        if word(segment, layout.SIGN) < 0:
             multiplier, multiplier64 = -multiplier, -multiplier64
-        scalars = scalars_at(numbers, word(segment, SCALAR_GROUP))
+        scalars = scalars_at(numbers, word(segment, layout.SCALAR_GROUP))
         h = scalars_of(scalars, scalars + WORD * (last_scalar - 1))
-        # A group of 32 threads takes a block of reductions.py, a thread one of its lanes.
-        block = word(chunks, 3 * chunk + 1) + thread // LANES * BLOCK
-        totals = zeros
-        for i in range(block + thread % LANES, min(word(chunks, 3 * chunk + 2), block + BLOCK), LANES):
+        (first, stop), totals = lane_of(chunks, chunk), zeros
+        for i in range(first, stop, LANES):
             totals = add_products(totals, pointers, i, multiplier, h)
         for k in range(products):
             total = chunk_sum(lanes, totals[k])
             if thread == 0:
                 put_real(partials, SUMS * chunk + k, total)
-        count = word(segment, CHUNKS)
-        if not is_last(last, segment + WORD * DONE, 1, count):
+        count = word(segment, layout.CHUNKS)
+        if not is_last(last, segment + WORD * layout.DONE, 1, count):
             return
-        sums_at = partials + WORD * SUMS * word(segment, FIRST_CHUNK)  # of all chunks in the end
+        sums_at = partials + WORD * SUMS * word(segment, layout.FIRST_CHUNK)  # of all chunks in the end
         for k in range(products):
             total = sum_of(lanes, sums_at + WORD * k, SUMS, count)
             if thread == 0:
                 put_real(sums_at, k, total)
         if thread == 0:
             stretch, ratio = factors(ratio_of(sums_at, multiplier64, scalars) * real(scalars, last_scalar))
-            put_real(segment, FACTORS, stretch)
-            put_real(segment, FACTORS + 1, ratio)
+            put_real(segment, layout.FACTORS, stretch)
+            put_real(segment, layout.FACTORS + 1, ratio)
 
     return kernel

@@ -8,22 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from .. import layout
 from ..dtypes import COMPUTE, ITEMSIZE
 from ..epilogues import KINDS, kinds_of
-from ..layout import (
-    ADAPTS,
-    CHUNK,
-    FACTORS,
-    MULTIPLIER64,
-    PARAMETER,
-    PARTS_BITS,
-    SCALAR_GROUP,
-    SIGN,
-    SKIP,
-    TARGETS,
-    WEIGHT,
-    WORD,
-)
+from ..layout import CHUNK, PARTS_BITS, WORD
 from ..rules.rule import Rule
 from .memory import scalars_at, segment_at
 from .toolchain import THREADS, cuda, device_function
@@ -60,19 +48,19 @@ def update_loop(rule: Rule, p: str, g: str, access: Any, threads: int = THREADS)
         s, lo, tail, hi, pointers = arrays_of(chunks, segments, gradients)
         if hi <= lo:  # the chunk ends before this part of it
             return
-        if word(numbers, SKIP):
+        if word(numbers, layout.SKIP):
             i = lo + cuda.threadIdx.x
             while zero and i < hi:
                 clear(pointers, i)
                 i = opaque(i + threads)
             return
         segment = segment_at(segments, s)
-        multiplier = rounded(numbers, MULTIPLIER64)
-        if word(segment, SIGN) < 0:
+        multiplier = rounded(numbers, layout.MULTIPLIER64)
+        if word(segment, layout.SIGN) < 0:
             multiplier = -multiplier
-        scalars = scalars_at(numbers, word(segment, SCALAR_GROUP))
-        ratio = segment + WORD * FACTORS
-        if has_ratio and word(segment, ADAPTS) == 0:
+        scalars = scalars_at(numbers, word(segment, layout.SCALAR_GROUP))
+        ratio = segment + WORD * layout.FACTORS
+        if has_ratio and word(segment, layout.ADAPTS) == 0:
             ratio = scalars + WORD * (last - 1)
         h = scalars_of(scalars, ratio)
         take_vectors(pointers, lo, tail, multiplier, h, zero)
@@ -140,11 +128,11 @@ def _epilogue(kind: int, p: str, access: Any, threads: int) -> Any:
     def follow(chunks: Any, segments: Any, numbers: Any) -> None:
         s, lo, hi = part_of(chunks)
         segment = segment_at(segments, s)
-        if word(segment, TARGETS + kind) == 0:
+        if word(segment, layout.TARGETS + kind) == 0:
             return
         cuda.syncthreads()  # another thread of the block may have written what this one reads
-        pointers = word(segment, TARGETS + kind), word(segment, PARAMETER)
-        h = scalars_of(scalars_at(numbers, word(segment, SCALAR_GROUP)) + WORD * WEIGHT, 0)
+        pointers = word(segment, layout.TARGETS + kind), word(segment, layout.PARAMETER)
+        h = scalars_of(scalars_at(numbers, word(segment, layout.SCALAR_GROUP)) + WORD * layout.WEIGHT, 0)
         take(pointers, lo, hi, unit, h, 0)
 
     return device_function(follow)

@@ -9,29 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from ...kernels import layout
 from ...kernels.dtypes import CODES
 from ...kernels.epilogues import EMA_STEP, KINDS
-from ...kernels.layout import (
-    ADAPTS,
-    AVERAGED,
-    CARRY,
-    DECAY,
-    G_CODE,
-    HEADER_WORDS,
-    LR,
-    LR_BYTES,
-    MULTIPLIER64,
-    NUMBERS,
-    RULE,
-    SCALAR_GROUP,
-    SCALAR_GROUP_WORDS,
-    SCALARS,
-    SEGMENT_WORDS,
-    SIGN,
-    STEPS,
-    TARGETS,
-    WARMUP,
-)
 from ...kernels.rules.rule import Options, Rule
 from ..options import RuleChoice
 from ..plan import Plan, ScalarGroup
@@ -53,11 +33,11 @@ class DeviceNumbers:
     def __init__(self, runtime: Runtime, scalar_groups: Sequence[ScalarGroup], rules: Sequence[Rule]) -> None:
         self._runtime, self._scalar_groups, self._rules = runtime, scalar_groups, rules
         self.counts_on_device = False
-        self._content = np.zeros(HEADER_WORDS + NUMBERS * len(scalar_groups))
-        rows = self._content[HEADER_WORDS:].reshape(-1, NUMBERS)
-        self._scalars, self._options = rows[:, :SCALARS], rows[:, SCALARS:]
-        self._words = np.zeros((len(scalar_groups), SCALAR_GROUP_WORDS), np.int64)
-        self._words[:, RULE] = [rules.index(scalar_group.choice.rule) for scalar_group in scalar_groups]
+        self._content = np.zeros(layout.HEADER_WORDS + layout.NUMBERS * len(scalar_groups))
+        rows = self._content[layout.HEADER_WORDS :].reshape(-1, layout.NUMBERS)
+        self._scalars, self._options = rows[:, : layout.SCALARS], rows[:, layout.SCALARS :]
+        self._words = np.zeros((len(scalar_groups), layout.SCALAR_GROUP_WORDS), np.int64)
+        self._words[:, layout.RULE] = [rules.index(scalar_group.choice.rule) for scalar_group in scalar_groups]
         self._on_device: tuple[Any, Any] = runtime.upload(self._content), runtime.upload(self._words)
         self.numbers, self.words = map(address, self._on_device)
         self._staging = PinnedRing(runtime, self.numbers, self._content.nbytes)
@@ -65,7 +45,7 @@ class DeviceNumbers:
 
     def form(self, options: Sequence[Options], multiplier: float, stream: Any) -> None:
         """Form the scalars of the next step and put their upload on the stream."""
-        self._content[MULTIPLIER64] = multiplier
+        self._content[layout.MULTIPLIER64] = multiplier
         for row, scalar_group in zip(self._scalars, self._scalar_groups, strict=True):
             scalar_group.prepare(options[scalar_group.group])
             row[:] = scalar_group.numbers
@@ -85,7 +65,7 @@ class DeviceNumbers:
                     "write them as a function in a file, whose every return is a dict display with the same names."
                 )
         lrs = [options[scalar_group.group].get("lr_at", (0, 0)) for scalar_group in self._scalar_groups]
-        if self.counts_on_device and self._words[:, [LR, LR_BYTES]].tolist() != list(map(list, lrs)):
+        if self.counts_on_device and self._words[:, [layout.LR, layout.LR_BYTES]].tolist() != list(map(list, lrs)):
             self._runtime.refuse_capture(stream)  # of the upload of words that follows
             self.advance(stream)
             self.leave()
@@ -93,13 +73,14 @@ class DeviceNumbers:
             rule, mine = scalar_group.choice.rule, scalar_group.complete(options[scalar_group.group])
             numbers = [x for name in rule.counts for x in np.ravel(mine.get(name) or 0.0)]
             self._options[c, : len(numbers)] = numbers
-            self._options[c, [DECAY, WARMUP]] = mine.get("ema_decay") or 0.0, mine.get("ema_warmup", False)
+            average = mine.get("ema_decay") or 0.0, mine.get("ema_warmup", False)
+            self._options[c, [layout.DECAY, layout.WARMUP]] = average
             if not self.counts_on_device:
                 start = scalar_group.step_count.steps, *lrs[c], scalar_group.averaged
-                self._words[c, [STEPS, LR, LR_BYTES, AVERAGED]] = start
+                self._words[c, [layout.STEPS, layout.LR, layout.LR_BYTES, layout.AVERAGED]] = start
                 if rule.carry is not None:
                     carried = scalar_group.carried(mine)
-                    self._words[c, CARRY : CARRY + len(carried)].view(np.float64)[:] = carried
+                    self._words[c, layout.CARRY : layout.CARRY + len(carried)].view(np.float64)[:] = carried
         self._staging.send(self._content.view(np.uint8), stream)
         if not self.counts_on_device:
             self._words_staging.send(self._words.reshape(-1).view(np.uint8), stream)
@@ -129,10 +110,10 @@ def _fetch(
 ) -> tuple[int, dict[str, float] | None]:
     """Steps and carried numbers of a scalar group, which it does not know: that would be a cycle, freed late."""
     row, rule = runtime.download(words, stream)[c], choice.rule
-    steps = int(row[STEPS])
-    carry = dict(zip(rule.carried, row[CARRY:].view(np.float64).tolist(), strict=False))
+    steps = int(row[layout.STEPS])
+    carry = dict(zip(rule.carried, row[layout.CARRY :].view(np.float64).tolist(), strict=False))
     if choice.averages:
-        carry[EMA_STEP] = float(row[AVERAGED])
+        carry[EMA_STEP] = float(row[layout.AVERAGED])
     return steps, carry if carry and steps > 0 else None
 
 
@@ -156,16 +137,16 @@ class CudaPlan(Plan):
         for (k, _), addresses in zip(runs, self._addresses(runs), strict=True):
             p, rule, adapts = self.parameters[k], self._rule(k), self._adapts(k)
             stored = p.dtype, self.dtypes[k].name
-            row = [*addresses, *[0] * (SEGMENT_WORDS - len(addresses))]
-            row[SCALAR_GROUP], row[SIGN], row[ADAPTS] = self._member[k], int(self._signs[p.group]), adapts
-            row[G_CODE] = CODES[stored[1]]
+            row = [*addresses, *[0] * (layout.SEGMENT_WORDS - len(addresses))]
+            row[layout.SCALAR_GROUP], row[layout.SIGN] = self._member[k], int(self._signs[p.group])
+            row[layout.ADAPTS], row[layout.G_CODE] = adapts, CODES[stored[1]]
             for epilogue, dtype, target in self._epilogues(k):
-                row[TARGETS + KINDS.index((epilogue, dtype))] = target
+                row[layout.TARGETS + KINDS.index((epilogue, dtype))] = target
             rows.append(row)
             updates.append(load(self._runtime, "update", rule, *stored))
             terms.append(load(self._runtime, "terms", rule, *stored) if adapts else None)
         first, sizes = np.array(runs, np.int64).reshape(-1, 2).T
-        words = np.array(rows, np.int64).reshape(-1, SEGMENT_WORDS)
+        words = np.array(rows, np.int64).reshape(-1, layout.SEGMENT_WORDS)
         return CudaTable(self._runtime, sizes, words, first, updates, terms)
 
     def resume(self) -> bool:
