@@ -93,9 +93,10 @@ class DeviceNumbers:
 
     def leave(self) -> None:
         """The host counts from here on, until the device does again."""
-        self._staging.forget()
-        self._words_staging.forget()
-        self.counts_on_device = False
+        if self.counts_on_device:
+            self._staging.forget()
+            self._words_staging.forget()
+            self.counts_on_device = False
 
     def advance(self, stream: Any) -> None:
         """A step was put on the stream: who wants to know the counts has to fetch them."""
