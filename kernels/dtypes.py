@@ -36,16 +36,7 @@ def symbol(kind: str, *of: Any) -> str:
     return "_".join(("fastopt", kind, *names)).replace("-", "_")
 
 
-def cuda_update_symbol(rule: str, p: str, g: str) -> str:
-    """Name of an update kernel for CUDA, and of the file that holds its PTX."""
-    return f"fastopt_cuda_{rule}_{p}_{g}"
-
-
-def cuda_terms_symbol(rule: str, p: str, g: str) -> str:
-    """Name of the kernel for CUDA that sums products of a rule's terms, and of the file that holds its PTX."""
-    return f"fastopt_cuda_terms_{rule}_{p}_{g}"
-
-
-def cuda_prologue_symbol(rule: str) -> str:
-    """Name of the prologue for CUDA with what is particular to a rule, and of the file that holds its PTX."""
-    return f"fastopt_cuda_prologue_{rule}"
+def cuda_symbol(kind: str, rule: str, *dtypes: str) -> str:
+    """Name of a kernel for CUDA, and of the file that holds its PTX: "update" or "terms" of a rule for parameters and
+    gradients stored as ``dtypes``, or "prologue" with what is particular to a rule."""
+    return symbol("cuda" if kind == "update" else f"cuda_{kind}", rule, *dtypes)

@@ -9,11 +9,12 @@ from typing import Any
 from numba.core.extending import intrinsic
 
 
-def emitted(signature: Any) -> Callable[[Callable[..., Any]], Any]:
+def emitted(signature: Any, intrinsic: Any = intrinsic) -> Callable[[Callable[..., Any]], Any]:
     """Decorates ``(context, builder, *values) -> value or None``, which emits the code of a call.
 
     Args:
         signature: Numba's signature, or a function that returns it for the types of the arguments.
+        intrinsic: Numba's decorator, for the CPU, or of its CUDA package.
     """
 
     def decorate(emit: Callable[..., Any]) -> Any:

@@ -194,29 +194,34 @@ def layout_hash() -> int:
 
 # --- on a GPU: tables of 64-bit words --------------------------------------------------------------------------------
 
-SCALAR_GROUP, SIGN, ADAPTS, P_CODE, G_CODE, FIRST_CHUNK, CHUNKS, TARGETS = range(8, 16)
+SCALAR_GROUP, SIGN, ADAPTS, G_CODE, FIRST_CHUNK, CHUNKS, DONE, SQUARES, FACTORS = range(8, 17)
+TARGETS = FACTORS + 2
 SEGMENT_WORDS = TARGETS + 4
-"""A segment there: its addresses as in "arrays" (that of the gradient is in a list of its own), then these words. From
-TARGETS on are the addresses of the targets of all kinds of epilogues (epilogues.py), 0 for those that it has not."""
+"""A segment there: its addresses as in "arrays" (that of the gradient is in a list of its own), then these words. DONE
+are chunks whose sums are taken, 0 between launches; SQUARES the sum of the gradient's squares, and from FACTORS on what
+the ratio splits into (rule.py), in float64. From TARGETS on are the addresses of the targets of all kinds of epilogues
+(epilogues.py), 0 for those that it has not."""
 
 STEPS, RULE, LR, LR_BYTES, AVERAGED, CARRY = range(6)
 SCALAR_GROUP_WORDS = 9
 """A scalar group: steps taken, number of its rule, address and itemsize of an lr that lives on the device (or 0),
 averagings taken, the numbers that the rule carries."""
 
-OPTIONS = 24
-DECAY, WARMUP = 22, 23
-"""Numbers of a scalar group in the table of options: those of its rule, and at these places those of the average."""
+MULTIPLIER64, SKIP, ALL_DONE = range(3)
+HEADER_WORDS = 4
+"""What all blocks read first: the gradient multiplier (float64), whether the step is skipped, and chunks of segments
+whose sums are complete, 0 between launches. The numbers of all scalar groups follow."""
 
 SCALARS = 16
 WEIGHT = 15
-"""Numbers of a scalar group in the table of scalars, on a GPU in float64 and in float32: those of its rule,
-and at this place the weight of the average."""
+"""Scalars of a scalar group: those of its rule, and at this place the weight of the average."""
 
-MULTIPLIER64, MULTIPLIER32, SKIP = 0, 2, 2
-HEADER_WORDS = 4
-"""What all blocks read first: the gradient multiplier in float64 and in float32 (places counted in their own type), and
-whether the step is skipped (counted in words)."""
+OPTIONS = 24
+DECAY, WARMUP = 22, 23
+"""Options from which a GPU forms them: those of the rule, and at these places those of the average."""
+
+NUMBERS = SCALARS + OPTIONS
+"""Both of a scalar group, on a GPU, in float64."""
 
 PARTS_BITS = 2
 """A chunk is shared by 2^PARTS_BITS blocks of threads in the update."""

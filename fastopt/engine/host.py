@@ -40,32 +40,13 @@ NAMES = ("update", "squares", "ratio", "terms", "scalars")
 class HostPlan(Plan):
     """A plan whose kernels come from the backend of this process."""
 
-    kept = 8
-
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self.backend = current()
-        self._layers: Table | None = None
-        self._updates: Table | None = None
         self._know_weights = False
 
-    @property
-    def layers(self) -> Table:
-        """One segment per parameter: what norms are taken over."""
-        if self._layers is None:
-            self._layers = self._build(self._every_parameter, norms=True)
-        return self._layers
-
-    @property
-    def updates(self) -> Table:
-        """One segment per run."""
-        if self._updates is None:
-            norms = self._has_ratio or self.combine_ratios is not None
-            self._updates = self.layers if norms else self._build(self._runs, norms=False)
-        return self._updates
-
     @makes_many
-    def _build(self, runs: list[tuple[int, int]], *, norms: bool) -> Table:
+    def _build(self, runs: list[tuple[int, int]], norms: bool) -> Table:
         table = Table([size for _, size in runs], self._counts)
         kernels: dict[tuple[Any, ...], tuple[int, tuple[int, int], int, int]] = {}  # by kind of segment
         scalars = [scalar_group.numbers.ctypes.data for scalar_group in self.scalar_groups]
@@ -104,10 +85,9 @@ class HostPlan(Plan):
         return self.backend.kernel("update", rule, dtype, p.dtype), scalars, (target, p.address)
 
     def point_at(self, gradients: NDArray[np.uint64]) -> None:
-        self._gradients = gradients
-        for table in (self._layers, self._updates):
-            if table is not None:
-                table.arrays[:, GRADIENT] = gradients[table.first]
+        super().point_at(gradients)
+        for table in self._tables.values():
+            table.arrays[:, GRADIENT] = gradients[table.first]
 
     def step(self, request: Request, options: Sequence[Options]) -> StepInfo:
         if not request.needs_norm:
@@ -122,10 +102,11 @@ class HostPlan(Plan):
         return StepInfo(False, norm)
 
     def norm(self) -> float:
-        self.backend.run(self.layers.record_at, NORM, GRADIENT, _threads(self.layers))
-        total = float(self.layers.total)
+        table: Table = self._table(norms=True)
+        self.backend.run(table.record_at, NORM, GRADIENT, _threads(table))
+        total = float(table.total)
         if self.combine is not None:
-            squares = self.layers.segments["sums"][:, [GRADIENT]]  # a copy: LARS combines them later
+            squares = table.segments["sums"][:, [GRADIENT]]  # a copy: LARS combines them later
             self.combine(squares)
             total = float(squares.sum())
         return math.sqrt(total)
@@ -137,7 +118,7 @@ class HostPlan(Plan):
     def _launch(self, request: Request, multiplier: float, options: Sequence[Options]) -> None:
         for scalar_group in self.scalar_groups:
             scalar_group.prepare(options[scalar_group.group])
-        table = self.updates if not self.flat or self._merges(multiplier, options) else self.layers
+        table: Table = self._table(norms=self.flat and not self._merges(multiplier, options))
         if (multiplier, request.zero_grads) != table.launched_with:
             table.launched_with = None  # if an interrupt comes between the columns
             table.own[:, MULTIPLIER] = table.signs * multiplier

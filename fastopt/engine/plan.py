@@ -184,7 +184,7 @@ class Plan(ABC):
         device: Where all of it lives.
     """
 
-    kept = 1
+    kept = 8
     """How many plans an optimizer keeps, so that patterns of gradients may alternate."""
 
     combine: Combine | None = None
@@ -214,6 +214,7 @@ class Plan(ABC):
         self._device = device
         self._bases: dict[int, int] = {}  # addresses of flat state arrays, which the parameters keep alive
         self._runs = self._find_runs()
+        self._tables: dict[bool, Any] = {}
         self._gradients: NDArray[np.uint64] = np.zeros(len(parameters), np.uint64)
         self._adopt()
 
@@ -323,14 +324,21 @@ class Plan(ABC):
         mine = ((k, self.parameters[k]) for k, _ in runs)
         return [[p.address, 0, *(self._place(p, name) for name in self._rule(k).state)] for k, p in mine]
 
-    @property
-    def _every_parameter(self) -> list[tuple[int, int]]:
-        """Runs of one parameter each: what norms are taken over."""
-        return [(k, p.size) for k, p in enumerate(self.parameters)]
+    def _table(self, *, norms: bool) -> Any:
+        """The table with a segment for each run, or, where norms or ratios are taken, for each parameter."""
+        norms = norms or self._has_ratio or self.combine_ratios is not None
+        if norms not in self._tables:
+            every_parameter = [(k, p.size) for k, p in enumerate(self.parameters)]
+            self._tables[norms] = self._build(every_parameter if norms else self._runs, norms)
+        return self._tables[norms]
 
     @abstractmethod
+    def _build(self, runs: list[tuple[int, int]], norms: bool) -> Any:
+        """A table with a segment for each run."""
+
     def point_at(self, gradients: NDArray[np.uint64]) -> None:
         """Take the gradients from these addresses."""
+        self._gradients = gradients
 
     @abstractmethod
     def step(self, request: Request, options: Sequence[Options]) -> StepInfo:

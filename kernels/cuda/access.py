@@ -18,97 +18,88 @@ from ..storage import DOUBLE, FLOAT, I32, I64, Storage
 from .host_functions import ratio_caller as ratio_caller
 from .host_functions import scalars_former as scalars_former
 from .memory import GLOBAL, at
-from .toolchain import intrinsic, types
+from .toolchain import emitted, types
 
 
 def _loader(element: ir.Type, result: Any) -> Any:
-    @intrinsic
-    def load(typingctx: Any, address: Any, index: Any) -> Any:
-        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            return builder.load(at(builder, args[0], args[1], element))
-
-        return result(types.int64, types.int64), codegen
+    @emitted(result(types.int64, types.int64))
+    def load(context: Any, builder: Any, address: Any, index: Any) -> Any:
+        return builder.load(at(builder, address, index, element))
 
     return load
 
 
 def _storer(element: ir.Type, value: Any) -> Any:
-    @intrinsic
-    def store(typingctx: Any, address: Any, index: Any, number: Any) -> Any:
-        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            builder.store(args[2], at(builder, args[0], args[1], element))
-            return context.get_dummy_value()
-
-        return types.void(types.int64, types.int64, value), codegen
+    @emitted(types.void(types.int64, types.int64, value))
+    def store(context: Any, builder: Any, address: Any, index: Any, number: Any) -> None:
+        builder.store(number, at(builder, address, index, element))
 
     return store
 
 
 word, put_word = _loader(I64, types.int64), _storer(I64, types.int64)
 real, put_real = _loader(DOUBLE, types.float64), _storer(DOUBLE, types.float64)
-single, put_single = _loader(FLOAT, types.float32), _storer(FLOAT, types.float32)
+single = _loader(FLOAT, types.float32)
 
 
-@intrinsic
-def count_up(typingctx: Any, address: Any, index: Any) -> Any:
-    """Add one to a word, as one of many blocks; the value before."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        place = at(builder, args[0], args[1], I64)
-        return builder.atomic_rmw("add", place, ir.Constant(I64, 1), "monotonic")
-
-    return types.int64(types.int64, types.int64), codegen
+@emitted(types.int64(types.int64, types.int64))
+def count_up(context: Any, builder: Any, address: Any, number: Any) -> Any:
+    """Add to a word, as one of many blocks; its value before."""
+    return builder.atomic_rmw("add", at(builder, address, 0, I64), number, "monotonic")
 
 
-@intrinsic
-def fresh_real(typingctx: Any, address: Any, index: Any) -> Any:
+@emitted(types.float64(types.int64, types.int64))
+def fresh_real(context: Any, builder: Any, address: Any, index: Any) -> Any:
     """A number that another block may just have written: never from this processor's own cache."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        kind = ir.FunctionType(DOUBLE, [I64])  # NVVM knows no atomic or volatile loads
-        load = ir.InlineAsm(kind, "ld.volatile.global.f64 $0, [$1];", "=d,l,~{memory}", side_effect=True)
-        return builder.call(load, [builder.ptrtoint(at(builder, args[0], args[1], DOUBLE), I64)])
-
-    return types.float64(types.int64, types.int64), codegen
+    kind = ir.FunctionType(DOUBLE, [I64])  # NVVM knows no atomic or volatile loads
+    load = ir.InlineAsm(kind, "ld.volatile.global.f64 $0, [$1];", "=d,l,~{memory}", side_effect=True)
+    return builder.call(load, [builder.ptrtoint(at(builder, address, index, DOUBLE), I64)])
 
 
-@intrinsic
-def opaque(typingctx: Any, number: Any) -> Any:
+@emitted(types.int64(types.int64))
+def opaque(context: Any, builder: Any, number: Any) -> Any:
     """The number, of which the compiler no longer knows what it is made of.
 
     Loops that count by it are not unrolled, and what is computed from it is not kept for the next loop that computes
     the same: either would take registers.
     """
+    move = ir.InlineAsm(ir.FunctionType(I64, [I64]), "mov.b64 $0, $1;", "=l,l", side_effect=True)
+    return builder.call(move, [number])
 
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        move = ir.InlineAsm(ir.FunctionType(I64, [I64]), "mov.b64 $0, $1;", "=l,l", side_effect=True)
-        return builder.call(move, args)
 
-    return types.int64(types.int64), codegen
+def rounded(compute: str) -> Any:
+    """Intrinsic ``(address, index) -> number``: a float64, rounded to the compute dtype."""
+
+    @emitted(getattr(types, compute)(types.int64, types.int64))
+    def load(context: Any, builder: Any, address: Any, index: Any) -> Any:
+        return _rounded(builder, address, index, compute)
+
+    return load
+
+
+def _rounded(builder: Any, address: Any, index: Any, compute: str) -> Any:
+    number = builder.load(at(builder, address, index, DOUBLE))
+    return builder.fptrunc(number, FLOAT) if compute == "float32" else number
+
+
+def scalars_type(rule: Any, compute: str) -> Any:
+    """Numba's type of the rule's scalars."""
+    return types.NamedUniTuple(getattr(types, compute), len(rule.Scalars._fields), rule.Scalars)
 
 
 def scalars_loader(rule: Rule, compute: str) -> Any:
-    """Intrinsic ``(scalars, ratio) -> h``: the rule's scalars, stored in the compute dtype.
+    """Intrinsic ``(scalars, ratio) -> h``: the rule's scalars, rounded to the compute dtype.
 
     ``ratio`` is where stretch and ratio are, of which a rule has both or the latter.
     """
-    names = rule.Scalars._fields  # type: ignore[attr-defined]
-    count = len(names)
-    kind = getattr(types, compute)
-    element = FLOAT if compute == "float32" else DOUBLE
+    kind, in_ratio = scalars_type(rule, compute), ("stretch", "ratio") if rule.ratio is not None else ()
 
-    @intrinsic
-    def load(typingctx: Any, scalars: Any, ratio: Any) -> Any:
-        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            places = [at(builder, args[0], ir.Constant(I64, k), element) for k in range(count)]
-            if rule.ratio is not None:
-                for k, name in enumerate(("stretch", "ratio")):
-                    if name in names:
-                        places[names.index(name)] = at(builder, args[1], ir.Constant(I64, k), element)
-            values = [builder.load(place) for place in places]
-            return context.make_tuple(builder, signature.return_type, values)
-
-        return types.NamedUniTuple(kind, count, rule.Scalars)(types.int64, types.int64), codegen
+    @emitted(kind(types.int64, types.int64))
+    def load(context: Any, builder: Any, scalars: Any, ratio: Any) -> Any:
+        places = [
+            (ratio, in_ratio.index(name)) if name in in_ratio else (scalars, k) for k, name in enumerate(kind.fields)
+        ]
+        return cgutils.pack_array(builder, [_rounded(builder, *place, compute) for place in places])
 
     return load
 
@@ -117,23 +108,21 @@ def add_rows(dtype: str, rows: int) -> Any:
     """Intrinsic ``(total, x, i) -> total``: add the squares of elements i, i + 32, ... of ``rows`` rows, in order."""
     storage = Storage(dtype)
 
-    @intrinsic
-    def add(typingctx: Any, total: Any, x: Any, i: Any) -> Any:
-        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            total, x, i = args
-            places = [at(builder, x, builder.add(i, ir.Constant(I64, k * LANES)), storage.memory) for k in range(rows)]
-            for element in [builder.load(place) for place in places]:
-                number = storage.decode(builder, element)
-                if dtype == "float64":  # its squares are not exact, and so are not fused
-                    total = builder.fadd(total, builder.fmul(number, number))
-                else:
-                    number = builder.fpext(number, DOUBLE)
-                    total = builder.fma(number, number, total)
-            return total
-
-        return types.float64(types.float64, types.int64, types.int64), codegen
+    @emitted(types.float64(types.float64, types.int64, types.int64))
+    def add(context: Any, builder: Any, total: Any, x: Any, i: Any) -> Any:
+        places = [at(builder, x, builder.add(i, ir.Constant(I64, k * LANES)), storage.memory) for k in range(rows)]
+        for element in [builder.load(place) for place in places]:
+            number = storage.decode(builder, element)
+            total = _add_product(builder, total, number, number)
+        return total
 
     return add
+
+
+def _add_product(builder: Any, total: Any, x: Any, y: Any) -> Any:
+    if x.type == DOUBLE:  # products of float64 are not exact, and so are not fused
+        return builder.fadd(total, builder.fmul(x, y))
+    return builder.fma(builder.fpext(x, DOUBLE), builder.fpext(y, DOUBLE), total)
 
 
 class Arrays:
@@ -147,10 +136,12 @@ class Arrays:
 
     def __init__(self, rule: Any, p: str, g: str) -> None:
         self.storages = [Storage(p), Storage(g)] + [Storage(COMPUTE[p])] * len(rule.state)
-        self.compute = getattr(types, COMPUTE[p])
-        self.rule, self.step = rule, rule.step
+        self.rule = rule
         self.written = [0, *range(2, len(self.storages))]  # everything but the gradient
+        self.compute, self.scalars = getattr(types, COMPUTE[p]), scalars_type(rule, COMPUTE[p])
         self.pointers = types.UniTuple(types.int64, len(self.storages))
+        self.arguments = types.Tuple([self.compute] * len(self.storages) + [self.scalars])  # of the rule
+        self.results = types.UniTuple(self.compute, len(self.written))
 
     def _place(self, builder: Any, pointers: Any, k: int, index: Any) -> Any:
         return at(builder, builder.extract_value(pointers, k), index, self.storages[k].memory)
@@ -169,188 +160,6 @@ class Arrays:
         shifts = [ir.Constant(I32, 8 * itemsize * j) for j in range(per_word)]
         return [builder.trunc(builder.lshr(x, shift), memory) for x in words for shift in shifts]
 
-    def pointers_of(self) -> Any:
-        """Intrinsic ``(segment, gradient) -> pointers``: addresses of parameter, gradient and states."""
-        places = range(len(self.storages))
-
-        @intrinsic
-        def pointers_of(typingctx: Any, segment: Any, gradient: Any) -> Any:
-            def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-                words = [
-                    args[1] if k == 1 else builder.load(at(builder, args[0], ir.Constant(I64, k), I64)) for k in places
-                ]
-                return context.make_tuple(builder, signature.return_type, words)
-
-            return self.pointers(types.int64, types.int64), codegen
-
-        return pointers_of
-
-    def aligned(self, count: int) -> Any:
-        """Intrinsic ``(pointers) -> bool``: whether every array may be accessed ``count`` elements at a time."""
-
-        @intrinsic
-        def aligned(typingctx: Any, pointers: Any) -> Any:
-            def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-                rests = ir.Constant(I64, 0)
-                for k in range(len(self.storages)):
-                    mask = ir.Constant(I64, count * self._itemsize(k) - 1)
-                    rests = builder.or_(rests, builder.and_(builder.extract_value(args[0], k), mask))
-                return builder.icmp_unsigned("==", rests, ir.Constant(I64, 0))
-
-            return types.boolean(self.pointers), codegen
-
-        return aligned
-
-    def moved(self) -> Any:
-        """Intrinsic ``(pointers, i) -> pointers``: the addresses of elements ``i``."""
-
-        @intrinsic
-        def moved(typingctx: Any, pointers: Any, n: Any) -> Any:
-            def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-                places = [self._place(builder, args[0], k, args[1]) for k in range(len(self.storages))]
-                return context.make_tuple(builder, signature.return_type, [builder.ptrtoint(x, I64) for x in places])
-
-            return self.pointers(self.pointers, types.int64), codegen
-
-        return moved
-
-    def load(self, count: int) -> Any:
-        """Intrinsic ``(pointers, i, multiplier, h) -> arguments of the rule`` for each of ``count`` elements."""
-
-        @intrinsic
-        def load(typingctx: Any, pointers: Any, i: Any, multiplier: Any, h: Any) -> Any:
-            arguments = types.Tuple([self.compute] * len(self.storages) + [h])
-
-            def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-                loaded = [self._get(builder, args[0], k, args[1], count) for k in range(len(self.storages))]
-                elements = []
-                for memory in zip(*loaded, strict=True):
-                    values = [storage.decode(builder, x) for storage, x in zip(self.storages, memory, strict=True)]
-                    values[1] = builder.fmul(values[1], args[2])
-                    elements.append(context.make_tuple(builder, arguments, [*values, args[3]]))
-                return context.make_tuple(builder, signature.return_type, elements)
-
-            return types.UniTuple(arguments, count)(pointers, types.int64, self.compute, h), codegen
-
-        return load
-
-    def apply(self) -> Any:
-        """Intrinsic ``(arguments of the rule of some elements) -> its results``: the rule itself."""
-        result = types.UniTuple(self.compute, len(self.written))
-
-        @intrinsic
-        def apply(typingctx: Any, elements: Any) -> Any:
-            def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-                of_one = result(*elements.dtype.types)
-                results = [
-                    context.compile_internal(
-                        builder, self.step, of_one, cgutils.unpack_tuple(builder, builder.extract_value(args[0], j))
-                    )
-                    for j in range(elements.count)
-                ]
-                return context.make_tuple(builder, signature.return_type, results)
-
-            return types.UniTuple(result, elements.count)(elements), codegen
-
-        return apply
-
-    def no_sums(self) -> Any:
-        """Intrinsic ``() -> totals``: a zero for each product of the rule."""
-        totals = types.UniTuple(types.float64, len(self.rule.products))
-
-        @intrinsic
-        def no_sums(typingctx: Any) -> Any:
-            def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-                return context.make_tuple(builder, totals, [ir.Constant(DOUBLE, 0.0)] * totals.count)
-
-            return totals(), codegen
-
-        return no_sums
-
-    def stored(self) -> Any:
-        """Intrinsic ``(pointers, i) -> (p, g)``: numbers as they are stored, the gradient without its multiplier."""
-
-        @intrinsic
-        def stored(typingctx: Any, pointers: Any, i: Any) -> Any:
-            def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-                memory = [self._get(builder, args[0], k, args[1], 1)[0] for k in range(2)]
-                values = [storage.decode(builder, x) for storage, x in zip(self.storages, memory, strict=False)]
-                return context.make_tuple(builder, signature.return_type, values)
-
-            return types.UniTuple(self.compute, 2)(pointers, types.int64), codegen
-
-        return stored
-
-    def terms(self) -> Any:
-        """Intrinsic ``(arguments of the rule) -> its terms``."""
-        result = types.UniTuple(self.compute, self.rule.term_count)
-
-        @intrinsic
-        def terms(typingctx: Any, arguments: Any) -> Any:
-            def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-                if not self.rule.terms:
-                    return context.make_tuple(builder, result, [])
-                values = cgutils.unpack_tuple(builder, args[0])
-                return context.compile_internal(builder, self.rule.terms, result(*arguments.types), values)
-
-            return result(arguments), codegen
-
-        return terms
-
-    def add_products(self) -> Any:
-        """Intrinsic ``(totals, (p, g), terms) -> totals``: add the products of an element."""
-
-        @intrinsic
-        def add(typingctx: Any, totals: Any, stored: Any, terms: Any) -> Any:
-            def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-                results = []
-                for k, product in enumerate(self.rule.products):
-                    total = builder.extract_value(args[0], k)
-                    x, y = (
-                        builder.extract_value(*((args[2], f) if isinstance(f, int) else (args[1], "pg".index(f))))
-                        for f in product
-                    )
-                    if x.type == DOUBLE:  # products of float64 are not exact, and so are not fused
-                        results.append(builder.fadd(total, builder.fmul(x, y)))
-                    else:
-                        results.append(builder.fma(builder.fpext(x, DOUBLE), builder.fpext(y, DOUBLE), total))
-                return context.make_tuple(builder, totals, results)
-
-            return totals(totals, stored, terms), codegen
-
-        return add
-
-    def store(self, count: int) -> Any:
-        """Intrinsic ``(pointers, i, results of the rule)`` for ``count`` elements, each rounded once to its storage."""
-
-        @intrinsic
-        def store(typingctx: Any, pointers: Any, i: Any, results: Any) -> Any:
-            def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-                tuples = [builder.extract_value(args[2], j) for j in range(count)]
-                for position, k in enumerate(self.written):
-                    storage = self.storages[k]
-                    values = [storage.encode(builder, builder.extract_value(t, position)) for t in tuples]
-                    self._put(builder, args[0], k, args[1], values)
-                return context.get_dummy_value()
-
-            expected = types.UniTuple(types.UniTuple(self.compute, len(self.written)), count)
-            return types.void(pointers, types.int64, expected), codegen
-
-        return store
-
-    def clear(self, count: int) -> Any:
-        """Intrinsic ``(pointers, i)``: ``count`` elements of the gradient become zero."""
-
-        @intrinsic
-        def clear(typingctx: Any, pointers: Any, i: Any) -> Any:
-            def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-                self._put(builder, args[0], 1, args[1], [ir.Constant(self.storages[1].memory, 0)] * count)
-                return context.get_dummy_value()
-
-            return types.void(self.pointers, types.int64), codegen
-
-        return clear
-
     def _put(self, builder: Any, pointers: Any, k: int, index: Any, values: list[Any]) -> None:
         """Elements of array k from ``index`` on, by one store."""
         place = self._place(builder, pointers, k, index)
@@ -366,3 +175,111 @@ class Arrays:
 
     def _itemsize(self, k: int) -> int:
         return ITEMSIZE[self.storages[k].dtype]
+
+    def pointers_of(self) -> Any:
+        """Intrinsic ``(segment, gradient) -> pointers``: addresses of parameter, gradient and states."""
+
+        @emitted(self.pointers(types.int64, types.int64))
+        def pointers_of(context: Any, builder: Any, segment: Any, gradient: Any) -> Any:
+            places = range(len(self.storages))
+            words = [gradient if k == 1 else builder.load(at(builder, segment, k, I64)) for k in places]
+            return cgutils.pack_array(builder, words)
+
+        return pointers_of
+
+    def aligned(self, count: int) -> Any:
+        """Intrinsic ``(pointers) -> bool``: whether every array may be accessed ``count`` elements at a time."""
+
+        @emitted(types.boolean(self.pointers))
+        def aligned(context: Any, builder: Any, pointers: Any) -> Any:
+            rests = ir.Constant(I64, 0)
+            for k in range(len(self.storages)):
+                mask = ir.Constant(I64, count * self._itemsize(k) - 1)
+                rests = builder.or_(rests, builder.and_(builder.extract_value(pointers, k), mask))
+            return builder.icmp_unsigned("==", rests, ir.Constant(I64, 0))
+
+        return aligned
+
+    def moved(self) -> Any:
+        """Intrinsic ``(pointers, i) -> pointers``: the addresses of elements ``i``."""
+
+        @emitted(self.pointers(self.pointers, types.int64))
+        def moved(context: Any, builder: Any, pointers: Any, i: Any) -> Any:
+            places = [self._place(builder, pointers, k, i) for k in range(len(self.storages))]
+            return cgutils.pack_array(builder, [builder.ptrtoint(place, I64) for place in places])
+
+        return moved
+
+    def load(self, count: int) -> Any:
+        """Intrinsic ``(pointers, i, multiplier, h) -> arguments of the rule`` for each of ``count`` elements."""
+
+        @emitted(types.UniTuple(self.arguments, count)(self.pointers, types.int64, self.compute, self.scalars))
+        def load(context: Any, builder: Any, pointers: Any, i: Any, multiplier: Any, h: Any) -> Any:
+            loaded = [self._get(builder, pointers, k, i, count) for k in range(len(self.storages))]
+            elements = []
+            for memory in zip(*loaded, strict=True):
+                values = [storage.decode(builder, x) for storage, x in zip(self.storages, memory, strict=True)]
+                values[1] = builder.fmul(values[1], multiplier)
+                elements.append(cgutils.pack_struct(builder, [*values, h]))
+            return cgutils.pack_array(builder, elements)
+
+        return load
+
+    def apply(self, count: int) -> Any:
+        """Intrinsic ``(arguments of the rule of some elements) -> its results``: the rule itself."""
+
+        @emitted(types.UniTuple(self.results, count)(types.UniTuple(self.arguments, count)))
+        def apply(context: Any, builder: Any, elements: Any) -> Any:
+            return cgutils.pack_array(
+                builder,
+                [
+                    self._call(context, builder, self.rule.step, self.results, cgutils.unpack_tuple(builder, element))
+                    for element in cgutils.unpack_tuple(builder, elements)
+                ],
+            )
+
+        return apply
+
+    def _call(self, context: Any, builder: Any, function: Any, results: Any, values: list[Any]) -> Any:
+        return context.compile_internal(builder, function, results(*self.arguments.types), values)
+
+    def add_products(self) -> Any:
+        """Intrinsic ``(totals, pointers, i, multiplier, h) -> totals``: add the rule's products of an element.
+
+        "p" and "g" are numbers as they are stored, the gradient without its multiplier.
+        """
+        rule, totals = self.rule, types.UniTuple(types.float64, len(self.rule.products))
+        terms = types.UniTuple(self.compute, rule.term_count)
+
+        @emitted(totals(totals, self.pointers, types.int64, self.compute, self.scalars))
+        def add(context: Any, builder: Any, totals: Any, pointers: Any, i: Any, multiplier: Any, h: Any) -> Any:
+            values = [s.decode(builder, *self._get(builder, pointers, k, i, 1)) for k, s in enumerate(self.storages)]
+            factors: dict[Any, Any] = {"p": values[0], "g": values[1]}
+            if rule.terms:
+                values[1] = builder.fmul(values[1], multiplier)
+                of_element = self._call(context, builder, rule.terms, terms, [*values, h])
+                factors |= enumerate(cgutils.unpack_tuple(builder, of_element))
+            sums = zip(cgutils.unpack_tuple(builder, totals), rule.products, strict=True)
+            return cgutils.pack_array(builder, [_add_product(builder, x, factors[a], factors[b]) for x, (a, b) in sums])
+
+        return add
+
+    def store(self, count: int) -> Any:
+        """Intrinsic ``(pointers, i, results of the rule)`` for ``count`` elements, each rounded once to its storage."""
+
+        @emitted(types.void(self.pointers, types.int64, types.UniTuple(self.results, count)))
+        def store(context: Any, builder: Any, pointers: Any, i: Any, results: Any) -> None:
+            elements = [cgutils.unpack_tuple(builder, result) for result in cgutils.unpack_tuple(builder, results)]
+            for k, values in zip(self.written, zip(*elements, strict=True), strict=True):
+                self._put(builder, pointers, k, i, [self.storages[k].encode(builder, x) for x in values])
+
+        return store
+
+    def clear(self, count: int) -> Any:
+        """Intrinsic ``(pointers, i)``: ``count`` elements of the gradient become zero."""
+
+        @emitted(types.void(self.pointers, types.int64))
+        def clear(context: Any, builder: Any, pointers: Any, i: Any) -> None:
+            self._put(builder, pointers, 1, i, [ir.Constant(self.storages[1].memory, 0)] * count)
+
+        return clear

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import site
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 if __name__ == "__main__":
     # NVIDIA's packages look for NVVM and NVRTC where packages are installed, but those that pip builds with are only on
     # sys.path.
     site.getsitepackages = lambda prefixes=None: sys.path
 
-from ..dtypes import COMPUTE, PAIRS, cuda_prologue_symbol, cuda_terms_symbol, cuda_update_symbol
+from ..dtypes import COMPUTE, PAIRS, cuda_symbol
 from ..registry import RULES
 from ..rules.rule import Rule
 from . import access
@@ -23,42 +25,35 @@ from .toolchain import ptx, types
 from .update import update_loop
 
 INTEGER, REAL = types.int64, types.float64
-UPDATE = types.void(*[INTEGER] * 7)
-TERMS = types.void(*[INTEGER] * 12)
-PROLOGUE = types.void(*[INTEGER] * 20, REAL, INTEGER, REAL, *[INTEGER] * 4)
+KERNELS: dict[str, tuple[Any, Any]] = {
+    "update": (update_loop, types.void(*[INTEGER] * 5)),
+    "terms": (terms_loop, types.void(*[INTEGER] * 6)),
+    "prologue": (prologue, types.void(*[INTEGER] * 10, REAL, INTEGER, REAL, *[INTEGER] * 4)),
+}
+"""What makes the kernels of a kind, and their signature."""
 
 
-def update_ptx(rule: Rule, p: str, g: str) -> str:
-    """The update of ``rule`` for parameters stored as ``p`` and gradients stored as ``g``."""
-    text = ptx(update_loop(rule, p, g, access), UPDATE, cuda_update_symbol(rule.name, p, g))
-    if COMPUTE[p] == "float32" and ".f64" in text:
+def kernel_ptx(kind: str, rule: Rule, *dtypes: str) -> str:
+    """The PTX of a kernel; see ``cuda_symbol``."""
+    loop, signature = KERNELS[kind]
+    text = ptx(loop(rule, *dtypes, access), signature, cuda_symbol(kind, rule.name, *dtypes))
+    if kind == "update" and COMPUTE[dtypes[0]] == "float32" and "cvt.f64" in text:
         raise TypeError(
-            f"Rule {rule.name!r} computes in float64 for {p} parameters: a literal such as 0.5 promotes what it "
-            "touches. Put the number into the rule's Scalars."
+            f"Rule {rule.name!r} computes in float64 for {dtypes[0]} parameters: a literal such as 0.5 promotes what "
+            "it touches. Put the number into the rule's Scalars."
         )
     return text
 
 
-def terms_ptx(rule: Rule, p: str, g: str) -> str:
-    """The sums of ``rule``'s terms, and the ratios."""
-    return ptx(terms_loop(rule, p, g, access), TERMS, cuda_terms_symbol(rule.name, p, g))
-
-
-def prologue_ptx(rule: Rule) -> str:
-    """The prologue for scalar groups of ``rule``."""
-    return ptx(prologue(rule, access), PROLOGUE, cuda_prologue_symbol(rule.name))
-
-
-def _kernels(what: Iterable[str]) -> Iterator[tuple[str, str]]:
-    for one in what:
-        for rule in RULES.values():
-            if one == "prologue":
-                yield cuda_prologue_symbol(rule.name), prologue_ptx(rule)
-            else:
-                p, g = one.split("-")
-                yield cuda_update_symbol(rule.name, p, g), update_ptx(rule, p, g)
-                if rule.sources:
-                    yield cuda_terms_symbol(rule.name, p, g), terms_ptx(rule, p, g)
+def _kernels(what: str) -> Iterator[tuple[str, Rule, tuple[str, ...]]]:
+    """Kind, rule and dtypes of the kernels that are asked for."""
+    for rule in RULES.values():
+        if what == "prologue":
+            yield "prologue", rule, ()
+        else:
+            yield "update", rule, tuple(what.split("-"))
+            if rule.ratio is not None:
+                yield "terms", rule, tuple(what.split("-"))
 
 
 def main() -> None:
@@ -69,7 +64,7 @@ def main() -> None:
     parser.add_argument("what", nargs="*", help="'prologue', or a pair of storage dtypes such as float32-bfloat16")
     args = parser.parse_args()
     if args.check:
-        update_ptx(RULES["sgd"], "float32", "float32")
+        kernel_ptx("update", RULES["sgd"], "float32", "float32")
         return
     if not args.what:
         parser.error("needed are a directory and what to compile")
@@ -77,8 +72,9 @@ def main() -> None:
         if one != "prologue" and tuple(one.split("-")) not in PAIRS:
             parser.error(f"{one} is neither 'prologue' nor a pair of dtypes that is compiled ahead of time")
     args.directory.mkdir(parents=True, exist_ok=True)
-    for symbol, text in _kernels(args.what):
-        (args.directory / f"{symbol}.ptx").write_text(text)
+    for kind, rule, dtypes in itertools.chain.from_iterable(map(_kernels, args.what)):
+        path = args.directory / f"{cuda_symbol(kind, rule.name, *dtypes)}.ptx"
+        path.write_text(kernel_ptx(kind, rule, *dtypes))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ numba-cuda is in maintenance mode, so whatever takes its place has to fit behind
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,9 +16,13 @@ from numba.cuda import types
 from numba.cuda.cudadrv import nvvm
 from numba.cuda.extending import intrinsic
 
+from .. import emit
 from ..layout import THREADS
 
-__all__ = ["THREADS", "cuda", "intrinsic", "ptx", "types"]
+__all__ = ["THREADS", "cuda", "device_function", "emitted", "ptx", "types"]
+
+emitted = functools.partial(emit.emitted, intrinsic=intrinsic)
+device_function = cuda.jit(device=True, inline="always")
 
 BASELINE = (7, 5)
 """Compute capability that PTX is made for; drivers translate it for every newer one."""

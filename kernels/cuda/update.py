@@ -1,4 +1,4 @@
-"""The CUDA loop around an update rule: one block of threads per part of a chunk, four elements per thread at a time."""
+"""The CUDA loop around an update rule: one block of threads per part of a chunk, a vector per thread at a time."""
 
 from __future__ import annotations
 
@@ -8,31 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from ..dtypes import COMPUTE
+from .. import layout
+from ..dtypes import COMPUTE, ITEMSIZE
 from ..epilogues import KINDS, kinds_of
-from ..layout import (
-    ADAPTS,
-    CHUNK,
-    MULTIPLIER32,
-    MULTIPLIER64,
-    PARAMETER,
-    PARTS_BITS,
-    SCALAR_GROUP,
-    SCALARS,
-    SEGMENT_WORDS,
-    SIGN,
-    SKIP,
-    TARGETS,
-    WEIGHT,
-    WORD,
-)
+from ..layout import CHUNK, PARTS_BITS, WORD
 from ..rules.rule import Rule
-from .toolchain import THREADS, cuda
+from .memory import scalars_at, segment_at
+from .toolchain import THREADS, cuda, device_function
 
 PARTS = 1 << PARTS_BITS
-
-VECTOR = {"float32": 4, "float64": 2}
-"""Elements per access by compute dtype: 16 bytes of a state, 8 or 16 of a parameter or gradient."""
 
 
 def update_loop(rule: Rule, p: str, g: str, access: Any, threads: int = THREADS) -> Callable[..., None]:
@@ -41,76 +25,70 @@ def update_loop(rule: Rule, p: str, g: str, access: Any, threads: int = THREADS)
     What a loop needs is found just before it, from the tables, so that no loop keeps registers for the next one.
     """
     compute = COMPUTE[p]
-    width = VECTOR[compute]
-    stride = width * threads
+    width = 16 // max(ITEMSIZE[dtype] for dtype in (p, g, *[compute] * len(rule.state)))  # elements of an access
     arrays = access.Arrays(rule, p, g)
-    pointers_of, aligned, moved = arrays.pointers_of(), arrays.aligned(width), arrays.moved()
-    load, load_one = arrays.load(width), arrays.load(1)
-    store, store_one = arrays.store(width), arrays.store(1)
-    clear, clear_one = arrays.clear(width), arrays.clear(1)
-    word, scalars_of, opaque = access.word, access.scalars_loader(rule, compute), access.opaque
-    number = access.single if compute == "float32" else access.real
-    number_size = 4 if compute == "float32" else 8
-    multiplier_at = MULTIPLIER32 if compute == "float32" else MULTIPLIER64
-    apply = arrays.apply()
-    has_ratio, last = rule.ratio is not None, len(rule.Scalars._fields) - 1  # type: ignore[attr-defined]
+    pointers_of, aligned = arrays.pointers_of(), arrays.aligned(width)
+    clear, word, opaque, rounded = arrays.clear(1), access.word, access.opaque, access.rounded(compute)
+    scalars_of, has_ratio = access.scalars_loader(rule, compute), rule.ratio is not None
+    last = len(rule.Scalars._fields) - 1  # type: ignore[attr-defined]
     part_of = _part(access)
+    take_vectors, take_elements = (_loop(arrays, access, count, threads) for count in (width, 1))
     follow = functools.reduce(_then, [_epilogue(k, p, access, threads) for k in kinds_of(p)])
 
+    @device_function
     def arrays_of(chunks: Any, segments: Any, gradients: Any) -> Any:
         s, lo, hi = part_of(chunks)
-        pointers = pointers_of(segments + WORD * SEGMENT_WORDS * s, word(gradients, s))
+        pointers = pointers_of(segment_at(segments, s), word(gradients, s))
         tail = lo  # where elements begin that are taken one by one
         if aligned(pointers):
             tail += (hi - lo) & -width
         return s, lo, tail, hi, pointers
 
-    arrays_of = cuda.jit(device=True, inline="always")(arrays_of)
-
-    def update(chunks: Any, segments: Any, gradients: Any, header: Any, scalars: Any, ratios: Any, zero: Any) -> None:
+    def update(chunks: Any, segments: Any, gradients: Any, numbers: Any, zero: Any) -> None:
         s, lo, tail, hi, pointers = arrays_of(chunks, segments, gradients)
         if hi <= lo:  # the chunk ends before this part of it
             return
-        if word(header, SKIP):
+        if word(numbers, layout.SKIP):
             i = lo + cuda.threadIdx.x
             while zero and i < hi:
-                clear_one(pointers, i)
+                clear(pointers, i)
                 i = opaque(i + threads)
             return
-        segment = segments + WORD * SEGMENT_WORDS * s
-        multiplier = number(header, multiplier_at)
-        if word(segment, SIGN) < 0:
+        segment = segment_at(segments, s)
+        multiplier = rounded(numbers, layout.MULTIPLIER64)
+        if word(segment, layout.SIGN) < 0:
             multiplier = -multiplier
-        own = scalars + number_size * SCALARS * word(segment, SCALAR_GROUP)
-        ratio = ratios + 2 * number_size * s
-        if has_ratio and word(segment, ADAPTS) == 0:
-            ratio = own + number_size * (last - 1)
-        h = scalars_of(own, ratio)
-        left = tail - lo - width * cuda.threadIdx.x
-        pointers = moved(pointers, lo + width * cuda.threadIdx.x)
-        while left > stride:
-            first, second = load(pointers, 0, multiplier, h), load(pointers, stride, multiplier, h)
-            store(pointers, 0, apply(first))
-            store(pointers, stride, apply(second))
-            if zero:
-                clear(pointers, 0)
-                clear(pointers, stride)
-            pointers = moved(pointers, 2 * stride)
-            left = opaque(left - 2 * stride)
-        if left > 0:
-            store(pointers, 0, apply(load(pointers, 0, multiplier, h)))
-            if zero:
-                clear(pointers, 0)
+        scalars = scalars_at(numbers, word(segment, layout.SCALAR_GROUP))
+        ratio = segment + WORD * layout.FACTORS
+        if has_ratio and word(segment, layout.ADAPTS) == 0:
+            ratio = scalars + WORD * (last - 1)
+        h = scalars_of(scalars, ratio)
+        take_vectors(pointers, lo, tail, multiplier, h, zero)
         s, lo, tail, hi, pointers = arrays_of(chunks, segments, gradients)
-        i = tail + cuda.threadIdx.x
-        while i < hi:
-            store_one(pointers, i, apply(load_one(pointers, i, multiplier, h)))
-            if zero:
-                clear_one(pointers, i)
-            i = opaque(i + threads)
-        follow(chunks, segments, scalars)
+        take_elements(pointers, tail, hi, multiplier, h, zero)
+        follow(chunks, segments, numbers)
 
     return update
+
+
+def _loop(arrays: Any, access: Any, count: int, threads: int) -> Any:
+    """Device function ``(pointers, lo, hi, multiplier, h, zero)``: the rule over elements that a block of threads
+    shares, each of which takes ``count`` at a time."""
+    load, apply, store, clear = arrays.load(count), arrays.apply(count), arrays.store(count), arrays.clear(count)
+    moved, opaque = arrays.moved(), access.opaque
+
+    def take(pointers: Any, lo: Any, hi: Any, multiplier: Any, h: Any, zero: Any) -> None:
+        first = lo + count * cuda.threadIdx.x
+        pointers, left = moved(pointers, first), hi - first
+        while left > 0:
+            elements = load(pointers, 0, multiplier, h)
+            if zero:
+                clear(pointers, 0)
+            store(pointers, 0, apply(elements))
+            pointers = moved(pointers, count * threads)
+            left = opaque(left - count * threads)
+
+    return device_function(take)
 
 
 def _part(access: Any) -> Any:
@@ -123,19 +101,19 @@ def _part(access: Any) -> Any:
         lo = word(chunks, 3 * chunk + 1) + part * (CHUNK // PARTS)
         return word(chunks, 3 * chunk), lo, min(word(chunks, 3 * chunk + 2), lo + CHUNK // PARTS)
 
-    return cuda.jit(device=True, inline="always")(part_of)
+    return device_function(part_of)
 
 
 def _then(first: Any, second: Any) -> Any:
-    def both(chunks: Any, segments: Any, scalars: Any) -> None:
-        first(chunks, segments, scalars)
-        second(chunks, segments, scalars)
+    def both(chunks: Any, segments: Any, numbers: Any) -> None:
+        first(chunks, segments, numbers)
+        second(chunks, segments, numbers)
 
-    return cuda.jit(device=True, inline="always")(both)
+    return device_function(both)
 
 
 def _epilogue(kind: int, p: str, access: Any, threads: int) -> Any:
-    """Device function ``(chunks, segments, scalars)``: an epilogue of what the block updated, where the segment has it.
+    """Device function ``(chunks, segments, numbers)``: an epilogue of what the block updated, where the segment has it.
 
     It is a loop of its own and reads all anew, addresses, too: the loop of the update keeps no register for it, and is
     the same with and without. What was just written comes from the caches. It takes elements one by one, since vectors
@@ -143,21 +121,18 @@ def _epilogue(kind: int, p: str, access: Any, threads: int) -> Any:
     """
     epilogue, target = KINDS[kind]
     compute = COMPUTE[p]
-    arrays, part_of, word, opaque = access.Arrays(epilogue, target, p), _part(access), access.word, access.opaque
-    load, apply, store, unit = arrays.load(1), arrays.apply(), arrays.store(1), np.dtype(compute).type(1)
-    scalars_of, number_size = access.scalars_loader(epilogue, compute), 4 if compute == "float32" else 8
+    arrays, part_of, word = access.Arrays(epilogue, target, p), _part(access), access.word
+    take, unit = _loop(arrays, access, 1, threads), np.dtype(compute).type(1)
+    scalars_of = access.scalars_loader(epilogue, compute)
 
-    def follow(chunks: Any, segments: Any, scalars: Any) -> None:
+    def follow(chunks: Any, segments: Any, numbers: Any) -> None:
         s, lo, hi = part_of(chunks)
-        segment = segments + WORD * SEGMENT_WORDS * s
-        if word(segment, TARGETS + kind) == 0:
+        segment = segment_at(segments, s)
+        if word(segment, layout.TARGETS + kind) == 0:
             return
         cuda.syncthreads()  # another thread of the block may have written what this one reads
-        pointers = word(segment, TARGETS + kind), word(segment, PARAMETER)
-        h = scalars_of(scalars + number_size * (SCALARS * word(segment, SCALAR_GROUP) + WEIGHT), 0)
-        i = lo + cuda.threadIdx.x
-        while i < hi:
-            store(pointers, i, apply(load(pointers, i, unit, h)))
-            i = opaque(i + threads)
+        pointers = word(segment, layout.TARGETS + kind), word(segment, layout.PARAMETER)
+        h = scalars_of(scalars_at(numbers, word(segment, layout.SCALAR_GROUP)) + WORD * layout.WEIGHT, 0)
+        take(pointers, lo, hi, unit, h, 0)
 
-    return cuda.jit(device=True, inline="always")(follow)
+    return device_function(follow)

@@ -3,7 +3,6 @@
 import contextlib
 import importlib.metadata
 import sys
-from pathlib import Path
 from typing import NamedTuple
 from unittest.mock import Mock
 
@@ -33,7 +32,7 @@ from fastopt.kernels.rules.rule import Option
 kernels.prebuilt_folder = lambda: None
 class Scalars(NamedTuple):
     lr: float
-update, prologue = (functools.partial(kernels.ptx_file, kind) for kind in ("update", "prologue"))
+update, prologue = (functools.partial(kernels.ptx, kind) for kind in ("update", "prologue"))
 """
 
 
@@ -45,16 +44,17 @@ def run(program, cache):
 
 @pytest.mark.full
 def test_a_rule_of_the_package_is_compiled_once_for_all_processes(tmp_path):
-    program = "print(update(RULES['sgd'], 'float32', 'float16')); print(prologue(RULES['sgd']))"
-    paths = [Path(line) for line in run(program, tmp_path).splitlines()]
-    assert [path.name for path in paths] == ["fastopt_cuda_sgd_float32_float16.ptx", "fastopt_cuda_prologue_sgd.ptx"]
+    program = "print(update(RULES['sgd'], 'float32', 'float16') + prologue(RULES['sgd']))"
+    texts = run(program, tmp_path)
+    (folder,) = tmp_path.iterdir()
+    paths = [folder / "fastopt_cuda_sgd_float32_float16.ptx", folder / "fastopt_cuda_prologue_sgd.ptx"]
+    assert {*folder.iterdir()} == {*paths}  # nothing half-written
     for path in paths:
-        assert path.parent.parent == tmp_path
         assert f".entry {path.stem}(" in path.read_text()
-    paths[0].write_text("as it was left")
-    assert run(program, tmp_path).splitlines() == [str(path) for path in paths]
-    assert paths[0].read_text() == "as it was left"
-    assert {path.suffix for path in paths[0].parent.iterdir()} == {".ptx"}  # nothing half-written
+    assert texts.strip() == "".join(path.read_text() for path in paths).strip()
+    for path in paths:
+        path.write_text("as it was left")
+    assert run(program, tmp_path).strip() == 2 * "as it was left"
 
 
 @pytest.mark.full
@@ -63,15 +63,10 @@ def test_an_own_rule_is_compiled_by_each_process(tmp_path):
 def sign(p, g, h):
     return (p - math.copysign(h.lr, g),)
 mine = fastopt.Rule("sgd", sign, Scalars, lambda t, o: Scalars(o["lr"]), options={"lr": Option()})
-path = update(mine, "float32", "float32")
-if os.fork() == 0:
-    raise SystemExit
-os.wait()
-print(path, prologue(mine).is_file(), ".entry fastopt_cuda_sgd_float32_float32(" in path.read_text())
+text = update(mine, "float32", "float32")
+print(".entry fastopt_cuda_sgd_float32_float32(" in text, ".entry fastopt_cuda_prologue_sgd(" in prologue(mine))
 """
-    path, *found = run(program, tmp_path).split()
-    assert found == ["True", "True"]
-    assert not Path(path).exists()  # it went with the process
+    assert run(program, tmp_path).split() == ["True", "True"]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -80,7 +75,7 @@ def test_an_own_rule_that_takes_the_place_of_another_has_a_kernel_of_its_own(mon
     monkeypatch.setattr(kernels, "_compiled", lambda kind, rule, *_: rule.scalars(1, {})[0])
     for text in map(str, range(10)):
         rule = fastopt.Rule("mine", lambda p, g, h: (p,), Scalars, lambda t, options, text=text: Scalars(text))
-        assert kernels.ptx_file("update", rule, "float32", "float32").read_text() == text
+        assert kernels.ptx("update", rule, "float32", "float32") == text
         del rule
 
 
@@ -104,20 +99,24 @@ def test_without_numbas_cuda_package_the_error_names_it(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "fastopt.kernels.cuda.compile", None)
     monkeypatch.delattr(fastopt.kernels.cuda, "compile", raising=False)  # another test may have imported it
     with refused(ImportError, "fastopt_cuda_adam_float32_float32", 'pip install "numba-cuda[cu12]"'):
-        kernels.ptx_file("update", RULES["adam"], "float32", "float32")
+        kernels.ptx("update", RULES["adam"], "float32", "float32")
     assert list(tmp_path.iterdir()) == []
 
 
 def compile_sgd(monkeypatch, cache):
-    """The file of a kernel whose compilation takes no time."""
+    """Where a kernel is kept whose compilation takes no time."""
     monkeypatch.setattr(kernels, "prebuilt_folder", lambda: None)
     monkeypatch.setattr(kernels, "_compiled", lambda *_: "text")
     monkeypatch.setenv("FASTOPT_CACHE_DIR", str(cache))
     kernels.cache_folder.cache_clear()
+    kernels.ptx.cache_clear()
     try:
-        return kernels.ptx_file("update", RULES["sgd"], "float32", "float32")
+        assert kernels.ptx("update", RULES["sgd"], "float32", "float32") == "text"
+        assert kernels.ptx("update", RULES["sgd"], "float32", "float32") == "text"  # without another warning
+        return kernels.cache_folder() / "fastopt_cuda_sgd_float32_float32.ptx"
     finally:
         kernels.cache_folder.cache_clear()
+        kernels.ptx.cache_clear()
 
 
 def test_cached_kernels_can_be_read_by_whom_the_umask_lets(monkeypatch, tmp_path):
@@ -127,11 +126,10 @@ def test_cached_kernels_can_be_read_by_whom_the_umask_lets(monkeypatch, tmp_path
 
 def test_where_nothing_can_be_kept_kernels_last_as_long_as_the_process(monkeypatch, tmp_path):
     (tmp_path / "file").touch()
-    with pytest.warns(UserWarning, match=r"compiled for this process only.*Not a directory.*FASTOPT_CACHE_DIR"):
-        path = compile_sgd(monkeypatch, tmp_path / "file")
-    assert path.read_text() == "text"
-    assert compile_sgd(monkeypatch, tmp_path / "file") == path  # without another warning
-    path.unlink()
+    said = r"compiled for this process only.*Not a directory.*FASTOPT_CACHE_DIR"
+    with pytest.warns(UserWarning, match=said) as warned:
+        compile_sgd(monkeypatch, tmp_path / "file")
+    assert len(warned) == 1
 
 
 @pytest.mark.parametrize("package", ["numba-cuda", "nvidia-cuda-nvcc-cu12", "nvidia-nvvm"])
@@ -146,10 +144,11 @@ def test_a_driver_that_refuses_the_ptx_is_told_of(monkeypatch):
     class DriverError(RuntimeError):
         pass
 
-    fake = Mock(RawModule=Mock(side_effect=DriverError("CUDA_ERROR_UNSUPPORTED_PTX_VERSION")))
+    fake = Mock()
     fake.cuda.driver.CUDADriverError = DriverError
+    fake.cuda.Module.return_value.load.side_effect = DriverError("CUDA_ERROR_UNSUPPORTED_PTX_VERSION")
     monkeypatch.setattr("fastopt.engine.cuda.device.cupy", lambda: fake)
     device = CudaDevice(0, "cupy")
     monkeypatch.setattr(device, "current", contextlib.nullcontext)
     with refused(RuntimeError, "cuda:0", "UNSUPPORTED_PTX_VERSION", "compute capability 7.5", "driver for CUDA 11"):
-        device.function("adam.ptx", "adam", 256)
+        device.function("PTX", "adam", 256)

@@ -45,7 +45,8 @@ def test_what_must_be_known_first_is_one_more_launch_and_no_wait(stand_in, optio
 def test_lars_is_two_launches(stand_in):
     params, grads = model(stand_in, 3)
     fastopt.LARS(params, lr=0.1).step(grads)
-    assert stand_in.device().launches == ["fastopt_cuda_prologue_lars", "fastopt_cuda_lars_float32_float32"]
+    dtypes = "float32_float32"
+    assert stand_in.device().launches == [f"fastopt_cuda_terms_lars_{dtypes}", f"fastopt_cuda_lars_{dtypes}"]
 
 
 def test_only_what_changed_is_uploaded(stand_in):

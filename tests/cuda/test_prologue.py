@@ -16,8 +16,7 @@ from compare import CASE, DTYPES, PARAMETER, assert_same_bits, build, options_of
 from cuda_simulator import Segment, Tables, allow, kernel_of
 from fastopt.kernels import layout
 from fastopt.kernels.cuda.prologue import prologue
-from fastopt.kernels.cuda.toolchain import THREADS
-from fastopt.kernels.dtypes import COMPUTE, PAIRS, cuda_prologue_symbol, cuda_update_symbol
+from fastopt.kernels.dtypes import PAIRS, cuda_symbol
 from fastopt.kernels.registry import RULES
 
 from fastopt.engine import backend as _backend
@@ -30,7 +29,7 @@ SIZES = (1, layout.LANES + 1, 0, layout.BLOCK - 1, layout.CHUNK + layout.BLOCK +
 
 
 def kernel(rule="sgd"):
-    return kernel_of(cuda_prologue_symbol(rule))[0]
+    return kernel_of(cuda_symbol("prologue", rule))[0]
 
 
 def make_segments(sizes, pairs=PAIRS, *, adapts=True):
@@ -54,30 +53,28 @@ def squares_on_cpu(segments, which):
     return table, float(table.total)
 
 
-def multiplier_of(tables):
-    """The gradient multiplier in the header, where float32 must be the other one rounded."""
-    wide = tables.header.view(np.float64)[layout.MULTIPLIER64]
-    np.testing.assert_array_equal(tables.header.view(np.float32)[layout.MULTIPLIER32], np.float32(wide))
-    return wide
+def skips(tables):
+    return tables.header.view(np.int64)[layout.SKIP]
+
+
+def counters_of(tables):
+    return [tables.header.view(np.int64)[layout.ALL_DONE], *tables.segments[:, layout.DONE]]
 
 
 # --- norms -----------------------------------------------------------------------------------------------------------
 
 
 def check_norms(segments, *, run=None, orders=(None,)):
-    """Every sum must have the bits of the CPU's, in a launch for each order of the jobs."""
-    tables = Tables(segments)
-    (weights, _), (grads, total) = squares_on_cpu(segments, layout.PARAMETER), squares_on_cpu(segments, layout.GRADIENT)
-    for tasks in orders:
+    """Every sum must have the bits of the CPU's, in a launch for each order of the blocks."""
+    tables, (grads, total) = Tables(segments), squares_on_cpu(segments, layout.GRADIENT)
+    for order in orders:
         tables.squares[:], tables.partials[:], tables.result[:] = 0.0, np.nan, -1.0
-        tables.prologue(run or kernel(), tasks=tasks, multiplier=0.5)
-        assert tables.squares[layout.GRADIENT].tolist() == grads.segments["sums"][:, layout.GRADIENT].tolist()
-        expected = np.where([s.adapts for s in segments], weights.segments["sums"][:, layout.PARAMETER], 0.0)
-        assert tables.squares[layout.PARAMETER].tolist() == expected.tolist()
+        tables.prologue(run or kernel(), order=order, multiplier=0.5)
+        assert tables.squares.tolist() == grads.segments["sums"][:, layout.GRADIENT].tolist()
         assert tables.result.tolist() == [math.sqrt(total) * 0.5, 0.0]
-        assert not tables.counters.any()
-    assert not tables.header[layout.SKIP]
-    assert multiplier_of(tables) == 0.5
+        assert not any(counters_of(tables))
+    assert not skips(tables)
+    assert tables.header[layout.MULTIPLIER64] == 0.5
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -92,15 +89,15 @@ def test_more_chunks_than_lanes():
 def test_more_arrays_than_lanes():
     segments = make_segments([1] * (2 * layout.LANES + 3))
     tables, (table, total) = Tables(segments), squares_on_cpu(segments, layout.GRADIENT)
-    tables.squares[layout.GRADIENT] = table.segments["sums"][:, layout.GRADIENT]
-    tables.prologue(kernel(), tasks=[])
+    tables.squares[:] = table.segments["sums"][:, layout.GRADIENT]
+    tables.prologue(kernel(), sums=False)
     assert tables.result[0] == math.sqrt(total)
 
 
 def test_the_order_of_blocks_does_not_matter():
     segments = make_segments([33, layout.CHUNK + 1, layout.CHUNK + 1, 0, 5])
-    tasks = Tables(segments).tasks
-    check_norms(segments, orders=(tasks[::-1], tasks[1::2] + tasks[::2]))
+    blocks = [*range(6)]
+    check_norms(segments, orders=(blocks[::-1], blocks[1::2] + blocks[::2]))
 
 
 def add_rows_from_the_last(dtype, rows):
@@ -124,9 +121,9 @@ def test_a_mistake_is_found(sizes, functions):
 
 
 def tables_with_squares(squares):
-    """Tables whose sum of squares is there already: a launch without jobs takes it."""
+    """Tables whose sum of squares is there already: a launch that sums nothing takes it."""
     tables = Tables(make_segments([3]))
-    tables.squares[layout.GRADIENT] = squares
+    tables.squares[:] = squares
     return tables
 
 
@@ -135,19 +132,19 @@ def tables_with_squares(squares):
 def test_clipping(max_norm, squares):
     tables, multiplier = tables_with_squares(squares), 1 / 3
     norm = math.sqrt(squares) * multiplier
-    tables.prologue(kernel(), tasks=[], max_norm=max_norm, multiplier=multiplier)
+    tables.prologue(kernel(), sums=False, max_norm=max_norm, multiplier=multiplier)
     np.testing.assert_array_equal(tables.result, [norm, 0.0])
     if max_norm != math.inf:
         coefficient = max_norm / (norm + 1e-6)
         multiplier *= 1.0 if coefficient > 1.0 else coefficient  # NaN stays
-    np.testing.assert_array_equal(multiplier_of(tables), multiplier)
-    assert not tables.header[layout.SKIP]
+    np.testing.assert_array_equal(tables.header[layout.MULTIPLIER64], multiplier)
+    assert not skips(tables)
 
 
 def test_a_loss_scale_on_the_device():
     tables, scale = tables_with_squares(2.0), allow(np.array([3.0], np.float32))
-    tables.prologue(kernel(), tasks=[], scale=scale.ctypes.data, multiplier=7.0)
-    assert multiplier_of(tables) == 1 / 3
+    tables.prologue(kernel(), sums=False, scale=scale.ctypes.data, multiplier=7.0)
+    assert tables.header[layout.MULTIPLIER64] == 1 / 3
     assert tables.result[0] == math.sqrt(2.0) * (1 / 3)
 
 
@@ -163,11 +160,11 @@ def test_gradients_that_are_not_finite(dtype, value):
     put_scalar_group(tables, 0, rule, options_of(rule), steps=4)
     for skipped in (True, False):
         tables.prologue(kernel(rule.name), check=True, form=True, max_norm=1.0)
-        assert tables.result[1] == tables.header[layout.SKIP] == skipped
+        assert tables.result[1] == skips(tables) == skipped
         assert math.isfinite(tables.result[0]) != skipped
         assert tables.scalar_groups[0, layout.STEPS] == (4 if skipped else 5)
-        assert tables.scalars["float64"].any() != skipped
-        assert not tables.counters.any()
+        assert tables.scalars.any() != skipped
+        assert not any(counters_of(tables))
         segments[0].arrays[layout.GRADIENT][37] = 1.0
 
 
@@ -200,7 +197,7 @@ def test_scalars_formed_on_the_device(rule):
     for step in range(1, 4):
         for lr in rates[1:] if rates[1] is not None else []:
             lr /= step  # a schedule
-        tables.prologue(kernel(rule.name), tasks=[], decide=False, form=True)
+        tables.prologue(kernel(rule.name), sums=False, decide=False, form=True)
         for c, (taken, lr) in enumerate(zip(steps, rates, strict=True)):
             t, given = taken + step, options if lr is None else {**options, "lr": float(lr[0])}
             if rule.carry:
@@ -208,10 +205,9 @@ def test_scalars_formed_on_the_device(rule):
             else:
                 h = rule.scalars(t, given)
             assert tables.scalar_groups[c, layout.STEPS] == t
-            assert tables.scalars["float64"][c, :count].tolist() == list(h)
-            assert tables.scalars["float32"][c, :count].tolist() == np.array(h, np.float32).tolist()
+            assert tables.scalars[c, :count].tolist() == list(h)
         assert tables.scalar_groups[3, layout.STEPS] == 0
-        assert not tables.scalars["float64"][3].any()
+        assert not tables.scalars[3].any()
 
 
 def ratio_on_cpu(rule, squares, multiplier, h):
@@ -220,54 +216,44 @@ def ratio_on_cpu(rule, squares, multiplier, h):
     return own[1]
 
 
-def check_ratios(tables, rule, adapting, factor):
-    """The ratio of each layer has the bits of the CPU's times the last scalar; others are what they were, one."""
-    expected = np.ones((len(tables.segments), 2))
-    for s in adapting:
-        h = tables.scalars["float64"][tables.segments[s, layout.SCALAR_GROUP]]
-        last = len(rule.Scalars._fields) - 1
-        expected[s] = rule.factors(ratio_on_cpu(rule, tables.squares[:, s], factor, h) * h[last])
-    assert tables.ratios["float64"].tolist() == expected.tolist()
-    assert tables.ratios["float32"].tolist() == expected.astype(np.float32).tolist()
-
-
 @pytest.mark.parametrize(
     "rule", [rule for rule in RULES.values() if rule.ratio and not rule.sources], ids=lambda rule: rule.name
 )
-@pytest.mark.parametrize("form", [False, True])
-def test_trust_ratios(rule, form):
-    # More arrays than threads; scalar group 1 belongs to another rule.
-    segments, options = make_segments([1] * (THREADS + 20)), options_of(rule)
-    for k, segment in enumerate(segments):
-        segment.scalar_group = k % 5 == 0
-    tables = Tables(segments, scalar_groups=2)
-    tables.squares[:] = np.random.default_rng(1).exponential(size=tables.squares.shape)
-    tables.squares[layout.PARAMETER, 4] = tables.squares[layout.GRADIENT, 7] = 0.0  # of layers that adapt
-    for scalar_group, number in enumerate((2, 1)):
-        put_scalar_group(tables, scalar_group, rule, options, number=number)
-    if not form:
-        tables.scalars["float64"][0, : len(rule.Scalars._fields)] = rule.scalars(1, options)
-    tables.prologue(kernel(rule.name), tasks=[], number=2, multiplier=-0.7, form=form)
-    check_ratios(tables, rule, [k for k, s in enumerate(segments) if s.adapts and not s.scalar_group], 0.7)
+def test_trust_ratios(rule):
+    """The ratio of each layer has the bits of the CPU's times the last scalar; others are what they were."""
+    segments = make_segments([33, 1, 0, layout.CHUNK + 33, 5, 5, 5], [("float32", "bfloat16")])
+    for segment, kind in zip(segments[4:6], (layout.PARAMETER, layout.GRADIENT), strict=True):
+        segment.arrays[kind][:] = 0.0  # of layers that adapt
+    tables, h = Tables(segments), np.array(rule.scalars(1, options_of(rule)))
+    tables.scalars[0, : len(h)] = h
+    tables.set_header(-0.7)
+    adapts = [s for s, segment in enumerate(segments) if segment.adapts]
+    (weights, _), (grads, _) = (squares_on_cpu(segments, kind) for kind in (layout.PARAMETER, layout.GRADIENT))
+    squares = weights.segments["sums"][:, layout.PARAMETER], grads.segments["sums"][:, layout.GRADIENT]
+    expected = np.zeros((len(segments), 2))
+    for s in {1, 4, 5} & {*adapts}:
+        expected[s] = rule.factors(ratio_on_cpu(rule, [x[s] for x in squares], 0.7, h) * h[-1])
+    chunks = np.flatnonzero(np.isin(tables.chunks[:, 0], adapts))
+    tables.sums(kernel_of(cuda_symbol("terms", rule.name, "float32", "bfloat16"))[0], chunks[::-1])
+    assert tables.factors.tolist() == expected.tolist()
+    assert not any(counters_of(tables))
 
 
 def test_a_second_launch_for_another_rule():
-    """It takes the header as the first launch left it, and norms, too."""
+    """It takes the header as the first launch left it, and counts the steps of its own scalar groups."""
     rules, segments = (RULES["adam"], RULES["lars"]), make_segments([40, 50, 60])
     for segment, scalar_group in zip(segments, (1, 0, 1), strict=True):
-        segment.scalar_group, segment.adapts = scalar_group, scalar_group == 1
+        segment.scalar_group = scalar_group
     tables = Tables(segments, scalar_groups=2)
     for c, rule in enumerate(rules):
         put_scalar_group(tables, c, rule, options_of(rule), number=c)
     for skipped in (False, True):
         tables.prologue(kernel("adam"), form=True, check=True, max_norm=0.5)
         before = tables.header.tobytes(), tables.result.tobytes()
-        tables.prologue(kernel("lars"), number=1, tasks=[], decide=False, form=True, max_norm=0.1)
+        tables.prologue(kernel("lars"), number=1, sums=False, decide=False, form=True, max_norm=0.1)
         assert (tables.header.tobytes(), tables.result.tobytes()) == before
-        assert tables.header[layout.SKIP] == skipped
+        assert skips(tables) == skipped
         assert tables.scalar_groups[:, layout.STEPS].tolist() == [1, 1]
-        if not skipped:
-            check_ratios(tables, rules[1], [0, 2], abs(multiplier_of(tables)))
         segments[1].arrays[layout.GRADIENT][:] = np.nan
 
 
@@ -294,7 +280,9 @@ def test_steps_are_those_of_the_optimizer(rule, pair):
             grads[name][...] = gradient
         info = opt.step(given, grad_scale=8.0, max_norm=2.0, skip_nonfinite=True, zero_grads=True)
         tables.prologue(kernel(rule.name), form=True, check=True, max_norm=2.0, multiplier=1 / 8)
-        tables.update(kernel_of(cuda_update_symbol(rule.name, *pair))[0], COMPUTE[pair[0]], zero=True)
+        if rule.ratio:
+            tables.sums(kernel_of(cuda_symbol("terms", rule.name, *pair))[0], range(len(tables.chunks)))
+        tables.update(kernel_of(cuda_symbol("update", rule.name, *pair))[0], zero=True)
         assert tables.result.tolist() == [info.grad_norm, info.skipped]
         assert info.skipped == (k == 1)
         assert not any(gradient.any() for gradient in grads.values())

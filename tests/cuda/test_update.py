@@ -16,7 +16,7 @@ from compare import DTYPES, PARAMETER, assert_intact, assert_same_bits, bits, gu
 from cuda_simulator import UPDATE_THREADS, BadAccess, Segment, Tables, allow, kernel_of
 from fastopt.kernels.cuda.toolchain import THREADS
 from fastopt.kernels.cuda.update import PARTS, update_loop
-from fastopt.kernels.dtypes import COMPUTE, PAIRS, cuda_update_symbol
+from fastopt.kernels.dtypes import COMPUTE, PAIRS, cuda_symbol
 from fastopt.kernels.epilogues import AVERAGE, KINDS, kinds_of
 from fastopt.kernels.layout import CHUNK, GRADIENT, SIGN, UPDATE, WEIGHT
 from fastopt.kernels.registry import RULES
@@ -99,16 +99,14 @@ def update_on_cuda(
     rule, pair, segments, multiplier, zero, *, kernel=None, threads=UPDATE_THREADS, skip=False, change=None
 ):
     tables = Tables(segments, len(scalars(rule)))
-    for dtype in ("float64", "float32"):
-        tables.scalars[dtype][:, : scalars(rule).shape[1]] = scalars(rule)
-        tables.scalars[dtype][:, WEIGHT] = 0.25
-        for row, segment, ratio in zip(tables.ratios[dtype], segments, ratios(rule, segments), strict=True):
-            row[:] = rule.factors(ratio * scalars(rule)[segment.scalar_group, -1]) if segment.adapts else (7.0, 7.0)
+    tables.scalars[:, : scalars(rule).shape[1]], tables.scalars[:, WEIGHT] = scalars(rule), 0.25
+    for row, segment, ratio in zip(tables.factors, segments, ratios(rule, segments), strict=True):
+        row[:] = rule.factors(ratio * scalars(rule)[segment.scalar_group, -1]) if segment.adapts else (7.0, 7.0)
     tables.set_header(multiplier, skip=skip)
     if change:
         change(tables)
-    kernel = kernel or kernel_of(cuda_update_symbol(rule.name, *pair))[0]
-    tables.update(kernel, COMPUTE[pair[0]], zero=zero, threads=threads)
+    kernel = kernel or kernel_of(cuda_symbol("update", rule.name, *pair))[0]
+    tables.update(kernel, zero=zero, threads=threads)
 
 
 def snapshot(rule, segments):

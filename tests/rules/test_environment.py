@@ -71,8 +71,8 @@ def run(case, pair, bits=0):
     with mode_of_this_thread(bits):
         for g in grads:
             opt.step(g)
-        opt._plan.backend.run(opt._plan.layers.record_at, NORM, GRADIENT, 2)
-    return {**snapshot(p, opt), "sum": {"of squares": np.array(opt._plan.layers.total)}}
+        opt._plan.backend.run(opt._plan._table(norms=True).record_at, NORM, GRADIENT, 2)
+    return {**snapshot(p, opt), "sum": {"of squares": np.array(opt._plan._table(norms=True).total)}}
 
 
 def check(case, pair, modes, backend, isas):

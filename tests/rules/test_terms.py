@@ -63,7 +63,7 @@ def run(pair, *, flat=False, split=False, steps=2, clip=None):
     norms = [opt.step(grads[0]).grad_norm]
     opt._plan.combine_ratios = (lambda sums: None) if split else None
     norms += [opt.step(g).grad_norm for g in grads[1:]]
-    return [np.array(params[name]) for name in params], opt._plan.layers.segments["sums"].tolist(), norms
+    return [np.array(params[name]) for name in params], opt._plan._table(norms=True).segments["sums"].tolist(), norms
 
 
 @pytest.mark.parametrize("pair", [PAIRS[0], *(pytest.param(x, marks=pytest.mark.full) for x in PAIRS[1:])])

@@ -19,7 +19,7 @@ import llvmlite.binding as llvm
 from blocks import take_turns
 from fastopt.kernels.cuda import compile as compiler
 from fastopt.kernels.cuda.toolchain import THREADS
-from fastopt.kernels.dtypes import COMPUTE, cuda_prologue_symbol, cuda_terms_symbol, cuda_update_symbol
+from fastopt.kernels.dtypes import COMPUTE, cuda_symbol
 from fastopt.kernels.registry import RULES
 from numba.cuda.cudadrv import nvvm
 
@@ -70,13 +70,11 @@ def _compiled(symbol):
     original, nvvm.compile_ir = nvvm.compile_ir, capture
     try:
         for rule in RULES.values():
-            if symbol == cuda_prologue_symbol(rule.name):
-                compiler.prologue_ptx(rule)
-            for p, g in itertools.product(COMPUTE, repeat=2):
-                if symbol == cuda_update_symbol(rule.name, p, g):
-                    compiler.update_ptx(rule, p, g)
-                if symbol == cuda_terms_symbol(rule.name, p, g):
-                    compiler.terms_ptx(rule, p, g)
+            if symbol == cuda_symbol("prologue", rule.name):
+                compiler.kernel_ptx("prologue", rule)
+            for kind, *pair in itertools.product(("update", "terms"), COMPUTE, COMPUTE):
+                if symbol == cuda_symbol(kind, rule.name, *pair):
+                    compiler.kernel_ptx(kind, rule, *pair)
     except _Captured as captured:
         return captured.args[0]
     finally:

@@ -26,7 +26,7 @@ from fastopt.kernels.cuda.prologue import prologue
 from fastopt.kernels.cuda.terms import terms_loop
 from fastopt.kernels.cuda.toolchain import THREADS, cuda
 from fastopt.kernels.cuda.update import PARTS, update_loop
-from fastopt.kernels.dtypes import CODES, COMPUTE, cuda_prologue_symbol, cuda_terms_symbol, cuda_update_symbol
+from fastopt.kernels.dtypes import CODES, COMPUTE, cuda_symbol
 from fastopt.kernels.registry import RULES
 from numba.cuda.core import config
 from numba.cuda.simulator import kernel as simulator
@@ -76,7 +76,7 @@ def _storer(name):
 word, put_word = _loader("int64", int), _storer("int64")
 real, put_real = _loader("float64", np.float64), _storer("float64")
 # Next to float64 a float32 becomes float64 in Numba, while NumPy would make float32 of a Python float.
-single, put_single = _loader("float32", np.float64), _storer("float32")
+single = _loader("float32", np.float64)
 fresh_real = real
 
 
@@ -84,20 +84,27 @@ def opaque(number):
     return number
 
 
-def count_up(address, index):
-    before = word(address, index)  # no other thread runs meanwhile, see _Block
-    put_word(address, index, before + 1)
+def count_up(address, number):
+    before = word(address, 0)  # no other thread runs meanwhile, see _Block
+    put_word(address, 0, before + number)
     return before
 
 
+def rounded(compute):
+    def load(address, index):
+        return real(address, index).astype(compute)
+
+    return load
+
+
 def scalars_loader(rule, compute):
-    dtype, names = DTYPES[compute], rule.Scalars._fields
+    number, names = rounded(compute), rule.Scalars._fields
 
     def load(scalars, ratio):
-        places = {name: scalars + dtype.itemsize * k for k, name in enumerate(names)}
+        places = {name: (scalars, k) for k, name in enumerate(names)}
         if rule.ratio is not None:
-            places |= {name: ratio + dtype.itemsize * k for k, name in enumerate(("stretch", "ratio")) if name in names}
-        return rule.Scalars(*(_at(place, dtype)[0] for place in places.values()))
+            places |= {name: (ratio, k) for k, name in enumerate(("stretch", "ratio")) if name in names}
+        return rule.Scalars(*(number(*place) for place in places.values()))
 
     return load
 
@@ -118,7 +125,7 @@ def add_rows(dtype, rows):
 def scalars_former(rule):
     counts = rule.counts.items()
 
-    def form(t, scalar_group, options, scalars64, scalars32):
+    def form(t, scalar_group, options, formed):
         numbers = (float(real(options, k)) for k in itertools.count())
         given = {name: next(numbers) if n == 1 else tuple(itertools.islice(numbers, n)) for name, n in counts}
         if rule.carry is None:
@@ -130,15 +137,12 @@ def scalars_former(rule):
             for k, number in enumerate(carry):
                 put_real(scalar_group, layout.CARRY + k, number)
         for k, number in enumerate(scalars):
-            put_real(scalars64, k, number)
-            put_single(scalars32, k, number)
+            put_real(formed, k, number)
 
     return form
 
 
 def ratio_caller(rule):
-    if rule.ratio is None:
-        return lambda sums, multiplier, scalars: 1.0
     ratio = in_numpy(rule.ratio)
 
     def scaled(total, product, multiplier):
@@ -148,7 +152,7 @@ def ratio_caller(rule):
         return norm * norm
 
     def call(sums, multiplier, scalars):
-        of_products = zip((sums[place] for place in rule.places), rule.products, strict=True)
+        of_products = [(real(sums, k), product) for k, product in enumerate(rule.products)]
         h = rule.Scalars(*(real(scalars, k) for k in range(len(rule.Scalars._fields))))
         return float(ratio(tuple(scaled(total, product, multiplier) for total, product in of_products), h))
 
@@ -193,27 +197,19 @@ class Arrays:
         def load(pointers, i, multiplier, h):
             values = [self._elements(pointers, k, i, count).astype(self.compute) for k in range(len(self.dtypes))]
             values[layout.GRADIENT] *= self.compute.type(multiplier)
-            h = self.compute.type(h) if isinstance(h, float) else h  # of an epilogue it is a number
             return [(*element, h) for element in zip(*values, strict=True)]
 
         return load
 
-    def apply(self):
+    def apply(self, count):
         return lambda elements: [self.step(*arguments) for arguments in elements]
 
-    def no_sums(self):
-        return lambda: (0.0,) * len(self.rule.products)
-
-    def stored(self):
-        return lambda pointers, i: [self._elements(pointers, k, i, 1).astype(self.compute)[0] for k in range(2)]
-
-    def terms(self):
-        terms = in_numpy(self.rule.terms) if self.rule.terms else lambda *_: ()
-        return lambda arguments: terms(*arguments)
-
     def add_products(self):
-        def add(totals, stored, terms):
-            factors = {"p": stored[0], "g": stored[1], **dict(enumerate(terms))}
+        terms, load = self.rule.terms and in_numpy(self.rule.terms), self.load(1)
+
+        def add(totals, pointers, i, multiplier, h):
+            factors = dict(enumerate(terms(*load(pointers, i, multiplier, h)[0]))) if terms else {}
+            factors |= {"pg"[k]: self._elements(pointers, k, i, 1).astype(self.compute)[0] for k in range(2)}
             pairs = [(float(factors[a]), float(factors[b])) for a, b in self.rule.products]
             return tuple(total + x * y for total, (x, y) in zip(totals, pairs, strict=True))
 
@@ -251,15 +247,16 @@ class _Thread(greenlet.greenlet):
 class _Block:
     """In place of the simulator's, whose operating system's threads take 20 times as long."""
 
-    def __init__(self, f, grid, block, debug):
-        self._f, (self._count, _, _) = f, block
+    def __init__(self, order, f, grid, block, debug):
+        self._f, self._order, (self._count, _, _) = f, order, block
 
     def run(self, block, *args):
+        block = (self._order[block[0]], 0, 0)
         take_turns([_Thread(lambda: self._f(*args), block, k) for k in range(self._count)])
 
 
-def launch(kernel, grid, args, threads=THREADS):
-    """Run a kernel, as `update_loop` and `prologue` return them; it is done when this returns."""
+def launch(kernel, grid, args, threads=THREADS, order=None):
+    """Run the blocks of a kernel, as `update_loop` and `prologue` return them, in an order; done when this returns."""
     with _launching, pytest.MonkeyPatch.context() as patch:
         _at.cache_clear()
         real, done = cuda, contextlib.nullcontext()
@@ -270,7 +267,7 @@ def launch(kernel, grid, args, threads=THREADS):
             return done
 
         patch.setattr(simulator, "swapped_cuda_module", swap_once)
-        patch.setattr(simulator, "BlockManager", _Block)
+        patch.setattr(simulator, "BlockManager", functools.partial(_Block, order or range(grid)))
         patch.setattr(kernelapi.FakeCUDAShared, "array", shared_array)
         patch.setattr(kernelapi, "threading", types.SimpleNamespace(current_thread=greenlet.getcurrent))
         function = cuda.jit(device=True)(kernel)
@@ -287,13 +284,13 @@ def kernel_of(symbol):
     """The kernel of this name (kernels/dtypes.py), and with how many threads per block to launch it."""
     access = sys.modules[__name__]
     for rule in RULES.values():
-        if symbol == cuda_prologue_symbol(rule.name):
+        if symbol == cuda_symbol("prologue", rule.name):
             return prologue(rule, access), THREADS
-        for p, g in itertools.product(COMPUTE, repeat=2):
-            if symbol == cuda_terms_symbol(rule.name, p, g):
-                return terms_loop(rule, p, g, access), THREADS
-            if symbol == cuda_update_symbol(rule.name, p, g):
-                return update_loop(rule, p, g, access, threads=UPDATE_THREADS), UPDATE_THREADS
+        for pair in itertools.product(COMPUTE, repeat=2):
+            if symbol == cuda_symbol("terms", rule.name, *pair):
+                return terms_loop(rule, *pair, access), THREADS
+            if symbol == cuda_symbol("update", rule.name, *pair):
+                return update_loop(rule, *pair, access, threads=UPDATE_THREADS), UPDATE_THREADS
     raise LookupError(f"no kernel is called {symbol}")
 
 
@@ -323,13 +320,14 @@ class Tables:
         self.chunks = allow(table.chunks)
         self.segments = zeros(count, layout.SEGMENT_WORDS, dtype="int64")
         self.gradients = allow(np.array([s.arrays[layout.GRADIENT].ctypes.data for s in segments], np.int64))
-        self.header = zeros(layout.HEADER_WORDS, dtype="int64")
-        self.scalars = {name: zeros(scalar_groups, layout.SCALARS, dtype=name) for name in ("float64", "float32")}
-        self.ratios = {name: allow(np.ones((count, 2), name)) for name in ("float64", "float32")}
-        self.partials, self.squares = zeros(2, table.count), zeros(2, count)
-        self.counters = zeros(2 * count + 1, dtype="int64")
+        self.numbers = zeros(layout.HEADER_WORDS + layout.NUMBERS * scalar_groups)
+        self.header, rows = self.numbers[: layout.HEADER_WORDS], self.numbers[layout.HEADER_WORDS :]
+        self.scalars, self.options = np.split(rows.reshape(-1, layout.NUMBERS), [layout.SCALARS], axis=1)
+        self.factors = self.segments.view(np.float64)[:, layout.FACTORS : layout.FACTORS + 2]
+        self.squares = self.segments.view(np.float64)[:, layout.SQUARES]
+        self.partials = zeros(table.count, layout.SUMS)
         self.scalar_groups = zeros(scalar_groups, layout.SCALAR_GROUP_WORDS, dtype="int64")
-        self.options, self.result = zeros(scalar_groups, layout.OPTIONS), zeros(2)
+        self.result = zeros(2)
         chunks = np.bincount(table.chunks[:, 0], minlength=count)
         for k, (words, segment) in enumerate(zip(self.segments, segments, strict=True)):
             words[: len(segment.arrays)] = [a.ctypes.data for a in segment.arrays]
@@ -339,37 +337,31 @@ class Tables:
                 segment.sign,
                 segment.adapts,
             )
-            words[layout.P_CODE], words[layout.G_CODE] = (CODES[a.dtype.name] for a in segment.arrays[:2])
+            words[layout.G_CODE] = CODES[segment.arrays[layout.GRADIENT].dtype.name]
             for kind, target in segment.targets.items():
                 words[layout.TARGETS + kind] = target.ctypes.data
             words[layout.FIRST_CHUNK], words[layout.CHUNKS] = chunks[:k].sum(), chunks[k]
-        self.tasks = [(layout.GRADIENT, c) for c in range(table.count)]
-        self.tasks += [(layout.PARAMETER, c) for c, (s, _, _) in enumerate(table.chunks.tolist()) if segments[s].adapts]
+        self.places = [t.ctypes.data for t in (self.chunks, self.segments, self.gradients, self.numbers)]
 
     def set_header(self, multiplier, *, skip=False):
-        self.header.view(np.float64)[layout.MULTIPLIER64] = multiplier
-        self.header.view(np.float32)[layout.MULTIPLIER32] = multiplier
-        self.header[layout.SKIP] = skip
+        self.header[layout.MULTIPLIER64] = multiplier
+        self.header.view(np.int64)[layout.SKIP] = skip
 
-    def update(self, kernel, compute, *, zero, threads=UPDATE_THREADS):
+    def update(self, kernel, *, zero, threads=UPDATE_THREADS):
         """Launch an update over every chunk."""
-        tables = (self.chunks, self.segments, self.gradients, self.header, self.scalars[compute], self.ratios[compute])
-        launch(kernel, PARTS * len(self.chunks), [*(t.ctypes.data for t in tables), zero], threads)
+        launch(kernel, PARTS * len(self.chunks), [*self.places, zero], threads)
+
+    def sums(self, kernel, chunks):
+        """Launch a terms kernel over some chunks."""
+        mine = allow(np.array(chunks, np.int64))
+        launch(kernel, len(mine), [*self.places, self.partials.ctypes.data, mine.ctypes.data])
 
     def prologue(
-        self, kernel, *, tasks=None, number=0, multiplier=1.0, scale=0, max_norm=math.inf, check=False, form=False,
-        decide=True,
+        self, kernel, *, sums=True, number=0, multiplier=1.0, scale=0, max_norm=math.inf, check=False, form=False,
+        decide=True, order=None,
     ):  # fmt: skip
-        """Launch a prologue: a block for each chunk whose squares are asked for, or one block if none are."""
-        table = allow(np.array(self.tasks if tasks is None else tasks, np.int64).reshape(-1, 2))
-        arrays = len({(which, self.chunks[chunk, 0]) for which, chunk in table.tolist()})
-        counts = len(table), arrays, len(self.chunks), len(self.segments), len(self.scalar_groups)
-        sums = self.partials, self.squares, self.counters, self.header
-        formed = self.scalars["float64"], self.scalars["float32"], self.ratios["float64"], self.ratios["float32"]
-        args = [
-            *(t.ctypes.data for t in (self.chunks, self.segments, self.gradients, table)),
-            *counts,
-            *(t.ctypes.data for t in (*sums, *formed, self.scalar_groups, self.options)),
-            *(number, multiplier, scale, max_norm, check, form, decide, self.result.ctypes.data),
-        ]
-        launch(kernel, max(len(table), 1), args)
+        """Launch a prologue: a block for each chunk if sums are asked for, else one block."""
+        count = sums * len(self.chunks)
+        places = [*self.places, self.partials.ctypes.data, self.scalar_groups.ctypes.data]
+        args = len(self.segments), len(self.scalar_groups), count, number, multiplier, scale, max_norm, check, form
+        launch(kernel, max(count, 1), [*places, *args, decide, self.result.ctypes.data], order=order)

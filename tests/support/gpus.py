@@ -1,7 +1,6 @@
 """The GPU that a test runs on: a real one for tests marked gpu, else the stand-in. Tests see no difference."""
 
 import contextlib
-from pathlib import Path
 
 import numpy as np
 
@@ -19,9 +18,7 @@ class StandInGpu:
         self.devices: dict[int, cuda_stand_in.StandIn] = {}
         monkeypatch.setattr(cuda, "CudaDevice", self.device)
         monkeypatch.setattr(cuda, "devices", lambda: (2, 0))
-        monkeypatch.setattr(
-            kernels, "ptx_file", lambda kind, rule, *dtypes: Path(kernels.SYMBOLS[kind](rule.name, *dtypes))
-        )
+        monkeypatch.setattr(kernels, "ptx", lambda kind, rule, *dtypes: kernels.cuda_symbol(kind, rule.name, *dtypes))
 
     def device(self, number=0, source="cupy"):
         """A device, which counts what is asked of it."""
@@ -82,4 +79,4 @@ class RealGpu:
 def forget_devices():
     """Make the next optimizer find its device anew."""
     cuda.device_at.cache_clear()
-    kernels.kernels_of.cache_clear()
+    kernels.load.cache_clear()

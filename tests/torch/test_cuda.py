@@ -64,7 +64,7 @@ def test_master_weights(gpus, dtype, flatten):
 
 def test_flat_is_one_segment_on_a_gpu(stand_ins):
     there, _, a, _ = run_both(stand_ins, "AdamW", {"flatten": True})
-    assert a.state.watch.derived().only.serving.plan._merged.segment_count == 1
+    assert a.state.watch.derived().only.serving.plan._tables[False].segment_count == 1
     assert there[1].grad.data_ptr() - there[0].grad.data_ptr() == 4 * 64  # neighbours, each on a 64-byte boundary
 
 

@@ -131,7 +131,7 @@ def test_flat_has_the_same_bits(name, dtype, how):
 def test_flat_is_one_segment(masters):
     p = every_shape(dtype=torch.bfloat16)
     train(p, opt := front.AdamW(p, master_weights=masters, flatten=True), 1)
-    assert len(opt.state.watch.derived().only.serving.plan.updates.sizes) == 1
+    assert len(opt.state.watch.derived().only.serving.plan._tables[False].sizes) == 1
 
 
 def test_flat_survives_moved_parameters_and_eps_of_zero():

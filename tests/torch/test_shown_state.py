@@ -270,7 +270,7 @@ def test_a_copy_of_a_flat_optimizer_is_flat_and_zeroes_its_gradients(how):
     for p, q in zip(first[0].parameters(), second[0].parameters(), strict=True):
         assert torch.equal(p, q)
         assert torch.equal(p.grad, q.grad)
-    assert len(second[1].state.watch.derived().only.serving.plan.updates.sizes) == 1
+    assert len(second[1].state.watch.derived().only.serving.plan._tables[False].sizes) == 1
 
 
 # --- changes that come together --------------------------------------------------------------------------------------

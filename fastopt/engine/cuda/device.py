@@ -222,12 +222,14 @@ class CudaDevice(Device):
                 "a step with the same gradients and options before capturing."
             )
 
-    def function(self, path: str, symbol: str, threads: int) -> Function:
-        """The kernel in a PTX file, which the driver translates for this device."""
+    def function(self, ptx: str, symbol: str, threads: int) -> Function:
+        """The kernel in some PTX, which the driver translates for this device."""
         library = cupy()
         with self.current():
             try:
-                kernel = library.RawModule(path=path).get_function(symbol).kernel
+                module = library.cuda.Module()
+                module.load(ptx.encode())
+                kernel = module.get_function(symbol)
             except library.cuda.driver.CUDADriverError as error:
                 raise RuntimeError(
                     f"fastopt: {self.name} cannot load {symbol}: {error}. Needed are compute capability 7.5 or "

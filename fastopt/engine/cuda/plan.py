@@ -2,22 +2,120 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from ...kernels.dtypes import COMPUTE
+from ...kernels import layout
+from ...kernels.dtypes import CODES
+from ...kernels.epilogues import EMA_STEP, KINDS
 from ...kernels.rules.rule import Options, Rule
-from ..plan import Plan
+from ..options import RuleChoice
+from ..plan import Plan, ScalarGroup
 from ..step import Request, StepInfo
-from .device import CudaDevice, Function
-from .kernels import kernels_of
-from .table import NO_TASKS, CudaTable, DeviceScalars, DeviceStepCount, Launch, NormTasks, segment_words
+from .device import CudaDevice, PinnedRing
+from .kernels import load
+from .table import CudaTable
 
 _STEPPED = StepInfo()
+
+
+class DeviceNumbers:
+    """What all blocks read: the multiplier of the gradients, whether to skip, and the numbers of each scalar group.
+
+    The host forms the scalars, unless the device keeps the step counts: then the host brings options, of which the
+    prologue forms them. An lr may live on the device itself: the option "lr_at" is then its address and its itemsize.
+    """
+
+    def __init__(self, device: CudaDevice, scalar_groups: Sequence[ScalarGroup], rules: Sequence[Rule]) -> None:
+        self._device, self._scalar_groups, self._rules = device, scalar_groups, rules
+        self.counts_on_device = False
+        self._content = np.zeros(layout.HEADER_WORDS + layout.NUMBERS * len(scalar_groups))
+        rows = self._content[layout.HEADER_WORDS :].reshape(-1, layout.NUMBERS)
+        self._scalars, self._options = rows[:, : layout.SCALARS], rows[:, layout.SCALARS :]
+        self._words = np.zeros((len(scalar_groups), layout.SCALAR_GROUP_WORDS), np.int64)
+        self._words[:, layout.RULE] = [rules.index(scalar_group.choice.rule) for scalar_group in scalar_groups]
+        self._on_device: tuple[Any, Any] = device.upload(self._content), device.upload(self._words)
+        self.numbers, self.words = map(device.address, self._on_device)
+        self._staging = PinnedRing(device, self.numbers, self._content.nbytes)
+        self._words_staging = PinnedRing(device, self.words, self._words.nbytes)
+
+    def form(self, options: Sequence[Options], multiplier: float, stream: Any) -> None:
+        """Form the scalars of the next step and put their upload on the stream."""
+        self._content[layout.MULTIPLIER64] = multiplier
+        for row, scalar_group in zip(self._scalars, self._scalar_groups, strict=True):
+            scalar_group.prepare(options[scalar_group.group])
+            row[:] = scalar_group.numbers
+        self._staging.send(self._content.view(np.uint8), stream)
+
+    def count(self, options: Sequence[Options], stream: Any) -> None:
+        """Have the device count from here on, by the options as they are now."""
+        for rule in self._rules:
+            if not rule.counts:
+                raise TypeError(
+                    f"fastopt: skip_nonfinite and capturable on a GPU need to know what the scalars of rule "
+                    f"{rule.name!r} read: give fastopt.Rule its options."
+                )
+            if hasattr(rule.scalars, "__wrapped__"):
+                raise TypeError(
+                    f"fastopt: skip_nonfinite and capturable on a GPU have the scalars of rule {rule.name!r} compiled: "
+                    "write them as a function in a file, whose every return is a dict display with the same names."
+                )
+        lrs = [options[scalar_group.group].get("lr_at", (0, 0)) for scalar_group in self._scalar_groups]
+        if self.counts_on_device and self._words[:, [layout.LR, layout.LR_BYTES]].tolist() != list(map(list, lrs)):
+            self._device.refuse_capture(stream)  # of the upload of words that follows
+            self.advance(stream)
+            self.leave()
+        for c, scalar_group in enumerate(self._scalar_groups):
+            rule, mine = scalar_group.choice.rule, scalar_group.complete(options[scalar_group.group])
+            numbers = [x for name in rule.counts for x in np.ravel(mine.get(name) or 0.0)]
+            self._options[c, : len(numbers)] = numbers
+            average = mine.get("ema_decay") or 0.0, mine.get("ema_warmup", False)
+            self._options[c, [layout.DECAY, layout.WARMUP]] = average
+            if not self.counts_on_device:
+                start = scalar_group.step_count.steps, *lrs[c], scalar_group.averaged
+                self._words[c, [layout.STEPS, layout.LR, layout.LR_BYTES, layout.AVERAGED]] = start
+                if rule.carry is not None:
+                    carried = scalar_group.carried(mine)
+                    self._words[c, layout.CARRY : layout.CARRY + len(carried)].view(np.float64)[:] = carried
+        self._staging.send(self._content.view(np.uint8), stream)
+        if not self.counts_on_device:
+            self._words_staging.send(self._words.reshape(-1).view(np.uint8), stream)
+        self.counts_on_device = True
+
+    def written(self) -> None:
+        """The prologue wrote the header, which the host brings anew where it forms the scalars."""
+        if not self.counts_on_device:
+            self._staging.forget()
+
+    def leave(self) -> None:
+        """The host counts from here on, until the device does again."""
+        if self.counts_on_device:
+            self._staging.forget()
+            self._words_staging.forget()
+            self.counts_on_device = False
+
+    def advance(self, stream: Any) -> None:
+        """A step was put on the stream: who wants to know the counts has to fetch them."""
+        words = self._on_device[1]
+        for c, scalar_group in enumerate(self._scalar_groups):
+            choice = scalar_group.choice
+            scalar_group.step_count.fetch = functools.partial(_fetch, self._device, words, choice, c, stream)
+
+
+def _fetch(
+    device: CudaDevice, words: Any, choice: RuleChoice, c: int, stream: Any
+) -> tuple[int, dict[str, float] | None]:
+    """Steps and carried numbers of a scalar group, which it does not know: that would be a cycle, freed late."""
+    row, rule = device.download(words, stream)[c], choice.rule
+    steps = int(row[layout.STEPS])
+    carry = dict(zip(rule.carried, row[layout.CARRY :].view(np.float64).tolist(), strict=False))
+    if choice.averages:
+        carry[EMA_STEP] = float(row[layout.AVERAGED])
+    return steps, carry if carry and steps > 0 else None
 
 
 class CudaPlan(Plan):
@@ -28,57 +126,34 @@ class CudaPlan(Plan):
     there, and the prologue forms the scalars.
     """
 
-    kept = 8
     _device: CudaDevice
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self._kernels = kernels_of(self._device)
         self._rules: list[Rule] = list(dict.fromkeys(c.choice.rule for c in self.scalar_groups))
-        self._numbers = DeviceScalars(self._device, len(self.scalar_groups))
-        self._step_count = DeviceStepCount(self._device, self.scalar_groups, self._rules)
-        self._layers: CudaTable | None = None
-        self._merged: CudaTable | None = None
-        self._table(norms=self._has_ratio)  # a kernel that cannot be had is an error before anything is written
+        self._numbers = DeviceNumbers(self._device, self.scalar_groups, self._rules)
+        self._table(norms=not self.flat)  # a kernel that cannot be had is an error before anything is written
 
-    def _table(self, *, norms: bool) -> CudaTable:
-        """One segment per parameter where norms are taken, else one per run."""
-        if norms or not self.flat:
-            if self._layers is None:
-                self._layers = self._build(self._every_parameter)
-            return self._layers
-        if self._merged is None:
-            self._merged = self._build(self._runs)
-        return self._merged
-
-    def _build(self, runs: list[tuple[int, int]]) -> CudaTable:
-        first = [k for k, _ in runs]
-        stored = [(self.parameters[k].dtype, self.dtypes[k].name) for k in first]
-        kernels = [
-            (self._kernels.update(self._rule(k), p, g), COMPUTE[p] == "float64")
-            for k, (p, g) in zip(first, stored, strict=True)
-        ]
-        terms = [
-            self._kernels.terms(self._rule(k), p, g) if self._adapts(k) and self._rule(k).sources else None
-            for k, (p, g) in zip(first, stored, strict=True)
-        ]
-        words = segment_words(
-            self._addresses(runs),
-            scalar_groups=[self._member[k] for k in first],
-            signs=[self._signs[self.parameters[k].group] for k in first],
-            adapts=[self._adapts(k) for k in first],
-            stored=stored,
-            epilogues=[self._epilogues(k) for k in first],
-        )
-        sizes = np.array([size for _, size in runs], np.int64)
-        return CudaTable(self._device, sizes, words, np.array(first, np.int64), kernels, terms)
+    def _build(self, runs: list[tuple[int, int]], norms: bool) -> CudaTable:
+        rows, updates, terms = [], [], []
+        for (k, _), addresses in zip(runs, self._addresses(runs), strict=True):
+            p, rule, adapts = self.parameters[k], self._rule(k), self._adapts(k)
+            stored = p.dtype, self.dtypes[k].name
+            row = [*addresses, *[0] * (layout.SEGMENT_WORDS - len(addresses))]
+            row[layout.SCALAR_GROUP], row[layout.SIGN] = self._member[k], int(self._signs[p.group])
+            row[layout.ADAPTS], row[layout.G_CODE] = adapts, CODES[stored[1]]
+            for epilogue, dtype, target in self._epilogues(k):
+                row[layout.TARGETS + KINDS.index((epilogue, dtype))] = target
+            rows.append(row)
+            updates.append(load(self._device, "update", rule, *stored))
+            terms.append(load(self._device, "terms", rule, *stored) if adapts else None)
+        first, sizes = np.array(runs, np.int64).reshape(-1, 2).T
+        words = np.array(rows, np.int64).reshape(-1, layout.SEGMENT_WORDS)
+        return CudaTable(self._device, sizes, words, first, updates, terms)
 
     def resume(self) -> bool:
-        self._step_count.leave()  # other plans may have counted meanwhile
+        self._numbers.leave()  # other plans may have counted meanwhile
         return super().resume()
-
-    def point_at(self, gradients: NDArray[np.uint64]) -> None:
-        self._gradients = gradients
 
     def step(self, request: Request, options: Sequence[Options]) -> StepInfo:
         with self._device.selected():
@@ -91,101 +166,70 @@ class CudaPlan(Plan):
             raise RuntimeError("fastopt: a step can be captured into a CUDA graph only with capturable=True.")
         if capturable and not all(o.get("capturable") for o in options):
             raise ValueError("fastopt: capturable=True must be set for all param groups or for none.")
-        counts_there = self._step_count.there or request.skip_nonfinite or capturable
-        decides = counts_there or request.needs_norm or request.scale_at != 0
-        norms = request.needs_norm or self._has_ratio
-        table = self._table(norms=norms or not (self.flat and self._merges(request.multiplier, options)))
-        prologues = self._prologues(table, request, decides=decides, forms=counts_there)
+        counts = self._numbers.counts_on_device or request.skip_nonfinite or capturable
+        decides = counts or request.needs_norm or request.scale_at != 0
+        merges = self.flat and not request.needs_norm and self._merges(request.multiplier, options)
+        table: CudaTable = self._table(norms=not merges)
+        rules = (self._rules if counts else self._rules[:1]) if decides else ()
+        prologues = [load(self._device, "prologue", rule) for rule in rules]
         info, result = self._new_info(request, stream, capturable)
 
-        table.point_at(self._gradients, stream)
-        if counts_there:
-            self._step_count.bring(options, stream)
+        self._upload_gradients(table, stream)
+        if counts:
+            self._numbers.count(options, stream)
+            self._numbers.advance(stream)
         else:
-            self._numbers.bring(self.scalar_groups, options, request.multiplier, stream)
-        if counts_there:  # by the prologue
-            self._step_count.advance(stream)
-        for number, kernel, tasks in prologues:
-            what = int(request.skip_nonfinite), int(counts_there), int(decides and number == 0), result
-            self._find_out(table, number, kernel, tasks, request, what, stream)
+            self._numbers.form(options, request.multiplier, stream)
+        for number, prologue in enumerate(prologues):
+            self._prologue(table, prologue, request, stream, number, counts, result)
         for sums in table.sums:
-            self._launch_sums(sums, table, stream)
-        if decides:
-            self._numbers.forget()
+            places = *table.places, self._numbers.numbers, table.partials, sums.chunks
+            sums.kernel(sums.blocks, places, stream)
         # The line where a count and its step can fall apart: an interrupt among these launches leaves the count ahead.
-        if not counts_there:
-            counts = self._counts.numbers
-            counts[: self._counts.half] = counts[self._counts.half :]
-        for update in table.launches:
-            scalars = self._numbers.scalars64 if update.wide else self._numbers.scalars32
-            ratios = table.ratios64 if update.wide else table.ratios32
-            places = update.chunks, table.segments, table.gradients, self._numbers.header, scalars, ratios
-            update.kernel(update.blocks, (*places, int(request.zero_grads)), stream)
+        if not counts:
+            numbers = self._counts.numbers
+            numbers[: self._counts.half] = numbers[self._counts.half :]
+        zero = int(request.zero_grads)
+        for update in table.updates:
+            update.kernel(update.blocks, (update.chunks, *table.places[1:], self._numbers.numbers, zero), stream)
         return info
 
-    def _launch_sums(self, sums: Launch, table: CudaTable, stream: Any) -> None:
-        scalars = self._numbers.scalars64 if sums.wide else self._numbers.scalars32
-        arguments = (
-            *(table.chunks, table.segments, table.gradients, sums.chunks, table.chunk_count),
-            *(table.partials, table.counters, self._numbers.header, scalars, self._numbers.scalars64),
-            *(table.ratios64, table.ratios32),
-        )
-        sums.kernel(sums.blocks, arguments, stream)
+    def _upload_gradients(self, table: CudaTable, stream: Any) -> None:
+        table.gradients.send(self._gradients[table.first].view(np.uint8), stream, to_graphs=True)
 
-    def _find_out(
-        self,
-        table: CudaTable,
-        number: int,
-        kernel: Function,
-        tasks: NormTasks,
-        request: Request,
-        what: tuple[int, int, int, int],
-        stream: Any,
+    def _prologue(
+        self, table: CudaTable, kernel: Any, request: Request, stream: Any, number: int, forms: bool, result: int
     ) -> None:
-        """Launch a prologue; ``what`` are its last arguments."""
+        """Launch the prologue of a rule; the first one decides."""
+        chunks = table.chunk_count if request.needs_norm and number == 0 else 0
         arguments = (
-            *(table.chunks, table.segments, table.gradients, tasks.address, tasks.chunks, tasks.arrays),
-            *(table.chunk_count, table.segment_count, len(self.scalar_groups)),
-            *(table.partials, table.squares, table.counters),
-            *(self._numbers.header, self._numbers.scalars64, self._numbers.scalars32),
-            *(table.ratios64, table.ratios32, self._step_count.scalar_groups, self._step_count.options, number),
-            *(request.multiplier, request.scale_at),
+            *(*table.places, self._numbers.numbers, table.partials, self._numbers.words),
+            *(table.segment_count, len(self.scalar_groups), chunks, number, request.multiplier, request.scale_at),
             math.inf if request.max_grad_norm is None else request.max_grad_norm,
-            *what,
+            *(int(request.skip_nonfinite), int(forms), int(number == 0), result),
         )
-        kernel(max(tasks.chunks, 1), arguments, stream)
+        kernel(max(chunks, 1), arguments, stream)
+        self._numbers.written()
 
     def norm(self) -> float:
         if not self.parameters:
             return 0.0
         with self._device.selected():
             stream, table = self._device.stream(), self._table(norms=True)
-            table.point_at(self._gradients, stream)
+            self._upload_gradients(table, stream)
             result = self._device.empty(2, np.dtype(np.float64), stream)
-            kernel, what = self._kernels.prologue(self._rules[0]), (0, 0, 1, self._device.address(result))
-            self._find_out(table, 0, kernel, table.norm_tasks, Request(), what, stream)
-            self._numbers.forget()
+            kernel, request = load(self._device, "prologue", self._rules[0]), Request(max_grad_norm=math.inf)
+            self._prologue(table, kernel, request, stream, 0, False, self._device.address(result))
             return float(self._device.download(result, stream)[0])
 
     def recount(self) -> None:
-        if self._step_count.there:
+        if self._numbers.counts_on_device:
             with self._device.selected():
-                self._step_count.advance(self._device.stream())
+                self._numbers.advance(self._device.stream())
 
     def upload_options(self, options: Sequence[Options]) -> None:
         with self._device.selected():
-            self._step_count.bring(options, self._device.stream())
-
-    def _prologues(
-        self, table: CudaTable, request: Request, *, decides: bool, forms: bool
-    ) -> list[tuple[int, Function, NormTasks]]:
-        """What is launched before the update: number of the rule, kernel, chunks whose squares it sums."""
-        of_squares = [rule.ratio is not None and not rule.sources for rule in self._rules]
-        if not decides and not (self._has_ratio and any(of_squares)):
-            return []
-        tasks = table.norm_tasks if request.needs_norm else table.ratio_tasks
-        wanted = [k for k in range(len(self._rules)) if k == 0 or forms or of_squares[k]]
-        return [(k, self._kernels.prologue(self._rules[k]), tasks if k == 0 else NO_TASKS) for k in wanted]
+            self._numbers.count(options, self._device.stream())
 
     def _new_info(self, request: Request, stream: Any, capturable: bool) -> tuple[StepInfo, int]:
         """What the step returns, and where the prologue writes the norm and whether the step is skipped."""
