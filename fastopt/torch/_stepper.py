@@ -117,9 +117,9 @@ class Stepper:
         self._pattern = None  # an interrupt must not leave half of one to be used
         pattern = self._patterns.resume(key)
         if pattern is None or not pattern.sync.agrees():
-            self.device.require()
+            make = plan_class(self.device)  # refuses where no kernels can be had, before states are made
             self._parameters.admit(key[0], options)
-            pattern = self._patterns.keep(key, Pattern(self._parameters, *key, options, plan_class(self.device)))
+            pattern = self._patterns.keep(key, Pattern(self._parameters, *key, options, make))
         self._pattern = pattern
 
     def _read(self, grads: list[Tensor], options: Sequence[Options], write: bool) -> None:
@@ -193,7 +193,7 @@ class Stepper:
     @makes_many
     def make_states(self, options: Sequence[Options]) -> None:
         """Make all states of the parameters that may get a gradient, without a step."""
-        self.device.require()
+        plan_class(self.device)
         wanted = [i for i, p in enumerate(self._params) if p.requires_grad]
         self._parameters.admit(wanted, options)
         for i in wanted:
