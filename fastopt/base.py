@@ -152,7 +152,7 @@ class Optimizer(States):
             added.append(known)
             shown.append({**group, "params": known.arrays, **options})
         memory = self._memory.extended(parameters[len(self._parameters) :], (), device)
-        device.require()
+        plan_class(device)  # refuses where no kernels can be had, before anything is built
         states: dict[int, Array] = {}
         for known in added:
             for p, name, state in self._allocate(known, known.options, device):

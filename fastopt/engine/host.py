@@ -147,8 +147,10 @@ def _threads(table: Table) -> int:
 
 
 def plan_class(device: Device) -> type[Plan]:
-    """The class of plans for arrays that live in ``device``."""
+    """The class of plans for arrays that live in ``device``; refuses where no kernel can be had."""
+    device.require()
     if not device.on_gpu:
+        current().require()
         return HostPlan
     from .cuda.plan import CudaPlan
 

@@ -129,10 +129,9 @@ class Stepper:
         self.device.refuse_capture()
         self._sync()
         if not self._resume(self._patterns.find(lambda pattern: pattern.key == key)):
-            self.device.require()
+            make = plan_class(self.device)  # refuses where no kernels can be had, before states are made
             self._parameters.admit(key[0], options)
-            made = Pattern(self._parameters, *key, options, plan_class(self.device))
-            self._pattern = self._patterns.keep(made)
+            self._pattern = self._patterns.keep(Pattern(self._parameters, *key, options, make))
 
     def _read(self, grads: list[Tensor], options: Sequence[Options], write: bool) -> None:
         """Have the plan read the gradients."""
@@ -205,7 +204,7 @@ class Stepper:
     @makes_many
     def make_states(self, options: Sequence[Options]) -> None:
         """Make all states of the parameters that may get a gradient, without a step."""
-        self.device.require()
+        plan_class(self.device)
         wanted = [i for i, p in enumerate(self._params) if p.requires_grad]
         self._parameters.admit(wanted, options)
         for i in wanted:

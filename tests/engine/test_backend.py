@@ -17,7 +17,7 @@ from refusal import hide
 import fastopt
 from fastopt import __main__ as info
 from fastopt.engine import backend as _backend
-from fastopt.engine import library
+from fastopt.engine import host, library
 
 LIMITED = """
 import resource, sys
@@ -46,7 +46,8 @@ def no_libgomp(monkeypatch):
 
 
 def row_of_kernels(monkeypatch, backend):
-    monkeypatch.setattr(_backend, "current", lambda: backend)
+    for module in (_backend, host):
+        monkeypatch.setattr(module, "current", lambda: backend)
     monkeypatch.setattr(info, "bandwidth", lambda: "")
     return info.facts()["kernels"]
 
