@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from ._stepper import Steppers
 
 
-SWITCHES = dict.fromkeys(("maximize", "capturable", "differentiable"), SWITCH)
+SWITCHES = dict.fromkeys(("maximize", "differentiable"), SWITCH)
 SWITCHES |= dict.fromkeys(("foreach", "fused"), Option(None, bool, keyword=True))
 """What torch's classes have, for those that torch does not have."""
 
@@ -48,6 +48,13 @@ SWITCHES |= dict.fromkeys(("foreach", "fused"), Option(None, bool, keyword=True)
 def _any_number(default: Any) -> Range:
     """The range of an option that torch's constructor checks, and nobody later."""
     return range_of(("[-inf, inf]",) * len(default) if isinstance(default, tuple) else "[-inf, inf]", default)
+
+
+def _no_gradient(value: Any, where: str) -> bool:
+    """The range of ``differentiable``."""
+    if value:
+        raise NotImplementedError(f"{where}=True is not supported, because kernels have no gradient. Use torch.optim.")
+    return False
 
 
 class GroupOptions(RuleOptimizer, torch.optim.Optimizer):
@@ -66,7 +73,6 @@ class GroupOptions(RuleOptimizer, torch.optim.Optimizer):
     counts_steps: ClassVar[bool] = True
     """Whether ``state`` has a step count, as in torch."""
 
-    _torch_names: ClassVar[frozenset[str]] = frozenset()  # the arguments of torch's class
     _is_torchs: ClassVar[bool] = True  # whether torch has the class
 
     state: Any  # a State, until somebody puts another dict in its place
@@ -100,18 +106,18 @@ class GroupOptions(RuleOptimizer, torch.optim.Optimizer):
             flags = {"capturable": SWITCH, **dict.fromkeys(cls.flags, SWITCH), **EMA_OPTIONS}
             if cls._is_torchs:
                 flags = {name: o for name, o in cls.rule.options.items() if o.keyword} | flags
-                cls._torch_names = frozenset(p.name for p in inherited) - {"params"}
                 cls.ranges = {
                     p.name: _any_number(p.default) for p in inherited if type(p.default) in (int, float, tuple)
                 }
             else:
                 inherited = option_arguments({**cls.rule.options, **SWITCHES}, ParamsT, float | Tensor)
-                cls._torch_names = frozenset(p.name for p in inherited) - {"params", *flags}
                 cls.ranges = ranges_of(cls.rule.options)
-            added = {name: o.default for name, o in flags.items() if name not in cls._torch_names}
+            names = {p.name for p in inherited} - {"params"}
+            added = {name: o.default for name, o in flags.items() if name not in names}
             cls.rule_options = {**cls.rule_options, **added}
             cls.ranges |= dict.fromkeys(cls.rule_options, boolean) | ranges_of(EMA_OPTIONS)
-            cls.option_names = cls._torch_names.union(cls.rule_options, ["initial_lr"])
+            cls.ranges["differentiable"] = _no_gradient
+            cls.option_names = frozenset({*names, *cls.rule_options, "initial_lr"})
             if RULES.get(cls.rule.name) is not cls.rule:
                 cls.names = Names.of(cls.rule)
             if "__init__" not in vars(cls):
@@ -138,8 +144,6 @@ class GroupOptions(RuleOptimizer, torch.optim.Optimizer):
         """The options of a group with those that torch does not have; refuses what cannot be computed with."""
         options = {**self.rule_options, **options}
         where = f"{type(self).__name__}: group {index}: "
-        if options.get("differentiable"):
-            raise NotImplementedError(f"{where}differentiable=True is not supported.")
         options |= {name: check(options[name], where + name) for name, check in self.ranges.items() if name in options}
         if not self._is_torchs:
             self.check(options, where)

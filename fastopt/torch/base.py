@@ -92,10 +92,6 @@ class TensorOptimizer(Averages, Checkpoints):
         where = type(self).__name__
         step_options = {"max_grad_norm": max_grad_norm, "skip_nonfinite": skip_nonfinite, "zero_grads": zero_grads}
         GroupOptions.__init__(self, master_weights, flatten, **step_options)
-        if options.get("differentiable"):
-            raise NotImplementedError(
-                f"{where}: differentiable=True is not supported, because kernels have no gradient. Use torch.optim."
-            )
         options = {name: without_numpy(value) for name, value in options.items()}
         for name, check in self.ranges.items():
             if name in options:
