@@ -237,10 +237,10 @@ def compilable(scalars: Any, Scalars: Any, given: Mapping[str, Any], where: str)
         if isinstance(node, ast.Name) and node.id == options and isinstance(node.ctx, ast.Store):
             return None
         if isinstance(node, ast.Return):
-            returned, *carry = node.value.elts if isinstance(node.value, ast.Tuple) else [node.value]
-            if not isinstance(returned, ast.Dict) or not all(isinstance(key, ast.Constant) for key in returned.keys):
+            returned, *carry = getattr(node.value, "elts", None) or [node.value]
+            if not isinstance(returned, ast.Dict):
                 return None
-            entries = {key.value: value for key, value in zip(returned.keys, returned.values, strict=True)}
+            entries = {getattr(key, "value", None): x for key, x in zip(returned.keys, returned.values, strict=True)}
             if entries.keys() != given.keys():
                 return None
             texts = {name: "1.0" if name == "ratio" else f"{options}[{name!r}]" for name in Scalars._fields}
