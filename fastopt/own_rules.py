@@ -232,14 +232,15 @@ def compilable(scalars: Any, Scalars: Any, given: Mapping[str, Any], where: str)
     if not as_compiled or code.co_argcount < 2 or scalars.__kwdefaults__:
         return None
     options = code.co_varnames[1]
-    for node in list(ast.walk(definition)):
+    nodes: Any = [*ast.walk(definition)]
+    for node in nodes:
         if isinstance(node, ast.Name) and node.id == options and isinstance(node.ctx, ast.Store):
             return None
         if isinstance(node, ast.Return):
-            returned, *carry = node.value.elts if isinstance(node.value, ast.Tuple) else [node.value]
-            if not isinstance(returned, ast.Dict) or not all(isinstance(key, ast.Constant) for key in returned.keys):
+            returned, *carry = getattr(node.value, "elts", None) or [node.value]
+            if not isinstance(returned, ast.Dict):
                 return None
-            entries: Any = {key.value: value for key, value in zip(returned.keys, returned.values, strict=True)}
+            entries = {getattr(key, "value", None): x for key, x in zip(returned.keys, returned.values, strict=True)}
             if entries.keys() != given.keys():
                 return None
             texts = {name: "1.0" if name == "ratio" else f"{options}[{name!r}]" for name in Scalars._fields}

@@ -21,7 +21,7 @@ from .memory import at, put_real, real
 
 PROMOTED = "a literal such as 2 promotes what it touches, so make it an option or one of the scalars"
 
-BLOCK = 64  # elements per block: a few cache lines of each array
+PREFETCHED = 64  # elements that are asked for together: a few cache lines of each array
 AHEAD = 512  # elements between the block that is computed and the block that is prefetched
 # Speed against a stream of the same reads and writes, 64 M float32, 2 threads, medians of one run: without prefetching
 # Adam 0.85, momentum 0.87, Lion 0.80; ahead by 512 0.97, 1.00, 0.96; by 1024 0.96, 1.00, 0.96; by 4096 into the
@@ -54,11 +54,11 @@ def update_loop(rule: Rule, p: str, g: str, half: bool) -> Callable[..., None]:
         h = scalars_of(scalars, real(own, RATIO) * real(scalars, last))
         pointers = pointers_of(arrays)
         multiplier = compute(real(own, MULTIPLIER))
-        tail = hi - (hi - lo) % BLOCK
-        for start in range(lo, tail, BLOCK):
+        tail = hi - (hi - lo) % PREFETCHED
+        for start in range(lo, tail, PREFETCHED):
             ahead(pointers, start + AHEAD)
             owned(pointers, start + OWNED)
-            for i in range(start, start + BLOCK):
+            for i in range(start, start + PREFETCHED):
                 store(pointers, i, step(*load(pointers, i, multiplier, h)))
         for i in range(tail, hi):
             store(pointers, i, step(*load(pointers, i, multiplier, h)))
@@ -137,7 +137,7 @@ class Access:
         @emitted(types.void(self._pointers, types.int64))
         def ahead(context: Any, builder: Any, pointers: Any, i: Any) -> None:
             for k in arrays:
-                for offset in range(0, BLOCK, LINE // ITEMSIZE[self.storages[k].dtype]):
+                for offset in range(0, PREFETCHED, LINE // ITEMSIZE[self.storages[k].dtype]):
                     element = self._element(builder, pointers, k, builder.add(i, ir.Constant(I64, offset)))
                     prefetch(builder, element, level=level, write=write)
 

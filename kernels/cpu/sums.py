@@ -16,8 +16,7 @@ from ..environment import enter, leave
 from ..layout import BLOCK, LANES, MULTIPLIER
 from ..rules.rule import Rule
 from ..storage import DOUBLE, I32, I64, LINE, Storage, prefetch
-from .loop import BLOCK as PREFETCHED
-from .loop import PROMOTED, Access, inlined, scalars_reader
+from .loop import PREFETCHED, PROMOTED, Access, inlined, scalars_reader
 from .memory import at, clear, put_real, real, stack
 
 AHEAD = 4096  # elements from what is added to what is prefetched
@@ -118,7 +117,7 @@ def terms_loop(rule: Rule, p: str, g: str, half: bool) -> Callable[..., None]:
     access, compute_type = Access(rule, p, g, half), Storage(COMPUTE[p])
     compute, pointers_of, load = access.compute, access.pointers_of, access.load
     ahead, scalars_of = access.ahead(range(len(access.storages)), level=2), scalars_reader(rule, compute)
-    terms, memory, itemsize = inlined(rule.terms or _none), compute_type.memory, ITEMSIZE[COMPUTE[p]]
+    terms, memory, itemsize = inlined(rule.terms or (lambda *_: ())), compute_type.memory, ITEMSIZE[COMPUTE[p]]
     lanes_bytes, factors_bytes = 8 * LANES * len(rule.products), itemsize * PREFETCHED * len(rule.sources)
     new_lanes, new_factors = stack(lanes_bytes), stack(factors_bytes)
 
@@ -182,7 +181,3 @@ def terms_loop(rule: Rule, p: str, g: str, half: bool) -> Callable[..., None]:
         leave(mode)
 
     return loop
-
-
-def _none(*_: Any) -> tuple[()]:
-    return ()

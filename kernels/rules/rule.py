@@ -65,7 +65,7 @@ class Rule:
         state: Names of the state arrays, in the order of ``step``'s arguments.
         initial: For a state array that does not start at zero, the option that fills it.
         carry: Numbers that a parameter carries from step to step, as a function of the options giving their values
-            before step 1, in a NamedTuple; None for the rules that need none.
+            before step 1, in a NamedTuple, whose class is found by the defaults; None for the rules that need none.
         options: The options of a class of this rule, in the order of its arguments: all that ``scalars`` may read.
         terms: Scalar function ``(p, g, *state, h) -> (x, ...)`` in the compute dtype, of which ``products`` are summed.
             It sees parameter and states as they are before the step, the gradient as ``step`` does, and no ratio.
