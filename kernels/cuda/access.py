@@ -15,6 +15,7 @@ from ..dtypes import COMPUTE, ITEMSIZE
 from ..layout import LANES
 from ..rules.rule import Rule
 from ..storage import DOUBLE, FLOAT, I32, I64, Storage
+from .host_functions import named
 from .host_functions import ratio_caller as ratio_caller
 from .host_functions import scalars_former as scalars_former
 from .memory import GLOBAL, at
@@ -82,17 +83,13 @@ def _rounded(builder: Any, address: Any, index: Any, compute: str) -> Any:
     return builder.fptrunc(number, FLOAT) if compute == "float32" else number
 
 
-def scalars_type(rule: Any, compute: str) -> Any:
-    """Numba's type of the rule's scalars."""
-    return types.NamedUniTuple(getattr(types, compute), len(rule.Scalars._fields), rule.Scalars)
-
-
 def scalars_loader(rule: Rule, compute: str) -> Any:
     """Intrinsic ``(scalars, ratio) -> h``: the rule's scalars, rounded to the compute dtype.
 
     ``ratio`` is where stretch and ratio are, of which a rule has both or the latter.
     """
-    kind, in_ratio = scalars_type(rule, compute), ("stretch", "ratio") if rule.ratio is not None else ()
+    kind = named(getattr(types, compute), rule.Scalars)
+    in_ratio = ("stretch", "ratio") if rule.ratio is not None else ()
 
     @emitted(kind(types.int64, types.int64))
     def load(context: Any, builder: Any, scalars: Any, ratio: Any) -> Any:
@@ -138,7 +135,8 @@ class Arrays:
         self.storages = [Storage(p), Storage(g)] + [Storage(COMPUTE[p])] * len(rule.state)
         self.rule = rule
         self.written = [0, *range(2, len(self.storages))]  # everything but the gradient
-        self.compute, self.scalars = getattr(types, COMPUTE[p]), scalars_type(rule, COMPUTE[p])
+        self.compute = getattr(types, COMPUTE[p])
+        self.scalars = named(self.compute, rule.Scalars)
         self.pointers = types.UniTuple(types.int64, len(self.storages))
         self.arguments = types.Tuple([self.compute] * len(self.storages) + [self.scalars])  # of the rule
         self.results = types.UniTuple(self.compute, len(self.written))

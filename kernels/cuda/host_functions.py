@@ -23,8 +23,9 @@ def _put(builder: Any, address: Any, first: int, numbers: Any) -> None:
         builder.store(number, at(builder, address, first + k, DOUBLE))
 
 
-def _named(kind: type[Any]) -> Any:
-    return types.NamedUniTuple(types.float64, len(kind._fields), kind)
+def named(number: Any, kind: Any) -> Any:
+    """Numba's type of a NamedTuple of such numbers."""
+    return types.NamedUniTuple(number, len(kind._fields), kind)
 
 
 def scalars_former(rule: Rule) -> Any:
@@ -37,7 +38,7 @@ def scalars_former(rule: Rule) -> Any:
         {types.literal(name): kind for name, kind in zip(rule.counts, kinds, strict=True)},
         {name: k for k, name in enumerate(rule.counts)},
     )
-    result, Carry = _named(rule.Scalars), rule.Carry
+    result, Carry = named(types.float64, rule.Scalars), rule.Carry
 
     @emitted(types.void(*[types.int64] * 4))
     def form(context: Any, builder: Any, t: Any, scalar_group: Any, options: Any, scalars: Any) -> None:
@@ -53,7 +54,8 @@ def scalars_former(rule: Rule) -> Any:
             formed = context.compile_internal(builder, rule.scalars, kind, [t, options])
         else:
             carry = cgutils.pack_array(builder, _numbers(builder, scalar_group, CARRY, len(Carry._fields)))
-            kind = types.Tuple([result, _named(Carry)])(types.float64, options_type, _named(Carry))
+            carried = named(types.float64, Carry)
+            kind = types.Tuple([result, carried])(types.float64, options_type, carried)
             both = context.compile_internal(builder, rule.scalars, kind, [t, options, carry])
             formed, carry = cgutils.unpack_tuple(builder, both)
             _put(builder, scalar_group, CARRY, carry)
@@ -64,7 +66,7 @@ def scalars_former(rule: Rule) -> Any:
 
 def ratio_caller(rule: Rule) -> Any:
     """Intrinsic ``(sums of the products, multiplier, scalars) -> ratio``; of sums and scalars the addresses."""
-    h_type, sums_type = _named(rule.Scalars), types.UniTuple(types.float64, len(rule.products))
+    h_type, sums_type = named(types.float64, rule.Scalars), types.UniTuple(types.float64, len(rule.products))
 
     @emitted(types.float64(types.int64, types.float64, types.int64))
     def call(context: Any, builder: Any, sums: Any, multiplier: Any, scalars: Any) -> Any:
