@@ -130,7 +130,7 @@ class Optimizer(States):
         shown: list[dict[str, Any]] = []
         for index, group in enumerate(groups, first):
             where = f"{self._name}: params" if not index else f"{self._name}: params of group {index}"
-            collected = collect(group["params"], len(parameters), device, where)
+            collected = collect(group["params"], index, len(parameters), device, where)
             device, arrays = collected.device, collected.arrays
             options = {**self.defaults, **own_options(group, self._known_options, self._place(index))}
             self.complete(options)
@@ -141,13 +141,11 @@ class Optimizer(States):
                 raise ValueError(
                     f"{where}: the name {min(taken)!r} is taken by another group; name each parameter once."
                 )
-            members, total = collected.records(index), collected.layout.total
-            foreign = group.keys() - options.keys() - {"params"}
             known = GroupSnapshot(
-                *(index, MappingProxyType(arrays), dtypes, as_now(options), checked, members),
-                *(collected.written(members), total, foreign),
+                *(index, MappingProxyType(arrays), dtypes, as_now(options), checked, collected.members),
+                *(collected.written, collected.layout.total, group.keys() - options.keys() - {"params"}),
             )
-            parameters += members
+            parameters += collected.members
             names.update(arrays)
             added.append(known)
             shown.append({**group, "params": known.arrays, **options})
@@ -163,7 +161,7 @@ class Optimizer(States):
             self._device, self._parameters = device, parameters
             self._groups[first:], self.param_groups[first:] = added, shown
             # Merging across the padding of a flat buffer writes that padding, which only one group may own.
-            self._flat_layout = collected.layout if collected.flat is not None and len(self._groups) == 1 else None
+            self._flat_layout = collected.layout if collected.is_flat and len(self._groups) == 1 else None
             self._rebuild(memory)
 
         finish(take_in)

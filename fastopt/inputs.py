@@ -19,48 +19,31 @@ from .watch import Watch
 
 
 class Group(NamedTuple):
-    """The arrays of one param group and their memory, their layout in the state arrays, and the flat buffer they came
-    in, if any."""
+    """The parameters of one param group, the arrays that a step of them writes, and their layout in the state arrays.
+
+    Of a flat buffer a step writes its whole data, and only that is looked at again: views are windows on it. As in
+    NumPy, one made read-only does not make its base so, and to look at ten thousand of them takes a sixth of the step.
+    """
 
     device: Device
     arrays: dict[str, Array]
+    members: list[Parameter]
+    written: list[Parameter]
     layout: Layout
-    flat: FlatBuffer | None
-
-    def records(self, index: int) -> list[Parameter]:
-        """The plans' records of these parameters, as members of the group of this index."""
-        layout, flat = self.layout, self.flat
-        if flat is not None:  # an empty view does not know where it lies
-            places = [self.device.address(flat.data) + offset * flat.dtype.itemsize for offset in layout.offsets]
-        else:
-            places = [self.device.address(array) for array in self.arrays.values()]
-        ends = (*layout.offsets[1:], layout.total)
-        return _records(self.arrays, index, layout.offsets, ends, places)
-
-    def written(self, members: list[Parameter]) -> list[Parameter]:
-        """The arrays that a step writes, given the records of this group: the parameters, or the whole flat buffer.
-
-        A flat buffer's views are windows on it: as in NumPy, one made read-only does not make its base so, and to look
-        at ten thousand views each step would take a sixth of the step.
-        """
-        if self.flat is None:
-            return members
-        data = self.flat.data
-        return _records({"FlatBuffer.data": data}, members[0].group, [0], [data.size], [self.device.address(data)])
+    is_flat: bool
 
 
-def _records(
-    arrays: Mapping[str, Array], group: int, offsets: Sequence[int], ends: Sequence[int], places: Sequence[int]
-) -> list[Parameter]:
-    step_count = StepCount()
+def _records(arrays: Mapping[str, Array], group: int, layout: Layout, addresses: Iterable[int]) -> list[Parameter]:
+    """The plans' records of parameters."""
+    step_count, ends = StepCount(), (*layout.offsets[1:], layout.total)
     return [
         Parameter(
-            *(name, array, array.size, array.dtype.name, group, offset, end - offset, place),
+            *(name, array, array.size, array.dtype.name, group, offset, end - offset, address),
             step_count=step_count,
             shape=array.shape,
             guard=weakref.ref(array),
         )
-        for (name, array), offset, end, place in zip(arrays.items(), offsets, ends, places, strict=True)
+        for (name, array), offset, end, address in zip(arrays.items(), layout.offsets, ends, addresses, strict=True)
     ]
 
 
@@ -77,12 +60,12 @@ def groups_in(params: Any, where: str) -> list[Mapping[str, Any]]:
     return listed
 
 
-def collect(params: Any, first_index: int, device: Device | None, where: str) -> Group:
-    """The arrays of a param group: a FlatBuffer, a mapping, or a sequence, whose arrays are named by their index.
+def collect(params: Any, index: int, first: int, device: Device | None, where: str) -> Group:
+    """The param group of this index: a FlatBuffer, a mapping, or a sequence, whose arrays are numbered from ``first``.
 
     They live in ``device``, or, where that is None, where the first of them lives.
     """
-    arrays = named(params, where, first_index)
+    arrays = named(params, where, first)
     if not arrays:
         raise ValueError(f"{where} is empty; an optimizer needs at least one parameter.")
     by_name = isinstance(params, Mapping)
@@ -90,9 +73,16 @@ def collect(params: Any, first_index: int, device: Device | None, where: str) ->
     if device is None:
         device = device_of(next(iter(arrays.values())), places[0])
     arrays = {name: device.parameter(array, place) for (name, array), place in zip(arrays.items(), places, strict=True)}
-    flat = params if isinstance(params, FlatBuffer) else None
-    layout = flat.layout if flat is not None else Layout.of({name: a.shape for name, a in arrays.items()})
-    return Group(device, arrays, layout, flat)
+    if not isinstance(params, FlatBuffer):
+        layout = Layout.of({name: a.shape for name, a in arrays.items()})
+        members = _records(arrays, index, layout, map(device.address, arrays.values()))
+        return Group(device, arrays, members, members, layout, False)
+    data, layout, start = params.data, params.layout, device.address(params.data)
+    # An empty view does not know where it lies.
+    starts = [start + offset * data.itemsize for offset in layout.offsets]
+    written = {"FlatBuffer.data": data}
+    whole = _records(written, index, Layout.of({name: a.shape for name, a in written.items()}), [start])
+    return Group(device, arrays, _records(arrays, index, layout, starts), whole, layout, True)
 
 
 class Memory:
