@@ -8,7 +8,6 @@ import functools
 import inspect
 import keyword
 import numbers
-import textwrap
 import types
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -222,14 +221,8 @@ def compilable(scalars: Any, Scalars: Any, given: Mapping[str, Any], where: str)
 
     It is made of the source, where every return is a dict display with the names of ``given``.
     """
-    code = scalars.__code__
-    try:
-        definition: Any = ast.parse(textwrap.dedent(inspect.getsource(scalars))).body[0]
-        seen = _code(definition, code.co_freevars, code.co_filename)
-    except (AttributeError, OSError, StopIteration, SyntaxError, TypeError):  # no source, or that of no def statement
-        return None
-    as_compiled = (seen.co_code, seen.co_names, seen.co_consts) == (code.co_code, code.co_names, code.co_consts)
-    if not as_compiled or code.co_argcount < 2 or scalars.__kwdefaults__:
+    code, definition = scalars.__code__, _definition(scalars)
+    if definition is None or code.co_argcount < 2 or scalars.__kwdefaults__:
         return None
     options = code.co_varnames[1]
     nodes: Any = [*ast.walk(definition)]
@@ -252,6 +245,25 @@ def compilable(scalars: Any, Scalars: Any, given: Mapping[str, Any], where: str)
     cells = dict(zip(code.co_freevars, scalars.__closure__ or (), strict=True)) | {MADE: types.CellType(Scalars)}
     closure = tuple(cells[name] for name in changed.co_freevars)
     return types.FunctionType(changed, scalars.__globals__, scalars.__name__, scalars.__defaults__, closure)
+
+
+def _definition(function: Any) -> Any:
+    """The definition of a function, or of a lambda as one; None where its source is not there or is another's."""
+    code = function.__code__
+    try:
+        tree = ast.parse("".join(inspect.findsource(function)[0]))
+    except (OSError, SyntaxError, TypeError):
+        return None
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.Lambda)):
+            definition: Any = ast.parse("def scalars(): pass").body[0]
+            definition.args = node.args
+            definition.body = [ast.Return(node.body)] if isinstance(node, ast.Lambda) else node.body
+            if min(x.lineno for x in (node, *getattr(node, "decorator_list", ()))) == code.co_firstlineno:
+                seen = _code(definition, code.co_freevars, code.co_filename)
+                if (seen.co_code, seen.co_names, seen.co_consts) == (code.co_code, code.co_names, code.co_consts):
+                    return definition
+    return None
 
 
 def _code(definition: Any, free: Iterable[str], file: str) -> types.CodeType:
