@@ -31,7 +31,7 @@ from .device import Device
 from .exclusive import makes_many
 from .plan import Plan
 from .step import Request, StepInfo
-from .table import Table
+from .table import Table, add_up
 
 _STEPPED = StepInfo()
 NAMES = ("update", "squares", "ratio", "terms", "scalars")
@@ -125,8 +125,8 @@ class HostPlan(Plan):
         total = float(self.layers.total)
         if self.combine is not None:
             squares = self.layers.segments["sums"][:, [GRADIENT]]  # a copy: LARS combines them later
-            self.combine(squares)
-            total = float(squares.sum())
+            self.combine(squares, self.layers.partials[:, [GRADIENT]])
+            total = float(add_up(squares, np.array([len(squares)]))[0, 0])
         return math.sqrt(total)
 
     def _zero_gradients(self) -> None:
@@ -151,7 +151,7 @@ class HostPlan(Plan):
         if self._has_ratio and self.combine is not None:
             self.backend.run(table.record_at, SUM, known, _threads(table))
             own = table.segments["sums"].copy()
-            self.combine(table.segments["sums"])
+            self.combine(table.segments["sums"], table.partials)
             self.backend.run(table.record_at, DECIDE, 0, 1)
             table.segments["sums"] = own  # of parts without elements nobody writes the sums again
         self.backend.run(table.record_at, UPDATE, 0, _threads(table))

@@ -186,9 +186,10 @@ class Plan(ABC):
     kept = 1
     """How many plans an optimizer keeps, so that patterns of gradients may alternate."""
 
-    combine: Callable[[NDArray[np.float64]], None] | None = None
+    combine: Callable[[NDArray[np.float64], NDArray[np.float64]], None] | None = None
     """Changes sums over parameters, one row each, before norms and ratios are formed of them: adds those of other
-    processes. Then all sums are taken before the first update, else wave after wave."""
+    processes. It is given the sums of the parameters' chunks, too. Then all sums are taken before the first update, else
+    wave after wave."""
 
     result: Any = None
     """On a GPU: the norm of the last step that needed one, and whether that step is skipped."""

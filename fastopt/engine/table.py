@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..kernels.layout import CHUNK, RATIO, SEGMENT, SUMS, structure
+from ..kernels.layout import CHUNK, LANES, RATIO, SEGMENT, SUMS, structure
 
 WAVE = 262_144
 """Elements after which a wave of segments ends: 2 MiB of float32 parameters and gradients, which stay in the cache of
@@ -43,6 +43,24 @@ def chunks_of(sizes: NDArray[np.int64]) -> NDArray[np.int64]:
     first = np.repeat(np.cumsum(per_segment) - per_segment, per_segment)
     lo = (np.arange(len(segment)) - first) * CHUNK
     return np.stack([segment, lo, np.minimum(lo + CHUNK, sizes[segment])], axis=1)
+
+
+def add_up(numbers: NDArray[np.float64], counts: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Sums of runs of so many rows, each in the canonical order (kernels/reductions.py)."""
+    heights = -(-counts // LANES)
+    starts = np.cumsum(heights) - heights
+    within = np.arange(len(numbers)) - np.repeat(np.cumsum(counts) - counts, counts)
+    padded = np.zeros((int(heights.sum()), LANES, numbers.shape[1]))
+    padded.reshape(-1, numbers.shape[1])[np.repeat(starts * LANES, counts) + within] = numbers
+    lanes = np.zeros((len(counts), LANES, numbers.shape[1]))
+    for row in range(heights.max(initial=0)):
+        higher = heights > row
+        lanes[higher] += padded[starts[higher] + row]
+    width = LANES // 2
+    while width:
+        lanes[:, :width] += lanes[:, width : 2 * width]
+        width //= 2
+    return lanes[:, 0]
 
 
 class Table:

@@ -97,6 +97,7 @@ class GroupOptions(torch.optim.Optimizer):
         self._structure: list[Any] = []
         self._rates = DeviceRates()
         self._rules: list[Rule] = []
+        self._slices: Any = None  # set by a ShardedOptimizer
         self._part: str | None = None  # a parameter of whose whole there are no sums, and why
 
     def _made_anew(self, **extras: Any) -> None:

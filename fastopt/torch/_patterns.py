@@ -230,7 +230,7 @@ class Pattern:
         memory = parameters.device.memory
         self.plan = make(records, stored, [r.beginning.choice for r in records], flat, signs, memory)
         if parameters.shards:
-            self.plan.combine = self._combine
+            parameters.shards.join(self.plan, present)
         self.sync = StateSync(records, parameters.kind.counts)
         self._served = 0  # steps that the plan has taken without a probe
         self.probe: Probe | None = None
@@ -357,13 +357,6 @@ class Pattern:
                 bases[members] = bases[full[0]]
         placed: NDArray[np.uint64] = (bases + self._offsets * itemsizes).astype(np.uint64)
         return placed
-
-    def _combine(self, sums: NDArray[np.float64]) -> None:
-        """Add up the sums of parameters, one row each, that are spread over processes."""
-        every = np.zeros((len(self._parameters.params), sums.shape[1]))
-        every[list(self.present)] = sums
-        self._parameters.shards.combine(every)
-        sums[:] = every[list(self.present)]
 
 
 def _is_negated(grads: Sequence[Any]) -> bool:

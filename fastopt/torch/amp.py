@@ -54,7 +54,7 @@ class GradScaler(torch.amp.GradScaler):
 
     def _check_inf_per_device(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         """Called by torch's ``step`` where the user did not unscale before."""
-        if not isinstance(optimizer, TensorOptimizer):
+        if not hasattr(optimizer, "_checks_for_scaler"):
             return super()._check_inf_per_device(optimizer)
         scale, _ = self._check_scale_growth_tracker("_check_inf_per_device")
         found: dict[Any, torch.Tensor] = {scale.device: torch.zeros((), dtype=torch.float32, device=scale.device)}
@@ -64,7 +64,7 @@ class GradScaler(torch.amp.GradScaler):
 
     def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> float | None:
         """Take a step with unscaled gradients, unless some are not finite; as torch's."""
-        if not isinstance(optimizer, TensorOptimizer):
+        if not hasattr(optimizer, "_checks_for_scaler"):
             return super().step(optimizer, *args, **kwargs)
         optimizer._unscales = self._unscale_grads
         try:

@@ -1,0 +1,84 @@
+"""Sums over parameters that are cut between processes, which have the same bits for any number of them."""
+
+from __future__ import annotations
+
+import functools
+import zlib
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+
+from ...engine.table import add_up
+from ...kernels.layout import CHUNK
+from .layout import Part
+from .wire import Facts, agree
+
+if TYPE_CHECKING:
+    from ...engine.plan import Plan
+
+
+class Slices:
+    """The parts of all parameters that this process owns, in the place of ``Shards``.
+
+    Parts begin and end where chunks do, so each sum of a chunk is known whole to one process. All are brought
+    together, and every process adds them up in the order in which one process would.
+
+    Args:
+        sizes: Elements of each parameter.
+        parts: Which of them are here.
+        group: The processes.
+        options: What must be the same on all of them.
+        where: Who asks, for errors.
+    """
+
+    def __init__(
+        self, sizes: Sequence[int], parts: Sequence[Part], group: Any, options: Callable[[], Facts], where: str
+    ) -> None:
+        counts = -(-np.array(sizes, np.int64) // CHUNK)
+        begins = np.cumsum(counts) - counts
+        self._counts, self._begins = counts, begins
+        self._own = [np.arange(part.lo // CHUNK, -(-part.hi // CHUNK)) for part in parts]  # the numbers of own chunks
+        self._group, self._options, self._where = group, options, where
+
+    def join(self, plan: Plan, present: Sequence[int]) -> None:
+        """Have a plan for these parameters add up over processes."""
+        chosen, counts = list(present), self._counts[list(present)]
+        own = np.concatenate([np.empty(0, np.int64), *(self._begins[i] + self._own[i] for i in chosen)])
+        starts = np.repeat(self._begins[chosen] - (np.cumsum(counts) - counts), counts)
+        plan.combine = functools.partial(self._combine, present, own, starts + np.arange(len(starts)), counts)
+
+    def _combine(
+        self,
+        present: Sequence[int],
+        own: NDArray[np.int64],
+        chunks: NDArray[np.int64],
+        counts: NDArray[np.int64],
+        sums: NDArray[np.float64],
+        partials: NDArray[np.float64],
+    ) -> None:
+        """Form the sums of parameters by those of all chunks.
+
+        Args:
+            present: The parameters, those with a gradient.
+            own: Which chunks of all are here.
+            chunks: Which of all are those of the parameters.
+            counts: How many each has.
+            sums: A row for each parameter, to be written.
+            partials: Sums of the chunks that are here.
+        """
+        processes, me = self._group.size(), self._group.rank()
+        total, columns = int(self._counts.sum()), sums.shape[1]
+        sent = np.zeros(total * columns + processes)
+        every, told = sent[: total * columns].reshape(total, columns), sent[total * columns :]
+        every[own] = partials
+        facts = [("gradients", present), *self._options()]
+        told[me] = zlib.crc32(repr(facts).encode())
+        if processes > 1:
+            dist.all_reduce(torch.from_numpy(sent), group=self._group)  # of each chunk one sum is not zero
+        if (told != told[me]).any():
+            agree(lambda: facts, self._group, self._where)
+        sums[:] = add_up(every[chunks], counts)
