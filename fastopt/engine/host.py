@@ -154,7 +154,12 @@ class HostPlan(Plan):
             self.combine(table.segments["sums"], table.partials)
             self.backend.run(table.record_at, DECIDE, 0, 1)
             table.segments["sums"] = own  # of parts without elements nobody writes the sums again
-        self.backend.run(table.record_at, UPDATE, 0, _threads(table))
+        if self.stages is None:
+            self.backend.run(table.record_at, UPDATE, 0, _threads(table))
+            return
+        for stage, record in table.stages(self.stages.of):
+            self.backend.run(record.ctypes.data, UPDATE, 0, _threads(table))
+            self.stages.reached(stage)
 
     def forget_weights(self) -> None:
         self._know_weights = False

@@ -168,6 +168,13 @@ class ScalarGroup:
         return self._tried[1]
 
 
+class Stages(NamedTuple):
+    """Parts in which an update is done one after the other, and what follows each."""
+
+    of: Sequence[int]  # the stage of each parameter
+    reached: Callable[[int], None]
+
+
 class Plan(ABC):
     """What is done for one set of gradients: which parameters have one, of which dtypes, flat or not.
 
@@ -188,8 +195,11 @@ class Plan(ABC):
 
     combine: Callable[[NDArray[np.float64], NDArray[np.float64]], None] | None = None
     """Changes sums over parameters, one row each, before norms and ratios are formed of them: adds those of other
-    processes. It is given the sums of the parameters' chunks, too. Then all sums are taken before the first update, else
-    wave after wave."""
+    processes. It is given the sums of the parameters' chunks, too. Then all sums are taken before the first update,
+    else wave after wave."""
+
+    stages: Stages | None = None
+    """Stages of the update; None for one. Steps are counted after the last."""
 
     result: Any = None
     """On a GPU: the norm of the last step that needed one, and whether that step is skipped."""

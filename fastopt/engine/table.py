@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -93,6 +94,22 @@ class Table:
         self.signs: NDArray[np.float64] = np.ones(len(self.sizes))  # of the gradient multiplier
         self.itemsizes: NDArray[np.int64] = np.zeros(len(self.sizes), np.int64)  # of the gradients
         self.launched_with: tuple[float, bool] | None = None  # multiplier and zeroing that segments have
+        self._stages: list[tuple[int, NDArray[Any], NDArray[np.int64]]] = []
+
+    def stages(self, of: Sequence[int]) -> Iterator[tuple[int, NDArray[Any]]]:
+        """Records of the same table with the chunks of one stage each; the last one commits the counts.
+
+        Args:
+            of: The stage of each parameter, the same in all calls.
+        """
+        if not self._stages:
+            stage_of = np.asarray(of, np.int64)[self.first[self.chunks[:, 0]]]
+            for stage in np.unique(stage_of).tolist() or [0]:
+                record, chunks = self.record.copy(), self.chunks[stage_of == stage]
+                record["chunks"], record["chunk_count"], record["half"] = chunks.ctypes.data, len(chunks), 0
+                self._stages.append((stage, record, chunks))
+            record["half"] = self.record["half"]
+        return ((stage, record) for stage, record, _ in self._stages)
 
 
 def _waves_of(sizes: NDArray[np.int64]) -> NDArray[np.int64]:

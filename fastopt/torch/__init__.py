@@ -32,7 +32,7 @@ from .optimizers import *
 
 __all__: list[str] = []
 __all__ += optimizers.__all__
-__all__ += ["GradScaler", "ShardedOptimizer", "TensorOptimizer"]
+__all__ += ["GradScaler", "ShardedOptimizer", "TensorOptimizer"]  # noqa: F405 - see __getattr__
 
 
 def __getattr__(name: str) -> Any:

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 
 from ..engine.options import boolean
-from .base import TensorOptimizer
 
 
 class GradScaler(torch.amp.GradScaler):

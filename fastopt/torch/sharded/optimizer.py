@@ -22,7 +22,7 @@ from .checkpoints import Checkpoints
 from .layout import Bucket, Part, bucketed
 from .reducer import Reducer
 from .sums import Slices
-from .wire import Facts, agree, gather, wait
+from .wire import Facts, Gathering, agree
 
 
 class ShardedOptimizer(Checkpoints):
@@ -85,6 +85,8 @@ class ShardedOptimizer(Checkpoints):
         self._addresses: list[int] = []
         self._versions: list[int] = []  # of the parameters when they were written last
         self._nbytes = bucket_cap_mb * 2**20
+        self._gathering = Gathering(self._group)
+        self._slices: Any = None
         self._inner: Any = None
         if self._group is None or dist.get_rank(self._group) < 0:
             raise RuntimeError(f"{where}: this process is in no process group; call init_process_group before.")
@@ -141,6 +143,7 @@ class ShardedOptimizer(Checkpoints):
             bucket = Bucket(members, self._params, self._group.size())
             dist.broadcast(bucket.flat, group_src=0, group=self._group)
             self._buckets.append(bucket)
+            self._gathering.add(bucket.flat, [self._params[i] for i in members])
             for i, begin, part in zip(members, bucket.begins, bucket.parts(me), strict=True):
                 p, self._parts[i] = self._params[i], part
                 shape = (*[1] * (p.dim() - 1), part.hi - part.lo)  # the rule is asked by dimensions
@@ -159,17 +162,14 @@ class ShardedOptimizer(Checkpoints):
     def _begin(self) -> None:
         """Parameters were placed: make states, and let the groups show all options."""
         sizes = [p.numel() for p in self._params]
-        self._inner._slices = Slices(sizes, self._parts, self._group, self._options, self._where)
+        at = {i: k for k, bucket in enumerate(self._buckets) for i in bucket.members}
+        buckets = [at[i] for i in range(len(sizes))]
+        self._inner._slices = self._slices = Slices(sizes, self._parts, buckets, self._gathering, self._where)
         self._inner.init_state()
         for group, inner in zip(self.param_groups, self._inner.param_groups, strict=True):
             group.update((name, value) for name, value in inner.items() if name != "params")
         self.defaults = self._inner.defaults
         self._wrote()
-
-    def _options(self) -> Facts:
-        names = self._inner.option_names
-        groups = enumerate(self._inner.param_groups)
-        return [(f"{name} of group {g}", x) for g, group in groups for name, x in group.items() if name in names]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters, on all processes alike; as for the class.
@@ -223,6 +223,7 @@ class ShardedOptimizer(Checkpoints):
         inner = self._inner
         scale, inner.found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         inner.grad_scale, inner._checks_for_scaler, inner._unscales = scale, self._checks_for_scaler, False
+        self._slices.options = self._options
         self._refuse_sums()
         if self._reducer is None:
             self._aim([p.grad for p in self._params])
@@ -231,6 +232,7 @@ class ShardedOptimizer(Checkpoints):
         try:
             inner.step()
         finally:
+            self._slices.options = list
             for piece in self._pieces:
                 piece.grad = None
         if self._reducer is not None:
@@ -240,6 +242,11 @@ class ShardedOptimizer(Checkpoints):
         elif scale is not None and self._unscales:
             unscale(self._params, scale, self.last_info.skipped)
         self._gather()
+
+    def _options(self) -> Facts:
+        """What must be the same on all processes in each step."""
+        names, groups = self._inner.option_names, enumerate(self.param_groups)
+        return [(f"{name} of group {g}", group[name]) for g, group in groups for name in group if name in names]
 
     def _follow(self) -> None:
         """Let flat memory follow parameters that somebody gave other memory, and masters those that he wrote."""
@@ -261,7 +268,7 @@ class ShardedOptimizer(Checkpoints):
 
     def _aim(self, grads: list[Tensor | None]) -> None:
         """Give the pieces their parts of the gradients."""
-        for p, g, piece, (lo, hi), begin in zip(
+        for p, g, piece, (lo, _), layout in zip(
             self._params, grads, self._pieces, self._parts, self._layouts, strict=True
         ):
             if g is None:
@@ -272,7 +279,7 @@ class ShardedOptimizer(Checkpoints):
                         f"{self._where}: a gradient is {g.layout} of shape {tuple(g.shape)} on {g.device}, but its "
                         f"parameter has shape {tuple(p.shape)} on {p.device}."
                     )
-                g = torch.empty_strided(p.shape, begin[1], dtype=p.dtype, device=p.device).copy_(g)
+                g = torch.empty_strided(p.shape, layout[1], dtype=p.dtype, device=p.device).copy_(g)
             piece.grad = g.as_strided(piece.shape, piece.stride(), g.storage_offset() + lo)
 
     def _refuse_sums(self) -> None:
@@ -288,9 +295,7 @@ class ShardedOptimizer(Checkpoints):
 
     def _gather(self) -> None:
         """Bring what this process has written to the others, and theirs here."""
-        active = [b for b in self._buckets if any(self._params[i].requires_grad for i in b.members)]
-        works = [work for bucket in active for work in gather(bucket.flat, self._group)]
-        wait(works)
+        self._gathering.finish()
         self._wrote()
 
     def _wrote(self) -> None:

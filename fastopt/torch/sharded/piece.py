@@ -33,6 +33,7 @@ class Piece(Tensor):
 
     @staticmethod
     def __new__(cls, local: Tensor, part: Part, shape: Sequence[int], strides: Sequence[int]) -> Piece:
+        """A piece of a tensor of this shape and these strides."""
         piece: Piece = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls, torch.Size(shape), strides=strides, dtype=local.dtype, device=local.device
         )

@@ -5,20 +5,17 @@ from __future__ import annotations
 import functools
 import zlib
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
+from ...engine.plan import Plan, Stages
 from ...engine.table import add_up
 from ...kernels.layout import CHUNK
 from .layout import Part
-from .wire import Facts, agree
-
-if TYPE_CHECKING:
-    from ...engine.plan import Plan
+from .wire import Facts, Gathering, agree
 
 
 class Slices:
@@ -30,19 +27,23 @@ class Slices:
     Args:
         sizes: Elements of each parameter.
         parts: Which of them are here.
-        group: The processes.
-        options: What must be the same on all of them.
+        buckets: The bucket of each parameter.
+        gathering: What brings buckets to the other processes, one after the other, while the next is updated.
         where: Who asks, for errors.
+
+    Attributes:
+        options: What must be the same on all processes in this step.
     """
 
     def __init__(
-        self, sizes: Sequence[int], parts: Sequence[Part], group: Any, options: Callable[[], Facts], where: str
+        self, sizes: Sequence[int], parts: Sequence[Part], buckets: Sequence[int], gathering: Gathering, where: str
     ) -> None:
         counts = -(-np.array(sizes, np.int64) // CHUNK)
         begins = np.cumsum(counts) - counts
         self._counts, self._begins = counts, begins
         self._own = [np.arange(part.lo // CHUNK, -(-part.hi // CHUNK)) for part in parts]  # the numbers of own chunks
-        self._group, self._options, self._where = group, options, where
+        self._buckets, self._gathering, self._group, self._where = buckets, gathering, gathering.group, where
+        self.options: Callable[[], Facts] = list
 
     def join(self, plan: Plan, present: Sequence[int]) -> None:
         """Have a plan for these parameters add up over processes."""
@@ -50,6 +51,7 @@ class Slices:
         own = np.concatenate([np.empty(0, np.int64), *(self._begins[i] + self._own[i] for i in chosen)])
         starts = np.repeat(self._begins[chosen] - (np.cumsum(counts) - counts), counts)
         plan.combine = functools.partial(self._combine, present, own, starts + np.arange(len(starts)), counts)
+        plan.stages = Stages([self._buckets[i] for i in chosen], self._gathering.begin)
 
     def _combine(
         self,
@@ -75,7 +77,7 @@ class Slices:
         sent = np.zeros(total * columns + processes)
         every, told = sent[: total * columns].reshape(total, columns), sent[total * columns :]
         every[own] = partials
-        facts = [("gradients", present), *self._options()]
+        facts = [("gradients", present), *self.options()]
         told[me] = zlib.crc32(repr(facts).encode())
         if processes > 1:
             dist.all_reduce(torch.from_numpy(sent), group=self._group)  # of each chunk one sum is not zero

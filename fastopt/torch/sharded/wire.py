@@ -29,6 +29,35 @@ def gather(flat: Tensor, group: Any) -> list[Any]:
     return _exchange([slices[group.rank()]] * len(slices), slices, group)
 
 
+class Gathering:
+    """Brings slices of buckets to all processes, in the order of the buckets, which is the same everywhere."""
+
+    def __init__(self, group: Any) -> None:
+        self.group = group
+        self._works: list[Any] = []
+        self._begun = 0
+        self._buckets: list[tuple[Tensor, list[Tensor]]] = []
+
+    def add(self, flat: Tensor, params: list[Tensor]) -> None:
+        """A further bucket, and the parameters in it."""
+        self._buckets.append((flat, params))
+
+    def begin(self, bucket: int) -> None:
+        """This process has written its slices of this bucket and of those before."""
+        for flat, params in self._buckets[self._begun : bucket + 1]:
+            if any(p.requires_grad for p in params):  # of a bucket all do, or none, unless somebody changed his mind
+                self._works += gather(flat, self.group)
+        self._begun = max(self._begun, bucket + 1)
+
+    def finish(self) -> None:
+        """Wait for all buckets."""
+        try:
+            self.begin(len(self._buckets) - 1)
+            wait(self._works)
+        finally:
+            self._works, self._begun = [], 0
+
+
 def reduce(whole: Tensor, own: Tensor, group: Any) -> Callable[[], None]:
     """Begin to add up a bucket over all processes.
 
