@@ -229,7 +229,8 @@ def test_parameters_that_others_write_are_followed():
 TRAINING = """
     def model():
         torch.manual_seed(0)
-        return torch.nn.Sequential(torch.nn.Linear(40, 500), torch.nn.GELU(), torch.nn.Linear(500, 90), torch.nn.Linear(90, 1))
+        layers = torch.nn.Linear(40, 500), torch.nn.GELU(), torch.nn.Linear(500, 90), torch.nn.Linear(90, 1)
+        return torch.nn.Sequential(*layers)
 
     def loss(net, t, rank, world):
         x = torch.randn(12, 40, generator=torch.Generator().manual_seed(t))
@@ -244,18 +245,19 @@ def test_gradients_are_reduced_while_backward_goes_on():
     def run(rank, world):
         for mode in ("plain", "no_sync", "twice", "all in no_sync", "unused"):
             nets = [model(), model()]
-            nets[1].requires_grad_(True)
-            opt = ShardedOptimizer(nets[0].parameters(), front.AdamW, lr=0.05, reduce_gradients=True, bucket_cap_mb=0.01)
+            how = dict(lr=0.05, momentum=0.9)
+            opt = ShardedOptimizer(nets[0].parameters(), front.SGD, reduce_gradients=True, bucket_cap_mb=0.01, **how)
             ddp = torch.nn.parallel.DistributedDataParallel(nets[1])
-            alone = front.AdamW(nets[1].parameters(), lr=0.05)
+            alone = front.SGD(nets[1].parameters(), **how)
             for t in range(4):
                 opt.zero_grad(), alone.zero_grad()
                 if mode == "unused":
-                    loss(nets[0][:1], t, rank, world).backward() if rank else loss(nets[0][:3:2], t, rank, world)
+                    if rank:
+                        loss(nets[0][:1], t, rank, world).backward()
                     opt.step()
                     assert all(p.grad is None for p in nets[0].parameters())
-                    steps = [s["step"].item() for s in opt.state.values()]
-                    assert steps == [t + 1.0] * 2 + [0.0] * 4, steps
+                    moved = [bool(whole["momentum_buffer"].any()) for whole in opt.full_state_dict()["state"].values()]
+                    assert rank or moved == [world > 1] * 2 + [False] * 4, moved
                     continue
                 loss(ddp, t, rank, world).backward()
                 if mode == "plain":
@@ -315,8 +317,9 @@ def test_checkpoints_reshard_and_go_to_optimizers_that_are_not_sharded():
         params = parameters(dtype, seed=1)
         params[4].data = params[4].data.t()
         extra = dict(lr=0.05, ema_decay=0.5, master_weights=True)
-        opt = front.AdamW(params, **extra) if kind else ShardedOptimizer(params, front.AdamW, bucket_cap_mb=0.1, **extra)
-        return params, opt
+        if kind:
+            return params, front.AdamW(params, **extra)
+        return params, ShardedOptimizer(params, front.AdamW, bucket_cap_mb=0.1, **extra)
 
     def whole(opt, rank):
         full = opt.full_state_dict()
@@ -345,7 +348,8 @@ def test_checkpoints_reshard_and_go_to_optimizers_that_are_not_sharded():
                 saved = opt.state_dict()
                 assert list(saved["state"]) == list(range(len(params)))
                 dcp.save(saved, checkpoint_id=path + "/2")
-                later = dcp.async_save(opt.state_dict(), checkpoint_id=path + "/async")
+                own_group = dist.new_group()  # its collectives are called by another thread
+                later = dcp.async_save(opt.state_dict(), checkpoint_id=path + "/async", process_group=own_group)
                 expected = whole(opt, rank)
                 give(params, 9)
                 opt.step()

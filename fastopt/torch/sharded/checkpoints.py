@@ -40,6 +40,12 @@ class Checkpoints(torch.optim.Optimizer):
         if value:
             raise TypeError(f"{self._where}: state cannot be assigned; use load_state_dict.")
 
+    def _told(self) -> Any:
+        """The inner optimizer, with the options of the param groups as they are."""
+        for group, inner in zip(self.param_groups, self._inner.param_groups, strict=True):
+            inner.update((name, value) for name, value in group.items() if name not in ("params", "param_names"))
+        return self._inner
+
     @exclusive
     @makes_many
     def state_dict(self) -> dict[str, Any]:
@@ -64,7 +70,7 @@ class Checkpoints(torch.optim.Optimizer):
             >>> opt.load_state_dict(saved)
             >>> torch.distributed.destroy_process_group()
         """
-        saved = self._inner.state_dict()
+        saved = self._told().state_dict()
         for key, state in saved["state"].items():
             for name, value in state.items():
                 if name in self._inner.names.states:
@@ -157,7 +163,7 @@ class Checkpoints(torch.optim.Optimizer):
         Raises:
             RuntimeError: Another thread uses this optimizer, or it is inside ``swap_ema``.
         """
-        saved = self._inner.full_state_dict()
+        saved = self._told().full_state_dict()
         me = self._group.rank()
         everyone: list[Any] = [None] * self._group.size()
         dist.all_gather_object(everyone, [tuple(part) for part in self._parts], group=self._group)

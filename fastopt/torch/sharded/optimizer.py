@@ -167,7 +167,7 @@ class ShardedOptimizer(Checkpoints):
         self._inner._slices = self._slices = Slices(sizes, self._parts, buckets, self._gathering, self._where)
         self._inner.init_state()
         for group, inner in zip(self.param_groups, self._inner.param_groups, strict=True):
-            group.update((name, value) for name, value in inner.items() if name != "params")
+            group.update((name, value) for name, value in inner.items() if name not in group)
         self.defaults = self._inner.defaults
         self._wrote()
 
@@ -217,10 +217,8 @@ class ShardedOptimizer(Checkpoints):
 
     @exclusive
     def _step(self) -> None:
+        inner = self._told()
         self._follow()
-        for group, inner in zip(self.param_groups, self._inner.param_groups, strict=True):
-            inner.update((name, value) for name, value in group.items() if name not in ("params", "param_names"))
-        inner = self._inner
         scale, inner.found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         inner.grad_scale, inner._checks_for_scaler, inner._unscales = scale, self._checks_for_scaler, False
         self._slices.options = self._options

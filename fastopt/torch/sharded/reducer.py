@@ -111,8 +111,7 @@ class Reducer:
     def drop(self) -> None:
         """Forget what was reduced."""
         for reduced in self._buckets:
-            reduced.finish()
-            reduced.own = None
+            reduced.drop()
         self._seen, self._rounds = set(), 0
 
 
@@ -134,12 +133,12 @@ class _Reduced:
         return self._whole.as_strided(parameter.shape, parameter.stride(), begin)
 
     def launch(self) -> None:
-        """Begin to add up over processes."""
+        """Begin to add up over processes what was put here."""
         self.finish()
-        if self._whole is None:
-            self._whole = torch.zeros_like(self.bucket.flat)
-        self._incoming = torch.empty_like(self._whole[: self.bucket.share])
-        self._wait = reduce(self._whole, self._incoming, self._group)
+        whole, self._whole = self._whole, None  # the next round may begin to fill another one
+        whole = torch.zeros_like(self.bucket.flat) if whole is None else whole
+        self._incoming = torch.empty_like(whole[: self.bucket.share])
+        self._wait = reduce(whole, self._incoming, self._group)
 
     def finish(self) -> None:
         """Wait for what is on its way, and add it to what was reduced before."""
@@ -148,4 +147,9 @@ class _Reduced:
         self._wait()
         self._incoming.div_(self._group.size())
         self.own = self._incoming if self.own is None else self.own.add_(self._incoming)
-        self._whole = self._incoming = self._wait = None
+        self._incoming = self._wait = None
+
+    def drop(self) -> None:
+        """Forget what was reduced and what was put here."""
+        self.finish()
+        self.own = self._whole = None
