@@ -256,7 +256,8 @@ def test_gradients_are_reduced_while_backward_goes_on():
                         loss(nets[0][:1], t, rank, world).backward()
                     opt.step()
                     assert all(p.grad is None for p in nets[0].parameters())
-                    moved = [bool(whole["momentum_buffer"].any()) for whole in opt.full_state_dict()["state"].values()]
+                    whole = opt.full_state_dict().get("state", {})
+                    moved = [bool(state["momentum_buffer"].any()) for state in whole.values()]
                     assert rank or moved == [world > 1] * 2 + [False] * 4, moved
                     continue
                 loss(ddp, t, rank, world).backward()
