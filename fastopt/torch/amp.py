@@ -61,7 +61,7 @@ class GradScaler(torch.amp.GradScaler):
         optimizer._checks_for_scaler = True
         return found
 
-    def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> float | None:
+    def step(self, optimizer: Any, *args: Any, **kwargs: Any) -> float | None:
         """Take a step with unscaled gradients, unless some are not finite; as torch's."""
         if not hasattr(optimizer, "_checks_for_scaler"):
             return super().step(optimizer, *args, **kwargs)

@@ -27,8 +27,8 @@ class Checkpoints(torch.optim.Optimizer):
     _pieces: list[Tensor]
     _layouts: list[Any]
 
-    @property
-    def state(self) -> dict[Tensor, Any]:  # type: ignore[override]
+    @property  # type: ignore[override]
+    def state(self) -> dict[Tensor, Any]:
         """The states of this process's pieces, as plain tensors; parameters that require no gradient may have none."""
         if self._inner is None:
             return {}

@@ -60,6 +60,10 @@ class ShardedOptimizer(Checkpoints):
         >>> torch.distributed.destroy_process_group()
     """
 
+    max_grad_norm: float | None
+    skip_nonfinite: bool
+    zero_grads: bool
+
     _step_supports_amp_scaling = True
     _checks_for_scaler = False
     _unscales = True
@@ -81,6 +85,8 @@ class ShardedOptimizer(Checkpoints):
         self._params: list[Tensor] = []
         self._parts: list[Part] = []
         self._pieces: list[Tensor] = []
+        self._aims: list[tuple[Tensor, Tensor, int, Any, Any]] = []  # what is needed to find the pieces' gradients
+        self._elsewhere: list[int] = []  # parameters of which nothing is here
         self._layouts: list[Any] = []
         self._addresses: list[int] = []
         self._versions: list[int] = []  # of the parameters when they were written last
@@ -165,6 +171,9 @@ class ShardedOptimizer(Checkpoints):
         at = {i: k for k, bucket in enumerate(self._buckets) for i in bucket.members}
         buckets = [at[i] for i in range(len(sizes))]
         self._inner._slices = self._slices = Slices(sizes, self._parts, buckets, self._gathering, self._where)
+        whole = zip(self._params, self._pieces, self._parts, strict=True)
+        self._aims = [(p, piece, part.lo, piece.shape, piece.stride()) for p, piece, part in whole if part.hi]
+        self._elsewhere = [i for i, part in enumerate(self._parts) if not part.hi]
         self._inner.init_state()
         for group, inner in zip(self.param_groups, self._inner.param_groups, strict=True):
             group.update((name, value) for name, value in inner.items() if name not in group)
@@ -224,14 +233,14 @@ class ShardedOptimizer(Checkpoints):
         self._slices.options = self._options
         self._refuse_sums()
         if self._reducer is None:
-            self._aim([p.grad for p in self._params])
+            self._aim()
         else:
             self._reducer.finish(self._pieces, self._parts)
         try:
             inner.step()
         finally:
             self._slices.options = list
-            for piece in self._pieces:
+            for _, piece, *_ in self._aims:
                 piece.grad = None
         if self._reducer is not None:
             self._reducer.drop()
@@ -264,21 +273,24 @@ class ShardedOptimizer(Checkpoints):
         if self._inner._master and [p._version for p in self._params] != self._versions:
             self._inner.refresh()
 
-    def _aim(self, grads: list[Tensor | None]) -> None:
-        """Give the pieces their parts of the gradients."""
-        for p, g, piece, (lo, _), layout in zip(
-            self._params, grads, self._pieces, self._parts, self._layouts, strict=True
-        ):
-            if g is None:
+    def _aim(self) -> None:
+        """Give the pieces their parts of the gradients. One without elements only needs to know if there is one."""
+        for i in self._elsewhere:
+            has, piece = self._params[i].grad is not None, self._pieces[i]
+            if has is (piece.grad is None):
+                piece.grad = torch.zeros_like(piece) if has else None
+        for p, piece, lo, shape, strides in self._aims:
+            gradient = p.grad
+            if gradient is None:
                 continue
-            if not is_like(g, p):
-                if g.layout is not torch.strided or g.shape != p.shape or g.device != p.device:
+            if not is_like(gradient, p):
+                if gradient.layout is not torch.strided or (gradient.shape, gradient.device) != (p.shape, p.device):
                     raise RuntimeError(
-                        f"{self._where}: a gradient is {g.layout} of shape {tuple(g.shape)} on {g.device}, but its "
-                        f"parameter has shape {tuple(p.shape)} on {p.device}."
+                        f"{self._where}: a gradient is {gradient.layout} of shape {tuple(gradient.shape)} on "
+                        f"{gradient.device}, but its parameter has shape {tuple(p.shape)} and is on {p.device}."
                     )
-                g = torch.empty_strided(p.shape, layout[1], dtype=p.dtype, device=p.device).copy_(g)
-            piece.grad = g.as_strided(piece.shape, piece.stride(), g.storage_offset() + lo)
+                gradient = torch.empty_strided(p.shape, p.stride(), dtype=p.dtype, device=p.device).copy_(gradient)
+            piece.grad = gradient.as_strided(shape, strides, gradient.storage_offset() + lo)
 
     def _refuse_sums(self) -> None:
         """On a GPU there are no sums over processes yet."""

@@ -34,14 +34,14 @@ class Piece(Tensor):
     @staticmethod
     def __new__(cls, local: Tensor, part: tuple[int, ...], shape: Sequence[int], strides: Sequence[int]) -> Piece:
         """A piece of a tensor of this shape and these strides."""
-        piece: Piece = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        piece: Piece = Tensor._make_wrapper_subclass(
             cls, torch.Size(shape), strides=strides, dtype=local.dtype, device=local.device
         )
         piece.local, piece.part = local, Part(*part)
         return piece
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         if func not in COPIES:
             raise NotImplementedError(
                 f"{func} of a {cls.__name__}: this process has elements {args[0].part.lo} to {args[0].part.hi} only. "

@@ -48,14 +48,15 @@ class Reducer:
         self._at += [at[i] for i in range(len(self._at), len(params))]
         for i in sorted(at):
             if params[i].requires_grad:
-                params[i].register_post_accumulate_grad_hook(functools.partial(self._hook, i))  # type: ignore[attr-defined]
+                parameter: Any = params[i]
+                parameter.register_post_accumulate_grad_hook(functools.partial(self._hook, i))
 
     def _hook(self, i: int, parameter: Tensor) -> None:
         if self.waits:
             return
         if not self._is_open:
             self._is_open = True
-            torch.autograd.Variable._execution_engine.queue_callback(self._end)  # type: ignore[attr-defined]
+            torch.autograd.Variable._execution_engine.queue_callback(self._end)
         self._take(i)
         while self._next < len(self._buckets) and self._buckets[self._next].awaited <= self._arrived:
             self._launch()
@@ -105,8 +106,8 @@ class Reducer:
         for i, (piece, (lo, hi)) in enumerate(zip(pieces, parts, strict=True)):
             reduced, begin = self._at[i]
             start = begin + lo - self._group.rank() * reduced.bucket.share if hi else 0
-            if has[i] and reduced.own is not None:
-                piece.grad = reduced.own[start : start + hi - lo].view(piece.shape)
+            own = reduced.own if has[i] else None
+            piece.grad = None if own is None else own[start : start + hi - lo].view(piece.shape)
 
     def drop(self) -> None:
         """Forget what was reduced."""
