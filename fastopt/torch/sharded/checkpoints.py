@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ...engine.exclusive import exclusive, makes_many
-from .layout import Part
+from .layout import Member
 from .piece import Piece
 from .wire import agree
 
@@ -22,18 +22,13 @@ class Checkpoints(torch.optim.Optimizer):
     _group: Any
     _inner: Any
     _users: list[object]
-    _params: list[Tensor]
-    _parts: list[Part]
-    _pieces: list[Tensor]
-    _layouts: list[Any]
+    _members: list[Member]
 
     @property  # type: ignore[override]
     def state(self) -> dict[Tensor, Any]:
         """The states of this process's pieces, as plain tensors; parameters that require no gradient may have none."""
-        if self._inner is None:
-            return {}
-        pairs = zip(self._params, self._pieces, strict=True)
-        return {p: self._inner.state[piece] for p, piece in pairs if piece in self._inner.state}
+        states = {} if self._inner is None else self._inner.state
+        return {m.param: states[m.piece] for m in self._members if m.piece in states}
 
     @state.setter
     def state(self, value: Any) -> None:
@@ -74,8 +69,8 @@ class Checkpoints(torch.optim.Optimizer):
         for key, state in saved["state"].items():
             for name, value in state.items():
                 if name in self._inner.names.states:
-                    shape, strides, _ = self._layouts[key]
-                    state[name] = Piece(value.view(-1), self._parts[key], shape, strides)
+                    member = self._members[key]
+                    state[name] = Piece(value.view(-1), member.part, member.view.shape, member.view.stride())
         saved["param_groups"] = self._named(saved["param_groups"])
         return saved  # type: ignore[no-any-return]
 
@@ -130,10 +125,10 @@ class Checkpoints(torch.optim.Optimizer):
         """The elements of a state that are here."""
         if name not in self._inner.names.states or not isinstance(value, Tensor):
             return value
-        part, piece, (shape, strides, _) = self._parts[i], self._pieces[i], self._layouts[i]
+        part, whole, shape = self._members[i].part, self._members[i].view, self._members[i].shape
         where = f"{self._where}.load_state_dict: {name} of parameter {i}"
-        if value.shape != shape:
-            raise ValueError(f"{where} has shape {tuple(value.shape)}, but the parameter has {tuple(shape)}.")
+        if value.shape != whole.shape:
+            raise ValueError(f"{where} has shape {tuple(value.shape)}, but the parameter has {tuple(whole.shape)}.")
         if isinstance(value, Piece):
             if value.part != part:
                 raise ValueError(
@@ -141,12 +136,14 @@ class Checkpoints(torch.optim.Optimizer):
                     f"{part.hi}: it is of another number of processes. Save and load it with "
                     "torch.distributed.checkpoint, which brings each process its own."
                 )
-            return value.local.view(piece.shape)
+            return value.local.view(shape)
         if hasattr(value, "full_tensor"):
             value = value.full_tensor()
-        if value.stride() != strides:
-            value = torch.empty_strided(shape, strides, dtype=value.dtype, device=value.device).copy_(value)
-        return value.detach().as_strided(piece.shape, piece.stride(), value.storage_offset() + part.lo)
+        if value.stride() != whole.stride():
+            value = torch.empty_strided(whole.shape, whole.stride(), dtype=value.dtype, device=value.device).copy_(
+                value
+            )
+        return value.detach().as_strided(shape, self._members[i].strides, value.storage_offset() + part.lo)
 
     @exclusive
     def full_state_dict(self, rank: int = 0) -> dict[str, Any]:
@@ -165,30 +162,25 @@ class Checkpoints(torch.optim.Optimizer):
         """
         saved = self._told().full_state_dict()
         me = self._group.rank()
-        everyone: list[Any] = [None] * self._group.size()
-        dist.all_gather_object(everyone, [tuple(part) for part in self._parts], group=self._group)
-        for i, name, value in self._pieces_of(saved):
-            parts = [parts[i] for parts in everyone]
+        for i, name in [(i, name) for i, state in sorted(saved["state"].items()) for name in sorted(state)]:
+            if name not in self._inner.names.states:
+                continue
+            value, member = saved["state"][i][name].view(-1), self._members[i]
             if me != rank:
-                if parts[me][0] < parts[me][1]:
+                if member.part.hi:
                     dist.send(value, group=self._group, group_dst=rank)
                 continue
-            shape, strides, _ = self._layouts[i]
+            shape, strides = member.view.shape, member.view.stride()
             whole = torch.empty_strided(shape, strides, dtype=value.dtype, device=value.device)
             flat = whole.as_strided((whole.numel(),), (1,))
-            for process, (lo, hi) in enumerate(parts):
+            for process in range(self._group.size()):
+                lo, hi = member.part_of(process)
                 if process == me:
                     flat[lo:hi] = value
-                elif lo < hi:
+                elif hi:
                     dist.recv(flat[lo:hi], group=self._group, group_src=process)
             saved["state"][i][name] = whole
         if me != rank:
             return {}
         saved["param_groups"] = self._named(saved["param_groups"])
         return saved  # type: ignore[no-any-return]
-
-    def _pieces_of(self, saved: dict[str, Any]) -> Iterator[tuple[int, str, Tensor]]:
-        for i in sorted(saved["state"]):
-            for name in sorted(saved["state"][i]):
-                if name in self._inner.names.states:
-                    yield i, name, saved["state"][i][name].view(-1)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ...kernels.layout import CHUNK
@@ -15,42 +16,63 @@ ALIGNED = 32
 
 
 class Part(NamedTuple):
-    """The elements of a parameter that a process owns, as they lie in memory: a chunk lies with one process."""
+    """Elements of a parameter, as they lie in memory, that one process owns: a chunk lies with one process."""
 
     lo: int
     hi: int
 
 
-class Bucket:
-    """Parameters side by side in flat memory, in equal slices, one a process.
+class Member:
+    """A parameter in a bucket.
 
-    Args:
-        members: Indices of the parameters.
-        params: All parameters; they are moved here.
-        processes: How many share it.
+    Attributes:
+        param: The parameter.
+        part: What this process owns of it.
+        piece: A parameter on the memory of that, which is stepped; it has as many dimensions.
+        view: Where the whole parameter lies in the bucket.
     """
 
-    def __init__(self, members: Sequence[int], params: Sequence[Tensor], processes: int) -> None:
-        self.members = list(members)
-        first = params[self.members[0]]
-        self.begins, self.share = placed([params[i].numel() for i in self.members], processes)
-        self.flat = torch.zeros(processes * self.share, dtype=first.dtype, device=first.device)
-        self.views = [
-            self.flat.as_strided(params[i].shape, params[i].stride(), begin)
-            for i, begin in zip(self.members, self.begins, strict=True)
-        ]
-        for i, view in zip(self.members, self.views, strict=True):
-            view.copy_(params[i].detach())
-            params[i].data = view
+    def __init__(self, param: Tensor, bucket: Bucket, begin: int) -> None:
+        self.param, self.bucket, self.begin = param, bucket, begin
+        self.view = bucket.flat.as_strided(param.shape, param.stride(), begin)
+        self.part = lo, hi = self.part_of(bucket.group.rank())
+        self.shape: tuple[int, ...] = (*[1] * (param.dim() - 1), hi - lo) if param.dim() or not hi else ()
+        elements = bucket.flat[begin + lo : begin + hi].view(self.shape).data  # has a version counter of its own
+        self.piece = torch.nn.Parameter(elements, requires_grad=param.requires_grad)
+        self.strides = self.piece.stride()
+        self.take_in()
 
-    def parts(self, process: int) -> list[Part]:
-        """What a process owns of each member."""
-        first, last = process * self.share, (process + 1) * self.share
-        parts = []
-        for begin, view in zip(self.begins, self.views, strict=True):
-            lo, hi = max(first - begin, 0), min(last - begin, view.numel())
-            parts.append(Part(lo, hi) if lo < hi else Part(0, 0))
-        return parts
+    def part_of(self, process: int) -> Part:
+        """What a process owns of the parameter."""
+        border = process * self.bucket.share - self.begin
+        lo, hi = max(border, 0), min(border + self.bucket.share, self.view.numel())
+        return Part(lo, hi) if lo < hi else Part(0, 0)
+
+    def take_in(self) -> None:
+        """Move the parameter here."""
+        self.param.data = self.view.copy_(self.param.detach())
+
+
+class Bucket:
+    """Parameters side by side in flat memory, in equal slices, one a process; all have the values of the first process.
+
+    Args:
+        number: Of the bucket.
+        params: The parameters, which are moved here.
+        group: The processes.
+    """
+
+    def __init__(self, number: int, params: Sequence[Tensor], group: Any) -> None:
+        begins, self.share = placed([p.numel() for p in params], group.size())
+        self.number, self.group = number, group
+        self.flat = torch.zeros(group.size() * self.share, dtype=params[0].dtype, device=params[0].device)
+        self.members = [Member(p, self, begin) for p, begin in zip(params, begins, strict=True)]
+        dist.broadcast(self.flat, group_src=0, group=group)
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether gradients are required. All parameters of a bucket do, or none, when it is made."""
+        return any(m.param.requires_grad for m in self.members)
 
 
 def placed(sizes: Sequence[int], processes: int) -> tuple[list[int], int]:
@@ -77,19 +99,19 @@ def _aligned(size: int) -> int:
     return -(-size // ALIGNED) * ALIGNED
 
 
-def bucketed(params: Sequence[Tensor], members: Iterable[int], nbytes: float) -> list[list[int]]:
-    """Indices of parameters by bucket: the last first, as backward makes their gradients.
+def bucketed(params: Iterable[Tensor], nbytes: float) -> list[list[Tensor]]:
+    """Parameters by bucket: the last first, as backward makes their gradients.
 
     A bucket is full with so many bytes, and holds parameters of one dtype, all of which require gradients or none.
     """
-    buckets: list[list[int]] = []
-    filling: dict[tuple[torch.dtype, bool], list[int]] = {}
-    for i in reversed(list(members)):
-        kind = params[i].dtype, params[i].requires_grad
+    buckets: list[list[Tensor]] = []
+    filling: dict[tuple[torch.dtype, bool], list[Tensor]] = {}
+    for p in reversed(list(params)):
+        kind = p.dtype, p.requires_grad
         if kind not in filling:
             filling[kind] = []
             buckets.append(filling[kind])
-        filling[kind].append(i)
-        if sum(params[k].nbytes for k in filling[kind]) >= nbytes:
+        filling[kind].append(p)
+        if sum(x.nbytes for x in filling[kind]) >= nbytes:
             del filling[kind]
     return buckets

@@ -19,7 +19,7 @@ from .._scale import unscale
 from .._tensors import PLAIN, STORED, check_apart, is_like, layout_of, parameter_memory
 from ..base import TensorOptimizer
 from .checkpoints import Checkpoints
-from .layout import Bucket, Part, bucketed
+from .layout import Bucket, Member, bucketed
 from .reducer import Reducer
 from .sums import Slices
 from .wire import Facts, Gathering, agree
@@ -80,20 +80,17 @@ class ShardedOptimizer(Checkpoints):
     ) -> None:
         where = f"{type(self).__name__}({getattr(optimizer_class, '__name__', optimizer_class)})"
         self._where, self._users = where, []
-        self._group = dist.group.WORLD if process_group is None else process_group
-        self._buckets: list[Bucket] = []
-        self._params: list[Tensor] = []
-        self._parts: list[Part] = []
-        self._pieces: list[Tensor] = []
-        self._aims: list[tuple[Tensor, Tensor, int, Any, Any]] = []  # what is needed to find the pieces' gradients
-        self._elsewhere: list[int] = []  # parameters of which nothing is here
-        self._layouts: list[Any] = []
-        self._addresses: list[int] = []
-        self._versions: list[int] = []  # of the parameters when they were written last
+        self._group: Any = dist.group.WORLD if process_group is None else process_group
         self._nbytes = bucket_cap_mb * 2**20
-        self._gathering = Gathering(self._group)
+        self._buckets: list[Bucket] = []
+        self._members: list[Member] = []  # in the order of the groups
+        self._params: list[Tensor] = []
+        self._addresses: list[int] = []  # of the parameters
+        self._versions: list[int] = []  # when they were written last
+        self._gathering = Gathering(self._buckets)
         self._slices: Any = None
         self._inner: Any = None
+        self._reducer: Reducer | None = None
         if self._group is None or dist.get_rank(self._group) < 0:
             raise RuntimeError(f"{where}: this process is in no process group; call init_process_group before.")
         if not (isinstance(optimizer_class, type) and issubclass(optimizer_class, TensorOptimizer)):
@@ -103,15 +100,16 @@ class ShardedOptimizer(Checkpoints):
         super().__init__(params, {})
 
         def facts() -> Facts:
+            tried = [self._inner_group(g, [torch.nn.Parameter(torch.zeros(0))]) for g in self.param_groups]
+            optimizer_class(tried, **defaults)
             shared = {"class": optimizer_class.__name__, "bucket_cap_mb": bucket_cap_mb, "reduce": reduce_gradients}
             return [*shared.items(), *sorted(defaults.items()), *self._facts(self.param_groups)]
 
         agree(facts, self._group, where)
-        parts = [self._place(group) for group in self.param_groups]
-        groups = [self._inner_group(g, p) for g, p in zip(self.param_groups, parts, strict=True)]
+        groups = [self._inner_group(g, [m.piece for m in self._place(g)]) for g in self.param_groups]
         self._inner = optimizer_class(groups, **defaults)
         self._begin()
-        self._reducer = Reducer(self._params, self._buckets, self._group) if reduce_gradients else None
+        self._reducer = Reducer(self._members, self._group) if reduce_gradients else None
 
     def _facts(self, groups: Sequence[dict[str, Any]]) -> Facts:
         """What must be the same on all processes; refuses what cannot be sharded."""
@@ -137,29 +135,15 @@ class ShardedOptimizer(Checkpoints):
         check_apart(starts, sizes, lambda k: named[k][0], self._where)
         return facts
 
-    def _place(self, group: dict[str, Any]) -> list[Tensor]:
-        """Move the parameters of a group into buckets; the pieces of them that are here, or nothing of them."""
-        first = len(self._params)
-        params = group["params"]
-        self._params += params
-        self._layouts += [layout_of(p) for p in params]
-        self._parts += [Part(0, 0)] * len(params)
-        me, pieces = self._group.rank(), dict[int, Tensor]()
-        for members in bucketed(self._params, range(first, len(self._params)), self._nbytes):
-            bucket = Bucket(members, self._params, self._group.size())
-            dist.broadcast(bucket.flat, group_src=0, group=self._group)
-            self._buckets.append(bucket)
-            self._gathering.add(bucket.flat, [self._params[i] for i in members])
-            for i, begin, part in zip(members, bucket.begins, bucket.parts(me), strict=True):
-                p, self._parts[i] = self._params[i], part
-                shape = (*[1] * (p.dim() - 1), part.hi - part.lo)  # the rule is asked by dimensions
-                if not p.dim() and part.hi:
-                    shape = ()
-                piece = bucket.flat[begin + part.lo : begin + part.hi].view(shape)
-                pieces[i] = torch.nn.Parameter(piece.data, requires_grad=p.requires_grad)
-        self._pieces += (made := [pieces[i] for i in range(first, len(self._params))])
-        self._addresses += [p.data_ptr() for p in params]
-        return made
+    def _place(self, group: dict[str, Any]) -> list[Member]:
+        """Move the parameters of a group into buckets."""
+        for params in bucketed(group["params"], self._nbytes):
+            self._buckets.append(Bucket(len(self._buckets), params, self._group))
+        members = {id(m.param): m for bucket in self._buckets for m in bucket.members}
+        placed = [members[id(p)] for p in group["params"]]
+        self._members += placed
+        self._params += group["params"]
+        return placed
 
     def _inner_group(self, group: dict[str, Any], pieces: list[Tensor]) -> dict[str, Any]:
         return {**{k: v for k, v in group.items() if k not in ("params", "param_names")}, "params": pieces}
@@ -167,13 +151,7 @@ class ShardedOptimizer(Checkpoints):
     @makes_many
     def _begin(self) -> None:
         """Parameters were placed: make states, and let the groups show all options."""
-        sizes = [p.numel() for p in self._params]
-        at = {i: k for k, bucket in enumerate(self._buckets) for i in bucket.members}
-        buckets = [at[i] for i in range(len(sizes))]
-        self._inner._slices = self._slices = Slices(sizes, self._parts, buckets, self._gathering, self._where)
-        whole = zip(self._params, self._pieces, self._parts, strict=True)
-        self._aims = [(p, piece, part.lo, piece.shape, piece.stride()) for p, piece, part in whole if part.hi]
-        self._elsewhere = [i for i, part in enumerate(self._parts) if not part.hi]
+        self._inner._slices = self._slices = Slices(self._members, self._gathering, self._group, self._where)
         self._inner.init_state()
         for group, inner in zip(self.param_groups, self._inner.param_groups, strict=True):
             group.update((name, value) for name, value in inner.items() if name not in group)
@@ -195,10 +173,11 @@ class ShardedOptimizer(Checkpoints):
         except BaseException:
             self.param_groups.pop()
             raise
-        self._inner.add_param_group(self._inner_group(group, self._place(group)))
+        placed = self._place(group)
+        self._inner.add_param_group(self._inner_group(group, [m.piece for m in placed]))
         self._begin()
         if self._reducer is not None:
-            self._reducer.add(self._params, self._buckets)
+            self._reducer.add(placed)
 
     # --- the step ------------------------------------------------------------------------------------------------
 
@@ -235,13 +214,14 @@ class ShardedOptimizer(Checkpoints):
         if self._reducer is None:
             self._aim()
         else:
-            self._reducer.finish(self._pieces, self._parts)
+            self._reducer.finish()
         try:
             inner.step()
         finally:
             self._slices.options = list
-            for _, piece, *_ in self._aims:
-                piece.grad = None
+            for m in self._members:
+                if m.part.hi:
+                    m.piece.grad = None
         if self._reducer is not None:
             self._reducer.drop()
         elif self.zero_grads:
@@ -258,29 +238,28 @@ class ShardedOptimizer(Checkpoints):
     def _follow(self) -> None:
         """Let flat memory follow parameters that somebody gave other memory, and masters those that he wrote."""
         if [p.data_ptr() for p in self._params] != self._addresses:
-            for bucket in self._buckets:
-                for i, view in zip(bucket.members, bucket.views, strict=True):
-                    p = self._params[i]
-                    if p.data_ptr() != view.data_ptr() and p.numel():
-                        if (p.shape, p.dtype, p.device) != (view.shape, view.dtype, view.device):
-                            raise RuntimeError(
-                                f"{self._where}: parameter {i} is now {p.dtype} of shape {tuple(p.shape)} on "
-                                f"{p.device}, but was {view.dtype} of shape {tuple(view.shape)} on {view.device}. "
-                                "Move the model before the optimizer is made."
-                            )
-                        p.data = view.copy_(p.data)
+            for i, m in enumerate(self._members):
+                p, view = m.param, m.view
+                if p.data_ptr() != view.data_ptr() and p.numel():
+                    if (p.shape, p.dtype, p.device) != (view.shape, view.dtype, view.device):
+                        raise RuntimeError(
+                            f"{self._where}: parameter {i} is now {p.dtype} of shape {tuple(p.shape)} on {p.device}, "
+                            f"but was {view.dtype} of shape {tuple(view.shape)} on {view.device}. Move the model "
+                            "before the optimizer is made."
+                        )
+                    m.take_in()
             self._inner.refresh()
         if self._inner._master and [p._version for p in self._params] != self._versions:
             self._inner.refresh()
 
     def _aim(self) -> None:
         """Give the pieces their parts of the gradients. One without elements only needs to know if there is one."""
-        for i in self._elsewhere:
-            has, piece = self._params[i].grad is not None, self._pieces[i]
-            if has is (piece.grad is None):
-                piece.grad = torch.zeros_like(piece) if has else None
-        for p, piece, lo, shape, strides in self._aims:
-            gradient = p.grad
+        for m in self._members:
+            p, gradient = m.param, m.param.grad
+            if not m.part.hi:
+                if (gradient is None) is not (m.piece.grad is None):
+                    m.piece.grad = None if gradient is None else torch.zeros_like(m.piece)
+                continue
             if gradient is None:
                 continue
             if not is_like(gradient, p):
@@ -289,15 +268,15 @@ class ShardedOptimizer(Checkpoints):
                         f"{self._where}: a gradient is {gradient.layout} of shape {tuple(gradient.shape)} on "
                         f"{gradient.device}, but its parameter has shape {tuple(p.shape)} and is on {p.device}."
                     )
-                gradient = torch.empty_strided(p.shape, p.stride(), dtype=p.dtype, device=p.device).copy_(gradient)
-            piece.grad = gradient.as_strided(shape, strides, gradient.storage_offset() + lo)
+                gradient = torch.empty_like(m.view).copy_(gradient)
+            m.piece.grad = gradient.as_strided(m.shape, m.strides, gradient.storage_offset() + m.part.lo)
 
     def _refuse_sums(self) -> None:
         """On a GPU there are no sums over processes yet."""
         inner = self._inner
         asked = inner.max_grad_norm is not None or inner.skip_nonfinite or inner._checks_for_scaler
         ratio = any(inner.select_rule({**inner.rule_options, **g}).ratio for g in inner.param_groups)
-        if self._params and self._params[0].is_cuda and (asked or ratio):
+        if any(bucket.flat.is_cuda for bucket in self._buckets) and (asked or ratio):
             raise NotImplementedError(
                 f"{self._where}: sums over processes (max_grad_norm, skip_nonfinite, GradScaler of fastopt, LARS, "
                 "LAMB) are not available on GPUs. Clip with torch.nn.utils.clip_grad_norm_ before the step."

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import zlib
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from ...engine.plan import Plan, Stages
 from ...engine.table import add_up
 from ...kernels.layout import CHUNK
-from .layout import Part
+from .layout import Member
 from .wire import Facts, Gathering, agree
 
 
@@ -25,24 +26,22 @@ class Slices:
     together, and every process adds them up in the order in which one process would.
 
     Args:
-        sizes: Elements of each parameter.
-        parts: Which of them are here.
-        buckets: The bucket of each parameter.
+        members: The parameters.
         gathering: What brings buckets to the other processes, one after the other, while the next is updated.
+        group: The processes.
         where: Who asks, for errors.
 
     Attributes:
         options: What must be the same on all processes in this step.
     """
 
-    def __init__(
-        self, sizes: Sequence[int], parts: Sequence[Part], buckets: Sequence[int], gathering: Gathering, where: str
-    ) -> None:
-        counts = -(-np.array(sizes, np.int64) // CHUNK)
-        begins = np.cumsum(counts) - counts
-        self._counts, self._begins = counts, begins
-        self._own = [np.arange(part.lo // CHUNK, -(-part.hi // CHUNK)) for part in parts]  # the numbers of own chunks
-        self._buckets, self._gathering, self._group, self._where = buckets, gathering, gathering.group, where
+    def __init__(self, members: Sequence[Member], gathering: Gathering, group: Any, where: str) -> None:
+        self._counts = -(-np.array([m.view.numel() for m in members], np.int64) // CHUNK)
+        self._begins = np.cumsum(self._counts) - self._counts
+        self._own = [
+            np.arange(m.part.lo // CHUNK, -(-m.part.hi // CHUNK)) for m in members
+        ]  # the numbers of own chunks
+        self._members, self._gathering, self._group, self._where = members, gathering, group, where
         self.options: Callable[[], Facts] = list
 
     def join(self, plan: Plan, present: Sequence[int]) -> None:
@@ -51,7 +50,7 @@ class Slices:
         own = np.concatenate([np.empty(0, np.int64), *(self._begins[i] + self._own[i] for i in chosen)])
         starts = np.repeat(self._begins[chosen] - (np.cumsum(counts) - counts), counts)
         plan.combine = functools.partial(self._combine, present, own, starts + np.arange(len(starts)), counts)
-        plan.stages = Stages([self._buckets[i] for i in chosen], self._gathering.begin)
+        plan.stages = Stages([self._members[i].bucket.number for i in chosen], self._gathering.begin)
 
     def _combine(
         self,

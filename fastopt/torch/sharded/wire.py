@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .layout import Bucket
+
 
 def gather(flat: Tensor, group: Any) -> list[Any]:
     """Begin to bring every slice, which its process has written, to all others.
@@ -30,24 +32,23 @@ def gather(flat: Tensor, group: Any) -> list[Any]:
 
 
 class Gathering:
-    """Brings slices of buckets to all processes, in the order of the buckets, which is the same everywhere."""
+    """Brings slices to all processes, bucket by bucket: the order is the same everywhere.
 
-    def __init__(self, group: Any) -> None:
-        self.group = group
+    Args:
+        buckets: All of them; more may come.
+    """
+
+    def __init__(self, buckets: Sequence[Bucket]) -> None:
+        self._buckets = buckets
         self._works: list[Any] = []
         self._begun = 0
-        self._buckets: list[tuple[Tensor, list[Tensor]]] = []
 
-    def add(self, flat: Tensor, params: list[Tensor]) -> None:
-        """A further bucket, and the parameters in it."""
-        self._buckets.append((flat, params))
-
-    def begin(self, bucket: int) -> None:
+    def begin(self, number: int) -> None:
         """This process has written its slices of this bucket and of those before."""
-        for flat, params in self._buckets[self._begun : bucket + 1]:
-            if any(p.requires_grad for p in params):  # of a bucket all do, or none, unless somebody changed his mind
-                self._works += gather(flat, self.group)
-        self._begun = max(self._begun, bucket + 1)
+        for bucket in self._buckets[self._begun : number + 1]:
+            if bucket.is_trained:
+                self._works += gather(bucket.flat, bucket.group)
+        self._begun = max(self._begun, number + 1)
 
     def finish(self) -> None:
         """Wait for all buckets."""
