@@ -20,7 +20,7 @@ from .device import Array, Device
 from .options import RuleChoice
 from .padding import keeps_zeros
 from .step import Request, StepInfo
-from .table import ROW, Counts
+from .table import ROW, Counts, Stages
 
 MAX_STEP = 2**53  # so far float64 counts
 
@@ -168,13 +168,6 @@ class ScalarGroup:
         return self._tried[1]
 
 
-class Stages(NamedTuple):
-    """Parts in which an update is done one after the other, and what follows each."""
-
-    of: Sequence[int]  # the stage of each parameter
-    reached: Callable[[int], None]
-
-
 class Plan(ABC):
     """What is done for one set of gradients: which parameters have one, of which dtypes, flat or not.
 
@@ -195,11 +188,9 @@ class Plan(ABC):
 
     combine: Callable[[NDArray[np.float64], NDArray[np.float64]], None] | None = None
     """Changes sums over parameters, one row each, before norms and ratios are formed of them: adds those of other
-    processes. It is given the sums of the parameters' chunks, too. Then all sums are taken before the first update,
-    else wave after wave."""
+    processes, perhaps by those of chunks. Then all sums are taken before the first update, else wave after wave."""
 
     stages: Stages | None = None
-    """Stages of the update; None for one. Steps are counted after the last."""
 
     result: Any = None
     """On a GPU: the norm of the last step that needed one, and whether that step is skipped."""

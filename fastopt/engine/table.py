@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,6 +44,13 @@ def chunks_of(sizes: NDArray[np.int64]) -> NDArray[np.int64]:
     first = np.repeat(np.cumsum(per_segment) - per_segment, per_segment)
     lo = (np.arange(len(segment)) - first) * CHUNK
     return np.stack([segment, lo, np.minimum(lo + CHUNK, sizes[segment])], axis=1)
+
+
+class Stages(NamedTuple):
+    """Parts in which an update is done one after the other, and what follows each."""
+
+    of: Sequence[int]  # the stage of each parameter
+    reached: Callable[[int], None]
 
 
 def add_up(numbers: NDArray[np.float64], counts: NDArray[np.int64]) -> NDArray[np.float64]:

@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from ...engine.plan import Plan, Stages
-from ...engine.table import add_up
+from ...engine.plan import Plan
+from ...engine.table import Stages, add_up
 from ...kernels.layout import CHUNK
 from .layout import Member
 from .wire import Facts, Gathering, agree
