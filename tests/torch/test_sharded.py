@@ -50,9 +50,9 @@ def test_a_process_has_its_part_of_the_states_and_no_more():
         own = sum(x.numel() for s in opt.state.values() for name, x in s.items() if name != "step")
         whole, buckets = 2 * sum(p.numel() for p in params), len(opt._buckets)
         assert buckets > 2 and own <= whole / world + 2 * buckets * 16_384, (own, whole)
-        for i, p in enumerate(params):
-            lo, hi = opt._parts[i]
-            assert lo % 16_384 == 0 and (hi % 16_384 == 0 or hi == p.numel())
+        for m in opt._members:
+            lo, hi = m.part
+            assert lo % 16_384 == 0 and (hi % 16_384 == 0 or hi == m.param.numel())
     """
     on_processes(body, 2, 3)
 
