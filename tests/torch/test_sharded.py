@@ -134,6 +134,37 @@ def test_what_is_torchs_works():
     on_processes(body, 2)
 
 
+def test_gradients_may_lie_otherwise_and_parameters_be_frozen_or_unfrozen():
+    body = """
+    def run(rank, world):
+        own, one = (parameters(torch.bfloat16, sizes=[(300, 200), (4,), (90, 80), (70_000,)]) for _ in range(2))
+        both = []
+        for params in (own, one):
+            params[0].data = params[0].data.t()
+            params[1].requires_grad_(False), params[3].requires_grad_(False)
+            if hasattr(params[2], "grad_dtype"):
+                params[2].grad_dtype = torch.float32
+        both = [(ShardedOptimizer(own, front.AdamW, lr=0.05, master_weights=True), own)]
+        both += [(front.AdamW(one, lr=0.05, master_weights=True), one)]
+        for t in range(3):
+            for o, params in both:
+                params[0].grad = torch.randn(200, 300, generator=torch.Generator().manual_seed(t)).bfloat16()
+                second = torch.randn(80, 90, generator=torch.Generator().manual_seed(t)).t()
+                params[2].grad = second if hasattr(params[2], "grad_dtype") else second.bfloat16()
+                if t == 2:
+                    params[3].requires_grad_(True)
+                    params[3].grad = torch.ones_like(params[3])
+                o.step()
+            for p, q in zip(own, one):
+                same(p, q)
+            assert (own[3] in both[0][0].state) == (t == 2) and own[1] not in both[0][0].state
+        same_states(both[0][0], both[1][0], rank)
+        own[0].grad = torch.ones(200, 300, dtype=torch.bfloat16).to_sparse()
+        assert "sparse" in refusal(both[0][0].step)
+    """
+    on_processes(body, 2)
+
+
 def test_parameters_that_others_write_are_followed():
     body = """
     def run(rank, world):

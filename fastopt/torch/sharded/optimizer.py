@@ -16,7 +16,7 @@ from ...engine.exclusive import exclusive, makes_many
 from ...engine.options import STEP_OPTIONS
 from ...engine.step import StepInfo
 from .._scale import unscale
-from .._tensors import PLAIN, STORED, check_apart, is_like, layout_of, parameter_memory
+from .._tensors import PLAIN, STORED, check_apart, gradient_memory, is_like, layout_of, parameter_memory
 from ..base import TensorOptimizer
 from .checkpoints import Checkpoints
 from .layout import Bucket, Member, bucketed
@@ -254,22 +254,17 @@ class ShardedOptimizer(Checkpoints):
 
     def _aim(self) -> None:
         """Give the pieces their parts of the gradients. One without elements only needs to know if there is one."""
-        for m in self._members:
-            p, gradient = m.param, m.param.grad
+        for i, m in enumerate(self._members):
+            gradient = m.param.grad
             if not m.part.hi:
                 if (gradient is None) is not (m.piece.grad is None):
                     m.piece.grad = None if gradient is None else torch.zeros_like(m.piece)
-                continue
-            if gradient is None:
-                continue
-            if not is_like(gradient, p):
-                if gradient.layout is not torch.strided or (gradient.shape, gradient.device) != (p.shape, p.device):
-                    raise RuntimeError(
-                        f"{self._where}: a gradient is {gradient.layout} of shape {tuple(gradient.shape)} on "
-                        f"{gradient.device}, but its parameter has shape {tuple(p.shape)} and is on {p.device}."
-                    )
-                gradient = torch.empty_like(m.view).copy_(gradient)
-            m.piece.grad = gradient.as_strided(m.shape, m.strides, gradient.storage_offset() + m.part.lo)
+            elif gradient is not None:
+                if not is_like(gradient, m.view):
+                    gradient = gradient_memory(gradient, m.view, self._inner._master, self._where, f"parameter {i}")
+                    if gradient.dtype != m.piece.dtype:
+                        m.piece.grad_dtype = gradient.dtype
+                m.piece.grad = gradient.as_strided(m.shape, m.strides, gradient.storage_offset() + m.part.lo)
 
     def _refuse_sums(self) -> None:
         """On a GPU there are no sums over processes yet."""
