@@ -47,7 +47,8 @@ def chunks_of(sizes: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 class Stages(NamedTuple):
-    """Parts in which an update is done one after the other, and what follows each."""
+    """Parts in which an update is done one after the other, and what follows each. An interrupt between two of them, or
+    an error of what follows, leaves a step half done that is not counted."""
 
     of: Sequence[int]  # the stage of each parameter
     reached: Callable[[int], None]

@@ -88,8 +88,12 @@ def test_what_is_torchs_works():
             both = (opt, own), (alone, one)
             schedulers = [torch.optim.lr_scheduler.ExponentialLR(o, 0.5) for o, _ in both]
             scalers = [scaler_class and scaler_class("cpu", init_scale=8.0) for _ in both]
-            calls = []
+            calls, dicts = [], []
             opt.register_step_post_hook(lambda *_: calls.append(1))
+            opt.register_state_dict_pre_hook(lambda o: dicts.append("save"))
+            opt.register_state_dict_post_hook(lambda o, saved: {**saved, "mine": 1})
+            opt.register_load_state_dict_pre_hook(lambda o, loaded: dicts.append(loaded.pop("mine")))
+            opt.register_load_state_dict_post_hook(lambda o: dicts.append("loaded"))
             for t in range(4):
                 if t == 2:
                     for o, params in both:
@@ -110,6 +114,8 @@ def test_what_is_torchs_works():
                     same(p, q)
                     assert p.grad is q.grad is None or torch.equal(p.grad.nan_to_num(), q.grad.nan_to_num())
             assert len(calls) == 4
+            opt.load_state_dict(opt.state_dict())
+            assert dicts == ["save", 1, "loaded"]
             same_states(opt, alone, rank)
             kept = [p.detach().clone() for p in own]
             with opt.swap_ema(), alone.swap_ema():

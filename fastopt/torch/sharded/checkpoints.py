@@ -65,6 +65,8 @@ class Checkpoints(torch.optim.Optimizer):
             >>> opt.load_state_dict(saved)
             >>> torch.distributed.destroy_process_group()
         """
+        for before in self._optimizer_state_dict_pre_hooks.values():
+            before(self)
         saved = self._told().state_dict()
         for key, state in saved["state"].items():
             for name, value in state.items():
@@ -72,6 +74,8 @@ class Checkpoints(torch.optim.Optimizer):
                     member = self._members[key]
                     state[name] = Piece(value.view(-1), member.part, member.view.shape, member.view.stride())
         saved["param_groups"] = self._named(saved["param_groups"])
+        for after in self._optimizer_state_dict_post_hooks.values():
+            saved = after(self, saved) or saved
         return saved  # type: ignore[no-any-return]
 
     def _named(self, groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -88,6 +92,8 @@ class Checkpoints(torch.optim.Optimizer):
             RuntimeError: Another process refused. In all cases nothing was changed on any.
         """
         loaded: dict[str, Any] = {}
+        for before in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = before(self, state_dict) or state_dict
 
         def own() -> list[tuple[str, Any]]:
             loaded.update(self._own(state_dict))
@@ -98,6 +104,8 @@ class Checkpoints(torch.optim.Optimizer):
         self._inner.load_state_dict(loaded)
         for group, inner in zip(self.param_groups, self._inner.param_groups, strict=True):
             group.update((name, value) for name, value in inner.items() if name not in ("params", "param_names"))
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
 
     def _own(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """A state dict of this process's pieces, for the inner optimizer."""
