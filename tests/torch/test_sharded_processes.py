@@ -55,6 +55,32 @@ def test_gradients_are_reduced_while_backward_goes_on():
     on_processes(TRAINING + body, 1, 3)
 
 
+def test_layers_that_are_unfrozen_later_and_a_backward_that_failed_do_no_harm():
+    body = """
+    def run(rank, world):
+        nets = [model(), model()]
+        for net in nets:
+            net[0].requires_grad_(False)
+        opt = ShardedOptimizer(nets[0].parameters(), front.SGD, reduce_gradients=True, bucket_cap_mb=0.01, lr=0.05)
+        alone = front.SGD(nets[1].parameters(), lr=0.05)
+        for t in range(4):
+            if t == 2:
+                for net in nets:
+                    net[0].requires_grad_(True)
+            if t == 3:
+                handle = nets[0][0].weight.register_hook(lambda g: 1 / 0)
+                assert "ZeroDivisionError" in refusal(loss(nets[0], t, rank, world).backward)
+                handle.remove()
+            opt.zero_grad(), alone.zero_grad()
+            loss(nets[0], t, rank, world).backward()
+            loss(nets[1], t, 0, 1).backward()
+            opt.step(), alone.step()
+            for p, q in zip(nets[0].parameters(), nets[1].parameters()):
+                torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+    """
+    on_processes(TRAINING + body, 2)
+
+
 def test_ddp_and_clipping_give_what_one_process_gives():
     body = """
     def run(rank, world):

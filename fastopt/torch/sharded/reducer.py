@@ -69,7 +69,7 @@ class Reducer:
     def _launch(self) -> None:
         reduced = self._buckets[self._next]
         self._next += 1
-        if reduced.awaited:
+        if reduced.bucket.is_trained:  # on all processes, or on none
             reduced.launch()
 
     def _end(self) -> None:
@@ -109,13 +109,14 @@ class Reducer:
         for reduced in self._buckets:
             reduced.drop()
         self._seen, self._rounds = set(), 0
+        self._next, self._arrived, self._is_open = 0, set(), False  # also after a backward that failed
 
 
 class _Reduced:
     """The gradients of a bucket: of this process, on their way, and the average of its slice."""
 
     def __init__(self, bucket: Bucket) -> None:
-        self._bucket = bucket
+        self.bucket = bucket
         self.own: Tensor | None = None  # None until something was reduced
         self._whole: Tensor | None = None
         self._incoming: Tensor | None = None
@@ -125,7 +126,7 @@ class _Reduced:
     def put(self, member: Member) -> None:
         """Take a gradient away from its parameter."""
         if self._whole is None:
-            self._whole = torch.zeros_like(self._bucket.flat)
+            self._whole = torch.zeros_like(self.bucket.flat)
         place = self._whole.as_strided(member.view.shape, member.view.stride(), member.begin)
         place.copy_(member.param.grad)  # type: ignore[arg-type]
         member.param.grad = None
@@ -134,16 +135,16 @@ class _Reduced:
         """Begin to add up over processes what was put here."""
         self.finish()
         whole, self._whole = self._whole, None  # the next round may begin to fill another one
-        whole = torch.zeros_like(self._bucket.flat) if whole is None else whole
-        self._incoming = torch.empty_like(whole[: self._bucket.share])
-        self._wait = reduce(whole, self._incoming, self._bucket.group)
+        whole = torch.zeros_like(self.bucket.flat) if whole is None else whole
+        self._incoming = torch.empty_like(whole[: self.bucket.share])
+        self._wait = reduce(whole, self._incoming, self.bucket.group)
 
     def finish(self) -> None:
         """Wait for what is on its way, and add it to what was reduced before."""
         if self._wait is None or self._incoming is None:
             return
         self._wait()
-        self._incoming.div_(self._bucket.group.size())
+        self._incoming.div_(self.bucket.group.size())
         self.own = self._incoming if self.own is None else self.own.add_(self._incoming)
         self._incoming = self._wait = None
 
