@@ -31,7 +31,7 @@ from .device import Device
 from .exclusive import makes_many
 from .plan import Plan
 from .step import Request, StepInfo
-from .table import Table
+from .table import Table, add_up
 
 _STEPPED = StepInfo()
 NAMES = ("update", "squares", "ratio", "terms", "scalars")
@@ -107,8 +107,8 @@ class HostPlan(Plan):
         total = float(table.total)
         if self.combine is not None:
             squares = table.segments["sums"][:, [GRADIENT]]  # a copy: LARS combines them later
-            self.combine(squares)
-            total = float(squares.sum())
+            self.combine(squares, table.partials[:, [GRADIENT]])
+            total = float(add_up(squares, np.array([len(squares)]))[0, 0])
         return math.sqrt(total)
 
     def _zero_gradients(self) -> None:
@@ -133,10 +133,15 @@ class HostPlan(Plan):
         if self.combine_ratios is not None:  # also where no parameter with a ratio has a gradient: others wait
             self.backend.run(table.record_at, SUM, known, _threads(table))
             own = table.segments["sums"].copy()
-            self.combine_ratios(table.segments["sums"])
+            self.combine_ratios(table.segments["sums"], table.partials)
             self.backend.run(table.record_at, DECIDE, 0, 1)
             table.segments["sums"] = own  # of parts without elements nobody writes the sums again
-        self.backend.run(table.record_at, UPDATE, 0, _threads(table))
+        if self.stages is None:
+            self.backend.run(table.record_at, UPDATE, 0, _threads(table))
+            return
+        for stage, record in table.stages(self.stages.of):
+            self.backend.run(record.ctypes.data, UPDATE, 0, _threads(table))
+            self.stages.reached(stage)
 
     def forget_weights(self) -> None:
         self._know_weights = False

@@ -20,10 +20,10 @@ from .device import Array, Device
 from .options import RuleChoice
 from .padding import keeps_zeros
 from .step import Request, StepInfo
-from .table import ROW, Counts
+from .table import ROW, Counts, Stages
 
 MAX_STEP = 2**53  # so far float64 counts
-Combine = Callable[[NDArray[np.float64]], None]
+Combine = Callable[[NDArray[np.float64], NDArray[np.float64]], None]
 
 
 class StepCount:
@@ -188,10 +188,13 @@ class Plan(ABC):
     """How many plans an optimizer keeps, so that patterns of gradients may alternate."""
 
     combine: Combine | None = None
-    """Changes sums over parameters, one row each, before a norm is formed of them: adds those of other processes."""
+    """Changes sums over parameters, one row each, before a norm is formed of them: adds those of other processes,
+    perhaps by those of chunks, which it is given, too."""
 
     combine_ratios: Combine | None = None
     """The same before ratios are formed. Then all sums are taken before the first update, else wave after wave."""
+
+    stages: Stages | None = None
 
     result: Any = None
     """On a GPU: the norm of the last step that needed one, and whether that step is skipped."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from array import array
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..kernels.layout import CHUNK, RATIO, SEGMENT, SUMS, structure
+from ..kernels.layout import CHUNK, LANES, RATIO, SEGMENT, SUMS, structure
 
 WAVE = 262_144
 """Elements after which a wave of segments ends: 2 MiB of float32 parameters and gradients, which stay in the cache of
@@ -45,6 +46,32 @@ def chunks_of(sizes: NDArray[np.int64]) -> NDArray[np.int64]:
     return np.stack([segment, lo, np.minimum(lo + CHUNK, sizes[segment])], axis=1)
 
 
+class Stages(NamedTuple):
+    """Parts in which an update is done one after the other, and what follows each. An interrupt between two of them, or
+    an error of what follows, leaves a step half done that is not counted."""
+
+    of: Sequence[int]  # the stage of each parameter
+    reached: Callable[[int], None]
+
+
+def add_up(numbers: NDArray[np.float64], counts: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Sums of runs of so many rows, each in the canonical order (kernels/reductions.py)."""
+    heights = -(-counts // LANES)
+    starts = np.cumsum(heights) - heights
+    within = np.arange(len(numbers)) - np.repeat(np.cumsum(counts) - counts, counts)
+    padded = np.zeros((int(heights.sum()), LANES, numbers.shape[1]))
+    padded.reshape(-1, numbers.shape[1])[np.repeat(starts * LANES, counts) + within] = numbers
+    lanes = np.zeros((len(counts), LANES, numbers.shape[1]))
+    for row in range(heights.max(initial=0)):
+        higher = heights > row
+        lanes[higher] += padded[starts[higher] + row]
+    width = LANES // 2
+    while width:
+        lanes[:, :width] += lanes[:, width : 2 * width]
+        width //= 2
+    return lanes[:, 0]
+
+
 class Table:
     """Segments of given sizes, cut into chunks, and the counts that an update of them commits.
 
@@ -75,6 +102,22 @@ class Table:
         self.signs: NDArray[np.float64] = np.ones(len(self.sizes))  # of the gradient multiplier
         self.itemsizes: NDArray[np.int64] = np.zeros(len(self.sizes), np.int64)  # of the gradients
         self.launched_with: tuple[float, bool] | None = None  # multiplier and zeroing that segments have
+        self._stages: list[tuple[int, NDArray[Any], NDArray[np.int64]]] = []
+
+    def stages(self, of: Sequence[int]) -> Iterator[tuple[int, NDArray[Any]]]:
+        """Records of the same table with the chunks of one stage each; the last one commits the counts.
+
+        Args:
+            of: The stage of each parameter, the same in all calls.
+        """
+        if not self._stages:
+            stage_of = np.asarray(of, np.int64)[self.first[self.chunks[:, 0]]]
+            for stage in np.unique(stage_of).tolist() or [0]:
+                record, chunks = self.record.copy(), self.chunks[stage_of == stage]
+                record["chunks"], record["chunk_count"], record["half"] = chunks.ctypes.data, len(chunks), 0
+                self._stages.append((stage, record, chunks))
+            record["half"] = self.record["half"]
+        return ((stage, record) for stage, record, _ in self._stages)
 
 
 def _waves_of(sizes: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -32,10 +32,14 @@ from .optimizers import *
 
 __all__: list[str] = []
 __all__ += optimizers.__all__
-__all__ += ["GradScaler", "TensorOptimizer"]
+__all__ += ["GradScaler", "ShardedOptimizer", "TensorOptimizer"]  # noqa: F405 - see __getattr__
 
 
 def __getattr__(name: str) -> Any:
+    if name == "ShardedOptimizer":  # imported when used: it needs torch.distributed
+        from .sharded import ShardedOptimizer
+
+        return ShardedOptimizer
     text = f"fastopt.torch has no {name!r}; it has {', '.join(__all__)}."
     # Of an AttributeError "from fastopt.torch import Name" keeps no word, and hasattr() expects one.
     imported = sys._getframe(1).f_code.co_name == "_handle_fromlist"

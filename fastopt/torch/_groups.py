@@ -96,6 +96,7 @@ class GroupOptions(RuleOptimizer, torch.optim.Optimizer):
         self._structure: list[Any] = []
         self._rates = DeviceRates()
         self._rules: list[Rule] = []
+        self._slices: Any = None  # set by a ShardedOptimizer
         self._part: str | None = None  # a parameter of whose whole there are no sums, and why
 
     def __init_subclass__(cls) -> None:

@@ -46,6 +46,7 @@ class Kind(NamedTuple):
     master: bool  # whether 16-bit parameters have float32 ones that are stepped in their place
     flat: FlatGroups | None  # parameters and gradients that were moved into flat memory, group by group
     rules: Sequence[Rule]  # of each group
+    slices: Any = None  # a ``sharded.Slices``, where the parameters are parts of others
 
     def has_master(self, memory: Tensor) -> bool:
         """Whether a parameter with this memory has a master."""
@@ -98,7 +99,7 @@ class Parameters:
                     self._groups.append(g)
                     self._places.append(place)
         self.kind, self.device, self._state = kind, device, state
-        self.shards = Shards(self.params)
+        self.shards = kind.slices or Shards(self.params)
         self.hidden: set[int] = set()  # indices of parameters that ``state`` does not show yet
         self._records: dict[int, TensorParameter] = {}
 

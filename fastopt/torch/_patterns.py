@@ -215,9 +215,8 @@ class Pattern:
         memory = parameters.device
         self.plan = make(records, stored, [r.beginning.choice for r in records], flat, signs, memory)
         if parameters.shards:
-            self.plan.combine = self._combine
-        if any(parameters.adapts(i, options) for i in parameters.shards.members):
-            self.plan.combine_ratios = self._combine
+            ratios = any(parameters.adapts(i, options) for i in parameters.shards.members)
+            parameters.shards.join(self.plan, present, ratios)
         self.sync = StateSync(records, parameters.kind.counts)
         self._served = 0  # steps that the plan has taken without a probe
         self.probe: Probe | None = None
@@ -327,13 +326,6 @@ class Pattern:
                 bases[members] = bases[full[0]]
         placed: NDArray[np.uint64] = (bases + self._offsets * itemsizes).astype(np.uint64)
         return placed
-
-    def _combine(self, sums: NDArray[np.float64]) -> None:
-        """Add up the sums of parameters, one row each, that are spread over processes."""
-        every = np.zeros((len(self._parameters.params), sums.shape[1]))
-        every[list(self.present)] = sums
-        self._parameters.shards.combine(every)
-        sums[:] = every[list(self.present)]
 
 
 def _is_negated(grads: Sequence[Any]) -> bool:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from itertools import chain
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -12,6 +13,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ._tensors import PLAIN
+
+if TYPE_CHECKING:
+    from ..engine.plan import Plan
 
 
 class Shards:
@@ -25,6 +29,7 @@ class Shards:
     """
 
     def __init__(self, params: Sequence[Tensor]) -> None:
+        self._count = len(params)
         spread: dict[tuple[Any, tuple[int, ...]], list[int]] = {}
         for i, p in enumerate(params):
             axes = tuple(axis for axis, _ in split_axes(p))
@@ -39,16 +44,24 @@ class Shards:
     def __bool__(self) -> bool:
         return bool(self._spread)
 
-    def combine(self, sums: NDArray[np.float64]) -> None:
+    def join(self, plan: Plan, present: Sequence[int], ratios: bool) -> None:
+        """Have a plan for these parameters add up over processes, for ratios, too, where some have one."""
+        plan.combine = functools.partial(self._combine, list(present))
+        plan.combine_ratios = plan.combine if ratios else None
+
+    def _combine(self, present: list[int], sums: NDArray[np.float64], partials: NDArray[np.float64]) -> None:
         """Add up the rows of parameters that are spread over processes; replicas are counted once.
 
         Every process gets the same bits.
         """
+        every = np.zeros((self._count, sums.shape[1]))
+        every[present] = sums
         for device, groups, members in self._spread:
-            part = torch.from_numpy(sums[members]).to(device)
+            part = torch.from_numpy(every[members]).to(device)
             for group in groups:
                 torch.distributed.all_reduce(part, group=group)
-            sums[members] = part.cpu().numpy()
+            every[members] = part.cpu().numpy()
+        sums[:] = every[present]
 
 
 def split_axes(tensor: Tensor) -> list[tuple[int, Any]]:

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 
 from ..engine.options import boolean
-from .base import TensorOptimizer
 
 
 class GradScaler(torch.amp.GradScaler):
@@ -54,7 +53,7 @@ class GradScaler(torch.amp.GradScaler):
 
     def _check_inf_per_device(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         """Called by torch's ``step`` where the user did not unscale before."""
-        if not isinstance(optimizer, TensorOptimizer):
+        if not hasattr(optimizer, "_checks_for_scaler"):
             return super()._check_inf_per_device(optimizer)
         scale, _ = self._check_scale_growth_tracker("_check_inf_per_device")
         found: dict[Any, torch.Tensor] = {scale.device: torch.zeros((), dtype=torch.float32, device=scale.device)}
@@ -62,9 +61,9 @@ class GradScaler(torch.amp.GradScaler):
         optimizer._checks_for_scaler = True
         return found
 
-    def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> float | None:
+    def step(self, optimizer: Any, *args: Any, **kwargs: Any) -> float | None:
         """Take a step with unscaled gradients, unless some are not finite; as torch's."""
-        if not isinstance(optimizer, TensorOptimizer):
+        if not hasattr(optimizer, "_checks_for_scaler"):
             return super().step(optimizer, *args, **kwargs)
         optimizer._unscales = self._unscale_grads
         try:

@@ -223,7 +223,7 @@ class TensorOptimizer(Averages, Checkpoints):
         watch = self.state.watch
         if watch.derived() is None or not watch.derived().describes(self.param_groups):
             self._rules = [self.select_rule(options) for options in self._options]
-            kind = Kind(type(self).__name__, self.counts_steps, self._master, self._flat, self._rules)
+            kind = Kind(type(self).__name__, self.counts_steps, self._master, self._flat, self._rules, self._slices)
             watch.drop()
             refusals = ((name, why_not_combined(p)) for name, p in self._named_parameters())
             self._part = next((f"{name} is {why}" for name, why in refusals if why), None)

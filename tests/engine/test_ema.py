@@ -43,7 +43,7 @@ def test_averages_have_the_bits_of_numpys_own_and_change_nothing_else(case: Any,
         for own, opt, k in runs:
             fastopt.set_num_threads(1 + k % 2)
             opt.step(fastopt.FlatBuffer.from_arrays(gradient) if k % 2 else gradient)
-            opt._plan.combine_ratios = (lambda sums: None) if k == 2 else None  # type: ignore[union-attr]
+            opt._plan.combine_ratios = (lambda *_: None) if k == 2 else None  # type: ignore[union-attr]
             found = snapshot(own, opt)
             for name in params:
                 assert np.array_equal(bits(found[name].pop("ema")), bits(e[name])), (k, name)

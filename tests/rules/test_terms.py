@@ -61,7 +61,7 @@ def run(pair, *, flat=False, split=False, steps=2, clip=None):
     params, *grads = (fastopt.FlatBuffer.from_arrays(x) if flat else x for x in data(pair, steps))
     opt = WithTerms(params, {"lr": 0.125}, max_grad_norm=clip)
     norms = [opt.step(grads[0]).grad_norm]
-    opt._plan.combine_ratios = (lambda sums: None) if split else None
+    opt._plan.combine_ratios = (lambda *_: None) if split else None
     norms += [opt.step(g).grad_norm for g in grads[1:]]
     return [np.array(params[name]) for name in params], opt._plan._table(norms=True).segments["sums"].tolist(), norms
 

@@ -48,7 +48,9 @@ def test_a_class_that_there_is_not_is_an_error_that_names_those_there_are():
     with pytest.raises(AttributeError, match="has no 'Muon'; it has ASGD, LAMB, LARS"):
         front.Muon  # noqa: B018
     assert not hasattr(front, "Adafactor")
-    assert {"TensorOptimizer", "GradScaler", "optimizer", *CLASSES} == {*front.__all__}  # the tests' table has all
+    assert {"TensorOptimizer", "GradScaler", "ShardedOptimizer", "optimizer", *CLASSES} == {
+        *front.__all__
+    }  # the tests' table has all
 
 
 # --- options of the step ---------------------------------------------------------------------------------------------

@@ -1,0 +1,194 @@
+"""State dicts of a sharded optimizer: pieces by parameter, under the keys of an optimizer that is not sharded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ...engine.exclusive import exclusive, makes_many
+from .layout import Member
+from .piece import Piece
+from .wire import agree
+
+
+class Checkpoints(torch.optim.Optimizer):
+    """``state``, ``state_dict``, ``load_state_dict`` and ``full_state_dict``."""
+
+    _where: str
+    _group: Any
+    _inner: Any
+    _users: list[object]
+    _members: list[Member]
+
+    @property  # type: ignore[override]
+    def state(self) -> dict[Tensor, Any]:
+        """The states of this process's pieces, as plain tensors; parameters that require no gradient may have none."""
+        states = {} if self._inner is None else self._inner.state
+        return {m.param: states[m.piece] for m in self._members if m.piece in states}
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        if value:
+            raise TypeError(f"{self._where}: state cannot be assigned; use load_state_dict.")
+
+    def _told(self) -> Any:
+        """The inner optimizer, with the options of the param groups as they are."""
+        for group, inner in zip(self.param_groups, self._inner.param_groups, strict=True):
+            inner.update((name, value) for name, value in group.items() if name not in ("params", "param_names"))
+        return self._inner
+
+    @exclusive
+    @makes_many
+    def state_dict(self) -> dict[str, Any]:
+        """The pieces of this process, for torch.distributed.checkpoint: keys are the same on all processes.
+
+        What was saved with it can be loaded by any number of processes, and into the state dict of an optimizer that
+        is not sharded; ``load_state_dict`` takes what was loaded. Tensors are copies of one moment. Processes do not
+        wait for each other.
+
+        Raises:
+            RuntimeError: Another thread uses this optimizer, or it is inside ``swap_ema``.
+
+        Example:
+            >>> import tempfile, torch, fastopt.torch
+            >>> path = tempfile.mkdtemp()
+            >>> torch.distributed.init_process_group("gloo", init_method=f"file://{path}/s", rank=0, world_size=1)
+            >>> opt = fastopt.torch.ShardedOptimizer([torch.nn.Parameter(torch.ones(2))], fastopt.torch.AdamW)
+            >>> torch.distributed.checkpoint.save(opt.state_dict(), checkpoint_id=path)  # doctest: +ELLIPSIS
+            Metadata(...)
+            >>> saved = opt.state_dict()
+            >>> torch.distributed.checkpoint.load(saved, checkpoint_id=path)
+            >>> opt.load_state_dict(saved)
+            >>> torch.distributed.destroy_process_group()
+        """
+        for before in self._optimizer_state_dict_pre_hooks.values():
+            before(self)
+        saved = self._told().state_dict()
+        for key, state in saved["state"].items():
+            for name, value in state.items():
+                if name in self._inner.names.states:
+                    member = self._members[key]
+                    state[name] = Piece(value.view(-1), member.part, member.view.shape, member.view.stride())
+        saved["param_groups"] = self._named(saved["param_groups"])
+        for after in self._optimizer_state_dict_post_hooks.values():
+            saved = after(self, saved) or saved
+        return saved  # type: ignore[no-any-return]
+
+    def _named(self, groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        names = [{k: own[k] for k in ("param_names",) if k in own} for own in self.param_groups]
+        return [{**group, **name} for group, name in zip(groups, names, strict=True)]
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over a state dict of ``state_dict``, into which torch.distributed.checkpoint may have loaded, or one of
+        an optimizer of the class that is not sharded. All processes must call it.
+
+        Raises:
+            ValueError: As the class; also for pieces of another number of processes.
+            KeyError: As the class.
+            RuntimeError: Another process refused. In all cases nothing was changed on any.
+        """
+        loaded: dict[str, Any] = {}
+        for before in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = before(self, state_dict) or state_dict
+
+        def own() -> list[tuple[str, Any]]:
+            loaded.update(self._own(state_dict))
+            self._inner._checked_groups(loaded)
+            return []
+
+        agree(own, self._group, f"{self._where}.load_state_dict")
+        self._inner.load_state_dict(loaded)
+        for group, inner in zip(self.param_groups, self._inner.param_groups, strict=True):
+            group.update((name, value) for name, value in inner.items() if name not in ("params", "param_names"))
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
+
+    def _own(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """A state dict of this process's pieces, for the inner optimizer."""
+        groups = state_dict["param_groups"]
+        counts = [len(group["params"]) for group in groups]
+        if counts != (expected := [len(group["params"]) for group in self.param_groups]):
+            raise ValueError(
+                f"{self._where}.load_state_dict: its groups have {counts} parameters, but those of the optimizer "
+                f"{expected}."
+            )
+        keys = [key for group in groups for key in group["params"]]
+        states, begin = {}, 0
+        for i, key in enumerate(keys):
+            state = state_dict["state"].get(key, {})
+            if state:
+                states[i] = {name: self._cut(i, name, value) for name, value in state.items()}
+        own = []
+        for group, count in zip(groups, counts, strict=True):
+            own.append({**group, "params": list(range(begin, begin + count))})
+            own[-1].pop("param_names", None)
+            begin += count
+        return {**state_dict, "state": states, "param_groups": own}
+
+    def _cut(self, i: int, name: str, value: Any) -> Any:
+        """The elements of a state that are here."""
+        if name not in self._inner.names.states or not isinstance(value, Tensor):
+            return value
+        part, whole, shape = self._members[i].part, self._members[i].view, self._members[i].shape
+        where = f"{self._where}.load_state_dict: {name} of parameter {i}"
+        if value.shape != whole.shape:
+            raise ValueError(f"{where} has shape {tuple(value.shape)}, but the parameter has {tuple(whole.shape)}.")
+        if isinstance(value, Piece):
+            if value.part != part:
+                raise ValueError(
+                    f"{where} has elements {value.part.lo} to {value.part.hi}, but this process owns {part.lo} to "
+                    f"{part.hi}: it is of another number of processes. Save and load it with "
+                    "torch.distributed.checkpoint, which brings each process its own."
+                )
+            return value.local.view(shape)
+        if hasattr(value, "full_tensor"):
+            value = value.full_tensor()
+        if value.stride() != whole.stride():
+            value = torch.empty_strided(whole.shape, whole.stride(), dtype=value.dtype, device=value.device).copy_(
+                value
+            )
+        return value.detach().as_strided(shape, self._members[i].strides, value.storage_offset() + part.lo)
+
+    @exclusive
+    def full_state_dict(self, rank: int = 0) -> dict[str, Any]:
+        """States and masters in float32 (float64 for parameters of float64), whole, on one process.
+
+        Tensors travel one after the other. All processes must call it.
+
+        Args:
+            rank: The process of the group that gets them.
+
+        Returns:
+            {"state": {index: {name: tensor}}, "param_groups": [...]}; {} on the other processes.
+
+        Raises:
+            RuntimeError: Another thread uses this optimizer, or it is inside ``swap_ema``.
+        """
+        saved = self._told().full_state_dict()
+        me = self._group.rank()
+        for i, name in [(i, name) for i, state in sorted(saved["state"].items()) for name in sorted(state)]:
+            if name not in self._inner.names.states:
+                continue
+            value, member = saved["state"][i][name].view(-1), self._members[i]
+            if me != rank:
+                if member.part.hi:
+                    dist.send(value, group=self._group, group_dst=rank)
+                continue
+            shape, strides = member.view.shape, member.view.stride()
+            whole = torch.empty_strided(shape, strides, dtype=value.dtype, device=value.device)
+            flat = whole.as_strided((whole.numel(),), (1,))
+            for process in range(self._group.size()):
+                lo, hi = member.part_of(process)
+                if process == me:
+                    flat[lo:hi] = value
+                elif hi:
+                    dist.recv(flat[lo:hi], group=self._group, group_src=process)
+            saved["state"][i][name] = whole
+        if me != rank:
+            return {}
+        saved["param_groups"] = self._named(saved["param_groups"])
+        return saved  # type: ignore[no-any-return]

@@ -1,0 +1,154 @@
+"""Reducing gradients to the process that owns them, bucket by bucket, while backward goes on."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .layout import Bucket, Member
+from .wire import reduce
+
+
+class Reducer:
+    """Hooks that take gradients as backward makes them.
+
+    A round reduces every bucket once, in order, and belongs to one backward pass that is not inside ``no_sync``.
+    Parameters without gradient count as zeros; which have none anywhere, the processes tell each other in the step.
+
+    Args:
+        members: The parameters.
+        group: The processes.
+    """
+
+    def __init__(self, members: Sequence[Member], group: Any) -> None:
+        self.waits = False  # whether gradients are left where they are
+        self._group = group
+        self._members: list[Member] = []
+        self._buckets: list[_Reduced] = []
+        self._arrived: set[int] = set()  # in this round
+        self._seen: set[int] = set()  # since the last step
+        self._next = 0  # bucket of this round
+        self._rounds = 0
+        self._is_open = False  # whether backward will call when it ends
+        self.add(members)
+
+    def add(self, members: Sequence[Member]) -> None:
+        """Take the gradients of further parameters."""
+        first = len(self._members)
+        self._members += members
+        for bucket in sorted({m.bucket for m in members}, key=lambda b: b.number):
+            self._buckets.append(_Reduced(bucket))
+        for i, member in enumerate(members, first):
+            if member.param.requires_grad:
+                parameter: Any = member.param
+                parameter.register_post_accumulate_grad_hook(functools.partial(self._hook, i))
+                self._buckets[member.bucket.number].awaited.add(i)
+
+    def _hook(self, i: int, parameter: Tensor) -> None:
+        if self.waits:
+            return
+        if not self._is_open:
+            self._is_open = True
+            torch.autograd.Variable._execution_engine.queue_callback(self._end)
+        self._take(i)
+        while self._next < len(self._buckets) and self._buckets[self._next].awaited <= self._arrived:
+            self._launch()
+
+    def _take(self, i: int) -> None:
+        member = self._members[i]
+        with torch.no_grad():
+            self._buckets[member.bucket.number].put(member)
+        self._arrived.add(i)
+        self._seen.add(i)
+
+    def _launch(self) -> None:
+        reduced = self._buckets[self._next]
+        self._next += 1
+        if reduced.bucket.is_trained:  # on all processes, or on none
+            reduced.launch()
+
+    def _end(self) -> None:
+        """Backward is over: the rest of its round goes out."""
+        self._is_open = False
+        while self._next < len(self._buckets):
+            self._launch()
+        self._next, self._arrived = 0, set()
+        self._rounds += 1
+
+    def finish(self) -> None:
+        """Wait for the gradients of this process's pieces, and give them to the pieces."""
+        rest = [i for i, m in enumerate(self._members) if m.param.grad is not None]
+        count = len(self._members)
+        told = torch.zeros(count + 2)
+        told[[*self._seen, *rest]] = 1.0
+        told[count], told[count + 1] = self._rounds, bool(rest)
+        if self._group.size() > 1:
+            told = told.to(self._members[0].piece.device)
+            dist.all_reduce(told, dist.ReduceOp.MAX, group=self._group)
+        *has, rounds, left = told.tolist()
+        while self._rounds < rounds:
+            self._end()
+        if left:  # gradients of no_sync, or which the user set
+            for i in rest:
+                self._take(i)
+            self._end()
+        for reduced in self._buckets:
+            reduced.finish()
+        for i, m in enumerate(self._members):
+            own, (lo, hi) = self._buckets[m.bucket.number].own, m.part
+            start = m.begin + lo - self._group.rank() * m.bucket.share if hi else 0
+            m.piece.grad = own[start : start + hi - lo].view(m.shape) if has[i] and own is not None else None
+
+    def drop(self) -> None:
+        """Forget what was reduced."""
+        for reduced in self._buckets:
+            reduced.drop()
+        self._seen, self._rounds = set(), 0
+        self._next, self._arrived, self._is_open = 0, set(), False  # also after a backward that failed
+
+
+class _Reduced:
+    """The gradients of a bucket: of this process, on their way, and the average of its slice."""
+
+    def __init__(self, bucket: Bucket) -> None:
+        self.bucket = bucket
+        self.own: Tensor | None = None  # None until something was reduced
+        self._whole: Tensor | None = None
+        self._incoming: Tensor | None = None
+        self._wait: Callable[[], None] | None = None
+        self.awaited: set[int] = set()  # parameters whose gradients make it complete
+
+    def put(self, member: Member) -> None:
+        """Take a gradient away from its parameter."""
+        if self._whole is None:
+            self._whole = torch.zeros_like(self.bucket.flat)
+        place = self._whole.as_strided(member.view.shape, member.view.stride(), member.begin)
+        place.copy_(member.param.grad)  # type: ignore[arg-type]
+        member.param.grad = None
+
+    def launch(self) -> None:
+        """Begin to add up over processes what was put here."""
+        self.finish()
+        whole, self._whole = self._whole, None  # the next round may begin to fill another one
+        whole = torch.zeros_like(self.bucket.flat) if whole is None else whole
+        self._incoming = torch.empty_like(whole[: self.bucket.share])
+        self._wait = reduce(whole, self._incoming, self.bucket.group)
+
+    def finish(self) -> None:
+        """Wait for what is on its way, and add it to what was reduced before."""
+        if self._wait is None or self._incoming is None:
+            return
+        self._wait()
+        self._incoming.div_(self.bucket.group.size())
+        self.own = self._incoming if self.own is None else self.own.add_(self._incoming)
+        self._incoming = self._wait = None
+
+    def drop(self) -> None:
+        """Forget what was reduced and what was put here."""
+        self.finish()
+        self.own = self._whole = None

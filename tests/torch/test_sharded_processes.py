@@ -1,0 +1,291 @@
+"""ShardedOptimizer: reduced gradients, checkpoints that reshard, and processes that differ, die or do not come."""
+
+import pytest
+from processes import TRAINING, on_processes
+
+pytest.importorskip("torch")
+
+
+def test_gradients_are_reduced_while_backward_goes_on():
+    """As DDP and the class would step, also with accumulation in and without no_sync and with unused parameters."""
+    body = """
+    def run(rank, world):
+        for mode in ("plain", "no_sync", "twice", "all in no_sync", "unused"):
+            nets = [model(), model()]
+            how = dict(lr=0.05, momentum=0.9)
+            opt = ShardedOptimizer(nets[0].parameters(), front.SGD, reduce_gradients=True, bucket_cap_mb=0.01, **how)
+            ddp = torch.nn.parallel.DistributedDataParallel(nets[1])
+            alone = front.SGD(nets[1].parameters(), **how)
+            for t in range(4):
+                opt.zero_grad(), alone.zero_grad()
+                if mode == "unused":
+                    if rank:
+                        loss(nets[0][:1], t, rank, world).backward()
+                    opt.step()
+                    assert all(p.grad is None for p in nets[0].parameters())
+                    whole = opt.full_state_dict().get("state", {})
+                    moved = [bool(state["momentum_buffer"].any()) for state in whole.values()]
+                    assert rank or moved == [world > 1] * 2 + [False] * 4, moved
+                    continue
+                loss(ddp, t, rank, world).backward()
+                if mode == "plain":
+                    loss(nets[0], t, rank, world).backward()
+                else:
+                    loss(ddp, 10 + t, rank, world).backward()
+                    if mode == "twice":
+                        loss(nets[0], t, rank, world).backward()
+                        loss(nets[0], 10 + t, rank, world).backward()
+                    else:
+                        with opt.no_sync():
+                            loss(nets[0], t, rank, world).backward()
+                            if mode == "all in no_sync":
+                                loss(nets[0], 10 + t, rank, world).backward()
+                        if mode == "no_sync":
+                            loss(nets[0], 10 + t, rank, world).backward()
+                assert mode == "all in no_sync" or all(p.grad is None for p in nets[0].parameters())
+                opt.step(), alone.step()
+                for p, q in zip(nets[0].parameters(), nets[1].parameters()):
+                    torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+            everyone = [None] * world
+            dist.all_gather_object(everyone, [p.detach() for p in nets[0].parameters()])
+            for other in everyone:
+                for p, q in zip(everyone[0], other):
+                    same(p, q)
+    """
+    on_processes(TRAINING + body, 1, 3)
+
+
+def test_layers_that_are_unfrozen_later_and_a_backward_that_failed_do_no_harm():
+    body = """
+    def run(rank, world):
+        nets = [model(), model()]
+        for net in nets:
+            net[0].requires_grad_(False)
+        opt = ShardedOptimizer(nets[0].parameters(), front.SGD, reduce_gradients=True, bucket_cap_mb=0.01, lr=0.05)
+        alone = front.SGD(nets[1].parameters(), lr=0.05)
+        for t in range(4):
+            if t == 2:
+                for net in nets:
+                    net[0].requires_grad_(True)
+            if t == 3:
+                handle = nets[0][0].weight.register_hook(lambda g: 1 / 0)
+                assert "ZeroDivisionError" in refusal(loss(nets[0], t, rank, world).backward)
+                handle.remove()
+            opt.zero_grad(), alone.zero_grad()
+            loss(nets[0], t, rank, world).backward()
+            loss(nets[1], t, 0, 1).backward()
+            opt.step(), alone.step()
+            for p, q in zip(nets[0].parameters(), nets[1].parameters()):
+                torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+    """
+    on_processes(TRAINING + body, 2)
+
+
+def test_ddp_and_clipping_give_what_one_process_gives():
+    body = """
+    def run(rank, world):
+        nets = [model(), model()]
+        nets[0] = torch.nn.parallel.DistributedDataParallel(nets[0], gradient_as_bucket_view=True)
+        opt = ShardedOptimizer(nets[0].parameters(), front.LAMB, lr=0.05, max_grad_norm=0.1)
+        alone = front.LAMB(nets[1].parameters(), lr=0.05, max_grad_norm=0.1)
+        for t in range(4):
+            opt.zero_grad(), alone.zero_grad()
+            loss(nets[0], t, rank, world).backward()
+            loss(nets[1], t, 0, 1).backward()
+            opt.step(), alone.step()
+        for p, q in zip(nets[0].parameters(), nets[1].parameters()):
+            torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+    """
+    on_processes(TRAINING + body, 2)
+
+
+def test_checkpoints_reshard_and_go_to_optimizers_that_are_not_sharded():
+    """Saved on 2, loaded on 3, 1 and by the class; saved by the class, loaded on 2; also asynchronously, by name."""
+    body = """
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
+    FOLDER = tempfile.mkdtemp()
+
+    def made(rank, dtype, kind=None):
+        params = parameters(dtype, seed=1)
+        params[4].data = params[4].data.t()
+        extra = dict(lr=0.05, ema_decay=0.5, master_weights=True)
+        if kind:
+            return params, front.AdamW(params, **extra)
+        return params, ShardedOptimizer(params, front.AdamW, bucket_cap_mb=0.1, **extra)
+
+    def whole(opt, rank):
+        full = opt.full_state_dict()
+        box = [full]
+        dist.broadcast_object_list(box, 0)
+        return box[0]["state"]
+
+    def equal(a, b):
+        assert a.keys() == b.keys()
+        for i in a:
+            assert a[i].keys() == b[i].keys()
+            for name in a[i]:
+                same(a[i][name], b[i][name])
+
+    def run(rank, world):
+        for dtype in (torch.float32, torch.bfloat16):
+            path = FOLDER + "/" + str(dtype)
+            params, opt = made(rank, dtype)
+            _, alone = made(rank, dtype, "alone")
+            alone.init_state()
+            if world == 2:  # first
+                for t in range(3):
+                    give(params, t)
+                    opt.step()
+                opt.param_groups[0]["lr"] = 0.25
+                saved = opt.state_dict()
+                assert list(saved["state"]) == list(range(len(params)))
+                dcp.save(saved, checkpoint_id=path + "/2")
+                own_group = dist.new_group()  # its collectives are called by another thread
+                later = dcp.async_save(opt.state_dict(), checkpoint_id=path + "/async", process_group=own_group)
+                expected = whole(opt, rank)
+                give(params, 9)
+                opt.step()
+                later.result()
+                torch.save(saved, f"{path}/{rank}.pt")
+                torch.save(expected, f"{path}/expected{rank}.pt")
+                opt.load_state_dict(torch.load(f"{path}/{rank}.pt"))
+                equal(whole(opt, rank), expected)
+            expected = torch.load(f"{path}/expected0.pt")
+            for source in ("2", "async"):
+                _, opt = made(rank, dtype)
+                saved = opt.state_dict()
+                dcp.load(saved, checkpoint_id=f"{path}/{source}")
+                opt.load_state_dict(saved)
+                equal(whole(opt, rank), expected)
+                assert opt.param_groups[0]["lr"] == 0.25
+            saved = alone.state_dict()
+            dcp.load(saved, checkpoint_id=path + "/2")
+            alone.load_state_dict(saved)
+            equal(alone.full_state_dict()["state"], expected)
+            _, opt = made(rank, dtype)
+            opt.load_state_dict(alone.state_dict())
+            equal(whole(opt, rank), expected)
+            dcp.save(alone.state_dict(), checkpoint_id=f"{path}/alone{world}")
+            _, opt = made(rank, dtype)
+            saved = opt.state_dict()
+            dcp.load(saved, checkpoint_id=f"{path}/alone{world}")
+            opt.load_state_dict(saved)
+            equal(whole(opt, rank), expected)
+            if world != 2:
+                error = refusal(lambda: opt.load_state_dict(torch.load(f"{path}/0.pt")))
+                assert "another number of processes" in error or "refused" in error, error
+
+    def names(rank, world):
+        net = torch.nn.Sequential(torch.nn.Linear(300, 200), torch.nn.Linear(200, 100))
+        opt = ShardedOptimizer(net.parameters(), front.AdamW, lr=0.05)
+        give(list(net.parameters()), 0)
+        opt.step()
+        expected = whole(opt, rank)
+        saved = get_optimizer_state_dict(net, opt)
+        assert sorted(saved["state"]) == ["0.bias", "0.weight", "1.bias", "1.weight"]
+        dcp.save(saved, checkpoint_id=FOLDER + "/names")
+        other = ShardedOptimizer(net.parameters(), front.AdamW, lr=0.1)
+        saved = get_optimizer_state_dict(net, other)
+        dcp.load(saved, checkpoint_id=FOLDER + "/names")
+        set_optimizer_state_dict(net, other, saved)
+        equal(whole(other, rank), expected)
+        assert other.param_groups[0]["lr"] == 0.05
+
+    inner = run
+
+    def run(rank, world):
+        inner(rank, world)
+        names(rank, world)
+    """
+    on_processes(body, 2, 3, 1)
+
+
+def test_what_differs_between_processes_is_named():
+    body = """
+    def run(rank, world):
+        def make(params, kind=front.AdamW, **options):
+            return ShardedOptimizer(params, kind, **options)
+
+        bad = [torch.nn.Parameter(torch.ones(2, dtype=torch.complex64))]
+        for params, options, text in (
+            (parameters()[: 3 + rank], {}, "parameters is no more on process 0 of the group"),
+            (parameters(sizes=[(3, 4) if rank else (4, 3)]), {}, "parameter 0 of group 0 is (torch.Size([4, 3])"),
+            (parameters(torch.float64 if rank else torch.float32), {}, "torch.float64"),
+            (parameters(), {"lr": 0.1 + rank}, "lr is 0.1 on process 0 of the group, and lr is 1.1 on process 1"),
+            (parameters(), {"bucket_cap_mb": 1 + rank}, "bucket_cap_mb is 1 on process 0"),
+            (bad if rank else parameters(), {}, "complex64"),
+        ):
+            assert text in (error := refusal(lambda: make(params, **options))), error
+        params = parameters()
+        opt = make(params, max_grad_norm=1.0)
+        give(params, 0)
+        before = [p.detach().clone() for p in params]
+        opt.param_groups[0]["lr"] = 0.1 + rank
+        error = refusal(opt.step)
+        assert "lr of group 0 is 0.1 on process 0 of the group, and lr of group 0 is 1.1 on process 1" in error, error
+        opt.param_groups[0]["lr"] = 0.1
+        params[2].grad = None if rank else params[2].grad
+        assert "gradients is" in (error := refusal(opt.step)), error
+        for p, q in zip(params, before):
+            same(p, q)
+        give(params, 0)
+        opt.step()
+        error = refusal(lambda: opt.add_param_group({"params": parameters(sizes=[(3 + rank,)])}))
+        assert "parameter 0 of group 1" in error and len(opt.param_groups) == 1, error
+        for action, text in (
+            (lambda: make(parameters(), torch.optim.AdamW), "must be a class of fastopt.torch"),
+            (lambda: make(parameters(), flatten=True), "flatten=True"),
+            (lambda: make(parameters(), learning_rate=0.1), "Did you mean 'lr'"),
+            (lambda: __import__("copy").deepcopy(opt), "Use state_dict()"),
+            (lambda: __import__("pickle").dumps(opt), "Use state_dict()"),
+            (lambda: opt.no_sync().__enter__(), "no_sync of DDP's model"),
+        ):
+            assert text in (error := refusal(action)), error
+    """
+    on_processes(body, 2)
+
+
+def test_a_group_of_some_processes_has_a_sharded_optimizer_of_its_own():
+    body = """
+    def run(rank, world):
+        group = dist.new_group([1, 2])
+        if rank == 0:
+            assert "in no process group" in refusal(lambda: ShardedOptimizer(parameters(), front.AdamW, group))
+            return
+        own, one = parameters(seed=rank - 1), parameters()
+        opt = ShardedOptimizer(own, front.LAMB, group, lr=0.05, max_grad_norm=1.0)
+        alone = front.LAMB(one, lr=0.05, max_grad_norm=1.0)
+        for t in range(2):
+            give(own, t), give(one, t)
+            opt.step(), alone.step()
+        for p, q in zip(own, one):
+            same(p, q)
+        same_states(opt, alone, rank - 1, 1)
+    """
+    on_processes(body, 3)
+
+
+def test_a_process_that_dies_or_does_not_come_gives_an_error_of_torch():
+    body = """
+    import datetime, signal, time
+
+    def main(rank, world, path):
+        torch.set_num_threads(1)
+        timeout = datetime.timedelta(seconds=3)
+        dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=world, timeout=timeout)
+        params = parameters()
+        opt = ShardedOptimizer(params, front.AdamW, lr=0.05)
+        give(params, 0)
+        opt.step()
+        if rank:
+            time.sleep(4)  # does not come
+            os._exit(0)
+        begin = time.monotonic()
+        error = refusal(opt.step)
+        assert "imed out" in error or "closed" in error or "reset" in error, error
+        assert time.monotonic() - begin < 20
+        os._exit(0)
+    """
+    on_processes(body, 2)
