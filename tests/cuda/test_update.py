@@ -205,19 +205,22 @@ def test_epilogues_write_their_targets_and_change_nothing_else(rule, pair):
 
 
 def momentum_upwards(p, g, b, h):
-    b = h.mu * b + h.inner * (g + h.weight_decay * p)
-    return p + h.outer * b, b
+    d = h.inner * (g + h.weight_decay * p)
+    b = h.mu * b + d
+    return p + h.outer * (d + h.mu * b if h.nesterov else b), b
 
 
 def momentum_in_another_order(p, g, b, h):
     g = h.weight_decay * p + g if h.weight_decay else g
-    b = h.inner * g + h.mu * b
-    return p - b * h.outer, b
+    d = h.inner * g
+    b = d + h.mu * b
+    return p - (h.mu * b + d if h.nesterov else b) * h.outer, b
 
 
 def momentum_with_another_sum(p, g, b, h):
+    d = h.inner * g + h.inner * (h.weight_decay * p)
     b = (h.mu * b + h.inner * g) + h.inner * (h.weight_decay * p)
-    return p - h.outer * b, b
+    return p - h.outer * (d + h.mu * b if h.nesterov else b), b
 
 
 def check_momentum(step=RULES["momentum"].step, pair=PAIRS[0], sizes=SIZES, access=cuda_simulator, **options):

@@ -120,7 +120,9 @@ def test_three_sums_a_state_and_a_ratio_are_numpys(run, always_threaded):
 def test_a_gpu_has_them_too_and_forms_the_scalars_itself(stand_in, monkeypatch, capturable):
     monkeypatch.setitem(RULES, outside.name, outside)  # where the simulator looks for kernels
     assert_same(run_numpy(stand_in, shapes=(few := {"w": (5, 7), "s": ()}), capturable=capturable), by_numpy(few))
-    brief = fastopt.rule((), {"lr": 0.5}, scalars=lambda t, o: {"a": o["lr"] / t})(lambda p, g, h: (p - h.a * g,))
+    brief = fastopt.rule((), {"lr": 0.5}, scalars=lambda t, o: {"a": o["lr"] / t}, name="brief")(
+        lambda p, g, h: (p - h.a * g,)
+    )
     assert not hasattr(outside.scalars, "__wrapped__")
     assert not hasattr(brief.scalars, "__wrapped__")  # of a lambda, too
     host = fastopt.rule((), {"lr": 0.5}, scalars=lambda t, o: dict(zip(["a"], [t], strict=True)), name="host")
