@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from types import EllipsisType, MappingProxyType
+from types import EllipsisType
 from typing import Any, cast
 
 from .arrays import FlatBuffer
 from .engine.classes import constructor, keywords_of, option_arguments
-from .engine.device import Array, Device, Layout, is_array
+from .engine.device import HOST, Array, Device, is_array
 from .engine.exclusive import exclusive, finish, makes_many
 from .engine.host import plan_class
 from .engine.options import EMA_OPTIONS, NORM, SCALE, STEP_OPTIONS, as_now, boolean, own_options, ranges_of
 from .engine.plan import Plan, Plans
 from .engine.step import Request, StepInfo
-from .groups import GroupSnapshot
+from .groups import Group
 from .inputs import GradientReader, Gradients, Memory, Pattern, collect, groups_in
 from .kernels.rules.rule import SWITCH
 from .states import States
@@ -88,10 +88,9 @@ class Optimizer(States):
         zero_grads: bool = False,
     ) -> None:
         super().__init__(defaults, max_grad_norm=max_grad_norm, skip_nonfinite=skip_nonfinite, zero_grads=zero_grads)
-        self._flat_layout: Layout | None = None
         self._patterns: Plans[Pattern] = Plans()
         self._memory = Memory(self._name)
-        self._reader: GradientReader | None = None  # until a step needs one
+        self._reader = GradientReader((), self._memory, HOST, self._name)
         self._add(groups_in(params, self._name))
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -126,42 +125,36 @@ class Optimizer(States):
         """Check groups, allocate their states, and only then take them in."""
         first, device = len(self.param_groups), cast(Device, getattr(self, "_device", None))
         parameters, names = list(self._parameters), {p.name for p in self._parameters}
-        added: list[GroupSnapshot] = []
+        added: list[Group] = []
         shown: list[dict[str, Any]] = []
         for index, group in enumerate(groups, first):
             where = f"{self._name}: params" if not index else f"{self._name}: params of group {index}"
-            collected = collect(group["params"], index, len(parameters), device, where)
-            device, arrays = collected.device, collected.arrays
+            known = collect(group["params"], index, len(parameters), device, where)
+            device = known.device
             options = {**self.defaults, **own_options(group, self._known_options, self._place(index))}
             self.complete(options)
-            dtypes = {a.dtype.name for a in arrays.values()}
-            checked = self._normalise(options, dtypes, index, device)
-            taken = [name for name in arrays if name in names]
+            known.options = self._normalise(options, known.dtypes, index, device)
+            taken = [name for name in known.arrays if name in names]
             if taken:
                 raise ValueError(
                     f"{where}: the name {min(taken)!r} is taken by another group; name each parameter once."
                 )
-            known = GroupSnapshot(
-                *(index, MappingProxyType(arrays), dtypes, as_now(options), checked, collected.members),
-                *(collected.written, collected.layout.total, group.keys() - options.keys() - {"params"}),
-            )
-            parameters += collected.members
-            names.update(arrays)
+            known.seen, known.foreign = as_now(options), group.keys() - options.keys() - {"params"}
+            parameters += known.members
+            names.update(known.arrays)
             added.append(known)
             shown.append({**group, "params": known.arrays, **options})
         memory = self._memory.extended(parameters[len(self._parameters) :], (), device)
         plan_class(device)  # refuses where no kernels can be had, before anything is built
         states: dict[int, Array] = {}
         for known in added:
-            for p, name, state in self._allocate(known, known.options, device):
+            for p, name, state in self._allocate(known, known.options):
                 p.states[name] = states[id(state)] = state
         memory = memory.extended((), states.values(), device)
 
         def take_in() -> None:
             self._device, self._parameters = device, parameters
             self._groups[first:], self.param_groups[first:] = added, shown
-            # Merging across the padding of a flat buffer writes that padding, which only one group may own.
-            self._flat_layout = collected.layout if collected.is_flat and len(self._groups) == 1 else None
             self._rebuild(memory)
 
         finish(take_in)
@@ -171,7 +164,8 @@ class Optimizer(States):
             states = {id(state): state for p in self._parameters for state in p.states.values()}
             memory = Memory(self._name).extended(self._parameters, states.values(), self._device)
         self._leave_pattern()
-        self._memory, self._reader, self._patterns = memory, None, Plans()
+        self._memory, self._patterns = memory, Plans()
+        self._reader = GradientReader(self._groups, memory, self._device, self._name)
 
     # --- options ---------------------------------------------------------------------------------------------------
 
@@ -181,7 +175,7 @@ class Optimizer(States):
                 f"{self._name}: param_groups has {len(self.param_groups)} groups, but {len(self._groups)} were added. "
                 "Add groups with add_param_group."
             )
-        changed: list[tuple[GroupSnapshot, dict[str, Any], dict[str, Any]]] = []
+        changed: list[tuple[Group, dict[str, Any], dict[str, Any]]] = []
         for index, (group, known) in enumerate(zip(self.param_groups, self._groups, strict=True)):
             options = dict(group)
             if options.pop("params", None) is not known.arrays:
@@ -204,9 +198,9 @@ class Optimizer(States):
             known.seen, known.options = seen, checked
         return [known.options for known in self._groups]
 
-    def _take_over(self, known: GroupSnapshot, checked: dict[str, Any]) -> None:
+    def _take_over(self, known: Group, checked: dict[str, Any]) -> None:
         if self.structure(known.options) != self.structure(checked):
-            for p, name, state in self._allocate(known, checked, self._device):
+            for p, name, state in self._allocate(known, checked):
                 p.states[name] = state
             self._rebuild()
         self.complete(self.param_groups[known.index])
@@ -257,8 +251,8 @@ class Optimizer(States):
             or grad_scale != 1.0
             or not (max_grad_norm is max_norm is skip_nonfinite is zero_grads is ...)
         ):
-            request = self._requested(grad_scale, max_grad_norm, max_norm, skip_nonfinite, zero_grads, keep)
-        listed, flat = (self._reader or self._new_reader()).listed(grads)
+            request = self._requested(grad_scale, keep, max_norm, max_grad_norm, skip_nonfinite, zero_grads)
+        listed, flat = self._reader.listed(grads)
         pattern, alive = self._pattern, listed  # alive: another thread may drop the gradients while they are read
         if pattern is None or not pattern.knows(listed, flat, request.zero_grads):
             pattern, alive = self._pattern_of(listed, flat, request.zero_grads, options)
@@ -267,20 +261,12 @@ class Optimizer(States):
         vars(self)["last_info"] = info  # an attribute's assignment is looked at, which takes 0.3 µs
         return info
 
-    def _requested(
-        self,
-        grad_scale: float | Array,
-        max_grad_norm: float | EllipsisType | None,
-        max_norm: float | EllipsisType | None,
-        skip_nonfinite: bool | EllipsisType,
-        zero_grads: bool | EllipsisType,
-        keep_weights: bool,
-    ) -> Request:
+    def _requested(self, grad_scale: float | Array, keep_weights: bool, *given: Any) -> Request:
         """What a step with these arguments is asked to do; ... stands for what the optimizer does in every step."""
         own, where = self._request, f"{type(self).__name__}.step"
+        max_norm, max_grad_norm, skip, zero = given
         if max_norm is not ... and max_grad_norm is not ...:
             raise TypeError(f"{where}: max_norm is another name of max_grad_norm; pass one of them.")
-        zero = own.zero_grads if zero_grads is ... else boolean(zero_grads, f"{where}: zero_grads")
         multiplier, scale_at = 1.0, 0
         if type(grad_scale) is not float and is_array(grad_scale):
             scale_at = self._device.scalar(grad_scale, f"{where}: grad_scale")
@@ -291,7 +277,8 @@ class Optimizer(States):
             norm = NORM(max_norm, f"{where}: max_norm")
         elif max_grad_norm is not ...:
             norm = NORM(max_grad_norm, f"{where}: max_grad_norm")
-        skip = own.skip_nonfinite if skip_nonfinite is ... else boolean(skip_nonfinite, f"{where}: skip_nonfinite")
+        skip = own.skip_nonfinite if skip is ... else boolean(skip, f"{where}: skip_nonfinite")
+        zero = own.zero_grads if zero is ... else boolean(zero, f"{where}: zero_grads")
         return Request(multiplier, scale_at, norm, skip, zero, keep_weights)
 
     @exclusive
@@ -309,13 +296,6 @@ class Optimizer(States):
             raise RuntimeError(f"{self._name}.upload_options: no step was taken yet with capturable=True.")
         self._plan.upload_options(options)
 
-    def _new_reader(self) -> GradientReader:
-        written = [p for known in self._groups for p in known.written]
-        self._reader = GradientReader(
-            *(self._parameters, written, self._flat_layout, self._memory, self._device, self._name)
-        )
-        return self._reader
-
     def _pattern_of(
         self, listed: list[Any], flat: bool, write: bool, options: list[dict[str, Any]]
     ) -> tuple[Pattern, list[Any]]:
@@ -323,12 +303,11 @@ class Optimizer(States):
         known = self._patterns.find(lambda pattern: pattern.knows(listed, flat, write))
         if known is not None and self._serve(known):
             return known, listed
-        reader = self._reader or self._new_reader()
-        gradients = reader.read(listed, flat, write)
+        gradients = self._reader.read(listed, flat, write)
         pattern = self._patterns.find(lambda pattern: pattern.serves(gradients))
         if pattern is None or not self._serve(pattern):
             self._leave_pattern()
-            pattern = self._patterns.keep(Pattern(gradients, self._make_plan(gradients, options), reader.written))
+            pattern = self._patterns.keep(Pattern(gradients, self._make_plan(gradients, options), self._reader.written))
             self._pattern = pattern
         pattern.aim(gradients, listed, write)
         return pattern, [*listed, *gradients.arrays]

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from .engine.device import Array, Device
+from .engine.device import Array, Device, Layout
 from .engine.options import (
     EMA_OPTIONS,
     USUAL,
@@ -29,19 +29,24 @@ if TYPE_CHECKING:
 
 
 @dataclass(eq=False)
-class GroupSnapshot:
-    """What is known of a param group: its arrays, its options as they were seen and as they are computed with, and the
-    elements of its flat state arrays."""
+class Group:
+    """What is known of a param group: its parameters, the arrays that a step of them writes, and its options.
+
+    Of a flat buffer a step writes its whole data, and only that is looked at again: views are windows on it. As in
+    NumPy, one made read-only does not make its base so, and to look at ten thousand of them takes a sixth of the step.
+    """
 
     index: int
+    device: Device
     arrays: Mapping[str, Array]
-    dtypes: set[str]
-    seen: dict[str, Any]
-    options: dict[str, Any]
     members: list[Parameter]
     written: list[Parameter]
-    total: int
-    foreign: Collection[str]  # keys of the user's own
+    layout: Layout  # in the flat state arrays
+    is_flat: bool
+    dtypes: set[str]
+    seen: dict[str, Any] = field(default_factory=dict)  # the options as they were seen
+    options: dict[str, Any] = field(default_factory=dict)  # and as they are computed with
+    foreign: Collection[str] = ()  # keys of the user's own
 
 
 class Groups(RuleOptimizer):
@@ -63,7 +68,7 @@ class Groups(RuleOptimizer):
         self._known_options = {**self.defaults, **self.ranges}  # those with a default first
         self._normalise(self.defaults, (), 0)
         self.param_groups: list[dict[str, Any]] = []
-        self._groups: list[GroupSnapshot] = []
+        self._groups: list[Group] = []
         self._parameters: list[Parameter] = []
         self._pattern: Pattern | None = None  # the gradients of the last step, and their plan
 
@@ -117,12 +122,13 @@ class Groups(RuleOptimizer):
         raise NotImplementedError
 
     def _allocate(
-        self, known: GroupSnapshot, options: Options, device: Device, saved: Iterable[tuple[str, str]] = ()
+        self, known: Group, options: Options, saved: Iterable[tuple[str, str]] = ()
     ) -> list[tuple[Parameter, str, Array]]:
         """The flat state arrays that members of a group lack, one per state name and compute dtype.
 
         ``saved`` are such pairs, too: states that the rule does not use now, because momentum, say, was switched off.
         """
+        device, total = known.device, known.layout.total
         flats: dict[tuple[str, str], Array] = {}
         lacking = []
         for p in known.members:
@@ -133,7 +139,7 @@ class Groups(RuleOptimizer):
                 if name in p.states:
                     continue
                 if (name, dtype) not in flats:
-                    flats[name, dtype] = device.zeros(known.total, np.dtype(dtype), f"{self._name}: state {name!r}")
+                    flats[name, dtype] = device.zeros(total, np.dtype(dtype), f"{self._name}: state {name!r}")
                 flat = flats[name, dtype]
                 lacking.append((p, name, flat))
                 if start:

@@ -6,6 +6,7 @@ import functools
 import operator
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,23 +15,9 @@ from numpy.typing import NDArray
 from .arrays import FlatBuffer, device_of, named
 from .engine.device import HOST, Array, Device, Layout, addresses, first_hit, first_overlap, is_array
 from .engine.plan import Parameter, Plan, StepCount
+from .groups import Group
 from .kernels.dtypes import ITEMSIZE
 from .watch import Watch
-
-
-class Group(NamedTuple):
-    """The parameters of one param group, the arrays that a step of them writes, and their layout in the state arrays.
-
-    Of a flat buffer a step writes its whole data, and only that is looked at again: views are windows on it. As in
-    NumPy, one made read-only does not make its base so, and to look at ten thousand of them takes a sixth of the step.
-    """
-
-    device: Device
-    arrays: dict[str, Array]
-    members: list[Parameter]
-    written: list[Parameter]
-    layout: Layout
-    is_flat: bool
 
 
 def _records(arrays: Mapping[str, Array], group: int, layout: Layout, addresses: Iterable[int]) -> list[Parameter]:
@@ -73,16 +60,17 @@ def collect(params: Any, index: int, first: int, device: Device | None, where: s
     if device is None:
         device = device_of(next(iter(arrays.values())), places[0])
     arrays = {name: device.parameter(array, place) for (name, array), place in zip(arrays.items(), places, strict=True)}
-    if not isinstance(params, FlatBuffer):
+    is_flat = isinstance(params, FlatBuffer)
+    if is_flat:
+        data, layout, start = params.data, params.layout, device.address(params.data)
+        # An empty view does not know where it lies.
+        members = _records(arrays, index, layout, [start + offset * data.itemsize for offset in layout.offsets])
+        written = _records({"FlatBuffer.data": data}, index, Layout.of({"FlatBuffer.data": data.shape}), [start])
+    else:
         layout = Layout.of({name: a.shape for name, a in arrays.items()})
-        members = _records(arrays, index, layout, map(device.address, arrays.values()))
-        return Group(device, arrays, members, members, layout, False)
-    data, layout, start = params.data, params.layout, device.address(params.data)
-    # An empty view does not know where it lies.
-    starts = [start + offset * data.itemsize for offset in layout.offsets]
-    written = {"FlatBuffer.data": data}
-    whole = _records(written, index, Layout.of({name: a.shape for name, a in written.items()}), [start])
-    return Group(device, arrays, _records(arrays, index, layout, starts), whole, layout, True)
+        members = written = _records(arrays, index, layout, map(device.address, arrays.values()))
+    dtypes = {p.dtype for p in members}
+    return Group(index, device, MappingProxyType(arrays), members, written, layout, is_flat, dtypes)
 
 
 class Memory:
@@ -181,29 +169,20 @@ class GradientReader:
     It also looks at the parameters again, whether they are as they were when they were checked.
 
     Args:
-        parameters: All parameters, in their order.
-        written: What is looked at again in each step: the parameters, or whole flat buffers.
-        layout: Layout that a flat buffer of gradients must have to be walked in one run; None where parameters are
-            not one flat buffer.
+        groups: The param groups.
         memory: Where gradients must not lie.
         device: Where they must live.
         where: Name of the optimizer, for errors.
     """
 
-    def __init__(
-        self,
-        parameters: Sequence[Parameter],
-        written: Sequence[Parameter],
-        layout: Layout | None,
-        memory: Memory,
-        device: Device,
-        where: str,
-    ) -> None:
-        self._written = list(written)
-        self.written = [p.array for p in written]
-        self._names = [p.name for p in parameters]
-        self._parameters = [p.array for p in parameters]
-        self._layout = layout
+    def __init__(self, groups: Sequence[Group], memory: Memory, device: Device, where: str) -> None:
+        self._written = [p for group in groups for p in group.written]
+        self.written = [p.array for p in self._written]
+        self._names = [p.name for group in groups for p in group.members]
+        self._parameters = [p.array for group in groups for p in group.members]
+        # That of a flat buffer of gradients that is walked in one run. Merging across the padding of a flat buffer
+        # writes that padding, which only one group may own.
+        self._layout = groups[0].layout if len(groups) == 1 and groups[0].is_flat else None
         self._memory = memory
         self._device = device
         self._step = f"{where}.step"

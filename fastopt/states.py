@@ -13,7 +13,7 @@ from .engine.device import Array, check_dtype, is_array
 from .engine.exclusive import exclusive, finish, makes_many, swapping
 from .engine.options import EMA_OPTIONS, as_now
 from .engine.plan import MAX_STEP, Parameter, StepCount
-from .groups import Groups, GroupSnapshot
+from .groups import Group, Groups
 from .kernels.dtypes import COMPUTE
 from .kernels.epilogues import EMA, EMA_STEP
 from .kernels.registry import family_states
@@ -132,7 +132,7 @@ class States(Groups):
 
     def _accepted(
         self, state_dict: Mapping[str, Any], where: str
-    ) -> list[tuple[GroupSnapshot, dict[str, Any], list[SavedParameter]]]:
+    ) -> list[tuple[Group, dict[str, Any], list[SavedParameter]]]:
         """Groups with their options and parameters in a state dict, whose arrays are not copied yet.
 
         Refuses one of another version, optimizer or list of parameters, and what cannot be computed with.
@@ -227,7 +227,7 @@ class States(Groups):
         for known, options, parameters in accepted:
             pairs = zip(known.members, parameters, strict=True)
             stored = {(name, COMPUTE[p.dtype]) for p, saved in pairs for name in saved.arrays}
-            states += self._allocate(known, options, self._device, stored)
+            states += self._allocate(known, options, stored)
         reached: dict[tuple[Any, ...], StepCount] = {}
 
         def take_over() -> None:
