@@ -8,14 +8,14 @@ from typing import Any, cast
 
 from .arrays import FlatBuffer
 from .engine.classes import constructor, keywords_of, option_arguments
-from .engine.device import HOST, Array, Device, is_array
+from .engine.device import Array, Device, is_array
 from .engine.exclusive import exclusive, finish, makes_many
 from .engine.host import plan_class
 from .engine.options import EMA_OPTIONS, NORM, SCALE, STEP_OPTIONS, as_now, boolean, own_options, ranges_of
 from .engine.plan import Plan, Plans
 from .engine.step import Request, StepInfo
 from .groups import Group
-from .inputs import GradientReader, Gradients, Memory, Pattern, collect, groups_in
+from .inputs import GradientReader, Gradients, Pattern, collect, groups_in
 from .kernels.rules.rule import SWITCH
 from .states import States
 
@@ -78,6 +78,8 @@ class Optimizer(States):
         AttributeError: An option of the param groups is assigned to the optimizer itself.
     """
 
+    _reader: GradientReader  # of the parameters and states as they are now
+
     def __init__(
         self,
         params: Params,
@@ -89,8 +91,6 @@ class Optimizer(States):
     ) -> None:
         super().__init__(defaults, max_grad_norm=max_grad_norm, skip_nonfinite=skip_nonfinite, zero_grads=zero_grads)
         self._patterns: Plans[Pattern] = Plans()
-        self._memory = Memory(self._name)
-        self._reader = GradientReader((), self._memory, HOST, self._name)
         self._add(groups_in(params, self._name))
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -144,28 +144,23 @@ class Optimizer(States):
             names.update(known.arrays)
             added.append(known)
             shown.append({**group, "params": known.arrays, **options})
-        memory = self._memory.extended(parameters[len(self._parameters) :], (), device)
         plan_class(device)  # refuses where no kernels can be had, before anything is built
-        states: dict[int, Array] = {}
         for known in added:
             for p, name, state in self._allocate(known, known.options):
-                p.states[name] = states[id(state)] = state
-        memory = memory.extended((), states.values(), device)
+                p.states[name] = state
+        reader = GradientReader([*self._groups, *added], device, self._name)  # refuses memory that is shared
 
         def take_in() -> None:
             self._device, self._parameters = device, parameters
             self._groups[first:], self.param_groups[first:] = added, shown
-            self._rebuild(memory)
+            self._rebuild(reader)
 
         finish(take_in)
 
-    def _rebuild(self, memory: Memory | None = None) -> None:
-        if memory is None:
-            states = {id(state): state for p in self._parameters for state in p.states.values()}
-            memory = Memory(self._name).extended(self._parameters, states.values(), self._device)
+    def _rebuild(self, reader: GradientReader | None = None) -> None:
         self._leave_pattern()
-        self._memory, self._patterns = memory, Plans()
-        self._reader = GradientReader(self._groups, memory, self._device, self._name)
+        self._patterns = Plans()
+        self._reader = reader or GradientReader(self._groups, self._device, self._name)
 
     # --- options ---------------------------------------------------------------------------------------------------
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import operator
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
@@ -74,40 +73,28 @@ def collect(params: Any, index: int, first: int, device: Device | None, where: s
 
 
 class Memory:
-    """The memory that a step writes: parameters and states. Gradients must not lie in it."""
+    """The memory that a step writes: parameters and states. Gradients must not lie in it.
 
-    def __init__(self, where: str) -> None:
-        self._where = where
-        self._owners: list[Parameter | None] = []  # None: a state
-        self._starts, self._nbytes = np.zeros(0, np.uint64), np.zeros(0, np.int64)
+    Raises:
+        ValueError: A parameter shares a byte with another, or with a state.
+    """
 
-    def extended(self, parameters: Sequence[Parameter], states: Iterable[Array], device: Device) -> Memory:
-        """The same with further parameters and states; refuses what shares a byte with anything else."""
-        flats, memory = list(states), Memory(self._where)
-        memory._owners = [*self._owners, *parameters, *[None] * len(flats)]
-        starts = np.array([p.address for p in parameters], np.uint64), addresses(flats, device)
-        nbytes = np.array([p.size * ITEMSIZE[p.dtype] for p in parameters], np.int64), _nbytes(flats)
-        memory._starts, memory._nbytes = (
-            np.concatenate([self._starts, *starts]),
-            np.concatenate([self._nbytes, *nbytes]),
-        )
-        clash = first_overlap(memory._starts, memory._nbytes)
+    def __init__(self, parameters: Sequence[Parameter], device: Device, where: str) -> None:
+        states = list({id(state): state for p in parameters for state in p.states.values()}.values())
+        addressed, sizes = [p.address for p in parameters], [p.size * ITEMSIZE[p.dtype] for p in parameters]
+        starts = np.concatenate([np.array(addressed, np.uint64), addresses(states, device)])
+        nbytes = np.concatenate([np.array(sizes, np.int64), _nbytes(states)])
+        clash = first_overlap(starts, nbytes)
         if clash is not None:
-            a, b = sorted((memory._owners[k] for k in clash), key=lambda owner: owner is None)
-            assert a is not None  # states never share memory
-            if b is None:
-                raise ValueError(f"{self._where}: parameter {a.name!r} shares memory with a state of this optimizer.")
-            same = "are the same array" if a.array is b.array else "share memory"
-            raise ValueError(
-                f"{self._where}: parameters {a.name!r} and {b.name!r} {same}; each would be updated twice. Pass one."
-            )
-        return memory
-
-    @functools.cached_property
-    def _sorted(self) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
-        order = np.argsort(self._starts, kind="stable")
-        order = order[self._nbytes[order] > 0]
-        return self._starts[order], self._nbytes[order]
+            a, *others = (parameters[k] for k in clash if k < len(parameters))  # states never share memory
+            if not others:
+                raise ValueError(f"{where}: parameter {a.name!r} shares memory with a state of this optimizer.")
+            same = "are the same array" if a.array is others[0].array else "share memory"
+            names = f"{a.name!r} and {others[0].name!r}"
+            raise ValueError(f"{where}: parameters {names} {same}; each would be updated twice. Pass one.")
+        order = np.argsort(starts, kind="stable")
+        order = order[nbytes[order] > 0]
+        self._sorted = starts[order], nbytes[order]
 
     def hit_by(self, starts: NDArray[np.uint64], nbytes: NDArray[np.int64]) -> int | None:
         """Index of the first given range that shares memory with parameters or states, or None."""
@@ -170,20 +157,20 @@ class GradientReader:
 
     Args:
         groups: The param groups.
-        memory: Where gradients must not lie.
-        device: Where they must live.
+        device: Where gradients must live.
         where: Name of the optimizer, for errors.
     """
 
-    def __init__(self, groups: Sequence[Group], memory: Memory, device: Device, where: str) -> None:
+    def __init__(self, groups: Sequence[Group], device: Device, where: str) -> None:
         self._written = [p for group in groups for p in group.written]
         self.written = [p.array for p in self._written]
-        self._names = [p.name for group in groups for p in group.members]
-        self._parameters = [p.array for group in groups for p in group.members]
+        members = [p for group in groups for p in group.members]
+        self._names = [p.name for p in members]
+        self._parameters = [p.array for p in members]
         # That of a flat buffer of gradients that is walked in one run. Merging across the padding of a flat buffer
         # writes that padding, which only one group may own.
         self._layout = groups[0].layout if len(groups) == 1 and groups[0].is_flat else None
-        self._memory = memory
+        self._memory = Memory(members, device, where)
         self._device = device
         self._step = f"{where}.step"
         self._where = f"{where}.step: grads"
