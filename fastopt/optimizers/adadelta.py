@@ -1,7 +1,5 @@
 """Adadelta."""
 
-from __future__ import annotations
-
 from ..base import Optimizer
 from ..kernels.registry import RULES
 

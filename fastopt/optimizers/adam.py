@@ -1,7 +1,5 @@
 """Adam, AdamW and their AMSGrad variants."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from ..base import Optimizer

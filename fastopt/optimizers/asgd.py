@@ -1,7 +1,5 @@
 """Averaged SGD."""
 
-from __future__ import annotations
-
 from ..base import Optimizer
 from ..kernels.registry import RULES
 

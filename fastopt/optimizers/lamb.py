@@ -1,7 +1,5 @@
 """LAMB: layer-wise adaptive moments."""
 
-from __future__ import annotations
-
 from ..base import Optimizer
 from ..kernels.registry import RULES
 

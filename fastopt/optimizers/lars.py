@@ -1,7 +1,5 @@
 """LARS: layer-wise adaptive rate scaling."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from ..base import Optimizer

@@ -1,7 +1,5 @@
 """Stochastic gradient descent."""
 
-from __future__ import annotations
-
 from ..base import Optimizer
 from ..kernels.registry import RULES
 

@@ -1,7 +1,5 @@
 """Adadelta (Zeiler 2012, arXiv:1212.5701)."""
 
-from __future__ import annotations
-
 import math
 from typing import Any, NamedTuple
 

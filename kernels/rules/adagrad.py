@@ -1,7 +1,5 @@
 """AdaGrad (Duchi, Hazan and Singer 2011, JMLR 12)."""
 
-from __future__ import annotations
-
 import math
 from typing import Any, NamedTuple
 

@@ -1,7 +1,5 @@
 """Adamax: Adam with the infinity norm (Kingma and Ba 2015, arXiv:1412.6980, Algorithm 2)."""
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 from .rule import BETAS, Option, Options, Rule

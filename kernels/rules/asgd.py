@@ -1,7 +1,5 @@
 """Averaged stochastic gradient descent (Polyak and Juditsky 1992)."""
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 from .rule import NONNEGATIVE, Option, Options, Rule

@@ -1,7 +1,5 @@
 """LAMB: Adam's direction, scaled layer by layer (You et al. 2020, arXiv:1904.00962, Algorithm 2)."""
 
-from __future__ import annotations
-
 import math
 from typing import Any, NamedTuple
 

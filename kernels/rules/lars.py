@@ -1,7 +1,5 @@
 """LARS: layer-wise adaptive rate scaling (You, Gitman and Ginsburg 2017, arXiv:1708.03888), in MLPerf's form."""
 
-from __future__ import annotations
-
 import math
 from typing import Any, NamedTuple
 

@@ -1,7 +1,5 @@
 """NAdam: Adam with Nesterov momentum (Dozat 2016, ICLR workshop)."""
 
-from __future__ import annotations
-
 import math
 from typing import Any, NamedTuple
 

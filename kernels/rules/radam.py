@@ -1,7 +1,5 @@
 """RAdam: Adam with a rectified learning rate (Liu et al. 2020, arXiv:1908.03265)."""
 
-from __future__ import annotations
-
 import math
 from typing import Any, NamedTuple
 

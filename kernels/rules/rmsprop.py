@@ -1,7 +1,5 @@
 """RMSprop (Hinton, lecture 6e, 2012), with momentum, and centered (Graves 2013, arXiv:1308.0850)."""
 
-from __future__ import annotations
-
 import math
 from typing import Any, NamedTuple
 

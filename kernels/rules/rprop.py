@@ -1,8 +1,6 @@
 """Rprop: resilient backpropagation, the variant without weight backtracking (Riedmiller and Braun 1993; iRprop- of
 Igel and Husken 2000)."""
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 from .rule import POSITIVE, Option, Options, Rule

@@ -1,7 +1,5 @@
 """Stochastic gradient descent: plain, with momentum (Polyak 1964), with Nesterov's momentum (Sutskever et al. 2013)."""
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 from .rule import SWITCH, UP_TO_ONE, Option, Options, Rule
