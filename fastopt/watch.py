@@ -57,20 +57,6 @@ def _look(arrays: Iterable[Any]) -> list[Any]:
     return [(a.ctypes.data, a.dtype, a.shape, a.flags.num) if isinstance(a, numpy) else type(a) for a in arrays]
 
 
-class _Fields(ctypes.Structure):
-    """What an array has behind Python's own: the same bytes as ``fields`` in kernels/cpu/arrays.c."""
-
-    _fields_ = [
-        ("data", ctypes.c_void_p),
-        ("nd", ctypes.c_int),
-        ("shape", ctypes.POINTER(ctypes.c_ssize_t)),
-        ("strides", ctypes.c_void_p),
-        ("base", ctypes.c_void_p),
-        ("dtype", ctypes.c_void_p),
-        ("flags", ctypes.c_int),
-    ]
-
-
 GET_ITEM = ctypes.cast(ctypes.pythonapi.PyList_GetItem, ctypes.c_void_p).value
 
 
@@ -82,9 +68,12 @@ def _library() -> Any:
 
 def _is_laid_out(array: Array) -> bool:
     """Whether an array has its fields where arrays.c looks for them."""
-    if np.ndarray.__basicsize__ < HEAD + ctypes.sizeof(_Fields):
+    fields, start = structure("array"), id(array) + HEAD
+    if np.ndarray.__basicsize__ < HEAD + fields.itemsize:
         return False
-    kind = ctypes.c_void_p.from_address(id(array) + HEAD - ctypes.sizeof(ctypes.c_void_p)).value
-    at = _Fields.from_address(id(array) + HEAD)
-    expected = id(np.ndarray), array.ctypes.data, array.ndim, id(array.dtype), array.flags.num
-    return (kind, at.data, at.nd, at.dtype, at.flags) == expected and tuple(at.shape[: array.ndim]) == array.shape
+    kind = ctypes.c_void_p.from_address(start - ctypes.sizeof(ctypes.c_void_p)).value
+    at = np.frombuffer(ctypes.string_at(start, fields.itemsize), fields)[0]
+    expected = array.ctypes.data, array.ndim, id(array.dtype), array.flags.num
+    if kind != id(np.ndarray) or (at["data"], at["nd"], at["dtype"], at["flags"]) != expected:
+        return False
+    return tuple((ctypes.c_ssize_t * array.ndim).from_address(int(at["shape"]))) == array.shape

@@ -16,15 +16,9 @@ ITEMSIZE = {"float32": 4, "float64": 8, "float16": 2, "bfloat16": 2}
 COPIES = ("float16", "bfloat16")
 """Storage dtypes that a step may round float32 parameters to, in the pass that writes them."""
 
-PAIRS = (
-    ("float32", "float32"),
-    ("float64", "float64"),
-    ("float16", "float16"),
-    ("bfloat16", "bfloat16"),
-    ("float32", "float16"),
-    ("float32", "bfloat16"),
-)
-"""(parameter, gradient) storage for which kernels are compiled ahead of time; these are the pairs that make sense."""
+PAIRS = (*((dtype, dtype) for dtype in COMPUTE), *(("float32", dtype) for dtype in COPIES))
+"""(parameter, gradient) storage for which kernels are compiled ahead of time: equal ones, and gradients of 16 bits for
+float32 parameters, which may have such copies."""
 
 
 def symbol(kind: str, *of: Any) -> str:

@@ -48,20 +48,6 @@ NAMES = (
 )
 """What a library must have been built with, beside the structures."""
 
-SIGNATURES = {
-    # Of Python, and of torch's stable C interface, where a tensor is the address of an at::Tensor.
-    "list_item": "void *(*{})(void *list, intptr_t i)",
-    "tensor_address": "int32_t (*{})(void *tensor, void **data)",
-    "tensor_number": "int32_t (*{})(void *tensor, int64_t *number)",
-    "tensor_numbers": "int32_t (*{})(void *tensor, int64_t **numbers)",
-    "tensor_code": "int32_t (*{})(void *tensor, int32_t *code)",
-    "tensor_answer": "int32_t (*{})(void *tensor, bool *answer)",
-    "tensor_end": "int32_t (*{})(void *tensor)",
-    "tensor_grad": "void *(*{})(const void *impl)",
-    "tensor_written": "void (*{})(const void *tensor)",
-}
-"""Functions that C is given."""
-
 STRUCTURES: dict[str, dict[str, str | tuple[str, int]]] = {
     # What an update kernel is called with, beside its own numbers. For an epilogue the parameter is the gradient.
     "epilogue": {"update": "void *", "scalars": "const double *", "arrays": ("void *", 2)},
@@ -97,11 +83,20 @@ STRUCTURES: dict[str, dict[str, str | tuple[str, int]]] = {
         "unit": ("double", 2),  # the numbers that epilogues have in the place of "own"
         "lanes": ("double", LANES),
     },
-    # NumPy arrays that are looked at again: arrays.c.
+    # What a NumPy array has behind Python's own fields, and arrays that are looked at again: arrays.c.
+    "array": {
+        "data": "const void *",
+        "nd": "int32_t",
+        "shape": "const intptr_t *",
+        "strides": "const void *",
+        "base": "const void *",
+        "dtype": "const void *",
+        "flags": "int32_t",  # writable, contiguous, aligned
+    },
     # Where the shape was last is fetched early, and never followed.
     "watched": {"object": "const char *", "type": "const void *", "shape": "const void *"},
     "watch": {
-        "get_item": "list_item",  # PyList_GetItem
+        "get_item": "void *(*{})(void *list, intptr_t i)",  # PyList_GetItem
         "listed": "const void *const *",  # what the list must hold
         "arrays": "watched *",
         "listed_count": "int64_t",
@@ -109,21 +104,22 @@ STRUCTURES: dict[str, dict[str, str | tuple[str, int]]] = {
         "head": "int64_t",  # bytes of Python's own fields; the type is the last of them
         "seen": "uint64_t",
     },
-    # What tensors are asked through; fastopt/torch/_interface.py finds it.
+    # What tensors are asked through, of torch's stable C interface, where a tensor is the address of an at::Tensor;
+    # fastopt/torch/_interface.py finds it.
     "torch_functions": {
-        "get_data_ptr": "tensor_address",
-        "get_dim": "tensor_number",
-        "get_sizes": "tensor_numbers",
-        "get_strides": "tensor_numbers",
-        "get_dtype": "tensor_code",
-        "get_layout": "tensor_code",
-        "get_device_type": "tensor_code",
-        "get_device_index": "tensor_code",
-        "is_defined": "tensor_answer",
-        "new_tensor_handle": "tensor_address",
-        "delete_tensor_object": "tensor_end",
-        "grad": "tensor_grad",  # c10::TensorImpl::grad, which returns the address of an at::Tensor
-        "bump_version": "tensor_written",  # of torch::autograd::impl; it throws for inference tensors
+        "get_data_ptr": "int32_t (*{})(void *tensor, void **data)",
+        "get_dim": "int32_t (*{})(void *tensor, int64_t *number)",
+        "get_sizes": "int32_t (*{})(void *tensor, int64_t **numbers)",
+        "get_strides": "int32_t (*{})(void *tensor, int64_t **numbers)",
+        "get_dtype": "int32_t (*{})(void *tensor, int32_t *code)",
+        "get_layout": "int32_t (*{})(void *tensor, int32_t *code)",
+        "get_device_type": "int32_t (*{})(void *tensor, int32_t *code)",
+        "get_device_index": "int32_t (*{})(void *tensor, int32_t *code)",
+        "is_defined": "int32_t (*{})(void *tensor, bool *answer)",
+        "new_tensor_handle": "int32_t (*{})(void *tensor, void **data)",
+        "delete_tensor_object": "int32_t (*{})(void *tensor)",
+        "grad": "void *(*{})(const void *impl)",  # c10::TensorImpl::grad, which returns the address of an at::Tensor
+        "bump_version": "void (*{})(const void *tensor)",  # of torch::autograd::impl; it throws for inference tensors
         "device_type": "int64_t",  # where all must be; the CPU has no index
         "device_index": "int64_t",
         "impl_at": "int64_t",  # where a Python object of class Tensor has the address of its TensorImpl
@@ -151,7 +147,7 @@ STRUCTURES: dict[str, dict[str, str | tuple[str, int]]] = {
     # Runs of memory that a step writes, sorted and apart: where each begins, and the byte after its last.
     "runs": {"begin": "const uintptr_t *", "end": "const uintptr_t *", "count": "int64_t"},
 }
-"""Fields and their C types, with a number of elements where there are several."""
+"""Fields and their C types, with a number of elements where there are several, or a place for a function's name."""
 
 _NUMBERS: dict[str, Any] = {"int64_t": np.int64, "uint64_t": np.uint64, "int32_t": np.int32, "double": np.float64}
 
@@ -175,14 +171,19 @@ def places(name: str) -> tuple[int, ...]:
     return tuple(at[1] // WORD for at in (structure(name).fields or {}).values())
 
 
+def _declaration(field: str, kind: str | tuple[str, int]) -> str:
+    """A field in C."""
+    if isinstance(kind, tuple):
+        return f"{kind[0]} {field}[{kind[1]}];"
+    return f"{kind.format(field)};" if "{}" in kind else f"{kind} {field};"
+
+
 def header() -> str:
     """All of this in C."""
     lines = ["/* Written by kernels/layout.py. */", "#include <stdbool.h>", "#include <stdint.h>"]
-    lines += [f"typedef {signature.format(name)};" for name, signature in SIGNATURES.items()]
     lines += [f"enum {{ {', '.join(f'{name} = {globals()[name]}' for name in NAMES)} }};"]
     for name, fields in STRUCTURES.items():
-        members = (f"{k} {f};" if isinstance(k, str) else f"{k[0]} {f}[{k[1]}];" for f, k in fields.items())
-        lines += ["typedef struct {", *members, f"}} {name};"]
+        lines += ["typedef struct {", *(_declaration(*field) for field in fields.items()), f"}} {name};"]
     text = "\n".join(lines) + "\n"
     return f"{text}enum {{ FASTOPT_LAYOUT = {zlib.crc32(text.encode()) >> 1} }};\n"
 

@@ -6,14 +6,6 @@
  */
 #include "layout.h"
 
-typedef struct { /* what follows Python's own fields */
-    void *data;
-    int nd;
-    intptr_t *shape, *strides;
-    void *base, *dtype;
-    int flags; /* writable, contiguous, aligned */
-} fields;
-
 /* Each step is one-to-one, so that a change of one field of one array always shows. */
 static uint64_t mix(uint64_t hash, uint64_t x) {
     hash = (hash ^ x) * 0x9E3779B97F4A7C15u;
@@ -26,13 +18,13 @@ uint64_t fastopt_look(const watch *w) {
     uint64_t hash = 0;
     for (int64_t i = 0; i < w->count; i++) {
         if (i + AHEAD < w->count) {
-            const fields *later = (const fields *)(w->arrays[i + AHEAD].object + w->head);
+            const array *later = (const array *)(w->arrays[i + AHEAD].object + w->head);
             __builtin_prefetch(later);
             __builtin_prefetch(&later->flags);
             __builtin_prefetch(w->arrays[i + AHEAD].shape);
         }
         const char *object = w->arrays[i].object;
-        const fields *a = (const fields *)(object + w->head);
+        const array *a = (const array *)(object + w->head);
         if (((const void **)a)[-1] != w->arrays[i].type) return ~w->seen; /* another object in its place */
         uint64_t one = mix((uintptr_t)a->data, (uintptr_t)a->dtype); /* apart from hash: arrays need not wait for another */
         one = mix(one, (uint64_t)(unsigned)a->flags << 32 | (unsigned)a->nd);
