@@ -1,7 +1,7 @@
 """Steps of DTensors (FSDP2, HSDP, tensor parallel) against those of whole tensors on one process.
 
-Replicas and plain tensors among parts count once, with any mesh, in one norm. Not tested: parts on the CPU with a mesh of
-GPUs, whose sums need a GPU; tied weights, which ``parameters()`` yields once.
+Replicas and plain tensors among parts count once, with any mesh, in one norm. Not tested: parts on the CPU with a mesh
+of GPUs, whose sums need a GPU; tied weights, which ``parameters()`` yields once.
 """
 
 import pytest
