@@ -34,6 +34,7 @@ from .step import Request, StepInfo
 from .table import Table, add_up
 
 _STEPPED = StepInfo()
+NO_SUMS: NDArray[np.float64] = np.empty((0, 0))
 NAMES = ("update", "squares", "ratio", "terms", "scalars")
 
 
@@ -93,29 +94,44 @@ class HostPlan(Plan):
         if not request.needs_norm:
             self._launch(request, request.multiplier, options)
             return _STEPPED
-        norm = self.norm() * request.multiplier
+        sums = None
+        if self.combine_ratios is None or (self.ratios_wait and request.clips):
+            norm = self.norm() * request.multiplier
+        else:
+            self._prepare(request, request.multiplier, options)
+            squares, sums = self._squares(ratios=True)
+            norm = math.sqrt(squares) * request.multiplier
         if request.skip_nonfinite and not math.isfinite(norm):
             if request.zero_grads:
                 self._zero_gradients()
             return StepInfo(True, norm)
-        self._launch(request, request.clipped(norm), options)
+        self._launch(request, request.clipped(norm), options, sums)
         return StepInfo(False, norm)
 
     def norm(self) -> float:
+        return math.sqrt(self._squares(ratios=False)[0])
+
+    def _squares(self, *, ratios: bool) -> tuple[float, NDArray[np.float64]]:
+        """The squares of all gradients; with the sums that ratios need, over all processes, if they are asked for."""
         table: Table = self._table(norms=True)
         self.backend.run(table.record_at, NORM, GRADIENT, _threads(table))
-        total = float(table.total)
-        if self.combine is not None:
-            squares = table.segments["sums"][:, [GRADIENT]]  # a copy: LARS combines them later
-            self.combine(squares, table.partials[:, [GRADIENT]])
-            total = float(add_up(squares, np.array([len(squares)]))[0, 0])
-        return math.sqrt(total)
+        if self.combine is None:
+            return float(table.total), NO_SUMS
+        squares, partials = table.segments["sums"][:, [GRADIENT]], table.partials[:, [GRADIENT]]  # copies
+        if ratios:
+            self.backend.run(table.record_at, SUM, KNOW_G, _threads(table))
+            squares = np.hstack([squares, table.segments["sums"]])
+            partials = np.hstack([partials, table.partials])
+        rows = self.combine(squares, partials)
+        rows = squares if rows is None else rows
+        return float(add_up(rows[:, :1], np.array([len(rows)]))[0, 0]), squares[:, 1:]
 
     def _zero_gradients(self) -> None:
         for p, dtype, start in zip(self.parameters, self.dtypes, self._gradients.tolist(), strict=True):
             ctypes.memset(start, 0, p.size * dtype.itemsize)
 
-    def _launch(self, request: Request, multiplier: float, options: Sequence[Options]) -> None:
+    def _prepare(self, request: Request, multiplier: float, options: Sequence[Options]) -> Table:
+        """The table with all that kernels are given."""
         for scalar_group in self.scalar_groups:
             scalar_group.prepare(options[scalar_group.group])
         table: Table = self._table(norms=self.flat and not self._merges(multiplier, options))
@@ -124,6 +140,17 @@ class HostPlan(Plan):
             table.own[:, MULTIPLIER] = table.signs * multiplier
             table.segments["zeroed"] = table.itemsizes * request.zero_grads
             table.launched_with = multiplier, request.zero_grads
+        return table
+
+    def _launch(
+        self,
+        request: Request,
+        multiplier: float,
+        options: Sequence[Options],
+        sums: NDArray[np.float64] | None = None,
+    ) -> None:
+        """Update; with the sums that ratios need over all processes, if they are known."""
+        table = self._prepare(request, multiplier, options)
         known = KNOW_G * request.needs_norm + KNOW_W * (request.keep_weights and self._know_weights)
         self._know_weights = False
         if self._has_ratio and self.combine_ratios is None:
@@ -131,9 +158,12 @@ class HostPlan(Plan):
             self._know_weights = request.keep_weights
             return
         if self.combine_ratios is not None:  # also where no parameter with a ratio has a gradient: others wait
-            self.backend.run(table.record_at, SUM, known, _threads(table))
+            if sums is None:
+                self.backend.run(table.record_at, SUM, known, _threads(table))
+                sums = table.segments["sums"].copy()
+                self.combine_ratios(sums, table.partials)
             own = table.segments["sums"].copy()
-            self.combine_ratios(table.segments["sums"], table.partials)
+            table.segments["sums"] = sums
             self.backend.run(table.record_at, DECIDE, 0, 1)
             table.segments["sums"] = own  # of parts without elements nobody writes the sums again
         if self.stages is None:

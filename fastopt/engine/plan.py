@@ -23,7 +23,7 @@ from .step import Request, StepInfo
 from .table import ROW, Counts, Stages
 
 MAX_STEP = 2**53  # so far float64 counts
-Combine = Callable[[NDArray[np.float64], NDArray[np.float64]], None]
+Combine = Callable[[NDArray[np.float64], NDArray[np.float64]], NDArray[np.float64] | None]
 
 
 class StepCount:
@@ -184,16 +184,16 @@ class Plan(ABC):
         device: Where all of it lives.
     """
 
-    kept = 8
-    """How many plans an optimizer keeps, so that patterns of gradients may alternate."""
+    kept = 8  # how many plans an optimizer keeps, so that patterns of gradients may alternate
 
     combine: Combine | None = None
     """Changes sums over parameters, one row each, before a norm is formed of them: adds those of other processes,
-    perhaps by those of chunks, which it is given, too."""
+    perhaps by those of chunks, which it is given, too. Returns the rows of all that have a gradient on any process."""
 
     combine_ratios: Combine | None = None
     """The same before ratios are formed. Then all sums are taken before the first update, else wave after wave."""
 
+    ratios_wait = True  # whether their sums depend on clipping; else they are combined with those of the norm
     stages: Stages | None = None
 
     result: Any = None

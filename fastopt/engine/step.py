@@ -22,6 +22,11 @@ class Request:
     def __post_init__(self) -> None:
         object.__setattr__(self, "needs_norm", self.max_grad_norm is not None or self.skip_nonfinite)
 
+    @property
+    def clips(self) -> bool:
+        """Whether the multiplier of the gradients depends on their norm."""
+        return self.max_grad_norm is not None and self.max_grad_norm != math.inf
+
     def clipped(self, norm: float) -> float:
         """The multiplier of the gradients, whose norm after unscaling is this."""
         if self.max_grad_norm is None or self.max_grad_norm == math.inf:

@@ -115,11 +115,11 @@ class Parameters:
         params = self.params
         return [params[i] if is_usual(params[i]) else parameter_memory(params[i], self.name(i)) for i in present]
 
-    def adapts(self, i: int, options: Sequence[Options]) -> bool:
-        """Whether a parameter takes a ratio, with or without gradient."""
-        group = self._groups[i]
-        chosen = choice(self.kind.rules[group], options[group], self.params[i].dim())
-        return chosen.adapts and chosen.rule.ratio is not None
+    def adapted(self, options: Sequence[Options]) -> dict[int, Rule]:
+        """The rules of the parameters that take a ratio, with or without gradient."""
+        dims = enumerate(zip(self._groups, (p.dim() for p in self.params), strict=True))
+        chosen = ((i, choice(self.kind.rules[group], options[group], dim)) for i, (group, dim) in dims)
+        return {i: c.rule for i, c in chosen if c.adapts and c.rule.ratio is not None}
 
     # --- gradients -----------------------------------------------------------------------------------------------
 

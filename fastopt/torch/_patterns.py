@@ -215,8 +215,9 @@ class Pattern:
         memory = parameters.device
         self.plan = make(records, stored, [r.beginning.choice for r in records], flat, signs, memory)
         if parameters.shards:
-            ratios = any(parameters.adapts(i, options) for i in parameters.shards.members)
-            parameters.shards.join(self.plan, present, ratios)
+            adapted = parameters.adapted(options)
+            parameters.shards.join(self.plan, present, not adapted.keys().isdisjoint(parameters.shards.members))
+            self.plan.ratios_wait = any(rule.sources for rule in adapted.values())
         self.sync = StateSync(records, parameters.kind.counts)
         self._served = 0  # steps that the plan has taken without a probe
         self.probe: Probe | None = None
@@ -268,7 +269,7 @@ class Pattern:
 
     def is_stale(self) -> bool:
         """Whether some parameter or state is not where it was, or says something else."""
-        own = self.stepped if self._plain else [real(local(p.detach(), self._where)) for p in self.stepped]
+        own = self.stepped if self._plain else [real(local(p, self._where).detach()) for p in self.stepped]
         return (
             [p.data_ptr() for p in own] != [r.pointer for r in self._records]
             or [layout_of(p) for p in own] != [r.slot.layout for r in self._records]

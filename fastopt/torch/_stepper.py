@@ -51,6 +51,11 @@ class Stepper:
         self.is_replayable = False  # whether steps may be taken by a CUDA graph
 
     @property
+    def shards(self) -> Any:
+        """Which of the parameters are spread over processes; false where none is."""
+        return self._parameters.shards
+
+    @property
     def serving(self) -> Pattern:
         """The pattern of the step that was prepared."""
         assert self._pattern is not None
@@ -253,7 +258,8 @@ class Steppers:
         finally:
             for stepper in self.each:
                 stepper.release()
-        self.have_stepped = self.have_stepped or not request.skip_nonfinite
+        known = not request.skip_nonfinite or not (any(s.device.on_gpu for s in self.each) or info.skipped)
+        self.have_stepped = self.have_stepped or known
         return info
 
     def _check_capture(self, options: Sequence[Options]) -> None:
@@ -266,7 +272,7 @@ class Steppers:
             raise ValueError("fastopt.torch: capturable=True must be set for all param groups or for none.")
 
     def _take(self, request: Request, options: Sequence[Options]) -> StepInfo:
-        active = [stepper for stepper in self.each if stepper.serving.present]
+        active = [s for s in self.each if s.serving.present or s.shards]  # other processes wait for sums of shards
         norm = None
         if request.needs_norm:
             norm = math.hypot(*(stepper.serving.plan.norm() for stepper in active)) * request.multiplier

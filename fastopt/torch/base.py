@@ -22,9 +22,10 @@ from ._groups import GroupOptions
 from ._options import plain, without_numpy
 from ._parameters import Kind
 from ._scale import request_for, unscale
-from ._shards import why_not_combined
+from ._shards import Shards, why_not_combined
 from ._state import State
 from ._stepper import Steppers
+from ._tensors import local
 
 
 class TensorOptimizer(Averages, Checkpoints):
@@ -186,7 +187,7 @@ class TensorOptimizer(Averages, Checkpoints):
         options = self._current_options()
         steppers = self._steppers()
         may_ask = scale is None and found is None and not steppers.have_stepped
-        if may_ask and self._asks_for_states(options) and not len(self.state):
+        if may_ask and self._asks_for_states(options, steppers):
             lr = self.defaults["lr"]  # states may begin with it
             groups = zip(options, self.param_groups, strict=True)
             begin = [{**o, "lr": plain(g.get("initial_lr", lr), "lr")} for o, g in groups]
@@ -278,17 +279,22 @@ class TensorOptimizer(Averages, Checkpoints):
             stepper.make_states(options)
         self.state.watch.drop()  # the first step begins from these states, with the options of then
 
-    def _asks_for_states(self, options: list[dict[str, Any]]) -> bool:
+    def _asks_for_states(self, options: list[dict[str, Any]], steppers: Steppers) -> bool:
         """Whether this step is one of torch.distributed.checkpoint's helpers, which wants states and nothing else.
 
-        They set every lr to 0 and all gradients to zero. No state exists, as the caller knows.
+        They set every lr to 0 and all gradients to zero, while there is no state. A process may hold nothing but zeros
+        of gradients, in a schedule that begins with lr 0: so those that share parameters come to one answer.
         """
-        if any(group.get("lr", True) for group in options):
+        if any(group.get("lr", True) for group in options) or len(self.state):
             return False
-        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        if not grads or any(g.layout is not torch.strided or _devices.device_of(g).capturing() for g in grads):
+        grads = [p.grad for p in self._parameters() if p.grad is not None]
+        if any(_devices.device_of(g).capturing() for g in grads):
             return False
-        return not any(bool(g.any()) for g in grads)
+        some, nonzero = bool(grads), any(g.layout is not torch.strided or bool(local(g, "").any()) for g in grads)
+        for stepper in steppers.each:
+            if isinstance(stepper.shards, Shards):
+                some, nonzero = stepper.shards.anywhere(some, nonzero)
+        return some and not nonzero
 
     @_disable_dynamo
     @exclusive
