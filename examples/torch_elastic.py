@@ -3,6 +3,8 @@
 torchrun --standalone --nproc-per-node 2 examples/torch_elastic.py checkpoints --until 50
 torchrun --standalone --nproc-per-node 1 examples/torch_elastic.py checkpoints --until 80
 
+With --max-restarts 3 torchrun itself starts all processes again when one dies.
+
 Each process saves its pieces of the optimizer's states, and torch.distributed.checkpoint gives every process of the
 next run its own. A batch has the same rows however many processes share it: the loss goes on as if nothing had been.
 """

@@ -92,7 +92,7 @@ def test_torchrun_trains_the_transformer_with_lamb(tmp_path):
     )
     example = SEVERAL["torch_text_lamb"]
     command = re.search(r"^torchrun (.+) \S+$", example.read_text(), re.MULTILINE)[1].split()
-    done = program("-m", "torch.distributed.run", *command, tmp_path / "start.py", example)
+    done = program("-m", "torch.distributed.run", *command, tmp_path / "start.py", example, timeout=300.0)
     assert done.returncode == 0, done.stderr
     losses = [float(x) for x in re.findall(r"([\d.]+) nats", done.stdout)]
     assert losses[0] > 5.5  # log 256 is 5.55
