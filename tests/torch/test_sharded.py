@@ -119,7 +119,7 @@ def test_non_finite_gradients_anywhere_skip_everywhere():
 
 
 def test_what_is_torchs_works():
-    """Param groups, schedulers, closures, hooks, both scalers, zeroing, averages."""
+    """Param groups (T31), schedulers, closures, hooks, both scalers, zeroing, averages."""
     body = """
     def run(rank, world):
         for scaler_class in (None, torch.amp.GradScaler, front.GradScaler):
@@ -201,19 +201,20 @@ def test_gradients_may_lie_otherwise_and_parameters_be_frozen_or_unfrozen():
                 params[0].grad = torch.randn(200, 300, generator=torch.Generator().manual_seed(t)).bfloat16()
                 second = torch.randn(80, 90, generator=torch.Generator().manual_seed(t)).t()
                 params[2].grad = second if hasattr(params[2], "grad_dtype") else second.bfloat16()
+                if t == 1:
+                    params[1].grad = torch.ones_like(params[1])  # torch steps it though it is frozen
                 if t == 2:
                     params[3].requires_grad_(True)
                     params[3].grad = torch.ones_like(params[3])
                 o.step()
             for p, q in zip(own, one):
                 same(p, q)
-            assert (own[3] in both[0][0].state) == (t == 2) and own[1] not in both[0][0].state
+            assert [own[i] in both[0][0].state for i in (1, 3)] == [t >= 1, t == 2]
         same_states(both[0][0], both[1][0], rank)
         for o, params in both:  # frozen, but with a gradient, so that they decay
             for i in (0, 2, 3):
                 params[i].requires_grad_(False)
             o.zero_grad(set_to_none=False)
-            params[1].grad = torch.ones_like(params[1])
             o.step()
         with both[0][0].swap_ema(), both[1][0].swap_ema():
             for p, q in zip(own, one):
@@ -280,6 +281,7 @@ def test_parameters_are_views_of_buckets_and_still_what_they_were():
 
 
 def test_parameters_that_others_write_are_followed():
+    """Masters never bring back what they were rounded to before (T36)."""
     body = """
     def run(rank, world):
         for dtype, extra in ((torch.float32, {}), (torch.bfloat16, dict(master_weights=True))):

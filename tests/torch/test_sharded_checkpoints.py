@@ -1,4 +1,7 @@
-"""ShardedOptimizer: checkpoints that go to any number of processes, and those that are refused."""
+"""ShardedOptimizer: checkpoints that go to any number of processes, and those that are refused.
+
+T40 and T41 (codes with scales, remainders in the place of masters) speak of storage that no optimizer here has.
+"""
 
 from pathlib import Path
 

@@ -189,7 +189,8 @@ class ShardedOptimizer(Checkpoints):
 
         Raises:
             TypeError, ValueError, RuntimeError: As the class; also for options and gradients that are found to differ
-                between processes, which is seen where sums are needed. Nothing was written.
+                between processes, which is seen where sums are needed. Nothing was written. RuntimeError of torch, where
+                another process dies or does not come, and from then on, as after an interrupt in the middle of a step.
             NotImplementedError: What needs sums over processes, of parameters on a GPU.
         """
         loss = None
