@@ -7,7 +7,7 @@ pytest.importorskip("torch")
 
 
 def test_gradients_are_reduced_while_backward_goes_on():
-    """As DDP and the class would step, also with accumulation (T25) in and without no_sync, and where some are unused."""
+    """As DDP and the class would step, with accumulation (T25) in and without no_sync and with unused parameters."""
     body = """
     def run(rank, world):
         for mode in ("plain", "no_sync", "twice", "all in no_sync", "unused"):

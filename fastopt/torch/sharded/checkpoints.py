@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -49,6 +49,16 @@ class Checkpoints(torch.optim.Optimizer):
         for group, inner in zip(self.param_groups, self._inner.param_groups, strict=True):
             inner.update((name, value) for name, value in group.items() if name not in ("params", "param_names"))
         return self._inner
+
+    def _agree(self, facts: Callable[[], Facts], what: str) -> None:
+        """Refuse on all processes what one of them refuses. An interrupt leaves messages that nobody takes."""
+        self._is_broken = True
+        try:
+            agree(facts, self._group, f"{self._where}.{what}")
+        except Exception:
+            self._is_broken = False
+            raise
+        self._is_broken = False
 
     @exclusive
     @makes_many
@@ -116,7 +126,7 @@ class Checkpoints(torch.optim.Optimizer):
                 facts.append((f"state of parameter {i}", sorted(numbers.items())))
             return facts
 
-        agree(own, self._group, f"{self._where}.load_state_dict")
+        self._agree(own, "load_state_dict")
         inner.load_state_dict(loaded)
         inner.init_state()  # of parameters of which nothing was loaded: keys stay the same on all processes
         for group, inner in zip(self.param_groups, self._inner.param_groups, strict=True):
@@ -186,7 +196,7 @@ class Checkpoints(torch.optim.Optimizer):
             RuntimeError: Another thread uses this optimizer, or it is inside ``swap_ema``.
         """
         saved = self._told().full_state_dict()
-        me = self._group.rank()
+        me, self._is_broken = self._group.rank(), True
         for i, name in [(i, name) for i, state in sorted(saved["state"].items()) for name in sorted(state)]:
             if name not in self._inner.names.states:
                 continue
@@ -205,6 +215,7 @@ class Checkpoints(torch.optim.Optimizer):
                 elif hi:
                     dist.recv(flat[lo:hi], group=self._group, group_src=process)
             saved["state"][i][name] = whole
+        self._is_broken = False
         if me != rank:
             return {}
         saved["param_groups"] = self._named(saved["param_groups"])

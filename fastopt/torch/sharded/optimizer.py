@@ -166,13 +166,15 @@ class ShardedOptimizer(Checkpoints):
             return self._facts([group])
 
         try:
-            agree(facts, self._group, self._where)
+            self._agree(facts, "add_param_group")
         except BaseException:
             self.param_groups.pop()
             raise
+        self._is_broken = True
         placed = self._place(group)
         self._inner.add_param_group(self._inner_group(group, [m.piece for m in placed]))
         self._begin()
+        self._is_broken = False
         if self._reducer is not None:
             self._reducer.add(placed)
 
@@ -189,8 +191,8 @@ class ShardedOptimizer(Checkpoints):
 
         Raises:
             TypeError, ValueError, RuntimeError: As the class; also for options and gradients that are found to differ
-                between processes, which is seen where sums are needed. Nothing was written. RuntimeError of torch, where
-                another process dies or does not come, and from then on, as after an interrupt in the middle of a step.
+                between processes, which is seen where sums are needed. Nothing was written.
+            RuntimeError: Another process died or did not come (torch's error), or a step broke off in the middle.
             NotImplementedError: What needs sums over processes, of parameters on a GPU.
         """
         loss = None
