@@ -1,4 +1,4 @@
-"""The examples of README.md and the user guide run, and print what stands beside them."""
+"""The examples of README.md, the user guide and the page on torch run, and print what stands beside them."""
 
 import contextlib
 import io
@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/guide.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/guide.md", "docs/torch.md"])
 def test_the_examples_of_a_page_print_what_they_say(page, tmp_path, monkeypatch):
     for package in ("torch", "safetensors", "numba"):
         pytest.importorskip(package)

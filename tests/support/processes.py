@@ -57,7 +57,7 @@ PROCESSES = """
                 workers = [context.Process(target=main, args=(rank, n, folder + "/store")) for rank in range(n)]
                 [w.start() for w in workers]
                 [w.join() for w in workers]
-                assert [w.exitcode for w in workers] == [0] * n
+                assert [w.exitcode for w in workers] == globals().get("EXITS", [0] * n)
         print("done")
 """
 

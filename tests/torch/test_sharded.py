@@ -1,45 +1,67 @@
 """ShardedOptimizer: the bits of one process on any number of them, and what is torch's."""
 
+import numpy as np
 import pytest
+from cases import CASES
 from processes import on_processes
 
 pytest.importorskip("torch")
 
-CASES = {
-    "elementwise": """
-        (front.AdamW, dict(lr=0.05)),
-        (front.SGD, dict(lr=0.05)),
-        (front.Lion, dict(lr=0.05, ema_decay=0.5, skip_nonfinite=True)),
-        (front.NAdam, dict(lr=0.05, max_grad_norm=1.0)),
-    """,
-    "layers": """
-        (front.AdamW, dict(lr=0.05, max_grad_norm=1.0)),
-        (front.LARS, dict(lr=0.05, weight_decay=0.1, momentum=0.9, max_grad_norm=1e3)),
-        (front.LAMB, dict(lr=0.05, weight_decay=0.1, max_grad_norm=1.0)),
-    """,
-}
+import torch
+from fastopt.kernels.layout import CHUNK
 
+import fastopt.torch as front
+from fastopt.torch.sharded.layout import bucketed, placed
 
-@pytest.mark.parametrize("cases", CASES)
-def test_bits_are_those_of_one_optimizer_on_any_number_of_processes(cases):
-    body = f"""
+SAME_BITS = """
+    HOW = [
+        (25, dict()),
+        (0.05, dict(max_grad_norm=1.0, ema_decay=0.5)),
+        (0.1, dict(dtype=torch.bfloat16, master_weights=True, skip_nonfinite=True, zero_grads=True)),
+        (0.1, dict(dtype=torch.bfloat16, max_grad_norm=1e9)),
+        (0.05, dict(dtype=torch.float16, master_weights=True, ema_decay=0.5)),
+    ]
+
+    def check(kind, options, rank, world, cap, **how):
+        sizes = [(3,), (60, 300), (), (40_000,), (70, 70), (0, 3), (5,), (2, 3, 9_000)]
+        dtype = how.pop("dtype", torch.float32)
+        own, one = parameters(dtype, seed=rank, sizes=sizes), parameters(dtype, sizes=sizes)
+        opt = ShardedOptimizer(own, kind, bucket_cap_mb=cap, **options, **how)
+        alone = kind(one, **options, **how)
+        for t in range(3):
+            give(own, t), give(one, t)
+            if t == 1:
+                own[4].grad = one[4].grad = None
+            if t == 1 and how.get("skip_nonfinite"):
+                own[3].grad[-1] = one[3].grad[-1] = float("inf")
+            opt.step(), alone.step()
+            assert opt.last_info == alone.last_info, (opt.last_info, alone.last_info)
+            for p, q in zip(own, one):
+                same(p, q)
+        same_states(opt, alone, rank, world - 1)
+
     def run(rank, world):
-        for kind, options in ({CASES[cases]}):
-            for dtype, extra in ((torch.float32, {{}}), (torch.bfloat16, dict(master_weights=True))):
-                for cap in (0.1, 25):
-                    own, one = parameters(dtype, seed=rank), parameters(dtype)
-                    opt = ShardedOptimizer(own, kind, bucket_cap_mb=cap, **options, **extra)
-                    alone = kind(one, **options, **extra)
-                    for t in range(3):
-                        give(own, t), give(one, t)
-                        own[4].grad = one[4].grad = None if t == 1 else one[4].grad
-                        opt.step(), alone.step()
-                        assert opt.last_info == alone.last_info, (opt.last_info, alone.last_info)
-                        for p, q in zip(own, one):
-                            same(p, q)
-                    same_states(opt, alone, rank, world - 1)
-    """
-    on_processes(body, 1, 2, 3, 4)
+        for k, (kind, options) in enumerate(CASES):
+            for j, (cap, how) in enumerate(HOW):
+                if k % len(HOW) == j or ALL:
+                    check(getattr(front, kind), options, rank, world, cap, **how)
+"""
+
+
+def test_bits_are_those_of_one_optimizer_on_any_number_of_processes():
+    cases = [("AdamW", dict(lr=0.05)), ("LARS", dict(lr=0.05, weight_decay=0.1)), ("LAMB", dict(lr=0.05))]
+    on_processes(SAME_BITS + f"\n    CASES, ALL = {cases}, True", 1, 2, 3, 4)
+
+
+@pytest.mark.full
+def test_bits_of_every_rule_and_option_are_those_of_one_optimizer():
+    """Each case with one of the ways to step."""
+    kinds = {
+        (c.rule, c.hyper.get("nesterov"), c.hyper.get("maximize")): c for c in CASES if c.hyper.get("adapt") is None
+    }
+    cases = [(case.optimizer, case.hyper) for case in kinds.values() if "keep_weight_norms" not in case.hyper]
+    assert {name for name, _ in cases} == {*front.optimizers.__all__} - {"optimizer"}
+    on_processes(SAME_BITS + f"\n    CASES, ALL = {cases}, False", 1, 2, 3, 4)
 
 
 def test_a_process_has_its_part_of_the_states_and_no_more():
@@ -55,6 +77,28 @@ def test_a_process_has_its_part_of_the_states_and_no_more():
             assert lo % 16_384 == 0 and (hi % 16_384 == 0 or hi == m.param.numel())
     """
     on_processes(body, 2, 3)
+
+
+def test_no_slice_is_larger_than_its_part_and_a_chunk_whatever_the_sizes():
+    rng = np.random.default_rng(0)
+    for processes in (1, 2, 3, 4, 7, 16):
+        for _ in range(300):
+            sizes = [
+                int(rng.integers(0, 60_000) if rng.random() < 0.5 else 10 ** rng.uniform(0, 5.8)) for _ in range(6)
+            ]
+            buckets = bucketed([torch.empty(size, device="meta") for size in sizes], 1e9, processes)
+            assert sorted(p.numel() for bucket in buckets for p in bucket) == sorted(sizes)
+            for numels in ([p.numel() for p in bucket] for bucket in buckets):
+                begins, share = placed(numels, processes)
+                own = np.zeros(processes)
+                for begin, size in zip(begins, numels, strict=True):
+                    borders = np.clip(np.arange(processes + 1) * share - begin, 0, size)
+                    assert all(border % CHUNK == 0 or border == size for border in borders)
+                    own += np.diff(borders)
+                assert own.sum() == sum(numels)
+                assert own.max() <= sum(numels) / processes + CHUNK + 31 * len(
+                    numels
+                )  # arrays begin at multiples of 32
 
 
 def test_non_finite_gradients_anywhere_skip_everywhere():
@@ -75,7 +119,7 @@ def test_non_finite_gradients_anywhere_skip_everywhere():
 
 
 def test_what_is_torchs_works():
-    """Param groups, schedulers, closures, hooks, both scalers, zeroing, averages."""
+    """Param groups (T31), schedulers, closures, hooks, both scalers, zeroing, averages."""
     body = """
     def run(rank, world):
         for scaler_class in (None, torch.amp.GradScaler, front.GradScaler):
@@ -150,28 +194,94 @@ def test_gradients_may_lie_otherwise_and_parameters_be_frozen_or_unfrozen():
             params[1].requires_grad_(False), params[3].requires_grad_(False)
             if hasattr(params[2], "grad_dtype"):
                 params[2].grad_dtype = torch.float32
-        both = [(ShardedOptimizer(own, front.AdamW, lr=0.05, master_weights=True), own)]
-        both += [(front.AdamW(one, lr=0.05, master_weights=True), one)]
+        how = dict(lr=0.05, master_weights=True, ema_decay=0.5)
+        both = [(ShardedOptimizer(own, front.AdamW, **how), own), (front.AdamW(one, **how), one)]
         for t in range(3):
             for o, params in both:
                 params[0].grad = torch.randn(200, 300, generator=torch.Generator().manual_seed(t)).bfloat16()
                 second = torch.randn(80, 90, generator=torch.Generator().manual_seed(t)).t()
                 params[2].grad = second if hasattr(params[2], "grad_dtype") else second.bfloat16()
+                if t == 1:
+                    params[1].grad = torch.ones_like(params[1])  # torch steps it though it is frozen
                 if t == 2:
                     params[3].requires_grad_(True)
                     params[3].grad = torch.ones_like(params[3])
                 o.step()
             for p, q in zip(own, one):
                 same(p, q)
-            assert (own[3] in both[0][0].state) == (t == 2) and own[1] not in both[0][0].state
+            assert [own[i] in both[0][0].state for i in (1, 3)] == [t >= 1, t == 2]
         same_states(both[0][0], both[1][0], rank)
+        for o, params in both:  # frozen, but with a gradient, so that they decay
+            for i in (0, 2, 3):
+                params[i].requires_grad_(False)
+            o.zero_grad(set_to_none=False)
+            o.step()
+        with both[0][0].swap_ema(), both[1][0].swap_ema():
+            for p, q in zip(own, one):
+                same(p, q)
+        for p, q in zip(own, one):
+            same(p, q)
         own[0].grad = torch.ones(200, 300, dtype=torch.bfloat16).to_sparse()
         assert "sparse" in refusal(both[0][0].step)
     """
     on_processes(body, 2)
 
 
+def test_parameters_are_views_of_buckets_and_still_what_they_were():
+    """Models are copied, saved, moved and initialized as before, and carry no more than their own bytes (T37)."""
+    body = """
+    import copy, io
+
+    def nbytes(saved):
+        buffer = io.BytesIO()
+        torch.save(saved, buffer)
+        return buffer.tell()
+
+    def run(rank, world):
+        torch.manual_seed(0)
+        net = torch.nn.Sequential(torch.nn.Linear(300, 200), torch.nn.Linear(200, 100))
+        plain, seen = copy.deepcopy(net), []
+        net[0].weight.register_hook(lambda g: seen.append("tensor"))
+        net[1].register_full_backward_hook(lambda *_: seen.append("module"))
+        before = list(net.parameters())
+        opt = ShardedOptimizer(net.parameters(), front.AdamW, lr=0.05)
+        assert all(p is q for p, q in zip(net.parameters(), before))
+        net.to("cpu"), net.float()
+        copied = copy.deepcopy(net)
+        for p, q in zip(net.parameters(), copied.parameters()):
+            same(p, q)
+            assert p.untyped_storage().nbytes() == q.untyped_storage().nbytes() == p.nbytes
+        assert nbytes(net[1].bias) < nbytes(plain[1].bias) + 100
+        assert nbytes(net.state_dict()) < nbytes(plain.state_dict()) + 100
+        alone = front.AdamW(plain.parameters(), lr=0.05)
+        x = torch.ones(5, 300)
+        for model, o in ((net, opt), (plain, alone)):
+            model(x).square().sum().backward()
+            o.step()
+            with torch.no_grad():
+                torch.nn.init.zeros_(model[0].bias)
+            model(x).square().sum().backward()
+            o.step()
+        assert seen == ["module", "tensor"] * 2
+        for p, q, r in zip(net.parameters(), plain.parameters(), copied.parameters()):
+            same(p, q)
+            assert not torch.equal(p, r)
+        with torch.device("meta"):
+            empty = torch.nn.Linear(3, 4)
+        for params, text in (
+            (list(empty.parameters()), "parameter 0 of group 0 is on meta"),
+            ([*empty.parameters(), *copied.parameters()], "needed is one device"),
+        ):
+            assert text in (error := refusal(lambda: ShardedOptimizer(params, front.AdamW))), error
+        assert "needed is one device" in refusal(lambda: opt.add_param_group({"params": list(empty.parameters())}))
+        net.half()
+        assert "Move the model before the optimizer is made" in refusal(opt.step)
+    """
+    on_processes(body, 2)
+
+
 def test_parameters_that_others_write_are_followed():
+    """Masters never bring back what they were rounded to before (T36)."""
     body = """
     def run(rank, world):
         for dtype, extra in ((torch.float32, {}), (torch.bfloat16, dict(master_weights=True))):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,8 @@ from torch import Tensor
 from ...engine.exclusive import exclusive, makes_many
 from .layout import Member
 from .piece import Piece
-from .wire import agree
+from .reducer import Reducer
+from .wire import Facts, agree
 
 
 class Checkpoints(torch.optim.Optimizer):
@@ -22,7 +23,10 @@ class Checkpoints(torch.optim.Optimizer):
     _group: Any
     _inner: Any
     _users: list[object]
+    _names: Collection[str]  # of the options of a param group
     _members: list[Member]
+    _reducer: Reducer | None
+    _is_broken = False  # in the middle of a step, whose results some processes have and others not
 
     @property  # type: ignore[override]
     def state(self) -> dict[Tensor, Any]:
@@ -36,10 +40,25 @@ class Checkpoints(torch.optim.Optimizer):
             raise TypeError(f"{self._where}: state cannot be assigned; use load_state_dict.")
 
     def _told(self) -> Any:
-        """The inner optimizer, with the options of the param groups as they are."""
+        """The inner optimizer, with the options of the param groups as they are; refuses where processes differ."""
+        if self._is_broken or (self._reducer is not None and self._reducer.is_broken):
+            raise RuntimeError(
+                f"{self._where}: a step or backward was broken off after it had begun to send, so parameters may "
+                "differ between processes. Begin anew from a checkpoint, with new processes or a new process group."
+            )
         for group, inner in zip(self.param_groups, self._inner.param_groups, strict=True):
             inner.update((name, value) for name, value in group.items() if name not in ("params", "param_names"))
         return self._inner
+
+    def _agree(self, facts: Callable[[], Facts], what: str) -> None:
+        """Refuse on all processes what one of them refuses. An interrupt leaves messages that nobody takes."""
+        self._is_broken = True
+        try:
+            agree(facts, self._group, f"{self._where}.{what}")
+        except Exception:
+            self._is_broken = False
+            raise
+        self._is_broken = False
 
     @exclusive
     @makes_many
@@ -87,21 +106,29 @@ class Checkpoints(torch.optim.Optimizer):
         an optimizer of the class that is not sharded. All processes must call it.
 
         Raises:
-            ValueError: As the class; also for pieces of another number of processes.
+            ValueError: As the class; also for pieces of another number of processes, and where options, counts or the
+                names of states are not the same on all processes.
             KeyError: As the class.
             RuntimeError: Another process refused. In all cases nothing was changed on any.
         """
         loaded: dict[str, Any] = {}
-        for before in self._optimizer_load_state_dict_pre_hooks.values():
-            state_dict = before(self, state_dict) or state_dict
+        inner, given = self._told(), state_dict
 
-        def own() -> list[tuple[str, Any]]:
-            loaded.update(self._own(state_dict))
-            self._inner._checked_groups(loaded)
-            return []
+        def own() -> Facts:
+            changed = given
+            for before in self._optimizer_load_state_dict_pre_hooks.values():
+                changed = before(self, changed) or changed
+            loaded.update(self._own(changed))
+            groups = enumerate(inner._checked_groups(loaded))
+            facts = [(f"{n} of group {g}", x) for g, group in groups for n, x in group.items() if n in self._names]
+            for i, state in sorted(loaded["state"].items()):
+                numbers = {name: None if name in inner.names.states else x for name, x in state.items()}
+                facts.append((f"state of parameter {i}", sorted(numbers.items())))
+            return facts
 
-        agree(own, self._group, f"{self._where}.load_state_dict")
-        self._inner.load_state_dict(loaded)
+        self._agree(own, "load_state_dict")
+        inner.load_state_dict(loaded)
+        inner.init_state()  # of parameters of which nothing was loaded: keys stay the same on all processes
         for group, inner in zip(self.param_groups, self._inner.param_groups, strict=True):
             group.update((name, value) for name, value in inner.items() if name not in ("params", "param_names"))
         for after in self._optimizer_load_state_dict_post_hooks.values():
@@ -169,7 +196,7 @@ class Checkpoints(torch.optim.Optimizer):
             RuntimeError: Another thread uses this optimizer, or it is inside ``swap_ema``.
         """
         saved = self._told().full_state_dict()
-        me = self._group.rank()
+        me, self._is_broken = self._group.rank(), True
         for i, name in [(i, name) for i, state in sorted(saved["state"].items()) for name in sorted(state)]:
             if name not in self._inner.names.states:
                 continue
@@ -188,6 +215,7 @@ class Checkpoints(torch.optim.Optimizer):
                 elif hi:
                     dist.recv(flat[lo:hi], group=self._group, group_src=process)
             saved["state"][i][name] = whole
+        self._is_broken = False
         if me != rank:
             return {}
         saved["param_groups"] = self._named(saved["param_groups"])

@@ -4,26 +4,34 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from itertools import chain
 from typing import Any, NoReturn
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ...engine.device import check_apart
 from ...engine.exclusive import exclusive, makes_many
 from ...engine.options import STEP_OPTIONS
 from ...engine.step import StepInfo
 from .._scale import unscale
-from .._tensors import PLAIN, STORED, gradient_memory, is_like, layout_of, parameter_memory
+from .._tensors import gradient_memory, is_like
 from ..base import TensorOptimizer
 from .checkpoints import Checkpoints
-from .layout import Bucket, Member, bucketed
+from .layout import Bucket, Member, bucketed, facts_of
 from .reducer import Reducer
 from .sums import Slices
 from .wire import Facts, Gathering, agree
+
+
+class Sends(Gathering):
+    """Knows whether something was written here that others may lack."""
+
+    has_begun = False
+
+    def begin(self, number: int) -> None:
+        """This process has written its slices of this bucket and of those before."""
+        self.has_begun = True
+        super().begin(number)
 
 
 class ShardedOptimizer(Checkpoints):
@@ -88,7 +96,8 @@ class ShardedOptimizer(Checkpoints):
         self._params: list[Tensor] = []
         self._addresses: list[int] = []  # of the parameters
         self._versions: list[int] = []  # when they were written last
-        self._gathering = Gathering(self._buckets)
+        self._gathering = Sends(self._buckets)
+        self._names = getattr(optimizer_class, "option_names", frozenset())
         self._slices: Any = None
         self._inner: Any = None
         self._reducer: Reducer | None = None
@@ -113,32 +122,12 @@ class ShardedOptimizer(Checkpoints):
         self._reducer = Reducer(self._members, self._group) if reduce_gradients else None
 
     def _facts(self, groups: Sequence[dict[str, Any]]) -> Facts:
-        """What must be the same on all processes; refuses what cannot be sharded."""
-        facts: list[tuple[str, Any]] = []
-        named: list[tuple[str, Tensor]] = []
-        for g, group in enumerate(groups, len(self.param_groups) - len(groups)):
-            facts += [(f"{name} of group {g}", x) for name, x in group.items() if name not in ("params", "param_names")]
-            for i, p in enumerate(group["params"]):
-                name = f"parameter {i} of group {g}"
-                if type(p) not in PLAIN or p.dtype not in STORED or p.is_complex() or p.untyped_storage().is_shared():
-                    raise TypeError(
-                        f"{self._where}: {name} is a {type(p).__name__} of {p.dtype}; needed is a real tensor that is "
-                        "neither distributed nor shared between processes."
-                    )
-                parameter_memory(p, f"{self._where}: {name}")
-                named.append((name, p))
-                facts.append((name, (*layout_of(p), p.requires_grad, p.device.type)))
-        devices = {p.device for p in chain(self._params, (p for _, p in named))}
-        if len(devices) > 1:
-            raise ValueError(f"{self._where}: parameters are on {', '.join(map(str, devices))}; needed is one device.")
-        starts = np.array([p.data_ptr() for _, p in named], np.uint64)
-        sizes = np.array([p.nbytes for _, p in named], np.int64)
-        check_apart(starts, sizes, lambda k: named[k][0], self._where)
-        return facts
+        """What must be the same on all processes of the last groups; refuses what cannot be sharded."""
+        return facts_of(groups, len(self.param_groups) - len(groups), self._params, self._names, self._where)
 
     def _place(self, group: dict[str, Any]) -> list[Member]:
         """Move the parameters of a group into buckets."""
-        for params in bucketed(group["params"], self._nbytes):
+        for params in bucketed(group["params"], self._nbytes, self._group.size()):
             self._buckets.append(Bucket(len(self._buckets), params, self._group))
         members = {id(m.param): m for bucket in self._buckets for m in bucket.members}
         placed = [members[id(p)] for p in group["params"]]
@@ -165,18 +154,27 @@ class ShardedOptimizer(Checkpoints):
         Raises:
             TypeError, ValueError, RuntimeError: As for the constructor; the optimizer is then unchanged.
         """
-        super().add_param_group(param_group)
         if self._inner is None:  # torch's constructor
+            super().add_param_group(param_group)
             return
+        self._told()
+        super().add_param_group(param_group)
         group = self.param_groups[-1]
+
+        def facts() -> Facts:
+            type(self._inner)([self._inner_group(group, [torch.nn.Parameter(torch.zeros(0))])])
+            return self._facts([group])
+
         try:
-            agree(lambda: self._facts([group]), self._group, self._where)
+            self._agree(facts, "add_param_group")
         except BaseException:
             self.param_groups.pop()
             raise
+        self._is_broken = True
         placed = self._place(group)
         self._inner.add_param_group(self._inner_group(group, [m.piece for m in placed]))
         self._begin()
+        self._is_broken = False
         if self._reducer is not None:
             self._reducer.add(placed)
 
@@ -194,6 +192,7 @@ class ShardedOptimizer(Checkpoints):
         Raises:
             TypeError, ValueError, RuntimeError: As the class; also for options and gradients that are found to differ
                 between processes, which is seen where sums are needed. Nothing was written.
+            RuntimeError: Another process died or did not come (torch's error), or a step broke off in the middle.
             NotImplementedError: What needs sums over processes, of parameters on a GPU.
         """
         loss = None
@@ -209,27 +208,47 @@ class ShardedOptimizer(Checkpoints):
         inner = self._told()
         self._follow()
         scale, inner.found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        if self._reducer is not None and inner.found_inf is not None and not self._checks_for_scaler:
+            raise RuntimeError(
+                f"{self._where}: with reduce_gradients=True there are no gradients that torch.amp.GradScaler, or "
+                "unscale_, could look at. Use fastopt.torch.GradScaler without unscale_, and max_grad_norm to clip."
+            )
         inner.grad_scale, inner._checks_for_scaler, inner._unscales = scale, self._checks_for_scaler, False
         self._slices.options = self._options
         self._refuse_sums()
+        self._together(self._update)
+        if self._reducer is not None:
+            self._reducer.drop(stepped=True)
+        elif self.zero_grads:
+            torch._foreach_zero_([p.grad for p in self._params if p.grad is not None])
+        elif scale is not None and self._unscales:
+            unscale(self._params, scale, self.last_info.skipped)
+
+    def _update(self) -> None:
         if self._reducer is None:
             self._aim()
         else:
             self._reducer.finish()
         try:
-            inner.step()
+            self._inner.step()
         finally:
             self._slices.options = list
             for m in self._members:
                 if m.part.hi:
                     m.piece.grad = None
-        if self._reducer is not None:
-            self._reducer.drop()
-        elif self.zero_grads:
-            torch._foreach_zero_([p.grad for p in self._params if p.grad is not None])
-        elif scale is not None and self._unscales:
-            unscale(self._params, scale, self.last_info.skipped)
-        self._gather()
+        self._gathering.finish()
+
+    def _together(self, action: Callable[[], None]) -> None:
+        """Do what brings parameters to the others. Where it breaks off in the middle, all that follows is refused."""
+        self._told()
+        self._is_broken, self._gathering.has_begun = True, False
+        try:
+            action()
+        except (LookupError, OverflowError, RuntimeError, TypeError, ValueError):  # perhaps a refusal
+            self._is_broken = self._gathering.has_begun
+            raise
+        self._is_broken = False
+        self._wrote()
 
     def _options(self) -> Facts:
         """What must be the same on all processes in each step."""
@@ -265,8 +284,6 @@ class ShardedOptimizer(Checkpoints):
                     gradient = gradient_memory(
                         *(gradient, m.param, m.view, self._inner._master, self._where, f"parameter {i}")
                     )
-                    if gradient.dtype != m.piece.dtype:
-                        m.piece.grad_dtype = gradient.dtype
                 m.piece.grad = gradient.as_strided(m.shape, m.strides, gradient.storage_offset() + m.part.lo)
 
     def _refuse_sums(self) -> None:
@@ -279,11 +296,6 @@ class ShardedOptimizer(Checkpoints):
                 f"{self._where}: sums over processes (max_grad_norm, skip_nonfinite, GradScaler of fastopt, LARS, "
                 "LAMB) are not available on GPUs. Clip with torch.nn.utils.clip_grad_norm_ before the step."
             )
-
-    def _gather(self) -> None:
-        """Bring what this process has written to the others, and theirs here."""
-        self._gathering.finish()
-        self._wrote()
 
     def _wrote(self) -> None:
         torch.autograd.graph.increment_version(self._params)
@@ -340,10 +352,11 @@ class ShardedOptimizer(Checkpoints):
         """A block in which the parameters of all processes hold their averages; as for the class."""
         try:
             with self._inner.swap_ema():
-                self._gather()
+                self._together(self._gathering.finish)
                 yield
         finally:
-            self._gather()
+            if not self._is_broken:
+                self._together(self._gathering.finish)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__} over {self._group.size()} processes of {self._inner!r}"

@@ -10,8 +10,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .._tensors import COMPUTED
 from .layout import Bucket, Member
 from .wire import reduce
+
+WHERE = "ShardedOptimizer"
 
 
 class Reducer:
@@ -34,7 +37,9 @@ class Reducer:
         self._seen: set[int] = set()  # since the last step
         self._next = 0  # bucket of this round
         self._rounds = 0
+        self._dropped = 0  # rounds since the last step whose gradients were thrown away
         self._is_open = False  # whether backward will call when it ends
+        self.is_broken = False  # whether an interrupt may have left something half sent
         self.add(members)
 
     def add(self, members: Sequence[Member]) -> None:
@@ -67,10 +72,11 @@ class Reducer:
         self._seen.add(i)
 
     def _launch(self) -> None:
-        reduced = self._buckets[self._next]
+        reduced, self.is_broken = self._buckets[self._next], True
         self._next += 1
         if reduced.bucket.is_trained:  # on all processes, or on none
             reduced.launch()
+        self.is_broken = False
 
     def _end(self) -> None:
         """Backward is over: the rest of its round goes out."""
@@ -84,15 +90,24 @@ class Reducer:
         """Wait for the gradients of this process's pieces, and give them to the pieces."""
         rest = [i for i, m in enumerate(self._members) if m.param.grad is not None]
         count = len(self._members)
-        told = torch.zeros(count + 2)
+        told = torch.zeros(count + 5)
         told[[*self._seen, *rest]] = 1.0
-        told[count], told[count + 1] = self._rounds, bool(rest)
+        rounds, dropped = self._rounds + self._dropped, self._dropped
+        told[count:] = torch.tensor([rounds, dropped, -dropped, bool(rest), self._is_open])
         if self._group.size() > 1:
             told = told.to(self._members[0].piece.device)
             dist.all_reduce(told, dist.ReduceOp.MAX, group=self._group)
-        *has, rounds, left = told.tolist()
-        while self._rounds < rounds:
+        *has, rounds, most, least, left, failed = told.tolist()
+        if failed:
+            raise RuntimeError(f"{WHERE}: a backward failed on some process. Call zero_grad on all, then backward.")
+        while self._rounds + self._dropped < rounds:
             self._end()
+        if most != -least:
+            raise RuntimeError(
+                f"{WHERE}: zero_grad was called on some processes after a backward, on others before. Call it on all, "
+                "then backward."
+            )
+        self.is_broken = True
         if left:  # gradients of no_sync, or which the user set
             for i in rest:
                 self._take(i)
@@ -103,13 +118,16 @@ class Reducer:
             own, (lo, hi) = self._buckets[m.bucket.number].own, m.part
             start = m.begin + lo - self._group.rank() * m.bucket.share if hi else 0
             m.piece.grad = own[start : start + hi - lo].view(m.shape) if has[i] and own is not None else None
+        self.is_broken = False
 
-    def drop(self) -> None:
-        """Forget what was reduced."""
+    def drop(self, *, stepped: bool = False) -> None:
+        """Forget what was reduced, because a step has used it, or nobody wants it."""
+        if self._is_open:  # backward failed; on other processes it may have come to its end
+            self._end()
         for reduced in self._buckets:
             reduced.drop()
+        self._dropped = 0 if stepped else self._dropped + self._rounds
         self._seen, self._rounds = set(), 0
-        self._next, self._arrived, self._is_open = 0, set(), False  # also after a backward that failed
 
 
 class _Reduced:
@@ -117,6 +135,8 @@ class _Reduced:
 
     def __init__(self, bucket: Bucket) -> None:
         self.bucket = bucket
+        kinds = [getattr(m.param, "grad_dtype", None) or m.param.dtype for m in bucket.members]
+        self._dtype = functools.reduce(torch.promote_types, kinds)
         self.own: Tensor | None = None  # None until something was reduced
         self._whole: Tensor | None = None
         self._incoming: Tensor | None = None
@@ -126,7 +146,7 @@ class _Reduced:
     def put(self, member: Member) -> None:
         """Take a gradient away from its parameter."""
         if self._whole is None:
-            self._whole = torch.zeros_like(self.bucket.flat)
+            self._whole = torch.zeros_like(self.bucket.flat, dtype=self._dtype)
         place = self._whole.as_strided(member.view.shape, member.view.stride(), member.begin)
         place.copy_(member.param.grad)  # type: ignore[arg-type]
         member.param.grad = None
@@ -135,7 +155,7 @@ class _Reduced:
         """Begin to add up over processes what was put here."""
         self.finish()
         whole, self._whole = self._whole, None  # the next round may begin to fill another one
-        whole = torch.zeros_like(self.bucket.flat) if whole is None else whole
+        whole = torch.zeros_like(self.bucket.flat, dtype=self._dtype) if whole is None else whole
         self._incoming = torch.empty_like(whole[: self.bucket.share])
         self._wait = reduce(whole, self._incoming, self.bucket.group)
 
@@ -145,7 +165,11 @@ class _Reduced:
             return
         self._wait()
         self._incoming.div_(self.bucket.group.size())
-        self.own = self._incoming if self.own is None else self.own.add_(self._incoming)
+        if self.own is None:
+            self.own = self._incoming
+        else:
+            wide = COMPUTED[self._dtype] if hasattr(self.own, "grad_dtype") else self._dtype
+            self.own = self.own.to(wide).add_(self._incoming)  # where .grad may have another dtype than its parameter
         self._incoming = self._wait = None
 
     def drop(self) -> None:
