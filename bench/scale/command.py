@@ -38,7 +38,9 @@ def add_parser(commands: Any) -> None:
         "pictures; takes three to six minutes.",
     )
     parser.add_argument("--size", metavar="N", default=SIZE, help="parameters: 2M, 50.4M (default: %(default)s)")
-    parser.add_argument("--rounds", metavar="N", default="7", help="of steps with backward; twice as many without")
+    parser.add_argument(
+        "--rounds", metavar="N", default="5", help="of steps with backward (default: 5); twice as many without"
+    )
     parser.add_argument("--processes", metavar="N,N", default=",".join(map(str, WORLDS)), help="default: %(default)s")
     parser.add_argument("--out", metavar="DIR", default="bench/out", help="folder of the files (default: %(default)s)")
     parser.add_argument("--from", dest="source", type=Path, metavar="JSON", help="measure nothing, show this file")

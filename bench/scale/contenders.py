@@ -73,7 +73,8 @@ class Problem:
         """A model whose backward only hands the gradients over."""
         fresh = iter(self.parameters())
         given = iter(self.gradients)
-        return Model([[(next(fresh), next(given)) for _ in layer] for layer in self.layers])
+        pairs = ([(next(fresh), next(given)) for _ in layer] for layer in self.layers)
+        return torch.nn.Sequential(*map(_Layer, pairs))
 
     def error(self, answer: list[Tensor]) -> float:
         """Largest distance of parameters from those that torch's AdamW gives."""
@@ -104,13 +105,6 @@ class _Layer(Module):
         for parameter, gradient in zip(self.weights, self.given, strict=True):
             x = _Give.apply(x, parameter, gradient)
         return x
-
-
-class Model(torch.nn.Sequential):
-    """Layers of given gradients."""
-
-    def __init__(self, pairs: list[list[tuple[Parameter, Tensor]]]) -> None:
-        super().__init__(*map(_Layer, pairs))
 
 
 class Contender:

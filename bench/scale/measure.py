@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from torch.multiprocessing.spawn import ProcessException, spawn
 
 import fastopt
 import fastopt.torch
@@ -46,24 +46,18 @@ class Settings:
 
 
 def measure(settings: Settings, worlds: tuple[int, ...]) -> dict[str, Any]:
-    """Samples of everything by number of processes."""
-    context = mp.get_context("spawn")
+    """Samples of everything by number of processes.
+
+    Raises:
+        Refusal: A process failed; the others are ended.
+    """
     found = {}
     for world in worlds:
         with tempfile.TemporaryDirectory() as folder:
-            arguments = [(rank, world, folder, settings) for rank in range(world)]
-            processes = [context.Process(target=_work, args=args, daemon=True) for args in arguments]
-            for process in processes:
-                process.start()
-            while any(p.is_alive() for p in processes) and not any(p.exitcode for p in processes):
-                time.sleep(0.05)
-            failed = [p.exitcode for p in processes if p.exitcode]
-            for process in processes:
-                if failed:
-                    process.terminate()
-                process.join()
-            if failed:
-                raise Refusal(f"one of {world} processes ended with status {failed[0]}.")
+            try:
+                spawn(_work, (world, folder, settings), nprocs=world)
+            except ProcessException as error:
+                raise Refusal(f"one of {world} processes failed: {str(error).strip().splitlines()[-1]}") from None
             found[str(world)] = json.loads((Path(folder) / "found.json").read_text())
     return found
 

@@ -89,8 +89,6 @@ def test_wrong_answers_are_found_before_anything_is_timed():
         problem = contenders.Problem(3000, 0.75 + 0.5 * rank)
         def wrong(make):
             return refusal(lambda: checked(make, problem)).startswith("WrongAnswer: after 3 steps parameters are ")
-        for name, make in contenders.TRAIN.items():
-            checked(make, problem)
         # Own gradients instead of averaged ones; the sum of both; slices that do not travel.
         assert wrong(lambda p: contenders.Train(p, lambda model: model, contenders._fused))
         problem.gradients = [4 / 3 * g if rank == 0 else 4 / 5 * g for g in problem.gradients]
@@ -141,7 +139,8 @@ def test_a_small_run_counts_what_the_formula_says_and_writes_everything(tmp_path
 
 @pytest.mark.full
 def test_a_process_that_dies_ends_the_run_in_one_line(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(command, "elements", lambda text: 10**15)
+    monkeypatch.setattr(command, "elements", lambda text: 10**18)  # the first array is refused by the allocator
     monkeypatch.setattr(command, "HELD", 0)
     assert main(["scale", "--processes", "1", "--out", str(tmp_path)]) == 2
-    assert capsys.readouterr().err.splitlines()[-1] == "bench scale: one of 1 processes ended with status 1."
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("bench scale: one of 1 processes failed: RuntimeError: ")
