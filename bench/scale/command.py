@@ -22,8 +22,8 @@ ROOT = Path(__file__).resolve().parents[2]
 BEGIN = "<!-- bench: begin (python -m bench scale --docs: {}) -->\n"
 SIZE = "50.4M"
 WORLDS = (1, 2, 4)
-HELD = 80
-"""Bytes for each parameter that a process holds at most: all contenders of a table live at once."""
+HELD = 66
+"""Bytes for each parameter on a process, and on one alone half as much again: contenders of a table live at once."""
 WIDTH = 150  # of the tables where output goes into a file
 
 
@@ -104,7 +104,7 @@ def _checked(args: argparse.Namespace) -> tuple[int, int, tuple[int, ...]]:
         raise Refusal("--size must be at least 1k.")
     if rounds < 1 or min(worlds) < 1:
         raise Refusal("--rounds and --processes must be at least 1.")
-    need, free = HELD * size * max(worlds), psutil.virtual_memory().available
+    need, free = HELD * size * (max(worlds) + 0.5), psutil.virtual_memory().available
     if need > free and not args.source:
         raise Refusal(
             f"{args.size} parameters on {max(worlds)} processes need about {need / 1e9:.1f} GB; "

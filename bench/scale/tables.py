@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +16,7 @@ TITLES = {
     "update": "Update and gather, of gradients that are averaged already (ms, and MB a process)",
     "train": "Backward that only hands gradients over, reduction, update and gather (ms, and MB a process)",
 }
-OURS = "ShardedOptimizer"
+OURS, THEIRS = "ShardedOptimizer", "ZeroRedundancyOptimizer"
 BAR = 0.25
 """How far the model may be from the measured time of ours."""
 
@@ -29,7 +31,7 @@ class Table:
 
     def markdown(self) -> str:
         """For a page."""
-        numbers = [all(row[k][:1].isdigit() or row[k] == "–" for row in self.rows) for k in range(len(self.headings))]
+        numbers = [all(re.fullmatch(r"[\d.,–]+", row[k]) for row in self.rows) for k in range(len(self.headings))]
         lines = (" | ".join(row) for row in self.rows)
         rule = "|".join("---:" if number else "---" for number in numbers)
         return f"{self.title}:\n\n| {' | '.join(self.headings)} |\n|{rule}|\n" + "".join(f"| {x} |\n" for x in lines)
@@ -126,7 +128,7 @@ def measured(record: dict[str, Any]) -> list[Table]:
 
 
 def verdict(record: dict[str, Any]) -> str:
-    """How well the model tells the times of ours, in a sentence, and who gave a wrong answer."""
+    """How well the model tells the times of ours, what torch's takes, and who gave a wrong answer: in sentences."""
     ours = [s for s in steps(record) if s.contender == OURS]
     said, on = ", ".join(f"{s.ratio:.2f}" for s in ours), ", ".join(str(s.processes) for s in ours)
     within = all(abs(s.ratio - 1) <= BAR for s in ours)
@@ -134,6 +136,12 @@ def verdict(record: dict[str, Any]) -> str:
     text = f"{of['processor']}, {of['cores']} cores, {of['date']}; {record['nbytes'] / FLOAT / 1e6:.1f} M parameters. "
     text += f"The model's time of {OURS} over the measured one on {on} processes: {said}; "
     text += f"{'within' if within else 'not within'} {BAR:.0%}."
+    others = {THEIRS: f" Its step takes {{}} of {THEIRS}'s", f"{THEIRS}, bucket views": ", {} of it with bucket views."}
+    for other, which in others.items():
+        theirs = {s.processes: s.timing.samples for s in steps(record) if s.contender == other}
+        pairs = [(s.timing.samples, theirs[s.processes]) for s in ours if s.processes in theirs]
+        ratios = [statistics.median(x / y for x, y in zip(a, b, strict=True)) for a, b in pairs]
+        text += which.format(", ".join(f"{x:.2f}" for x in ratios))
     for world, found in record["worlds"].items():
         for name, entry in (found["update"] | found["train"]).items():
             if "problem" in entry:

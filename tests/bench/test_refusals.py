@@ -65,12 +65,12 @@ REFUSED = [
     ("gpu", ("--show", "/no/such/file"), "there is no file /no/such/file"),
     ("scale", ("--size", "few"), "--size must be a number like 2M or 50M, got 'few'."),
     ("scale", ("--size", "1"), "--size must be at least 1k."),
-    ("scale", ("--size", "900G"), "900G parameters on 4 processes need about 288000.0 GB; "),
+    ("scale", ("--size", "900G"), "900G parameters on 4 processes need about 267300.0 GB; "),
     ("scale", ("--rounds", "0"), "--rounds and --processes must be at least 1."),
     ("scale", ("--processes", "1,two"), "--processes must be a whole number, got 'two'."),
     ("scale", ("--from", "/no/such/file.json"), "/no/such/file.json cannot be read: No such file or directory"),
     ("scale", ("--from", "file"), "file was not written by bench scale."),
-    ("scale", ("--out", "/proc/no"), "--out '/proc/no' is not a folder that can be written"),
+    ("scale", ("--size", "1M", "--out", "/proc/no"), "--out '/proc/no' is not a folder that can be written"),
 ]
 
 
