@@ -54,7 +54,7 @@ def _by_processes(steps: Sequence[Step], table: str) -> list[list[Step]]:
 
 
 def _bars(steps: Sequence[Step], named: bool) -> Any:
-    rows = []
+    rows: list[dict[str, Any]] = []
     for s in steps:
         low, high = (1e3 * x for x in s.timing.quartiles)
         median, model = 1e3 * s.timing.median, 1e3 * s.predicted
@@ -86,7 +86,7 @@ def _ranks() -> alt.X:
 
 def _grid(title: str, rows: list[dict[str, Any]], chart: Any) -> Any:
     """A column for each network, a row for each size of buckets."""
-    small = {"labelFontSize": 12, "labelColor": "#1c2128", "title": None}
+    small: dict[str, Any] = {"labelFontSize": 12, "labelColor": "#1c2128", "title": None}
     grid = chart.properties(width=WIDE, height=170).facet(
         data=data(rows),
         row=alt.Row("bucket:N", sort=list(BUCKETS), header=alt.Header(**small)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -64,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
         folder = writable(Path(args.out))
         if record is None:
             began = time.perf_counter()
-            of = machine.describe(1)
+            of = machine.describe(1) | {"load": round(os.getloadavg()[0], 1)}
             settings = measure.Settings(size, {"update": 2 * rounds, "train": rounds})
             found = measure.measure(settings, worlds)
             nbytes = next(iter(found.values()))["train"]["backward alone"]["moved"]
@@ -83,8 +84,8 @@ def run(args: argparse.Namespace) -> int:
     if args.docs:
         charts.write(steps, training, ROOT / "docs")
         (ROOT / "bench" / "results" / "scale.json").write_text(json.dumps(record) + "\n")
-        *found, predicted = (table.markdown() for table in shown)
-        for what, block in {"measured": [tables.verdict(record) + "\n", *found], "predicted": [predicted]}.items():
+        *measured, predicted = (table.markdown() for table in shown)
+        for what, block in {"measured": [tables.verdict(record) + "\n", *measured], "predicted": [predicted]}.items():
             update_readme(ROOT / "docs" / "scale.md", "\n" + "\n".join(block) + "\n", BEGIN.format(what))
     for path in (folder / "scale.json", *pictures):
         if path.exists():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +27,7 @@ class Table:
 
     title: str
     headings: tuple[str, ...]
-    rows: list[tuple[str, ...]]
+    rows: Sequence[tuple[str, ...]]
 
     def markdown(self) -> str:
         """For a page."""
@@ -133,7 +133,8 @@ def verdict(record: dict[str, Any]) -> str:
     said, on = ", ".join(f"{s.ratio:.2f}" for s in ours), ", ".join(str(s.processes) for s in ours)
     within = all(abs(s.ratio - 1) <= BAR for s in ours)
     of = record["machine"]
-    text = f"{of['processor']}, {of['cores']} cores, {of['date']}; {record['nbytes'] / FLOAT / 1e6:.1f} M parameters. "
+    text = f"{of['processor']}, {of['cores']} cores, on which the load was {of['load']} before, {of['date']}; "
+    text += f"{record['nbytes'] / FLOAT / 1e6:.1f} M parameters. "
     text += f"The model's time of {OURS} over the measured one on {on} processes: {said}; "
     text += f"{'within' if within else 'not within'} {BAR:.0%}."
     others = {THEIRS: f" Its step takes {{}} of {THEIRS}'s", f"{THEIRS}, bucket views": ", {} of it with bucket views."}
