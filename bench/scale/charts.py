@@ -59,12 +59,15 @@ def _bars(steps: Sequence[Step], named: bool) -> Any:
         low, high = (1e3 * x for x in s.timing.quartiles)
         median, model = 1e3 * s.timing.median, 1e3 * s.predicted
         row = {"who": s.contender, "ms": median, "low": low, "high": high, "model": model}
-        rows.append({**row, "end": max(high, model), "label": words.digits(median), "ours": OURS in s.contender})
+        rows.append({**row, "label": words.digits(median), "ours": OURS in s.contender})
+    most = max(max(row["high"], row["model"]) for row in rows)
+    for row in rows:  # numbers keep clear of the mark
+        row["end"] = row["high"] if row["model"] - row["high"] > most / 4 else max(row["high"], row["model"])
     y = alt.Y(
         *("who:N",), sort=[s.contender for s in steps], title=None,
         axis=alt.Axis(labels=named, ticks=False, domain=False, labelLimit=320, labelPadding=6),
     )  # fmt: skip
-    scale = alt.Scale(domain=[0, 1.25 * max(row["end"] for row in rows)], nice=False)
+    scale = alt.Scale(domain=[0, 1.25 * most], nice=False)
     x = alt.X("ms:Q", scale=scale, title="ms (line: quartiles; mark: the model)", axis=alt.Axis(tickCount=4))
     base = alt.Chart(data(rows)).encode(y=y)
     bars = base.mark_bar(height=14).encode(
