@@ -15,13 +15,14 @@ def main(argv: list[str] | None = None) -> int:
     try:
         from . import compare, list, report, step, train
         from .gpu import command as gpu
+        from .scale import command as scale
     except ModuleNotFoundError as error:
         if error.name and error.name.partition(".")[0] in ("bench", "fastopt", "tests"):
             raise
         return refuse("", f"needs {error.name}, {EXTRA}")
     parser = argparse.ArgumentParser(prog="python -m bench", description="Benchmarks and training runs of fastopt.")
     commands = parser.add_subparsers(dest="command", required=True)
-    for module in (step, report, compare, list, train, gpu):
+    for module in (step, report, compare, list, train, gpu, scale):
         module.add_parser(commands)
     args = parser.parse_args(argv)
     status: int = args.func(args)

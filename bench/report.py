@@ -91,9 +91,9 @@ def cases(full: bool) -> list[Case]:
     ]
 
 
-def update_readme(path: Path, block: str) -> None:
+def update_readme(path: Path, block: str, begin: str = BEGIN) -> None:
     """Put a block of figures between the marks."""
     text = path.read_text()
-    head, rest = text.split(BEGIN)
-    _, tail = rest.split(END)
-    path.write_text(head + BEGIN + block + END + tail)
+    head, rest = text.split(begin)
+    _, tail = rest.split(END, 1)
+    path.write_text(head + begin + block + END + tail)

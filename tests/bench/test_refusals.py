@@ -11,7 +11,7 @@ pytest.importorskip("psutil")
 from bench.__main__ import main
 
 pytestmark = pytest.mark.full
-NEEDS = {"train": ("sklearn", "torch"), "compare": ("scipy",), "gpu": ("cupy",)}
+NEEDS = {"train": ("sklearn", "torch"), "compare": ("scipy",), "gpu": ("cupy",), "scale": ("torch", "vl_convert")}
 TEXT = ("--task", "text")
 REFUSED = [
     ("train", ("--optimizer", "adamv"), "--optimizer must be all or one of SGD, Momentum,"),
@@ -63,6 +63,14 @@ REFUSED = [
     ("gpu", ("nothing",), "there is no case 'nothing'; cases are bandwidth, rest, copy, "),
     ("gpu", ("--out", "/no/such/folder/x.json"), "the folder of /no/such/folder/x.json does not exist"),
     ("gpu", ("--show", "/no/such/file"), "there is no file /no/such/file"),
+    ("scale", ("--size", "few"), "--size must be a number like 2M or 50M, got 'few'."),
+    ("scale", ("--size", "1"), "--size must be at least 1k."),
+    ("scale", ("--size", "900G"), "900G parameters on 4 processes need about 267300.0 GB; "),
+    ("scale", ("--rounds", "0"), "--rounds and --processes must be at least 1."),
+    ("scale", ("--processes", "1,two"), "--processes must be a whole number, got 'two'."),
+    ("scale", ("--from", "/no/such/file.json"), "/no/such/file.json cannot be read: No such file or directory"),
+    ("scale", ("--from", "file"), "file was not written by bench scale."),
+    ("scale", ("--size", "1M", "--out", "/proc/no"), "--out '/proc/no' is not a folder that can be written"),
 ]
 
 
