@@ -194,7 +194,6 @@ class ShardedOptimizer(Checkpoints):
         Raises:
             TypeError, ValueError, RuntimeError: As the class; also for options and gradients that are found to differ
                 between processes, which is seen where sums are needed. Nothing was written.
-            NotImplementedError: What needs sums over processes, of parameters on a GPU.
         """
         loss = None
         if closure is not None:
@@ -211,7 +210,6 @@ class ShardedOptimizer(Checkpoints):
         scale, inner.found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         inner.grad_scale, inner._checks_for_scaler, inner._unscales = scale, self._checks_for_scaler, False
         self._slices.options = self._options
-        self._refuse_sums()
         if self._reducer is None:
             self._aim()
         else:
@@ -228,7 +226,7 @@ class ShardedOptimizer(Checkpoints):
         elif self.zero_grads:
             torch._foreach_zero_([p.grad for p in self._params if p.grad is not None])
         elif scale is not None and self._unscales:
-            unscale(self._params, scale, self.last_info.skipped)
+            unscale(self._params, scale, self._steppers().skipped(self.last_info))
         self._gather()
 
     def _options(self) -> Facts:
@@ -268,17 +266,6 @@ class ShardedOptimizer(Checkpoints):
                     if gradient.dtype != m.piece.dtype:
                         m.piece.grad_dtype = gradient.dtype
                 m.piece.grad = gradient.as_strided(m.shape, m.strides, gradient.storage_offset() + m.part.lo)
-
-    def _refuse_sums(self) -> None:
-        """On a GPU there are no sums over processes yet."""
-        inner = self._inner
-        asked = inner.max_grad_norm is not None or inner.skip_nonfinite or inner._checks_for_scaler
-        ratio = any(inner.select_rule({**inner.rule_options, **g}).ratio for g in inner.param_groups)
-        if any(bucket.flat.is_cuda for bucket in self._buckets) and (asked or ratio):
-            raise NotImplementedError(
-                f"{self._where}: sums over processes (max_grad_norm, skip_nonfinite, GradScaler of fastopt, LARS, "
-                "LAMB) are not available on GPUs. Clip with torch.nn.utils.clip_grad_norm_ before the step."
-            )
 
     def _gather(self) -> None:
         """Bring what this process has written to the others, and theirs here."""
