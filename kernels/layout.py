@@ -195,13 +195,14 @@ def layout_hash() -> int:
 
 # --- on a GPU: tables of 64-bit words --------------------------------------------------------------------------------
 
-SCALAR_GROUP, SIGN, ADAPTS, G_CODE, FIRST_CHUNK, CHUNKS, DONE, SQUARES, FACTORS = range(8, 17)
+SCALAR_GROUP, SIGN, ADAPTS, G_CODE, FIRST_CHUNK, CHUNKS, SHIFT, DONE, SQUARES, FACTORS = range(8, 18)
 TARGETS = FACTORS + 2
 SEGMENT_WORDS = TARGETS + 4
-"""A segment there: its addresses as in "arrays" (that of the gradient is in a list of its own), then these words. DONE
-are chunks whose sums are taken, 0 between launches; SQUARES the sum of the gradient's squares, and from FACTORS on what
-the ratio splits into (rule.py), in float64. From TARGETS on are the addresses of the targets of all kinds of epilogues
-(epilogues.py), 0 for those that it has not."""
+"""A segment there: its addresses as in "arrays" (that of the gradient is in a list of its own), then these words.
+FIRST_CHUNK and CHUNKS say where the sums of its chunks are, of those of other processes, too; those of the chunks here
+are SHIFT further on than the chunks are in the table. DONE are chunks whose sums are taken, 0 between launches; SQUARES
+the sum of the gradient's squares, and from FACTORS on what the ratio splits into (rule.py), in float64. From TARGETS on
+are the addresses of the targets of all kinds of epilogues (epilogues.py), 0 for those that it has not."""
 
 STEPS, RULE, LR, LR_BYTES, AVERAGED, CARRY = range(6)
 SCALAR_GROUP_WORDS = 9

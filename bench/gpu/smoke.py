@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from typing import Any
@@ -56,22 +57,40 @@ def run(case: Case, put: Callable[[NDArray[Any]], Any], get: Callable[[Any], NDA
             raise WrongAnswer(f"{key} differs from the CPU's")
 
 
-def run_torch() -> None:
-    """Two clipped steps of fastopt.torch on the GPU and on the CPU, with the same bits."""
+def run_torch(name: str, *, sharded: bool = False) -> None:
+    """Two clipped steps of fastopt.torch on the GPU and on the CPU, with the same bits.
+
+    With ``sharded``, on the GPU those of a ShardedOptimizer in an NCCL group of one process.
+    """
     import torch
 
     import fastopt.torch
 
     drawn = {name: torch.randn(shape, generator=torch.Generator().manual_seed(0)) for name, shape in SHAPES.items()}
     ends = []
-    for device in ("cpu", "cuda"):
+
+    def train(device: str, make: Callable[..., Any]) -> None:
         params = [torch.nn.Parameter(value.to(device)) for value in drawn.values()]
-        optimizer = fastopt.torch.AdamW(params, lr=1e-3, max_grad_norm=0.5)
+        optimizer = make(params, lr=1e-3, max_grad_norm=0.5)
         for _ in range(2):
             for p, value in zip(params, drawn.values(), strict=True):
                 p.grad = (value * 3).to(device)
             optimizer.step()
         ends.append([p.detach().cpu().numpy().tobytes() for p in params])
+
+    kind = getattr(fastopt.torch, name)
+    train("cpu", kind)
+    if sharded:
+        with tempfile.TemporaryDirectory() as folder:
+            torch.distributed.init_process_group("nccl", init_method=f"file://{folder}/store", rank=0, world_size=1)
+            try:
+                train(
+                    "cuda", functools.partial(fastopt.torch.ShardedOptimizer, optimizer_class=kind, bucket_cap_mb=0.1)
+                )
+            finally:
+                torch.distributed.destroy_process_group()
+    else:
+        train("cuda", kind)
     differ = [name for name, cpu, gpu in zip(drawn, *ends, strict=True) if cpu != gpu]
     if differ:
         raise WrongAnswer(f"{', '.join(differ)} differ from the CPU's")
@@ -90,7 +109,11 @@ def main(arguments: list[str]) -> int:
             None
         )  # every array an allocation of its own: in a pool, nobody sees an access beyond it
     else:
-        runs.append(("fastopt.torch.AdamW", run_torch))
+        runs.append(("fastopt.torch.AdamW", functools.partial(run_torch, "AdamW")))
+        runs += [
+            (f"ShardedOptimizer of {name}", functools.partial(run_torch, name, sharded=True))
+            for name in ("AdamW", "LAMB")
+        ]
     failed = 0
     for name, work in runs:
         began = time.perf_counter()

@@ -54,6 +54,27 @@ class Stages(NamedTuple):
     reached: Callable[[int], None]
 
 
+class Whole(NamedTuple):
+    """Parameters of which a GPU has some chunks and other processes have the rest: where on it are the sums of all.
+
+    Attributes:
+        sums: Address of a row of sums for each chunk.
+        first: The row of the first chunk of each parameter.
+        counts: Chunks of each parameter.
+        own: The row of the first chunk that is here; any where none is.
+        ratios: Whether ratios need sums, too.
+        combine: Sets all sums to zero, has a function put the sums of the chunks here on the stream, and then adds
+            those of the other processes.
+    """
+
+    sums: int
+    first: NDArray[np.int64]
+    counts: NDArray[np.int64]
+    own: NDArray[np.int64]
+    ratios: bool
+    combine: Callable[[Callable[[], None]], None]
+
+
 def add_up(numbers: NDArray[np.float64], counts: NDArray[np.int64]) -> NDArray[np.float64]:
     """Sums of runs of so many rows, each in the canonical order (kernels/reductions.py)."""
     heights = -(-counts // LANES)

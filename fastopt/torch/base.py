@@ -284,8 +284,9 @@ class TensorOptimizer(Averages, Checkpoints):
 
         They set every lr to 0 and all gradients to zero, while there is no state. A process may hold nothing but zeros
         of gradients, in a schedule that begins with lr 0: so those that share parameters come to one answer.
+        A sharded optimizer has its states from the beginning.
         """
-        if any(group.get("lr", True) for group in options) or len(self.state):
+        if any(group.get("lr", True) for group in options) or len(self.state) or self._slices is not None:
             return False
         grads = [p.grad for p in self._parameters() if p.grad is not None]
         if any(_devices.device_of(g).capturing() for g in grads):

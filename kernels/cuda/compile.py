@@ -27,8 +27,8 @@ from .update import update_loop
 INTEGER, REAL = types.int64, types.float64
 KERNELS: dict[str, tuple[Any, Any]] = {
     "update": (update_loop, types.void(*[INTEGER] * 5)),
-    "terms": (terms_loop, types.void(*[INTEGER] * 6)),
-    "prologue": (prologue, types.void(*[INTEGER] * 10, REAL, INTEGER, REAL, *[INTEGER] * 4)),
+    "terms": (terms_loop, types.void(*[INTEGER] * 7)),
+    "prologue": (prologue, types.void(*[INTEGER] * 11, REAL, INTEGER, REAL, *[INTEGER] * 4)),
 }
 """What makes the kernels of a kind, and their signature."""
 

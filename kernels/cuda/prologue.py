@@ -4,6 +4,9 @@ Each block of threads sums the squares of one chunk in the order of ``..reductio
 adds up the array's chunks, and the block that completes the last array does the rest alone: nothing of it ever visits
 the host. Where the device keeps the step counts, that block also forms the scalars of the step, because only it knows
 whether the step is taken.
+
+Where parameters are spread over processes, one launch takes the sums of chunks (``SUM``). After those of all processes
+were brought together, another one, with a block for each array, does the rest (``DECIDE``).
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from typing import Any
 from .. import layout
 from ..dtypes import CODES, COMPUTE
 from ..epilogues import average_weight
-from ..layout import LANES, SUMS, WORD
+from ..layout import DECIDE, LANES, SUM, SUMS, WORD
 from ..rules.rule import Rule
 from .memory import scalars_at, segment_at
 from .sums import sums
@@ -45,7 +48,8 @@ def prologue(rule: Rule, access: Any) -> Callable[..., None]:
         scalar_groups: Any,
         segment_count: Any,
         scalar_group_count: Any,
-        chunk_count: Any,  # all, or 0 where no sums are asked for
+        act: Any,  # SUM, DECIDE, or 0 for both
+        chunk_count: Any,  # all, or segments in DECIDE; 0 where no sums are asked for
         number: Any,  # of this kernel's rule
         multiplier: Any,
         scale: Any,  # address of a float32 loss scale on the device, or 0
@@ -59,28 +63,32 @@ def prologue(rule: Rule, access: Any) -> Callable[..., None]:
         last = cuda.shared.array(1, types.int64)
         thread = cuda.threadIdx.x
         if chunk_count > 0:
-            chunk = cuda.blockIdx.x
-            s = word(chunks, 3 * chunk)
-            segment, x = segment_at(segments, s), word(gradients, s)
-            (i, stop), code = lane_of(chunks, chunk), word(segment, layout.G_CODE)
-            if code == float32_code:
-                total = float32_sum(x, i, stop)
-            elif code == float64_code:
-                total = float64_sum(x, i, stop)
-            elif code == float16_code:
-                total = float16_sum(x, i, stop)
-            else:
-                total = bfloat16_sum(x, i, stop)
-            total = chunk_sum(lanes, total)
-            if thread == 0:
-                put_real(partials, SUMS * chunk, total)
+            chunk = s = cuda.blockIdx.x
+            if act != DECIDE:
+                s = word(chunks, 3 * chunk)
+            segment = segment_at(segments, s)
+            if act != DECIDE:
+                x, (i, stop), code = word(gradients, s), lane_of(chunks, chunk), word(segment, layout.G_CODE)
+                if code == float32_code:
+                    total = float32_sum(x, i, stop)
+                elif code == float64_code:
+                    total = float64_sum(x, i, stop)
+                elif code == float16_code:
+                    total = float16_sum(x, i, stop)
+                else:
+                    total = bfloat16_sum(x, i, stop)
+                total = chunk_sum(lanes, total)
+                if thread == 0:
+                    put_real(partials, SUMS * (chunk + word(segment, layout.SHIFT)), total)
+                if act == SUM:
+                    return
             count = word(segment, layout.CHUNKS)
-            if not is_last(last, segment + WORD * layout.DONE, 1, count):
+            if act != DECIDE and not is_last(last, segment + WORD * layout.DONE, 1, count):
                 return
             total = sum_of(lanes, partials + WORD * SUMS * word(segment, layout.FIRST_CHUNK), SUMS, count)
             if thread == 0:
                 put_real(segment, layout.SQUARES, total)
-            if not is_last(last, numbers + WORD * layout.ALL_DONE, count, chunk_count):
+            if not is_last(last, numbers + WORD * layout.ALL_DONE, 1 if act == DECIDE else count, chunk_count):
                 return
 
         if decide:

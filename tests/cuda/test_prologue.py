@@ -257,6 +257,52 @@ def test_a_second_launch_for_another_rule():
         segments[1].arrays[layout.GRADIENT][:] = np.nan
 
 
+# --- sums over processes ---------------------------------------------------------------------------------------------
+
+
+def test_sums_over_processes_are_taken_between_two_launches():
+    """Two processes, of which the second has one chunk, find what one finds that has all."""
+    rule, pair = RULES["lars"], ("float32", "float32")
+    terms = kernel_of(cuda_symbol("terms", rule.name, *pair))[0]
+    segments = make_segments([layout.CHUNK + 33, 0, 0, 40], [pair])
+    h = np.array(rule.scalars(1, options_of(rule)))
+    nothing = slice(0)
+    cuts = [slice(layout.CHUNK), nothing, nothing, slice(40)], [slice(layout.CHUNK, None), *[nothing] * 3]
+    parts = [
+        [Segment([allow(x[c].copy()) for x in s.arrays]) for s, c in zip(segments, of, strict=True)] for of in cuts
+    ]
+    one, *several = every = [Tables(of) for of in (segments, *parts)]
+    for tables, own in zip(
+        several, ([5, 7, 7, 7], [6, 7, 7, 7]), strict=True
+    ):  # rows of sums; five are of other arrays
+        tables.segments[:, layout.SHIFT] = own - tables.segments[:, layout.FIRST_CHUNK]
+        tables.segments[:, layout.FIRST_CHUNK], tables.segments[:, layout.CHUNKS] = [5, 7, 7, 7], [2, 0, 0, 1]
+        tables.partials = allow(np.zeros((8, layout.SUMS)))
+
+    def norm(tables, act):
+        tables.prologue(kernel(), max_norm=0.5, act=act)
+
+    def ratios(tables, act):
+        tables.scalars[0, : len(h)] = h
+        tables.sums(terms, [0, 3] if act == layout.DECIDE else range(len(tables.chunks)), act)
+
+    for launch in (norm, ratios):
+        launch(one, 0)
+        for tables in several:
+            tables.partials[:] = 0.0
+            launch(tables, layout.SUM)
+        assert [np.flatnonzero(tables.partials.any(axis=1)).tolist() for tables in several] == [[5, 7], [6]]
+        total = several[0].partials + several[1].partials
+        for tables in several:
+            tables.partials[:] = total
+            launch(tables, layout.DECIDE)
+    found = [(t.header.tobytes(), t.result.tobytes(), t.squares.tobytes(), t.factors.tobytes()) for t in every]
+    assert len({*found}) == 1
+    assert one.result[0] > 0.5
+    assert len({*one.factors[:, 1]}) == 3
+    assert not any(any(counters_of(tables)) for tables in several)
+
+
 # --- whole steps -----------------------------------------------------------------------------------------------------
 
 WHOLE = {"momentum": PAIRS[5], "amsgradw": PAIRS[1], "nadam": PAIRS[2], "asgd": PAIRS[3], "lars": PAIRS[0]}

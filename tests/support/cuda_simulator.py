@@ -351,17 +351,17 @@ class Tables:
         """Launch an update over every chunk."""
         launch(kernel, PARTS * len(self.chunks), [*self.places, zero], threads)
 
-    def sums(self, kernel, chunks):
-        """Launch a terms kernel over some chunks."""
-        mine = allow(np.array(chunks, np.int64))
-        launch(kernel, len(mine), [*self.places, self.partials.ctypes.data, mine.ctypes.data])
+    def sums(self, kernel, mine, act=0):
+        """Launch a terms kernel over some chunks, or segments."""
+        mine = allow(np.array(mine, np.int64))
+        launch(kernel, len(mine), [*self.places, self.partials.ctypes.data, act, mine.ctypes.data])
 
     def prologue(
         self, kernel, *, sums=True, number=0, multiplier=1.0, scale=0, max_norm=math.inf, check=False, form=False,
-        decide=True, order=None,
+        decide=True, order=None, act=0,
     ):  # fmt: skip
         """Launch a prologue: a block for each chunk if sums are asked for, else one block."""
-        count = sums * len(self.chunks)
+        count = sums * len(self.segments if act == layout.DECIDE else self.chunks)
         places = [*self.places, self.partials.ctypes.data, self.scalar_groups.ctypes.data]
-        args = len(self.segments), len(self.scalar_groups), count, number, multiplier, scale, max_norm, check, form
-        launch(kernel, max(count, 1), [*places, *args, decide, self.result.ctypes.data], order=order)
+        args = act, count, number, multiplier, scale, max_norm, check, form, decide, self.result.ctypes.data
+        launch(kernel, max(count, 1), [*places, len(self.segments), len(self.scalar_groups), *args], order=order)

@@ -62,8 +62,9 @@ PROCESSES = """
 """
 
 
-def on_processes(body, *worlds):
-    assert "done" in python(PROCESSES + body + f"\n    start({', '.join(map(str, worlds))})\n", timeout=300.0)
+def on_processes(body, *worlds, **environment):
+    code = PROCESSES + body + f"\n    start({', '.join(map(str, worlds))})\n"
+    assert "done" in python(code, timeout=300.0, **environment)
 
 
 TRAINING = """

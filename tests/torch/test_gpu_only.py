@@ -96,6 +96,45 @@ def test_torch_sees_no_wait(busy, no_waits, name, extra):
         assert opt.state[params[0]]["step"].item() == 6
 
 
+@pytest.fixture
+def nccl(tmp_path):
+    """An NCCL group of this process alone."""
+    dist = torch.distributed
+    torch.cuda.set_device(0)
+    dist.init_process_group("nccl", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+SUMMED = {
+    "AdamW": {"max_grad_norm": 0.5},
+    "Lion": {"skip_nonfinite": True},
+    "LARS": {},
+    "LAMB": {"max_grad_norm": 0.5},
+}
+
+
+@pytest.mark.parametrize("name", SUMMED)
+def test_sums_over_processes_are_taken_without_a_wait(nccl, busy, no_waits, name):
+    params, alone = make(name, "cpu", **SUMMED[name])
+    own = [torch.nn.Parameter(p.detach().cuda()) for p in params]
+    opt = front.ShardedOptimizer(own, getattr(front, name), bucket_cap_mb=1, **CLASSES[name], **SUMMED[name])
+    train(own, opt, 3)
+    torch.cuda.synchronize()
+    no_waits()
+    busy()
+    for _ in range(3):
+        opt.step()
+    assert not torch.cuda.current_stream().query()
+    torch.cuda.set_sync_debug_mode("default")
+    train(params, alone, 3)
+    for _ in range(3):
+        alone.step()
+    for p, q in zip(own, params, strict=True):
+        assert torch.equal(p.cpu(), q)
+    assert opt.last_info == alone.last_info
+
+
 # --- CUDA graphs -----------------------------------------------------------------------------------------------------
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from ...kernels.rules.rule import Options, Rule
 from ..options import RuleChoice
 from ..plan import Plan, ScalarGroup
 from ..step import Request, StepInfo
+from ..table import Stages, Whole
 from .device import CudaDevice, PinnedRing
 from .kernels import load
 from .table import CudaTable
@@ -126,6 +128,9 @@ class CudaPlan(Plan):
     there, and the prologue forms the scalars.
     """
 
+    whole: Whole | None = None
+    """In the place of ``combine`` and ``combine_ratios``: where the sums of all processes are, and what adds them."""
+
     _device: CudaDevice
 
     def __init__(self, *args: Any) -> None:
@@ -149,7 +154,13 @@ class CudaPlan(Plan):
             terms.append(load(self._device, "terms", rule, *stored) if adapts else None)
         first, sizes = np.array(runs, np.int64).reshape(-1, 2).T
         words = np.array(rows, np.int64).reshape(-1, layout.SEGMENT_WORDS)
-        return CudaTable(self._device, sizes, words, first, updates, terms)
+        stages = None if self.stages is None else [self.stages.of[k] for k, _ in runs]
+        return CudaTable(self._device, sizes, words, first, updates, terms, self.whole, stages)
+
+    def share(self, whole: Whole, stages: Stages) -> None:
+        """Take sums over processes, and update in stages, from here on."""
+        self.whole, self.stages = whole, stages
+        self._tables.clear()
 
     def resume(self) -> bool:
         self._numbers.leave()  # other plans may have counted meanwhile
@@ -180,19 +191,35 @@ class CudaPlan(Plan):
             self._numbers.advance(stream)
         else:
             self._numbers.form(options, request.multiplier, stream)
+        if request.needs_norm and not prologues:  # nobody here has a gradient, but others may wait
+            self._take_sums(lambda act: None)
         for number, prologue in enumerate(prologues):
             self._prologue(table, prologue, request, stream, number, counts, result)
-        for sums in table.sums:
-            places = *table.places, self._numbers.numbers, table.partials, sums.chunks
-            sums.kernel(sums.blocks, places, stream)
+        if table.sums if self.whole is None else self.whole.ratios:
+            self._take_sums(functools.partial(self._ratios, table, stream))
         # The line where a count and its step can fall apart: an interrupt among these launches leaves the count ahead.
         if not counts:
             numbers = self._counts.numbers
             numbers[: self._counts.half] = numbers[self._counts.half :]
         zero = int(request.zero_grads)
-        for update in table.updates:
-            update.kernel(update.blocks, (update.chunks, *table.places[1:], self._numbers.numbers, zero), stream)
+        for update, following in zip_longest(table.updates, table.updates[1:]):
+            update.kernel(update.blocks, (update.mine, *table.places[1:], self._numbers.numbers, zero), stream)
+            if self.stages is not None and (following is None or following.stage != update.stage):
+                self.stages.reached(update.stage)
         return info
+
+    def _take_sums(self, launch: Callable[[int], None]) -> None:
+        """Launch what forms sums and what follows from them: at once, or with other processes' sums in between."""
+        if self.whole is None:
+            launch(0)
+        else:
+            self.whole.combine(lambda: launch(layout.SUM))
+            launch(layout.DECIDE)
+
+    def _ratios(self, table: CudaTable, stream: Any, act: int) -> None:
+        for sums in table.ratios if act == layout.DECIDE else table.sums:
+            places = *table.places, self._numbers.numbers, table.partials, act, sums.mine
+            sums.kernel(sums.blocks, places, stream)
 
     def _upload_gradients(self, table: CudaTable, stream: Any) -> None:
         table.gradients.send(self._gradients[table.first].view(np.uint8), stream, to_graphs=True)
@@ -201,14 +228,25 @@ class CudaPlan(Plan):
         self, table: CudaTable, kernel: Any, request: Request, stream: Any, number: int, forms: bool, result: int
     ) -> None:
         """Launch the prologue of a rule; the first one decides."""
-        chunks = table.chunk_count if request.needs_norm and number == 0 else 0
-        arguments = (
-            *(*table.places, self._numbers.numbers, table.partials, self._numbers.words),
-            *(table.segment_count, len(self.scalar_groups), chunks, number, request.multiplier, request.scale_at),
-            math.inf if request.max_grad_norm is None else request.max_grad_norm,
-            *(int(request.skip_nonfinite), int(forms), int(number == 0), result),
-        )
-        kernel(max(chunks, 1), arguments, stream)
+        sums = request.needs_norm and number == 0
+
+        def launch(act: int) -> None:
+            blocks = sums * (table.segment_count if act == layout.DECIDE else table.chunk_count)
+            if act == layout.SUM and not blocks:
+                return
+            arguments = (
+                *(*table.places, self._numbers.numbers, table.partials, self._numbers.words),
+                *(table.segment_count, len(self.scalar_groups), act, blocks),
+                *(number, request.multiplier, request.scale_at),
+                math.inf if request.max_grad_norm is None else request.max_grad_norm,
+                *(int(request.skip_nonfinite), int(forms), int(number == 0), result),
+            )
+            kernel(max(blocks, 1), arguments, stream)
+
+        if sums:
+            self._take_sums(launch)
+        else:
+            launch(0)
         self._numbers.written()
 
     def norm(self) -> float:

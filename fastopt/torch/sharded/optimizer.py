@@ -193,7 +193,6 @@ class ShardedOptimizer(Checkpoints):
             TypeError, ValueError, RuntimeError: As the class; also for options and gradients that are found to differ
                 between processes, which is seen where sums are needed. Nothing was written.
             RuntimeError: Another process died or did not come (torch's error), or a step broke off in the middle.
-            NotImplementedError: What needs sums over processes, of parameters on a GPU.
         """
         loss = None
         if closure is not None:
@@ -215,14 +214,13 @@ class ShardedOptimizer(Checkpoints):
             )
         inner.grad_scale, inner._checks_for_scaler, inner._unscales = scale, self._checks_for_scaler, False
         self._slices.options = self._options
-        self._refuse_sums()
         self._together(self._update)
         if self._reducer is not None:
             self._reducer.drop(stepped=True)
         elif self.zero_grads:
             torch._foreach_zero_([p.grad for p in self._params if p.grad is not None])
         elif scale is not None and self._unscales:
-            unscale(self._params, scale, self.last_info.skipped)
+            unscale(self._params, scale, self._steppers().skipped(self.last_info))
 
     def _update(self) -> None:
         if self._reducer is None:
@@ -276,26 +274,15 @@ class ShardedOptimizer(Checkpoints):
         """Give the pieces their parts of the gradients. One without elements only needs to know if there is one."""
         for i, m in enumerate(self._members):
             gradient = m.param.grad
+            if gradient is not None and not is_like(gradient, m.view):  # which all processes may refuse
+                gradient = gradient_memory(
+                    gradient, m.param, m.view, self._inner._master, self._where, f"parameter {i}"
+                )
             if not m.part.hi:
                 if (gradient is None) is not (m.piece.grad is None):
                     m.piece.grad = None if gradient is None else torch.zeros_like(m.piece)
             elif gradient is not None:
-                if not is_like(gradient, m.view):
-                    gradient = gradient_memory(
-                        *(gradient, m.param, m.view, self._inner._master, self._where, f"parameter {i}")
-                    )
                 m.piece.grad = gradient.as_strided(m.shape, m.strides, gradient.storage_offset() + m.part.lo)
-
-    def _refuse_sums(self) -> None:
-        """On a GPU there are no sums over processes yet."""
-        inner = self._inner
-        asked = inner.max_grad_norm is not None or inner.skip_nonfinite or inner._checks_for_scaler
-        ratio = any(inner.select_rule({**inner.rule_options, **g}).ratio for g in inner.param_groups)
-        if any(bucket.flat.is_cuda for bucket in self._buckets) and (asked or ratio):
-            raise NotImplementedError(
-                f"{self._where}: sums over processes (max_grad_norm, skip_nonfinite, GradScaler of fastopt, LARS, "
-                "LAMB) are not available on GPUs. Clip with torch.nn.utils.clip_grad_norm_ before the step."
-            )
 
     def _wrote(self) -> None:
         torch.autograd.graph.increment_version(self._params)
