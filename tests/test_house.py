@@ -17,7 +17,7 @@ import fastopt
 
 ROOT = pathlib.Path(__file__).parents[1]
 FILES = sorted(ROOT.glob("tests/**/*.py"))
-MOST_LINES = 12_600
+MOST_LINES = 13_100
 NO_CODE = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
 
 

@@ -174,3 +174,25 @@ def test_16_bit_gradients_of_several_backward_passes_are_added_up_in_float32():
                 assert (p == -expected - 1).all()
     """
     on_processes(body, 2)
+
+
+def test_a_gradient_that_is_refused_or_zero_on_one_process_makes_none_wait():
+    """Sparse ones are refused also where the parameter lies elsewhere, and a first step with lr 0 is a step (T38)."""
+    body = """
+    def run(rank, world):
+        params = [torch.nn.Parameter(torch.ones(4)) for _ in range(2)]
+        opt = ShardedOptimizer(params, front.SGD, lr=0.0, max_grad_norm=1.0)
+        assert [m.part.hi for m in opt._members] == ([4, 4] if rank == 0 else [0, 0])
+        for p in params:
+            p.grad = torch.full((4,), 2.0)
+        opt.step()
+        assert opt.last_info.grad_norm == 32**0.5 and not opt.last_info.skipped
+        for p in params:
+            p.grad = torch.ones(4).to_sparse()
+        for _ in range(2):
+            assert "does not support sparse gradients" in refusal(opt.step)
+        for p in params:
+            p.grad = torch.ones(4)
+        opt.step()
+    """
+    on_processes(body, 2)
