@@ -105,6 +105,7 @@ def checked(make: Callable[[Problem], Contender], problem: Problem) -> tuple[Con
     error = _largest(problem.error(contender.answer()))
     if not error <= TOLERANCE:
         raise WrongAnswer(f"after {CHECKED} steps parameters are {error:.2g} from torch's; allowed are {TOLERANCE:.2g}")
+    _resident()  # trims: memory of before is none of a step's
     _forget_peak()
     dist.barrier()
     received = wire()

@@ -196,3 +196,23 @@ def test_a_gradient_that_is_refused_or_zero_on_one_process_makes_none_wait():
         opt.step()
     """
     on_processes(body, 2)
+
+
+def test_hooks_end_with_their_optimizer():
+    """Another one of the same model, sharded or not, gets the gradients."""
+    body = """
+    def run(rank, world):
+        nets = [model(), model()]
+        for kind in (ShardedOptimizer, ShardedOptimizer, None):
+            if kind is None:
+                opt = front.SGD(nets[0].parameters(), lr=0.05)
+            else:
+                opt = kind(nets[0].parameters(), front.SGD, reduce_gradients=True, lr=0.05)
+            alone = front.SGD(nets[1].parameters(), lr=0.05)
+            loss(nets[0], 0, 0, 1).backward(), loss(nets[1], 0, 0, 1).backward()
+            opt.step(), alone.step()
+            opt.zero_grad(), alone.zero_grad()
+        for p, q in zip(nets[0].parameters(), nets[1].parameters()):
+            same(p, q)
+    """
+    on_processes(TRAINING + body, 1)

@@ -113,6 +113,8 @@ def test_what_differs_between_processes_is_named():
             (parameters(), {"lr": 0.1 + rank}, "lr is 0.1 on process 0 of the group, and lr is 1.1 on process 1"),
             (parameters(), {"bucket_cap_mb": 1 + rank}, "bucket_cap_mb is 1 on process 0"),
             (bad if rank else parameters(), {}, "complex64"),
+            (zip("ba" if rank else "ab", parameters(sizes=[(2,)] * 2)), {}, "parameter 0 of group 0 is ('a', torch"),
+            (parameters(), {"bucket_cap_mb": "25"}, "bucket_cap_mb is '25'; needed is a number of MiB above 0"),
         ):
             assert text in (error := refusal(lambda: make(params, **options))), error
         params = parameters()
@@ -135,13 +137,15 @@ def test_what_differs_between_processes_is_named():
         assert "max_grad_norm" in error and len(opt.param_groups) == 1, error
         opt.add_param_group({"params": parameters(sizes=[(3,)]), "mine": object()})  # the user's, nobody compares it
         opt.step()
+        whole = make(parameters()).state_dict()
         for action, text in (
-            (lambda: make(parameters(), torch.optim.AdamW), "must be a class of fastopt.torch"),
+            (lambda: make(parameters(), torch.optim.AdamW), "must be a class of fastopt.torch, not <class"),
             (lambda: make(parameters(), flatten=True), "flatten=True"),
             (lambda: make(parameters(), learning_rate=0.1), "Did you mean 'lr'"),
             (lambda: __import__("copy").deepcopy(opt), "Use state_dict()"),
             (lambda: __import__("pickle").dumps(opt), "Use state_dict()"),
             (lambda: opt.no_sync().__enter__(), "no_sync of DDP's model"),
+            (lambda: front.AdamW(parameters()).load_state_dict(whole), "can be copied only into one of the same"),
         ):
             assert text in (error := refusal(action)), error
     """

@@ -168,7 +168,7 @@ class Checkpoints(torch.optim.Optimizer):
             if value.part != part:
                 raise ValueError(
                     f"{where} has elements {value.part.lo} to {value.part.hi}, but this process owns {part.lo} to "
-                    f"{part.hi}: it is of another number of processes. Save and load it with "
+                    f"{part.hi}: it is of another process, number of processes or bucket_cap_mb. Save and load it with "
                     "torch.distributed.checkpoint, which brings each process its own."
                 )
             return value.local.view(shape)

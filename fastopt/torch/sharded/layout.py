@@ -167,7 +167,8 @@ def facts_of(
                 )
             parameter_memory(p, f"{where}: {name}")
             named.append((name, p))
-            facts.append((name, (*layout_of(p), p.requires_grad, p.device.type)))
+            called = group.get("param_names", ())[i : i + 1]
+            facts.append((name, (*called, *layout_of(p), p.requires_grad, p.device.type)))
     starts = np.array([p.data_ptr() for _, p in named], np.uint64)
     sizes = np.array([p.nbytes for _, p in named], np.int64)
     check_apart(starts, sizes, lambda k: named[k][0], where)

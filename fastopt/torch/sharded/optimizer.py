@@ -90,7 +90,7 @@ class ShardedOptimizer(Checkpoints):
         where = f"{type(self).__name__}({getattr(optimizer_class, '__name__', optimizer_class)})"
         self._where, self._users = where, []
         self._group: Any = dist.group.WORLD if process_group is None else process_group
-        self._nbytes = bucket_cap_mb * 2**20
+        self._nbytes = 0.0
         self._buckets: list[Bucket] = []
         self._members: list[Member] = []  # in the order of the groups
         self._params: list[Tensor] = []
@@ -104,7 +104,7 @@ class ShardedOptimizer(Checkpoints):
         if self._group is None or dist.get_rank(self._group) < 0:
             raise RuntimeError(f"{where}: this process is in no process group; call init_process_group before.")
         if not (isinstance(optimizer_class, type) and issubclass(optimizer_class, TensorOptimizer)):
-            raise TypeError(f"{where}: optimizer_class must be a class of fastopt.torch.")
+            raise TypeError(f"{where}: optimizer_class must be a class of fastopt.torch, not {optimizer_class}.")
         if defaults.get("flatten"):
             raise ValueError(f"{where}: flatten=True is for optimizers that are not sharded; leave it out.")
         super().__init__(params, {})
@@ -112,10 +112,13 @@ class ShardedOptimizer(Checkpoints):
         def facts() -> Facts:
             tried = [self._inner_group(g, [torch.nn.Parameter(torch.zeros(0))]) for g in self.param_groups]
             optimizer_class(tried, **defaults)
+            if not (isinstance(bucket_cap_mb, int | float) and bucket_cap_mb > 0):
+                raise ValueError(f"{where}: bucket_cap_mb is {bucket_cap_mb!r}; needed is a number of MiB above 0.")
             shared = {"class": optimizer_class.__name__, "bucket_cap_mb": bucket_cap_mb, "reduce": reduce_gradients}
             return [*shared.items(), *sorted(defaults.items()), *self._facts(self.param_groups)]
 
         agree(facts, self._group, where)
+        self._nbytes = bucket_cap_mb * 2**20
         groups = [self._inner_group(g, [m.piece for m in self._place(g)]) for g in self.param_groups]
         self._inner = optimizer_class(groups, **defaults)
         self._begin()

@@ -44,13 +44,13 @@ class Piece(Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         if func not in COPIES:
             raise NotImplementedError(
-                f"{func} of a {cls.__name__}: this process has elements {args[0].part.lo} to {args[0].part.hi} only. "
+                f"{func} of a {cls.__name__}: this process has only some of its elements. "
                 "Use its .local, or the optimizer's full_state_dict()."
             )
         target = args[0]
         if func is aten.new_empty.default:  # how asynchronous saving begins a copy
             func, args = aten.empty_like.default, args[:1]
-        if func is aten.copy_.default and not (type(args[1]) is cls and args[1].part == target.part):
+        if func is aten.copy_.default and not (type(target) is type(args[1]) is cls and args[1].part == target.part):
             raise ValueError("A Piece can be copied only into one of the same elements.")
         kwargs = {k: v for k, v in (kwargs or {}).items() if k != "memory_format"}
         local = func(*(x.local if type(x) is cls else x for x in args), **kwargs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -51,10 +52,10 @@ class Reducer:
         for i, member in enumerate(members, first):
             if member.param.requires_grad:
                 parameter: Any = member.param
-                parameter.register_post_accumulate_grad_hook(functools.partial(self._hook, i))
+                parameter.register_post_accumulate_grad_hook(_weak(self._hook, i))
                 self._buckets[member.bucket.number].awaited.add(i)
 
-    def _hook(self, i: int, parameter: Tensor) -> None:
+    def _hook(self, i: int) -> None:
         if self.waits:
             return
         if not self._is_open:
@@ -128,6 +129,18 @@ class Reducer:
             reduced.drop()
         self._dropped = 0 if stepped else self._dropped + self._rounds
         self._seen, self._rounds = set(), 0
+
+
+def _weak(method: Callable[[int], None], i: int) -> Callable[[Tensor], None]:
+    """A hook that calls a method as long as its object lives: parameters may outlive their optimizer."""
+    reference = weakref.WeakMethod(method)
+
+    def hook(_: Tensor) -> None:
+        alive = reference()
+        if alive is not None:
+            alive(i)
+
+    return hook
 
 
 class _Reduced:
