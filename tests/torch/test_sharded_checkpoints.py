@@ -24,6 +24,7 @@ def test_checkpoints_reshard_and_go_to_optimizers_that_are_not_sharded():
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
     FOLDER = tempfile.mkdtemp()
+    COPIES_PIECES = hasattr(dcp.staging, "DefaultStager")  # torch 2.7 does not
 
     class Counting(dcp.FileSystemReader):
         def read_data(self, plan, planner):
@@ -73,17 +74,23 @@ def test_checkpoints_reshard_and_go_to_optimizers_that_are_not_sharded():
                 assert everyone[0] == everyone[1]
                 dcp.save(saved, checkpoint_id=path + "/2")
                 own_group = dist.new_group()  # its collectives are called by another thread
-                later = dcp.async_save(opt.state_dict(), checkpoint_id=path + "/async", process_group=own_group)
+                asynchronously = dict(checkpoint_id=path + "/async", process_group=own_group)
                 expected = whole(opt, rank)
+                if COPIES_PIECES:
+                    later = dcp.async_save(opt.state_dict(), **asynchronously)
+                else:
+                    error = refusal(lambda: dcp.async_save(opt.state_dict(), **asynchronously))
+                    assert "into one of the same elements" in error, error
                 give(params, 9)
                 opt.step()
-                later.result()
+                if COPIES_PIECES:
+                    later.result()
                 torch.save(saved, f"{path}/{rank}.pt")
                 torch.save(expected, f"{path}/expected{rank}.pt")
                 opt.load_state_dict(torch.load(f"{path}/{rank}.pt"))
                 equal(whole(opt, rank), expected)
             expected = torch.load(f"{path}/expected0.pt")
-            for source in ("2", "async"):
+            for source in ("2", "async") if COPIES_PIECES else ("2",):
                 _, opt = made(rank, dtype)
                 opt.param_groups[0].update(initial_lr=0.1, mine="")  # torch loads keys that there are
                 saved = opt.state_dict()
