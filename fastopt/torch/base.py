@@ -22,7 +22,7 @@ from ._groups import GroupOptions
 from ._options import plain, without_numpy
 from ._parameters import Kind
 from ._scale import request_for, unscale
-from ._shards import Shards, why_not_combined
+from ._shards import why_not_combined
 from ._state import State
 from ._stepper import Steppers
 from ._tensors import local
@@ -293,8 +293,7 @@ class TensorOptimizer(Averages, Checkpoints):
             return False
         some, nonzero = bool(grads), any(g.layout is not torch.strided or bool(local(g, "").any()) for g in grads)
         for stepper in steppers.each:
-            if isinstance(stepper.shards, Shards):
-                some, nonzero = stepper.shards.anywhere(some, nonzero)
+            some, nonzero = stepper.shards.anywhere(some, nonzero)
         return some and not nonzero
 
     @_disable_dynamo

@@ -5,11 +5,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fastopt.kernels.layout import CHUNK, GRADIENT
 from work import work
 
 import fastopt
 from fastopt.engine.host import HostPlan
 from fastopt.engine.plan import Plan
+from fastopt.engine.table import add_up
 
 PATTERNS = ((0, 1, 2), (1,), (0, 2), (1,), (2,))
 OPTIMIZERS: dict[str, Callable[[Any], fastopt.Optimizer]] = {
@@ -121,3 +123,20 @@ def test_work_grows_linearly(what: str, grows: str) -> None:
     of(2)  # what is imported or found late
     small, middle, large = of(10), of(30), of(50)
     assert large - middle <= 1.05 * (middle - small)
+
+
+def test_sums_that_are_added_up_elsewhere_have_the_order_of_the_kernels(built: list[Plan]) -> None:
+    """Of chunks into parameters and of parameters into the norm, as processes add up (torch/sharded): bit for bit."""
+    rng = np.random.default_rng(0)
+    for chunks in (1, 3, 31, 32, 33, 70):
+        grads = [rng.standard_normal(CHUNK * chunks - 5).astype(np.float32), *rng.standard_normal((chunks, 3))]
+        opt = fastopt.SGD([np.zeros_like(g) for g in grads])
+        opt.step(grads, max_norm=1.0)
+        plan = built[-1]
+        assert isinstance(plan, HostPlan)
+        table: Any = plan._table(norms=True)
+        counts = np.bincount(table.chunks[:, 0])
+        assert counts.tolist() == [chunks, *[1] * chunks]
+        squares = add_up(table.partials[:, [GRADIENT]], counts)
+        np.testing.assert_array_equal(squares, table.segments["sums"][:, [GRADIENT]], strict=True)
+        assert add_up(squares, np.array([len(squares)])) == table.total

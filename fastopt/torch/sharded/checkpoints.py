@@ -129,8 +129,8 @@ class Checkpoints(torch.optim.Optimizer):
         self._agree(own, "load_state_dict")
         inner.load_state_dict(loaded)
         inner.init_state()  # of parameters of which nothing was loaded: keys stay the same on all processes
-        for group, inner in zip(self.param_groups, self._inner.param_groups, strict=True):
-            group.update((name, value) for name, value in inner.items() if name not in ("params", "param_names"))
+        for group, own_group in zip(self.param_groups, inner.param_groups, strict=True):
+            group.update((name, value) for name, value in own_group.items() if name not in ("params", "param_names"))
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
 
